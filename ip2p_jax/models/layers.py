@@ -1,0 +1,119 @@
+"""Layers that several models share.
+
+B batch, H W height and width, C channels, N tokens. Tensors are NHWC, kernels HWIO. The weights'
+dtype is the compute dtype: cast them (and every activation follows) to change it. Statistics of
+norms and softmax are float32 whatever it is.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+Params = Any  # a nested dict of arrays, as nnx.to_pure_dict gives
+
+
+class Keys:
+  """Keys for parameters, in order. nnx.Rngs does it too, but takes 7 s to trace a full UNet."""
+
+  def __init__(self, key: Array):
+    self.key, self.count = key, 0
+
+  def params(self) -> Array:
+    self.count += 1
+    return jax.random.fold_in(self.key, self.count)
+
+
+def abstract(make: Callable[[Keys], nnx.Module]) -> tuple[nnx.GraphDef, Params]:
+  """The graphdef of `make(keys)` and its parameters as a dict of ShapeDtypeStructs, runs nothing.
+
+  `nnx.merge(graphdef, params)` gives the module back, inside jit.
+  """
+  graphdef, state = nnx.split(jax.eval_shape(lambda: make(Keys(jax.random.key(0)))))
+  return graphdef, nnx.to_pure_dict(state)
+
+
+def conv3x3(in_width: int, out_width: int, *, strides=1, padding=((1, 1), (1, 1)), rngs):
+  return nnx.Conv(in_width, out_width, (3, 3), strides, padding=padding, rngs=rngs)
+
+
+def conv1x1(in_width: int, out_width: int, *, rngs):
+  return nnx.Conv(in_width, out_width, (1, 1), rngs=rngs)
+
+
+class GroupNorm(nnx.Module):
+  """Group normalisation over [B, H, W, C]; statistics and arithmetic in float32."""
+
+  def __init__(self, groups: int, width: int, eps: float):
+    self.groups, self.eps = groups, eps
+    self.scale = nnx.Param(jnp.ones((width,)))
+    self.bias = nnx.Param(jnp.zeros((width,)))
+
+  def __call__(self, x):
+    B, H, W, _ = x.shape
+    grouped = x.astype(jnp.float32).reshape(B, H * W, self.groups, -1)
+    mean = grouped.mean((1, 3), keepdims=True)
+    variance = jnp.square(grouped - mean).mean((1, 3), keepdims=True)
+    normed = ((grouped - mean) * jax.lax.rsqrt(variance + self.eps)).reshape(x.shape)
+    scale, bias = (p[...].astype(jnp.float32)[None, None, None] for p in (self.scale, self.bias))
+    return (normed * scale + bias).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+  """Layer normalisation over the last axis of [B, N, C]; statistics and arithmetic in float32."""
+
+  def __init__(self, width: int, eps: float = 1e-5):
+    self.eps = eps
+    self.scale = nnx.Param(jnp.ones((width,)))
+    self.bias = nnx.Param(jnp.zeros((width,)))
+
+  def __call__(self, x):
+    x32 = x.astype(jnp.float32)
+    mean = x32.mean(-1, keepdims=True)
+    variance = jnp.square(x32 - mean).mean(-1, keepdims=True)
+    normed = (x32 - mean) * jax.lax.rsqrt(variance + self.eps)
+    scale, bias = (p[...].astype(jnp.float32)[None, None] for p in (self.scale, self.bias))
+    return (normed * scale + bias).astype(x.dtype)
+
+
+class ResnetBlock(nnx.Module):
+  """Two 3x3 convolutions with a residual; the time embedding, if any, is added between them."""
+
+  def __init__(self, in_width, out_width, *, groups, eps, time_width=None, rngs):
+    self.norm1 = GroupNorm(groups, in_width, eps)
+    self.conv1 = conv3x3(in_width, out_width, rngs=rngs)
+    self.time_emb_proj = nnx.Linear(time_width, out_width, rngs=rngs) if time_width else None
+    self.norm2 = GroupNorm(groups, out_width, eps)
+    self.conv2 = conv3x3(out_width, out_width, rngs=rngs)
+    self.conv_shortcut = conv1x1(in_width, out_width, rngs=rngs) if in_width != out_width else None
+
+  def __call__(self, x, time=None):  # [B, H, W, C], [B, T]
+    h = self.conv1(nnx.silu(self.norm1(x)))
+    if self.time_emb_proj is not None:
+      h = h + self.time_emb_proj(nnx.silu(time))[:, None, None]
+    h = self.conv2(nnx.silu(self.norm2(h)))
+    return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class Upsample(nnx.Module):
+  """Nearest-neighbour upsampling, then a 3x3 convolution."""
+
+  def __init__(self, width, *, rngs):
+    self.conv = conv3x3(width, width, rngs=rngs)
+
+  def __call__(self, x, size):
+    return self.conv(resize_nearest(x, size))
+
+
+def resize_nearest(x: Array, size: tuple[int, int]) -> Array:
+  """[B, H, W, C] -> [B, *size, C]; row i comes from row floor(i * H / size), as in PyTorch."""
+  for axis, target in zip((1, 2), size, strict=True):
+    source = x.shape[axis]
+    if target == 2 * source:
+      x = jnp.repeat(x, 2, axis)
+    elif target != source:
+      x = jnp.take(x, jnp.arange(target) * source // target, axis)
+  return x

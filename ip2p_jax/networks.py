@@ -1,0 +1,65 @@
+"""From a checkpoint to networks: configurations, module definitions, and parameters.
+
+Nothing here runs a network; that begins where `nnx.merge(unet_def, params['unet'])` is called
+inside jit.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+
+from ip2p_jax.diffusion.noise import Schedule
+from ip2p_jax.models.clip import TextEncoder
+from ip2p_jax.models.configs import TextConfig, UNetConfig, VAEConfig
+from ip2p_jax.models.layers import Params, abstract
+from ip2p_jax.models.unet import UNet
+from ip2p_jax.models.vae import VAE
+from ip2p_jax.weights import Checkpoint, names
+
+COMPONENTS = ('unet', 'vae', 'text_encoder')
+
+
+class Networks(NamedTuple):
+  """The static half of a checkpoint. `shapes` has a tree of ShapeDtypeStructs per component."""
+
+  unet_config: UNetConfig
+  vae_config: VAEConfig
+  text_config: TextConfig
+  schedule: Schedule
+  unet_def: nnx.GraphDef
+  vae_def: nnx.GraphDef
+  text_encoder_def: nnx.GraphDef
+  shapes: dict[str, Params]
+
+
+def networks_of(checkpoint: Checkpoint) -> Networks:
+  """Reads the checkpoint's configurations; an unsupported one is an InputError naming the key."""
+  configs, where = checkpoint.configs, checkpoint.source
+  unet_config = UNetConfig.from_json(configs['unet'], f'{where}: unet config')
+  vae_config = VAEConfig.from_json(configs['vae'], f'{where}: vae config')
+  text_config = TextConfig.from_json(configs['text_encoder'], f'{where}: text_encoder config')
+  schedule = Schedule.from_json(configs['scheduler'], f'{where}: scheduler config')
+  unet_def, unet = abstract(lambda keys: UNet(unet_config, rngs=keys))
+  vae_def, vae = abstract(lambda keys: VAE(vae_config, rngs=keys))
+  text_def, text = abstract(lambda keys: TextEncoder(text_config, rngs=keys))
+  shapes = dict(zip(COMPONENTS, (unet, vae, text), strict=True))
+  return Networks(
+    unet_config, vae_config, text_config, schedule, unet_def, vae_def, text_def, shapes
+  )
+
+
+def params_of(checkpoint: Checkpoint, networks: Networks, dtype: Any) -> dict[str, Params]:
+  """The parameters of every component in `dtype`, on the default device.
+
+  Raises InputError naming any tensor that is missing, left over, misshapen or not finite.
+  """
+  params = {}
+  for component in COMPONENTS:
+    target = jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), networks.shapes[component]
+    )
+    tree = names.to_params(checkpoint.tensors[component], target, component)
+    params[component] = jax.device_put(tree)
+  return params
+

@@ -1,0 +1,89 @@
+"""CLIP's tokenizer: text -> token ids, from the files of a checkpoint.
+
+Built on the `tokenizers` library alone, because importing transformers takes seconds (and pulls in
+torch where that is installed). Gives the ids of transformers' CLIPTokenizer.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from ip2p_jax.errors import InputError
+
+START, END = '<|startoftext|>', '<|endoftext|>'
+# Contractions, words, single digits, and runs of anything else that is not a space.
+PIECES = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
+
+
+class ClipTokenizer:
+  """`tokenizer(texts)` -> int32 [B, length]: start, at most length - 2 tokens, end, padding."""
+
+  def __init__(self, files: Mapping[str, bytes], length: int = 77, source: str = 'tokenizer'):
+    """Builds it from file names and contents (`vocab.json` and `merges.txt`, or `tokenizer.json`).
+
+    Args:
+      files: contents by file name; `tokenizer_config.json` or `special_tokens_map.json` may name
+        the padding token (SD 2.x pads with '!', everyone else with the end).
+      length: tokens per text, the text encoder's max_position_embeddings.
+      source: for messages.
+    """
+    vocab, merges = _vocab_and_merges(files, source)
+    self.length = length
+    self._bpe = _bpe(vocab, merges)
+    try:
+      self._start, self._end = vocab[START], vocab[END]
+      self._pad = vocab[_pad_token(files)]
+    except KeyError as missing:
+      raise InputError(f'{source}: the vocabulary lacks the token {missing}.') from None
+
+  def __call__(self, texts: Sequence[str]) -> np.ndarray:
+    ids = np.full((len(texts), self.length), self._pad, np.int32)
+    for row, encoding in zip(ids, self._bpe.encode_batch(list(texts)), strict=True):
+      tokens = [self._start, *encoding.ids[: self.length - 2], self._end]
+      row[: len(tokens)] = tokens
+    return ids
+
+  def cut_off(self, text: str) -> str:
+    """The end of `text` that does not fit and is ignored; '' if all of it fits."""
+    return self._bpe.decode(self._bpe.encode(text).ids[self.length - 2 :])
+
+
+def _vocab_and_merges(files, source):
+  try:
+    if 'vocab.json' in files and 'merges.txt' in files:
+      lines = files['merges.txt'].decode('utf8').splitlines()
+      merges = [tuple(line.split(' ')) for line in lines if line and not line.startswith('#version')]
+      return json.loads(files['vocab.json']), merges
+    if 'tokenizer.json' in files:
+      model = json.loads(files['tokenizer.json'])['model']
+      return model['vocab'], [tuple(m.split(' ') if isinstance(m, str) else m)
+                              for m in model['merges']]  # fmt: skip
+  except (ValueError, KeyError, TypeError) as error:
+    raise InputError(f'{source}: the tokenizer files cannot be read ({error}).') from None
+  raise InputError(f'{source}: needs vocab.json and merges.txt, or tokenizer.json.')
+
+
+def _bpe(vocab, merges) -> Tokenizer:
+  bpe = Tokenizer(models.BPE(vocab, merges, unk_token=END, end_of_word_suffix='</w>'))
+  bpe.normalizer = normalizers.Sequence(
+    [normalizers.NFC(), normalizers.Replace(Regex(r'\s+'), ' '), normalizers.Lowercase()]
+  )
+  bpe.pre_tokenizer = pre_tokenizers.Sequence(
+    [
+      pre_tokenizers.Split(Regex(PIECES), 'removed', invert=True),
+      pre_tokenizers.ByteLevel(add_prefix_space=False),
+    ]
+  )
+  bpe.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace('</w>', ' ')])
+  bpe.add_special_tokens([START, END])
+  return bpe
+
+
+def _pad_token(files) -> str:
+  for name in ('tokenizer_config.json', 'special_tokens_map.json'):
+    token = json.loads(files.get(name, b'{}')).get('pad_token')
+    if token:
+      return token if isinstance(token, str) else token['content']
+  return END

@@ -1,0 +1,142 @@
+"""PyTorch reference models with random normal weights, small or full size, and their conversion."""
+
+import math
+
+import jax
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import (
+  CLIPTextConfig,
+  CLIPTextModel,
+  CLIPTextModelWithProjection,
+  CLIPVisionConfig,
+  CLIPVisionModelWithProjection,
+)
+
+from ip2p_jax.models.layers import abstract
+from ip2p_jax.weights import names
+
+TINY_UNET = {
+  'in_channels': 8,
+  'block_out_channels': [32, 64],
+  'layers_per_block': 1,
+  'down_block_types': ['CrossAttnDownBlock2D', 'DownBlock2D'],
+  'up_block_types': ['UpBlock2D', 'CrossAttnUpBlock2D'],
+  'cross_attention_dim': 24,
+  'attention_head_dim': 4,
+  'norm_num_groups': 8,
+  'sample_size': 16,
+}
+SD15_UNET = {'in_channels': 8, 'cross_attention_dim': 768, 'sample_size': 64}
+SD21_UNET = {
+  'in_channels': 4,
+  'cross_attention_dim': 1024,
+  'attention_head_dim': [5, 10, 20, 20],
+  'use_linear_projection': True,
+  'upcast_attention': True,
+  'sample_size': 96,
+}
+TINY_VAE = {
+  'block_out_channels': [16, 32, 32],
+  'down_block_types': ['DownEncoderBlock2D'] * 3,
+  'up_block_types': ['UpDecoderBlock2D'] * 3,
+  'layers_per_block': 1,
+  'norm_num_groups': 8,
+  'latent_channels': 4,
+}
+SD_VAE = {
+  'block_out_channels': [128, 256, 512, 512],
+  'down_block_types': ['DownEncoderBlock2D'] * 4,
+  'up_block_types': ['UpDecoderBlock2D'] * 4,
+  'layers_per_block': 2,
+}
+TINY_TEXT = {
+  'vocab_size': 600,
+  'hidden_size': 24,
+  'intermediate_size': 48,
+  'num_hidden_layers': 2,
+  'num_attention_heads': 3,
+  'projection_dim': 20,
+  'bos_token_id': 598,
+  'eos_token_id': 599,
+}
+CLIP_L_TEXT = {
+  'hidden_size': 768,
+  'intermediate_size': 3072,
+  'num_hidden_layers': 12,
+  'num_attention_heads': 12,
+  'projection_dim': 768,
+}
+TINY_VISION = {
+  'hidden_size': 24,
+  'intermediate_size': 48,
+  'num_hidden_layers': 2,
+  'num_attention_heads': 3,
+  'image_size': 32,
+  'patch_size': 8,
+  'projection_dim': 20,
+}
+CLIP_L_VISION = {
+  'hidden_size': 1024,
+  'intermediate_size': 4096,
+  'num_hidden_layers': 24,
+  'num_attention_heads': 16,
+  'patch_size': 14,
+  'projection_dim': 768,
+}
+CLIP_B32_VISION = {'projection_dim': 512}
+
+
+def unet(config):
+  return randomize(UNet2DConditionModel(**config))
+
+
+def vae(config):
+  return randomize(AutoencoderKL(**config))
+
+
+def text_encoder(config, has_projection=False):
+  model = CLIPTextModelWithProjection if has_projection else CLIPTextModel
+  return randomize(model(CLIPTextConfig(**config)))
+
+
+def vision_encoder(config):
+  return randomize(CLIPVisionModelWithProjection(CLIPVisionConfig(**config)))
+
+
+def randomize(model, seed=0):
+  """Normal weights everywhere, norms and biases too, scaled so that activations stay near one."""
+  generator = torch.Generator().manual_seed(seed)
+  with torch.no_grad():
+    for name, parameter in model.named_parameters():
+      parameter.normal_(generator=generator)
+      if parameter.ndim > 1:
+        parameter.mul_(1 / math.sqrt(parameter[0].numel()))
+      else:
+        parameter.mul_(0.1).add_(1.0 if 'norm' in name and name.endswith('weight') else 0.0)
+  return model.eval()
+
+
+def tensors(model) -> dict[str, np.ndarray]:
+  return {name: value.numpy() for name, value in model.state_dict().items()}
+
+
+def convert(model, make, component):
+  """Our graphdef and parameters with the PyTorch model's weights."""
+  graphdef, shapes = abstract(make)
+  return graphdef, jax.device_put(names.to_params(tensors(model), shapes, component))
+
+
+def relative_error(ours, theirs) -> float:
+  ours = np.asarray(ours, np.float64)
+  theirs = theirs.detach().numpy().astype(np.float64) if hasattr(theirs, 'detach') else theirs
+  return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
+
+
+def nchw(x) -> torch.Tensor:
+  return torch.from_numpy(np.ascontiguousarray(np.moveaxis(np.asarray(x), -1, 1)))
+
+
+def nhwc(x) -> np.ndarray:
+  return np.moveaxis(x.detach().numpy(), 1, -1)
