@@ -1,0 +1,297 @@
+"""Picture files: the only place that reads, resizes and writes them.
+
+Pictures are upright PIL images of mode RGB or RGBA; sizes are (width, height), as in Pillow. Arrays
+are uint8 [h, w, 3] at the size the model works at; masks are float32 [H, W] in [0, 1] at the
+original's size, 1 = edit. Transparency is shown on white wherever it has to go.
+"""
+
+import contextlib
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
+
+from ip2p_jax.errors import InputError
+
+MAX_PIXELS = 178_956_970  # half a gigabyte as RGB; where Pillow itself refuses
+MIN_SIDE = 8  # one latent pixel
+# Others stay closed: some run programs (EPS), and all of them widen what a hostile file can reach.
+READ_FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP', 'GIF', 'TIFF')
+READ_EXTENSIONS = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff')
+WRITE_FORMATS = {'.png': 'PNG', '.jpg': 'JPEG', '.jpeg': 'JPEG', '.webp': 'WEBP'}
+SETTINGS_KEY = 'ip2p'
+COMMENT_PREFIX = b'ASCII\0\0\0ip2p '  # EXIF's UserComment: eight bytes name the code, then our mark
+T = Image.Transpose
+UPRIGHT = (T.FLIP_LEFT_RIGHT, T.ROTATE_180, T.FLIP_TOP_BOTTOM, T.TRANSPOSE)  # EXIF orientations 2-5
+UPRIGHT += (T.ROTATE_270, T.TRANSVERSE, T.ROTATE_90)  # 6-8
+
+
+def find_images(path: str | Path) -> list[Path]:
+  """A file gives itself; a folder the pictures directly in it, by name, hidden ones left out."""
+  if os.path.isfile(path):
+    return [Path(path)]
+  try:
+    files = sorted(file for file in Path(path).iterdir() if not file.name.startswith('.'))
+  except OSError as error:
+    raise InputError(f'{path} cannot be read ({error.strerror}); check the name') from error
+  found = [file for file in files if file.suffix.lower() in READ_EXTENSIONS and file.is_file()]
+  if not found:
+    raise InputError(f'the folder {path} holds no picture ({" ".join(READ_EXTENSIONS)})')
+  return found
+
+
+def read(path: str | Path) -> Image.Image:
+  """The picture in a file, upright, mode RGB or RGBA; the first frame where there are several."""
+  with _opened(path) as image:
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+      raise Image.DecompressionBombError
+    if min(width, height) < MIN_SIDE:
+      raise InputError(f'{path} is {width}x{height}; give at least {MIN_SIDE}x{MIN_SIDE} pixels')
+    image.load()
+    return plain(image)
+
+
+def plain(image: Image.Image) -> Image.Image:
+  """Any PIL image as a new upright RGB or RGBA one, without metadata but for an RGB profile."""
+  image = _upright(image)
+  profile = image.info.get('icc_profile') if image.mode in ('RGB', 'RGBA', 'P') else None
+  if image.mode[0] in 'IF':
+    image = _eight_bits(image)
+  result = image.convert('RGBA' if image.has_transparency_data else 'RGB')
+  result.info = {'icc_profile': profile} if profile else {}
+  return result
+
+
+def working_size(width: int, height: int, resolution: int, multiple: int = 8) -> tuple[int, int]:
+  """The (width, height) to work at: the whole picture, no crop, sides in multiples.
+
+  The longer side becomes `resolution`, the other follows the aspect ratio, both to the nearest
+  multiple (halves up), at least one. In integers: floats can cost a square a whole multiple.
+  """
+  if min(width, height, resolution, multiple) < 1:
+    raise InputError(f'cannot work on {width}x{height} at resolution {resolution}; use 1 or more')
+  long, short = max(width, height), min(width, height)
+  long_units = max(1, (2 * resolution + multiple) // (2 * multiple))
+  short_units = max(1, (2 * long_units * short + long) // (2 * long))
+  sides = long_units * multiple, short_units * multiple
+  return sides if width >= height else sides[::-1]
+
+
+def to_array(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+  """The picture at `size` as uint8 [h, w, 3], transparency on white.
+
+  Compositing comes first: both steps are linear, so this equals resizing premultiplied colours and
+  what hides under transparent pixels cannot bleed.
+  """
+  return np.array(_on(image, 'white').resize(size, Image.Resampling.LANCZOS))
+
+
+def restore(
+  edited: np.ndarray, original: Image.Image, mask: np.ndarray | None = None
+) -> Image.Image:
+  """The edit, uint8 [h, w, 3], at the original's size with the original's transparency.
+
+  With a mask, float32 [H, W] in [0, 1], pixels at 0 are the original's own bytes, pixels at 1 the
+  edit's, others a mixture rounded to the nearest value.
+  """
+  picture = Image.fromarray(np.asarray(edited)).resize(original.size, Image.Resampling.LANCZOS)
+  if mask is not None:
+    if mask.shape != picture.size[::-1] or not ((mask >= 0) & (mask <= 1)).all():
+      raise InputError(f'the mask must have shape {picture.size[::-1]} and values from 0 to 1')
+    before, after = np.asarray(original.convert('RGB')), np.asarray(picture)
+    blended = np.where((mask == 1)[..., None], after, before)
+    soft = (mask > 0) & (mask < 1)  # the rest is exact without arithmetic
+    share = mask[soft].astype(np.float64)[:, None]
+    blended[soft] = np.floor(share * after[soft] + (1 - share) * before[soft] + 0.5)
+    picture = Image.fromarray(blended)
+  if original.mode == 'RGBA':
+    picture.putalpha(original.getchannel('A'))
+  picture.info = dict(original.info)
+  return picture
+
+
+def read_mask(path: str | Path, size: tuple[int, int]) -> np.ndarray:
+  """A mask file as float32 [H, W] in [0, 1] for a picture of `size`; white = edit.
+
+  Brightness counts; transparent counts as black, so white strokes on an empty layer work. Of equal
+  size, values stay the file's own; else the same shape, up to one pixel, is scaled bilinearly.
+  """
+  mask = _on(read(path), 'black').convert('L')
+  width, height = size
+  if abs(mask.width * height - mask.height * width) > max(*mask.size, *size):
+    sizes = f'{mask.width}x{mask.height} and the picture {width}x{height}'
+    raise InputError(f'the mask {path} is {sizes}; give both the same shape')
+  if not mask.getextrema()[1]:
+    raise InputError(f'the mask {path} is all black, so nothing would be edited; paint it white')
+  return np.asarray(mask.resize(size, Image.Resampling.BILINEAR), np.float32) / np.float32(255)
+
+
+def save(image: Image.Image, path: str | Path, settings: dict) -> None:
+  """Writes PNG, JPEG or WebP by the extension, with the settings (JSON values) inside the file.
+
+  The file appears whole or not at all. JPEG has no transparency and gets a white background.
+  """
+  format = _format(path)
+  text = json.dumps(settings)  # ASCII, so that every reader agrees on the encoding
+  info, exif = PngImagePlugin.PngInfo(), Image.Exif()
+  info.add_text(SETTINGS_KEY, text)
+  exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = COMMENT_PREFIX + text.encode()
+  inside = {'pnginfo': info} if format == 'PNG' else {'exif': exif}
+  inside['icc_profile'] = image.info.get('icc_profile')
+  picture = _on(image, 'white') if format == 'JPEG' else image
+  with _writing(path) as temporary:
+    with open(temporary, 'xb') as file:
+      picture.save(file, format, quality=95, subsampling='4:4:4', **inside)
+    os.replace(temporary, path)
+
+
+def read_settings(path: str | Path) -> dict | None:
+  """What `save` was given, or None where the picture holds no settings of ours."""
+  with _opened(path) as image:
+    text = image.info.get(SETTINGS_KEY)
+    with contextlib.suppress(Exception):  # no comment, a camera's own, or metadata in ruins
+      exif = image.getexif().get_ifd(ExifTags.IFD.Exif)
+      text = text or exif[ExifTags.Base.UserComment].partition(COMMENT_PREFIX)[2]
+      settings = json.loads(text)
+      return settings if isinstance(settings, dict) else None
+  return None
+
+
+def check_writable(path: str | Path) -> None:
+  """Raises InputError now if `save` to this path would fail later; makes missing folders."""
+  _format(path)
+  with _writing(path) as temporary:  # asking for permission is not enough: disks can be read-only
+    if os.path.isdir(path):
+      raise IsADirectoryError('it is a folder')
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    temporary.touch(exist_ok=False)
+    with contextlib.suppress(FileNotFoundError):
+      os.lstat(path)  # a name that is too long fails here
+
+
+def grid(
+  rows: list[list[Image.Image]], row_labels: list[str], column_labels: list[str], title: str = ''
+) -> Image.Image:
+  """One labelled RGB picture of a sweep, on white; a text too long for its place ends in '…'."""
+  pictures = [_on(picture, 'white') for row in rows for picture in row]
+  width, height = max(p.width for p in pictures), max(p.height for p in pictures)
+  em = min(max(min(width, height) // 14, 13), 36)
+  font, title_font = ImageFont.load_default(em), ImageFont.load_default(em * 5 // 4)
+  gap = em // 3
+  column = max(width, min(int(max(map(font.getlength, column_labels))) + 1, 12 * em))
+  left = em + min(int(max(map(font.getlength, row_labels))) + 1, 16 * em) + em // 2
+  total = left + len(column_labels) * (column + gap) - gap + em
+  lines = _wrap(title or '', title_font, total - 2 * em, 3)
+  top = em + len(lines) * em * 7 // 4 + (em * 2 if lines else em * 3 // 2)
+  sheet = Image.new('RGB', (total, top + len(rows) * (height + gap) - gap + em), 'white')
+  draw = ImageDraw.Draw(sheet)
+  for i, line in enumerate(lines):
+    draw.text((em, em + i * em * 7 // 4), line, 'black', title_font, 'la')
+  xs = [left + j * (column + gap) + column // 2 for j in range(len(column_labels))]
+  ys = [top + i * (height + gap) + height // 2 for i in range(len(rows))]
+  for x, text in zip(xs, column_labels, strict=True):
+    draw.text((x, top - em // 2), _cut(text, font, column), 'black', font, 'ms')
+  for y, text in zip(ys, row_labels, strict=True):
+    draw.text((left - em // 2, y), _cut(text, font, left - em * 3 // 2), 'black', font, 'rm')
+  for (x, y), picture in zip([(x, y) for y in ys for x in xs], pictures, strict=True):
+    sheet.paste(picture, (x - picture.width // 2, y - picture.height // 2))
+  return sheet
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
+  """Opens a picture, pixels still unread; all that Pillow raises or warns of becomes InputError."""
+  if not os.path.isfile(path):
+    problem = 'is a folder' if os.path.isdir(path) else 'was not found'
+    raise InputError(f'{path} {problem}; give a picture file')
+  try:
+    with warnings.catch_warnings(action='ignore'), Image.open(path, 'r', READ_FORMATS) as image:
+      yield image
+  except InputError:
+    raise
+  except Image.DecompressionBombError as error:
+    raise InputError(f'{path} has over {MAX_PIXELS:,} pixels; make it smaller first') from error
+  except UnidentifiedImageError as error:
+    raise InputError(f'{path} is not a picture; give PNG, JPEG, WebP, BMP, GIF or TIFF') from error
+  except Exception as error:  # decoders raise many kinds: EOFError, SyntaxError, struct.error ...
+    raise InputError(f'{path} cannot be read ({error}); it may be damaged or cut short') from error
+
+
+@contextlib.contextmanager
+def _writing(path: str | Path) -> Iterator[Path]:
+  """A temporary name in the folder of `path`, gone afterwards; what fails becomes InputError."""
+  # Not tempfile, whose files only their owner may read; hidden, so that find_images passes it by.
+  temporary = Path(path).parent / f'.ip2p-{os.urandom(8).hex()}.tmp'
+  try:
+    yield temporary
+  except (OSError, ValueError) as error:
+    reason = getattr(error, 'strerror', None) or error
+    raise InputError(f'{path} cannot be written ({reason}); choose another place') from error
+  finally:
+    with contextlib.suppress(OSError):  # after success there is none
+      temporary.unlink()
+
+
+def _format(path):
+  extension = Path(path).suffix.lower()
+  if extension not in WRITE_FORMATS:
+    raise InputError(f'the name {path} must end in one of {" ".join(WRITE_FORMATS)}')
+  return WRITE_FORMATS[extension]
+
+
+def _upright(image):
+  # Not ImageOps.exif_transpose, which also rewrites the metadata and fails on what cameras write.
+  orientation = None
+  with contextlib.suppress(Exception):  # unreadable metadata is no reason to refuse the picture
+    orientation = image.getexif().get(ExifTags.Base.Orientation)
+  return image.transpose(UPRIGHT[orientation - 2]) if orientation in range(2, 9) else image
+
+
+def _eight_bits(image):
+  """Greyscale of 16 or 32 bits as mode L, rounded to the nearest value.
+
+  The scale is 0..65535 for integers; for floats the first of 0..1, 0..255, 0..65535 that holds all
+  values. Where none does (32-bit integers, negative values), smallest..largest is stretched.
+  """
+  values = np.asarray(image).astype(np.float32)
+  if not np.isfinite(values).all():
+    raise ValueError('it holds values that are not finite')
+  low, high = values.min(), values.max()
+  scales = (1, 255, 65535) if image.mode == 'F' else (65535,)
+  fitting = [scale for scale in scales if low >= 0 and high <= scale]
+  low, high = (0, fitting[0]) if fitting else (low, high)
+  return Image.fromarray(((values - low) * (255 / ((high - low) or 1)) + 0.5).astype(np.uint8))
+
+
+def _on(image, background):
+  """The picture as RGB, shown on a background colour."""
+  if not image.has_transparency_data:
+    return image.convert('RGB')
+  image = image.convert('RGBA')
+  return Image.alpha_composite(Image.new('RGBA', image.size, background), image).convert('RGB')
+
+
+def _wrap(text, font, width, limit):
+  """At most `limit` lines of words, none wider than `width` pixels; '…' where text was left out."""
+  lines = ['']
+  for word in text.split():
+    longer = f'{lines[-1]} {word}'.strip()
+    if lines[-1] and font.getlength(longer) > width:
+      lines.append(word)
+    else:
+      lines[-1] = longer
+  if len(lines) > limit:
+    lines[limit - 1] += '…'
+  return [_cut(line, font, width) for line in lines[:limit] if line]
+
+
+def _cut(line, font, width):
+  line = line[: int(width) + 1]  # a character takes a pixel at the least
+  while len(line) > 1 and font.getlength(line) > width:
+    line = line[:-2] + '…'
+  return line
