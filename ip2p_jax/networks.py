@@ -59,7 +59,8 @@ def params_of(checkpoint: Checkpoint, networks: Networks, dtype: Any) -> dict[st
     target = jax.tree.map(
       lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), networks.shapes[component]
     )
-    tree = names.to_params(checkpoint.tensors[component], target, component)
+    tree = names.to_params(
+      checkpoint.tensors[component], target, component, source=checkpoint.source
+    )
     params[component] = jax.device_put(tree)
   return params
-

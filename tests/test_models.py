@@ -128,7 +128,7 @@ def vision_error(config, rng):
   torch_vision = reference.vision_encoder(config)
   ours = VisionConfig.from_json(torch_vision.config.to_dict())
   make = lambda keys: VisionEncoder(ours, rngs=keys)
-  vision_def, params = reference.convert(torch_vision, make, 'vision_encoder')
+  vision_def, params = reference.convert(torch_vision, make, 'image_encoder')
   images = rng.standard_normal((2, ours.image_size, ours.image_size, 3), np.float32)
   with torch.no_grad():
     theirs = torch_vision(nchw(images)).image_embeds

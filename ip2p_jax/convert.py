@@ -1,0 +1,128 @@
+"""Converting checkpoints, with a stored edit beside the result that PyTorch can repeat."""
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from ip2p_jax import weights
+from ip2p_jax.editor import Editor, Sampling
+from ip2p_jax.networks import COMPONENTS, networks_of
+from ip2p_jax.weights import diffusers_folder, names
+
+VERIFY = Path(__file__).parent / 'resources' / 'verify.py'
+INSTRUCTION, STEPS, TEXT_GUIDANCE, IMAGE_GUIDANCE = 'make it winter', 4, 7.5, 1.5
+LATENT_SIDE = 16
+
+
+def convert(
+  src: Path,
+  dst: Path,
+  to: str = 'diffusers',
+  dtype: str = 'float32',
+  *,
+  ema: bool = True,
+  variant: str | None = None,
+  prediction_type: str | None = None,
+  verify: bool = True,
+  overwrite: bool = False,
+  say: Callable[[str], None] = print,
+) -> None:
+  """Reads SRC, checks every tensor against its architecture, writes DST and reads it back.
+
+  Args:
+    src: a diffusers folder or a single file.
+    dst: a folder for `to='diffusers'`, a `.safetensors` file for `to='ldm'`.
+    dtype: of the written weights. float16 names a folder's files as variant fp16.
+    verify: whether to run a short edit from the written files and store it with `verify.py`: in
+      the folder, or in `DST.verify/` beside the file.
+    say: told each thing done, a line of text.
+
+  Raises InputError for anything wrong with SRC or DST.
+  """
+  checkpoint = weights.read(src, variant=variant, ema=ema, prediction_type=prediction_type)
+  check(checkpoint)
+  counts = ', '.join(f'{len(checkpoint.tensors[name])} {name}' for name in COMPONENTS)
+  say(f'read {src}: {counts} tensors, all as its architecture wants them')
+  written_variant = 'fp16' if to == 'diffusers' and dtype == 'float16' else None
+  weights.write(checkpoint, dst, to, dtype, variant=written_variant, overwrite=overwrite)
+  say(f'wrote {dst} in {dtype}, read it back, and it is the same')
+  if not verify:
+    return
+  written = weights.read(dst)
+  if written.configs['unet']['in_channels'] != 2 * written.configs['vae']['latent_channels']:
+    say('no edit to verify: the UNet does not take a picture')
+    return
+  folder = dst if to == 'diffusers' else dst.with_suffix('.verify')
+  if to == 'ldm':
+    diffusers_folder.write_configs(written, folder)
+  settings = {'file': dst.name if to == 'ldm' else None, 'variant': written_variant}
+  store_edit(Editor.from_checkpoint(written, 'float32'), folder, settings)
+  say(f'stored an edit and {folder / "verify.py"}')
+  if importlib.util.find_spec('torch') and importlib.util.find_spec('diffusers'):
+    say(run_verification(folder))
+
+
+def check(checkpoint: weights.Checkpoint) -> None:
+  """InputError naming any tensor that is missing, left over, misshapen or not finite."""
+  networks = networks_of(checkpoint)
+  for component in COMPONENTS:
+    tensors, shapes = checkpoint.tensors[component], networks.shapes[component]
+    names.to_params(tensors, shapes, component, source=checkpoint.source)
+
+
+def store_edit(editor: Editor, folder: Path, settings: dict) -> None:
+  """Runs a short edit with known noise and stores it, and the script that repeats it, in `folder`."""
+  rng = np.random.default_rng(0)
+  side = LATENT_SIDE * editor.networks.vae_config.factor
+  image = example_picture(side)
+  noise = rng.standard_normal((STEPS + 1, 1, LATENT_SIDE, LATENT_SIDE, 4), np.float32)
+  edit = editor.edit_arrays(
+    image[None],
+    [INSTRUCTION],
+    Sampling(STEPS),
+    text_guidance=TEXT_GUIDANCE,
+    image_guidance=IMAGE_GUIDANCE,
+    init_noise=noise[0],
+    step_noise=noise[1:],
+  )
+  nchw = lambda x: np.ascontiguousarray(np.moveaxis(np.asarray(x), -1, -3))
+  tensors = {
+    'image': image,
+    'token_ids': editor.tokenizer([INSTRUCTION])[0],
+    'init_noise': nchw(noise[0]),
+    'step_noise': nchw(noise[1:]),
+    'latents': nchw(edit.latents),
+    'result': np.asarray(edit.images[0]),
+  }
+  settings = settings | {
+    'instruction': INSTRUCTION,
+    'steps': STEPS,
+    'text_guidance': TEXT_GUIDANCE,
+    'image_guidance': IMAGE_GUIDANCE,
+  }
+  weights.write_safetensors(
+    folder / 'verify.safetensors', tensors, metadata={'settings': json.dumps(settings)}
+  )
+  shutil.copy(VERIFY, folder / 'verify.py')
+
+
+def example_picture(side: int) -> np.ndarray:
+  """uint8 [side, side, 3]: colour gradients under a grid, so that every pixel counts."""
+  y, x = np.mgrid[:side, :side] / side
+  channels = [x, y, 0.5 + 0.5 * np.sin(20 * x) * np.cos(14 * y)]
+  return np.round(255 * np.stack(channels, -1)).astype(np.uint8)
+
+
+def run_verification(folder: Path) -> str:
+  """What `verify.py` says at the end."""
+  done = subprocess.run(
+    [sys.executable, folder / 'verify.py', '--device', 'cpu'], capture_output=True, text=True
+  )
+  lines = (done.stdout.strip() or done.stderr.strip() or 'verify: said nothing').splitlines()
+  return lines[-1]

@@ -1,0 +1,385 @@
+"""Editing pictures of any size: `Editor.load(path).edit(picture, 'make it winter')`.
+
+B pictures of one call of the program, H W their working size, h w the latents' (H and W over the
+VAE's factor, 8), S steps.
+"""
+
+import dataclasses
+import functools
+import secrets
+import warnings
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Self
+
+import jax
+import numpy as np
+from PIL import Image
+
+from ip2p_jax import edit_program as program
+from ip2p_jax import images as pictures
+from ip2p_jax import weights
+from ip2p_jax.diffusion import guidance, samplers
+from ip2p_jax.errors import InputError
+from ip2p_jax.networks import Networks, networks_of, params_of
+from ip2p_jax.text import ClipTokenizer
+
+DTYPES = ('float32', 'bfloat16', 'float16')
+MAX_SEED = 2**32 - 1
+
+Progress = Callable[[int, int], None]  # called with (steps done, steps in all)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """How to walk from noise to latents.
+
+  Attributes:
+    sampler: 'euler_ancestral', 'euler', 'heun', 'ddim', 'dpmpp_2m' or 'lcm'.
+    spacing: of the timesteps: 'linspace', 'leading', 'trailing'; None is the sampler's own.
+    karras: whether to space the noise levels after Karras et al. (2022).
+    rescale: 0 to 1, against overexposure at high scales (Lin et al. 2023).
+    interval: the part of the steps to guide in, as in (0.2, 0.8); outside it the network runs once
+      per step instead of up to three times (Kynkaanniemi et al. 2024).
+  """
+
+  steps: int = 100
+  sampler: str = 'euler_ancestral'
+  spacing: str | None = None
+  karras: bool = False
+  rescale: float = 0.0
+  interval: tuple[float, float] = (0.0, 1.0)
+
+  def __post_init__(self):
+    if not 0 <= self.rescale <= 1:
+      raise InputError(f'rescale is {self.rescale}; it goes from 0 (none) to 1.')
+    start, stop = self.interval
+    if not 0 <= start <= stop <= 1:
+      raise InputError(f'interval is {start} to {stop}; give two fractions of the steps, 0 to 1.')
+
+  def guided_sigmas(self, sigmas: np.ndarray) -> np.ndarray:
+    """float32 [2]: guide at noise levels over the first and up to the second."""
+    start, stop = (round(fraction * self.steps) for fraction in self.interval)
+    return np.float32([sigmas[stop], np.inf if start == 0 else sigmas[start]])
+
+
+class Editor:
+  """A checkpoint that edits pictures."""
+
+  def __init__(self, networks: Networks, params, tokenizer: ClipTokenizer, source: str = 'editor'):
+    """`params` holds a parameter tree each for 'unet', 'vae' and 'text_encoder'."""
+    _check_channels(networks, source)
+    self.networks, self.params, self.tokenizer = networks, params, tokenizer
+    bind = lambda f: jax.jit(functools.partial(f, networks), static_argnums=0)
+    self._program = bind(program.edit_program)
+    self._begin = bind(program.begin)
+    self._advance = bind(program.advance)
+    self._end = bind(program.end)
+
+  @classmethod
+  def load(
+    cls,
+    path: str,
+    dtype: str | None = None,
+    *,
+    variant: str | None = None,
+    ema: bool = True,
+    prediction_type: str | None = None,
+  ) -> Self:
+    """Reads a diffusers folder or a single LDM file (`.safetensors`, `.ckpt`).
+
+    Args:
+      path: the checkpoint; its UNet must have eight input channels.
+      dtype: of weights and arithmetic; None takes float32 on a CPU and bfloat16 elsewhere.
+      variant: of a folder's files, such as 'fp16'.
+      ema: whether to prefer a single file's averaged weights.
+      prediction_type: 'epsilon' or 'v_prediction', for single files that cannot say.
+
+    Raises InputError for anything that is missing, broken or not supported.
+    """
+    checkpoint = weights.read(path, variant=variant, ema=ema, prediction_type=prediction_type)
+    return cls.from_checkpoint(checkpoint, dtype)
+
+  @classmethod
+  def from_checkpoint(cls, checkpoint: weights.Checkpoint, dtype: str | None = None) -> Self:
+    dtype = dtype or ('float32' if jax.default_backend() == 'cpu' else 'bfloat16')
+    if dtype not in DTYPES:
+      raise InputError(f'dtype is {dtype!r}; use one of {", ".join(DTYPES)}.')
+    networks = networks_of(checkpoint)
+    _check_channels(networks, checkpoint.source)  # before reading gigabytes
+    length = networks.text_config.max_position_embeddings
+    tokenizer = ClipTokenizer(checkpoint.tokenizer, length, checkpoint.source)
+    return cls(networks, params_of(checkpoint, networks, dtype), tokenizer, checkpoint.source)
+
+  def edit(
+    self,
+    images: Image.Image | np.ndarray | Sequence[Image.Image],
+    instructions: str | Sequence[str],
+    *,
+    steps: int = 100,
+    text_guidance: float | Sequence[float] = 7.5,
+    image_guidance: float | Sequence[float] = 1.5,
+    seed: int | Sequence[int] | None = None,
+    indices: Sequence[int] | None = None,
+    sampler: str = 'euler_ancestral',
+    spacing: str | None = None,
+    karras: bool = False,
+    rescale: float = 0.0,
+    interval: tuple[float, float] = (0.0, 1.0),
+    negative: str = '',
+    mask: np.ndarray | Sequence[np.ndarray] | None = None,
+    init_noise: np.ndarray | None = None,
+    step_noise: np.ndarray | None = None,
+    resolution: int | None = None,
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+  ) -> list[Image.Image] | np.ndarray:
+    """Edits pictures of any size; each result has its picture's size and transparency.
+
+    One of a kind goes with any number of the others: ten pictures with one instruction, one picture
+    with ten seeds, and so on.
+
+    Args:
+      images: PIL images, or a uint8 array [H, W, 3] or [B, H, W, 3].
+      instructions: what to do, as in 'make it winter'.
+      steps, sampler, spacing, karras, rescale, interval: see `Sampling`.
+      text_guidance: how strongly to follow the instruction (3 to 12 make sense).
+      image_guidance: how strongly to stay with the picture (1 to 2.2 make sense).
+      seed: 0 to 2**32 - 1. A picture's noise depends on its seed and index only, never on the
+        batch it is in. None draws one seed for the call.
+      indices: one per result; 0, 1, 2 ... by default.
+      negative: what the result should not be; takes the place of the empty instruction.
+      mask: float [H, W] in [0, 1] at the picture's size; pixels at 0 are kept exactly.
+      init_noise, step_noise: standard normal [B, h, w, 4] and [S, B, h, w, 4], to repeat a run of
+        another framework.
+      resolution: of the longer side at work; None works at the picture's own size.
+      batch_size: pictures per call of the program; fewer are padded, so that one compiled program
+        serves all. None puts all pictures of one working size into one call.
+      progress: called as (steps done, steps in all); the program then runs step by step.
+
+    Returns PIL images, RGB or RGBA, or an array if arrays came in. Raises InputError on bad values.
+    """
+    originals = [pictures.plain(image) for image in _pictures(images)]
+    rows = Rows.of(originals, instructions, text_guidance, image_guidance, seed, mask, indices)
+    sampling = Sampling(steps, sampler, spacing, karras, rescale, interval)
+    factor = self.networks.vae_config.factor
+    sizes = [
+      pictures.working_size(*image.size, resolution or max(image.size), factor)
+      for image in rows.originals
+    ]
+    results: list[Image.Image | None] = [None] * len(sizes)
+    groups = _groups(sizes, batch_size)
+    for done, group in enumerate(groups):
+      size = sizes[group[0]]
+      padded = (group * batch_size)[:batch_size] if batch_size else group
+      part = rows.take(padded)
+      edit = self.edit_arrays(
+        np.stack([pictures.to_array(original, size) for original in part.originals]),
+        part.instructions,
+        sampling,
+        text_guidance=part.text_guidance,
+        image_guidance=part.image_guidance,
+        seeds=part.seeds,
+        indices=part.indices,
+        negative=negative,
+        mask=None if mask is None else np.stack([_latent_mask(m, size, factor) for m in part.mask]),
+        init_noise=None if init_noise is None else np.asarray(init_noise)[padded],
+        step_noise=None if step_noise is None else np.asarray(step_noise)[:, padded],
+        progress=_part_of(progress, done, len(groups)),
+      )
+      for row, image in zip(group, np.asarray(edit.images), strict=False):
+        results[row] = pictures.restore(image, rows.originals[row], rows.mask[row])
+    return np.stack(results) if isinstance(images, np.ndarray) else results
+
+  def edit_arrays(
+    self,
+    images: np.ndarray,
+    instructions: Sequence[str],
+    sampling: Sampling = Sampling(),
+    *,
+    text_guidance: float | Sequence[float] = 7.5,
+    image_guidance: float | Sequence[float] = 1.5,
+    seeds: int | Sequence[int] = 0,
+    indices: Sequence[int] | None = None,
+    negative: str = '',
+    mask: np.ndarray | None = None,
+    init_noise: np.ndarray | None = None,
+    step_noise: np.ndarray | None = None,
+    progress: Progress | None = None,
+  ) -> program.Edit:
+    """Runs the program on a batch: uint8 [B, H, W, 3] in, images and latents out, on the device.
+
+    Sides must be multiples of the VAE's factor; `mask` is float32 [B, h, w, 1]; the rest is as in
+    `edit`.
+    """
+    images = self._checked_images(images)
+    batch, height, width, _ = images.shape
+    factor = self.networks.vae_config.factor
+    latents_shape = (batch, height // factor, width // factor, 4)
+    text_guidance = _per_image('text_guidance', text_guidance, batch, np.float32)
+    image_guidance = _per_image('image_guidance', image_guidance, batch, np.float32)
+    branches = guidance.branches(text_guidance, image_guidance, sampling.rescale)
+    has_interval = tuple(sampling.interval) != (0.0, 1.0) and branches != program.CONDITIONAL
+    plan = program.Plan(sampling.sampler, branches, has_interval)
+    grid = samplers.noise_levels(
+      self.networks.schedule, sampling.sampler, sampling.steps, sampling.spacing, sampling.karras
+    )
+    request = program.Request(
+      images=images,
+      token_ids=self._tokens(instructions, batch),
+      negative_ids=self._tokens([negative], 1),
+      text_guidance=text_guidance,
+      image_guidance=image_guidance,
+      seeds=_per_image('seed', seeds, batch, np.uint32),
+      indices=_per_image('indices', range(batch) if indices is None else indices, batch, np.uint32),
+      grid=grid,
+      guided_sigmas=sampling.guided_sigmas(grid.sigmas),
+      rescale=np.float32(sampling.rescale) if sampling.rescale else None,
+      mask=_checked('mask', mask, (*latents_shape[:3], 1)),
+      init_noise=_checked('init_noise', init_noise, latents_shape),
+      step_noise=_checked('step_noise', step_noise, (sampling.steps, *latents_shape)),
+    )
+    if progress is None:
+      return self._program(plan, self.params, request)
+    return self._stepwise(plan, request, sampling.steps, progress)
+
+  def _stepwise(self, plan, request, steps, progress) -> program.Edit:
+    """The program in parts, so that the host can count. One step is always in flight."""
+    conditions, state = self._begin(plan, self.params, request)
+    for i in range(steps):
+      previous = state
+      state = self._advance(plan, self.params, request, conditions, state, np.int32(i))
+      jax.block_until_ready(previous)
+      progress(i, steps)
+    edit = jax.block_until_ready(self._end(plan, self.params, request, state))
+    progress(steps, steps)
+    return edit
+
+  def _tokens(self, texts, count):
+    if len(texts) != count:
+      raise InputError(f'{len(texts)} instructions for {count} images; give one each.')
+    for text in dict.fromkeys(texts):
+      if cut := self.tokenizer.cut_off(text).strip():
+        warnings.warn(
+          f'an instruction is longer than {self.tokenizer.length} tokens; ignored: {cut!r}',
+          stacklevel=4,
+        )
+    return self.tokenizer(texts)
+
+  def _checked_images(self, images):
+    images, factor = np.asarray(images), self.networks.vae_config.factor
+    shape = list(images.shape)
+    if images.dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or not images.size:
+      raise InputError(f'images are {images.dtype} {shape}; give uint8 [B, H, W, 3].')
+    if shape[1] % factor or shape[2] % factor:
+      raise InputError(f'images are {shape[2]}x{shape[1]}; sides must be multiples of {factor}.')
+    return images
+
+
+class Rows(NamedTuple):
+  """One entry per picture to make."""
+
+  originals: Sequence[Image.Image]
+  instructions: Sequence[str]
+  text_guidance: Sequence[float]
+  image_guidance: Sequence[float]
+  seeds: Sequence[int]
+  mask: Sequence[np.ndarray | None]
+  indices: Sequence[int]
+
+  @classmethod
+  def of(cls, originals, instructions, text_guidance, image_guidance, seed, mask, indices) -> Self:
+    """Repeats what is given once as often as the rest; InputError if the counts do not fit."""
+    seed = secrets.randbelow(MAX_SEED + 1) if seed is None else seed
+    columns = [originals, instructions, text_guidance, image_guidance, seed]
+    columns = [list(column) if _is_many(column) else [column] for column in columns]
+    columns.append([mask] if mask is None or np.ndim(mask[0]) == 1 else list(mask))
+    count = max(map(len, columns))
+    columns.append(range(count) if indices is None else indices)
+    for name, column in zip(cls._fields, columns, strict=True):
+      if len(column) not in (1, count):
+        raise InputError(f'{len(column)} {name} for {count} pictures; give one, or one each.')
+    rows = cls(*(list(column) * (count // len(column)) for column in columns))
+    if not all(text.strip() for text in rows.instructions):
+      raise InputError('the instruction is empty; say what to change, as in "make it winter".')
+    for original, row_mask in zip(rows.originals, rows.mask, strict=True):
+      if row_mask is not None and np.shape(row_mask) != original.size[::-1]:
+        raise InputError(f'the mask has shape {list(np.shape(row_mask))}; the picture needs '
+                         f'{list(original.size[::-1])}.')  # fmt: skip
+    return rows
+
+  def take(self, rows: Sequence[int]) -> 'Rows':
+    return Rows(*([column[row] for row in rows] for column in self))
+
+
+def _check_channels(networks, source):
+  channels = networks.unet_config.in_channels
+  latents = networks.vae_config.latent_channels
+  if channels == 2 * latents:
+    return
+  kind = 'not an InstructPix2Pix model'
+  if channels == latents:
+    kind = 'a text-to-image model, which cannot see the picture to edit'
+  raise InputError(
+    f'{source}: the UNet has {channels} input channels where an edit needs {2 * latents} (latents'
+    f' and picture): this is {kind}; use an InstructPix2Pix checkpoint.'
+  )
+
+
+def _is_many(value):
+  return not isinstance(value, str) and np.ndim(value) > 0
+
+
+def _pictures(images):
+  if isinstance(images, Image.Image):
+    return [images]
+  if not isinstance(images, np.ndarray):
+    return list(images)
+  if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[-1] != 3:
+    raise InputError(f'images are {images.dtype} {list(images.shape)}; give uint8 [B, H, W, 3].')
+  return [Image.fromarray(image) for image in (images if images.ndim == 4 else images[None])]
+
+
+def _per_image(name, values, batch, dtype):
+  values = np.asarray(values)
+  if values.ndim and values.shape != (batch,):
+    raise InputError(f'{name} has shape {list(values.shape)} for {batch} images; give one each.')
+  if dtype == np.uint32 and not ((values >= 0) & (values <= MAX_SEED)).all():
+    raise InputError(f'{name} is {values.tolist()}; it goes from 0 to {MAX_SEED}.')
+  if not np.isfinite(values.astype(np.float64)).all():
+    raise InputError(f'{name} is {values.tolist()}; give a finite number.')
+  return np.broadcast_to(values.astype(dtype), (batch,))
+
+
+def _checked(name, value, shape):
+  if value is None:
+    return None
+  if np.shape(value) != shape:
+    raise InputError(f'{name} has shape {list(np.shape(value))}, not {list(shape)}.')
+  return np.asarray(value, np.float32)
+
+
+def _groups(sizes, batch_size):
+  """Rows of equal working size, at most `batch_size` together if that is given."""
+  by_size = {}
+  for row, size in enumerate(sizes):
+    by_size.setdefault(size, []).append(row)
+  return [
+    rows[start : start + (batch_size or len(rows))]
+    for rows in by_size.values()
+    for start in range(0, len(rows), batch_size or len(rows))
+  ]
+
+
+def _latent_mask(mask, size, factor):
+  """[H, W] at the picture's size -> [h, w, 1]: 1 for each latent that touches what is edited."""
+  width, height = size
+  picture = Image.fromarray(np.asarray(mask, np.float32)).resize(size, Image.Resampling.BILINEAR)
+  cells = np.asarray(picture).reshape(height // factor, factor, width // factor, factor)
+  return (cells.max((1, 3)) > 0).astype(np.float32)[..., None]
+
+
+def _part_of(progress, done, parts):
+  """Progress over several calls of the program as one."""
+  if progress is None:
+    return None
+  return lambda step, steps: progress(done * steps + step, parts * steps)

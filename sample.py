@@ -1,0 +1,9 @@
+"""Edits a picture by an instruction; the same as `ip2p edit`.
+
+python sample.py --ckpt CKPT --input photo.jpg --edit "make it winter" --output winter.png
+"""
+
+from ip2p_jax import cli
+
+if __name__ == '__main__':
+  cli.run(cli.edit, 'sample.py')
