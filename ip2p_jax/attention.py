@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 
@@ -36,4 +37,9 @@ Attention = Callable[[Array, Array, Array, Site | None], Array]
 def attend(q: Array, k: Array, v: Array, site: Site | None = None, *, is_causal: bool = False):
   """Softmax attention with scale C ** -0.5; scores and softmax in float32."""
   del site
-  return jax.nn.dot_product_attention(q, k, v, is_causal=is_causal, implementation='xla')
+  scores = jnp.einsum('bnhc,bmhc->bhnm', q, k, preferred_element_type=jnp.float32)
+  scores = scores * q.shape[-1] ** -0.5
+  if is_causal:
+    seen = jnp.tri(q.shape[1], k.shape[1], dtype=bool)[None, None]
+    scores = jnp.where(seen, scores, -jnp.inf)
+  return jnp.einsum('bhnm,bmhc->bnhc', jax.nn.softmax(scores).astype(v.dtype), v)

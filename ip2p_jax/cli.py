@@ -1,21 +1,24 @@
 """The `ip2p` command. Each subcommand is a function; its docstring and options are its --help."""
 
+import contextlib
 import os
 import secrets
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
+import jax
 import typer
 from tqdm import tqdm
 from typer import Option
 
+from ip2p_jax import convert as conversion
+from ip2p_jax import edit_files
 from ip2p_jax import images as pictures
+from ip2p_jax.editor import Editor
 from ip2p_jax.errors import InputError
-
-GRID_THUMBNAIL = 512  # pixels of the longer side of each picture in a grid
 
 
 def edit(
@@ -75,77 +78,36 @@ def edit(
   """
   if not edit.strip():
     raise InputError('--edit is empty; say what to change, as in --edit "make it winter".')
-  if not input.exists():
-    raise InputError(f'--input {input}: no such file or folder.')
-  files = pictures.find_images(input)
-  scales = _grid_scales(grid_text, grid_image) if grid else [(cfg_text, cfg_image)]
-  if grid and (len(files) > 1 or num > 1):
-    raise InputError('--grid makes one picture of one picture; give a file, and leave out --num.')
-  outputs = _outputs(input, files, output, 1 if grid else num)
   seed = secrets.randbelow(2**31) if seed is None else seed
-  if seed + num > 2**32:
-    raise InputError(f'--seed {seed} with --num {num} goes past {2**32 - 1}; use a lower seed.')
-  jobs = [
-    {'file': file, 'index': index + i, 'seed': seed + n, 'text': text, 'image': image}
-    for i, file in enumerate(files)
-    for n in range(num)
-    for text, image in scales
-  ]
-  groups = _by_size(jobs, resolution, mask)  # also finds broken pictures before any work is done
-  print(f'seed {seed}')
-
-  from ip2p_jax.editor import Editor  # brings in jax, too slow for --help
-
-  _cache_compilations()
-  editor = Editor.load(ckpt, dtype, variant=variant, ema=ema, prediction_type=prediction_type)
-  settings = {
-    'edit': edit, 'negative': negative, 'ckpt': str(ckpt), 'resolution': resolution,
-    'steps': steps, 'sampler': sampler, 'spacing': spacing, 'karras': karras, 'rescale': rescale,
-    'interval': list(interval), 'mask': mask and str(mask), 'ema': ema, 'variant': variant,
-    'prediction_type': prediction_type, 'dtype': editor.dtype,
+  scales = edit_files.parse_scales(grid_text, grid_image) if grid else [(cfg_text, cfg_image)]
+  jobs = edit_files.plan_jobs(
+    input, output, scales, seed=seed, index=index, num=num, resolution=resolution, mask=mask
+  )
+  options = {
+    'steps': steps, 'sampler': sampler, 'spacing': spacing, 'karras': karras,
+    'rescale': rescale, 'interval': interval, 'negative': negative,
   }  # fmt: skip
-  batch_size = min(batch_size, max(map(len, groups)))
-  batches = [
-    group[i : i + batch_size] for group in groups for i in range(0, len(group), batch_size)
-  ]
-  sheet = {}
-  with _progress_bar(len(batches) * steps) as bar:
-    for batch in batches:
-      originals = [pictures.read(job['file']) for job in batch]
-      results = editor.edit(
-        originals,
-        edit,
-        steps=steps,
-        text_guidance=[job['text'] for job in batch],
-        image_guidance=[job['image'] for job in batch],
-        seed=[job['seed'] for job in batch],
-        indices=[job['index'] for job in batch],
-        sampler=sampler,
-        spacing=spacing,
-        karras=karras,
-        rescale=rescale,
-        interval=interval,
-        negative=negative,
-        mask=mask and [pictures.read_mask(mask, original.size) for original in originals],
-        resolution=resolution,
-        batch_size=batch_size,
-        progress=bar and _counter(bar),
-      )
-      for job, result in zip(batch, results, strict=True):
-        if grid:
-          result.thumbnail((GRID_THUMBNAIL, GRID_THUMBNAIL))
-          sheet[job['text'], job['image']] = result
-          continue
-        path = outputs[job['file'], job['seed'] - seed]
-        own = {'input': str(job['file']), 'seed': job['seed'], 'index': job['index'],
-               'cfg_text': job['text'], 'cfg_image': job['image']}  # fmt: skip
-        pictures.save(result, path, settings | own)
-        _say(f'wrote {path}')
+  _say(f'seed {seed}')
+  _cache_compilations()
+  model = Editor.load(ckpt, dtype, variant=variant, ema=ema, prediction_type=prediction_type)
+  settings = options | {
+    'edit': edit, 'ckpt': str(ckpt), 'resolution': resolution, 'mask': mask and str(mask),
+    'dtype': model.dtype, 'variant': variant, 'ema': ema, 'prediction_type': prediction_type,
+  }  # fmt: skip
+  sheet = []
+  with _progress() as progress:
+    for job, result in edit_files.run_jobs(
+      model, jobs, edit, batch_size=batch_size, mask=mask, options=options, progress=progress
+    ):
+      if grid:
+        sheet.append((job, result))
+        continue
+      own = {'input': str(job.file), 'seed': job.seed, 'index': job.index,
+             'cfg_text': job.cfg_text, 'cfg_image': job.cfg_image}  # fmt: skip
+      _save(result, job.output, settings | own)
   if grid:
-    (path,) = outputs.values()
     own = {'input': str(input), 'seed': seed, 'index': index, 'grid': scales}
-    pictures.save(_labelled(sheet, edit), path, settings | own)
-    _say(f'wrote {path}')
+    _save(edit_files.labelled_grid(sheet, edit), jobs[0].output, settings | own)
 
 
 def convert(
@@ -176,8 +138,6 @@ def convert(
   The LDM file is what A1111 and ComfyUI load. Beside the weights lie a stored edit and verify.py,
   which repeats it with torch and diffusers alone and prints the difference.
   """
-  from ip2p_jax import convert as conversion
-
   _cache_compilations()
   conversion.convert(
     src, dst, to, dtype, ema=ema, variant=variant, prediction_type=prediction_type,
@@ -227,72 +187,28 @@ def _say(text):
   tqdm.write(text)
 
 
-def _progress_bar(total):
-  return tqdm(total=total, unit='step', disable=not sys.stderr.isatty(), dynamic_ncols=True)
+def _save(picture, path, settings):
+  pictures.save(picture, path, settings)
+  _say(f'wrote {path}')
 
 
-def _counter(bar):
-  before = bar.n
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[int, int], None] | None]:
+  """Counts steps on a terminal; None where nobody is looking."""
+  if not sys.stderr.isatty():
+    yield None
+    return
+  with tqdm(unit='step', dynamic_ncols=True) as bar:
 
-  def count(done, total):
-    del total
-    bar.update(before + done - bar.n)
+    def count(done, total):
+      bar.total = total
+      bar.update(done - bar.n)
 
-  return None if bar.disable else count
+    yield count
 
 
 def _cache_compilations():
   """Keeps compiled programs on disk, so that the next start is fast."""
-  import jax
-
   if not jax.config.jax_compilation_cache_dir:
     home = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
     jax.config.update('jax_compilation_cache_dir', str(home / 'ip2p-jax'))
-
-
-def _grid_scales(text, image) -> list[tuple[float, float]]:
-  try:
-    texts, images = ([float(part) for part in scales.split(',')] for scales in (text, image))
-  except ValueError:
-    raise InputError(
-      '--grid-text and --grid-image take numbers with commas, as in 3,5,7.5.'
-    ) from None
-  return [(t, i) for t in texts for i in images]
-
-
-def _labelled(sheet, title):
-  texts, images = (list(dict.fromkeys(scales)) for scales in zip(*sheet, strict=True))
-  rows = [[sheet[text, image] for image in images] for text in texts]
-  row_labels = [f'text {text:g}' for text in texts]
-  return pictures.grid(rows, row_labels, [f'image {image:g}' for image in images], title)
-
-
-def _outputs(input, files, output, num) -> dict[tuple[Path, int], Path]:
-  """Where each (file, variation) goes; checks now that all of it can be written."""
-  is_folder = output.is_dir() or input.is_dir() or not output.suffix
-  if is_folder and output.suffix.lower() in pictures.WRITE_FORMATS and not output.is_dir():
-    raise InputError(f'--output {output}: --input is a folder, so give a folder.')
-  suffixes = [f'-{n}' for n in range(num)] if num > 1 else ['']
-  result = {}
-  for file in files:
-    base = output / f'{file.stem}.png' if is_folder else output
-    for n, suffix in enumerate(suffixes):
-      result[file, n] = path = base.with_name(f'{base.stem}{suffix}{base.suffix}')
-      pictures.check_writable(path)
-      if list(result.values()).count(path) > 1:
-        raise InputError(f'--input {input}: two pictures would both be written to {path}.')
-  return result
-
-
-def _by_size(jobs, resolution, mask) -> list[list[dict]]:
-  groups: dict[tuple[int, int], list[dict]] = {}
-  sizes = {}
-  for job in jobs:
-    file = job['file']
-    if file not in sizes:
-      picture = pictures.read(file)
-      sizes[file] = pictures.working_size(*picture.size, resolution)
-      if mask is not None:
-        pictures.read_mask(mask, picture.size)
-    groups.setdefault(sizes[file], []).append(job)
-  return list(groups.values())

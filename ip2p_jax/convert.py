@@ -77,7 +77,7 @@ def check(checkpoint: weights.Checkpoint) -> None:
 
 
 def store_edit(editor: Editor, folder: Path, settings: dict) -> None:
-  """Runs a short edit with known noise and stores it, and the script that repeats it, in `folder`."""
+  """Runs a short edit with known noise; stores it in `folder` with the script that repeats it."""
   rng = np.random.default_rng(0)
   side = LATENT_SIDE * editor.networks.vae_config.factor
   image = example_picture(side)

@@ -69,6 +69,7 @@ class Editor:
     """`params` holds a parameter tree each for 'unet', 'vae' and 'text_encoder'."""
     _check_channels(networks, source)
     self.networks, self.params, self.tokenizer = networks, params, tokenizer
+    self.dtype = str(jax.tree.leaves(params['unet'])[0].dtype)
     bind = lambda f: jax.jit(functools.partial(f, networks), static_argnums=0)
     self._program = bind(program.edit_program)
     self._begin = bind(program.begin)
@@ -326,7 +327,7 @@ def _check_channels(networks, source):
 
 
 def _is_many(value):
-  return not isinstance(value, str) and np.ndim(value) > 0
+  return isinstance(value, Sequence | np.ndarray) and not isinstance(value, str)
 
 
 def _pictures(images):

@@ -1,21 +1,30 @@
 """PyTorch reference models with random normal weights, small or full size, and their conversion."""
 
+import contextlib
+import json
 import math
 
+import diffusers
 import jax
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import (
+  AutoencoderKL,
+  EulerAncestralDiscreteScheduler,
+  StableDiffusionInstructPix2PixPipeline,
+  UNet2DConditionModel,
+)
 from transformers import (
   CLIPTextConfig,
   CLIPTextModel,
   CLIPTextModelWithProjection,
+  CLIPTokenizer,
   CLIPVisionConfig,
   CLIPVisionModelWithProjection,
 )
 
 from ip2p_jax.models.layers import abstract
-from ip2p_jax.weights import names
+from ip2p_jax.weights import clip_tokenizer, names
 
 TINY_UNET = {
   'in_channels': 8,
@@ -140,3 +149,47 @@ def nchw(x) -> torch.Tensor:
 
 def nhwc(x) -> np.ndarray:
   return np.moveaxis(x.detach().numpy(), 1, -1)
+
+
+def tokenizer_files() -> dict[str, bytes]:
+  """A CLIP tokenizer of 600 tokens: all bytes and the first merges of the real one."""
+  full = clip_tokenizer()
+  merges = full['merges.txt'].decode().splitlines()[:87]
+  tokens = sorted(json.loads(full['vocab.json']).items(), key=lambda item: item[1])[:598]
+  vocab = dict(tokens) | {'<|startoftext|>': 598, '<|endoftext|>': 599}
+  return full | {
+    'vocab.json': json.dumps(vocab).encode(),
+    'merges.txt': '\n'.join([*merges, '']).encode(),
+  }
+
+
+def pipeline(
+  unet_config=TINY_UNET, folder=None, **scheduler
+) -> StableDiffusionInstructPix2PixPipeline:
+  """A small InstructPix2Pix pipeline, random weights; `folder` gets the tokenizer's files."""
+  for name, content in tokenizer_files().items():
+    (folder / name).write_bytes(content)
+  return StableDiffusionInstructPix2PixPipeline(
+    unet=unet(unet_config),
+    vae=vae(TINY_VAE),
+    text_encoder=text_encoder(TINY_TEXT),
+    tokenizer=CLIPTokenizer.from_pretrained(folder),
+    scheduler=EulerAncestralDiscreteScheduler(
+      beta_start=0.00085, beta_end=0.012, beta_schedule='scaled_linear', steps_offset=1, **scheduler
+    ),
+    safety_checker=None,
+    feature_extractor=None,
+    requires_safety_checker=False,
+  )
+
+
+@contextlib.contextmanager
+def given_noise(step_noise):
+  """Makes diffusers' Euler ancestral scheduler draw these arrays [S, B, h, w, 4]."""
+  module = diffusers.schedulers.scheduling_euler_ancestral_discrete
+  draws, original = iter(step_noise), module.randn_tensor
+  module.randn_tensor = lambda *_, **__: nchw(next(draws))
+  try:
+    yield
+  finally:
+    module.randn_tensor = original

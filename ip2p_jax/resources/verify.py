@@ -40,13 +40,14 @@ def load(settings, dtype):
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+  form = argparse.RawTextHelpFormatter
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
   parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
   parser.add_argument('--dtype', default='float32', choices=['float32', 'float16', 'bfloat16'])
   flags = parser.parse_args()
 
   with safe_open(HERE / 'verify.safetensors', 'pt') as file:
-    stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    stored = {name: file.get_tensor(name) for name in file.keys()}
     settings = json.loads(file.metadata()['settings'])
   pipeline = load(settings, getattr(torch, flags.dtype)).to(flags.device)
   pipeline.set_progress_bar_config(disable=True)

@@ -1,0 +1,278 @@
+"""The whole edit: against diffusers' pipeline, and what must hold of it whatever the weights."""
+
+import warnings
+
+import jax
+import numpy as np
+import pytest
+import torch
+import torch_models as reference
+from PIL import Image
+
+from ip2p_jax import Editor
+from ip2p_jax.editor import Sampling
+from ip2p_jax.errors import InputError
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  return tmp_path_factory.mktemp('pipeline')
+
+
+@pytest.fixture(scope='module')
+def pipeline(folder):
+  pipeline = reference.pipeline(folder=folder)
+  pipeline.set_progress_bar_config(disable=True)
+  pipeline.save_pretrained(folder / 'saved')
+  return pipeline
+
+
+@pytest.fixture(scope='module')
+def editor(pipeline, folder):
+  return Editor.load(folder / 'saved')
+
+
+@pytest.fixture
+def photo(rng):
+  """uint8 [1, 32, 48, 3], smooth and not constant."""
+  y, x = np.mgrid[:32, :48] / 48
+  picture = np.stack([x, y, 0.5 + 0.5 * np.sin(9 * x + 5 * y)], -1)
+  return np.round(255 * picture).astype(np.uint8)[None]
+
+
+def run_torch(pipeline, photo, instruction, init_noise, step_noise, **options):
+  """(scaled latents, pixels in 0..255) of diffusers' pipeline, both NHWC."""
+  with torch.no_grad(), reference.given_noise(step_noise):
+    latents = pipeline(
+      instruction,
+      image=[Image.fromarray(picture) for picture in photo],
+      num_inference_steps=len(step_noise),
+      latents=reference.nchw(init_noise),
+      output_type='latent',
+      **options,
+    ).images
+    decoded = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
+  return reference.nhwc(latents), 255 * (reference.nhwc(decoded) / 2 + 0.5).clip(0, 1)
+
+
+def test_the_whole_edit_agrees_with_diffusers(editor, pipeline, photo, rng):
+  init_noise = rng.standard_normal((1, 8, 12, 4), np.float32)
+  step_noise = rng.standard_normal((10, 1, 8, 12, 4), np.float32)
+  latents, pixels = run_torch(
+    pipeline, photo, 'make it winter', init_noise, step_noise,
+    guidance_scale=7.5, image_guidance_scale=1.5,
+  )  # fmt: skip
+  edit = editor.edit_arrays(
+    photo, ['make it winter'], Sampling(10), init_noise=init_noise, step_noise=step_noise
+  )
+  assert reference.relative_error(edit.latents, latents) <= 1e-3
+  assert np.abs(np.asarray(edit.images, np.float32) - np.round(pixels)).max() <= 1
+
+
+def test_a_negative_instruction_agrees_with_diffusers(editor, pipeline, photo, rng):
+  init_noise = rng.standard_normal((1, 8, 12, 4), np.float32)
+  step_noise = rng.standard_normal((4, 1, 8, 12, 4), np.float32)
+  latents, _ = run_torch(
+    pipeline, photo, 'make it winter', init_noise, step_noise,
+    guidance_scale=7.5, image_guidance_scale=1.5, negative_prompt='people',
+  )  # fmt: skip
+  edit = editor.edit_arrays(
+    photo, ['make it winter'], Sampling(4), negative='people',
+    init_noise=init_noise, step_noise=step_noise,
+  )  # fmt: skip
+  assert reference.relative_error(edit.latents, latents) <= 1e-3
+
+
+def test_image_i_of_eight_equals_the_same_edit_alone(editor, rng):
+  photos = rng.integers(0, 256, (8, 32, 32, 3), np.uint8)
+  instructions = [f'make it {i}' for i in range(8)]
+  together = editor.edit_arrays(photos, instructions, Sampling(4), seeds=5)
+  for i in (0, 3, 7):
+    alone = editor.edit_arrays(
+      photos[i : i + 1], instructions[i : i + 1], Sampling(4), seeds=5, indices=[i]
+    )
+    assert reference.relative_error(alone.latents[0], np.asarray(together.latents[i])) <= 1e-5
+
+
+def test_changing_instruction_scales_seed_or_negative_never_recompiles(editor, photo):
+  run = lambda text, text_guidance, image_guidance, seed, negative='': editor.edit_arrays(
+    photo, [text], Sampling(3), text_guidance=text_guidance, image_guidance=image_guidance,
+    seeds=seed, negative=negative,
+  )  # fmt: skip
+  run('make it winter', 7.5, 1.5, 0)
+  before = editor._program._cache_size()
+  run('make it summer', 5, 1.2, 9)
+  run('a longer instruction, with more words', 10, 2.2, 2**32 - 1, 'people')
+  assert editor._program._cache_size() == before
+
+
+def test_a_branch_that_cancels_is_not_computed_and_the_result_is_the_same(editor, photo):
+  nearly = np.nextafter(np.float32(1), np.float32(2))
+  for scales in [(7.5, 1.0), (2.0, 2.0), (1.0, 1.0)]:
+    fast = editor.edit_arrays(
+      photo, ['go'], Sampling(3), text_guidance=scales[0], image_guidance=scales[1]
+    )
+    full = editor.edit_arrays(
+      photo, ['go'], Sampling(3), text_guidance=scales[0] * nearly,
+      image_guidance=scales[1] * nearly * nearly,
+    )  # fmt: skip
+    assert reference.relative_error(fast.latents, np.asarray(full.latents)) <= 1e-4
+
+
+def flops(editor, photo, **options):
+  """Of one compiled program."""
+  compiled = {}
+  original = editor._program
+  try:
+    editor._program = lambda *args: compiled.update(original.lower(*args).compile().cost_analysis())
+    editor.edit_arrays(photo, ['go'], Sampling(1, sampler='euler'), **options)
+  finally:
+    editor._program = original
+  return compiled['flops']
+
+
+def test_cancelled_branches_save_their_share_of_the_work(editor, photo):
+  three = flops(editor, photo, text_guidance=7.5, image_guidance=1.5)
+  two = flops(editor, photo, text_guidance=7.5, image_guidance=1.0)
+  one = flops(editor, photo, text_guidance=1.0, image_guidance=1.0)
+  assert one < two < three
+  assert abs((three - two) / (two - one) - 1) < 0.1
+
+
+def test_an_empty_interval_is_the_unguided_edit_and_a_whole_one_the_guided(editor, photo):
+  run = lambda interval, **scales: np.asarray(
+    editor.edit_arrays(photo, ['go'], Sampling(4, interval=interval), **scales).latents
+  )
+  unguided = run((0.0, 1.0), text_guidance=1.0, image_guidance=1.0)
+  assert reference.relative_error(run((0.5, 0.5)), unguided) <= 1e-5
+  assert reference.relative_error(run((0.0, 0.999)), run((0.0, 1.0))) <= 1e-5
+  assert reference.relative_error(run((0.25, 0.75)), unguided) > 1e-3
+
+
+def test_running_step_by_step_for_progress_gives_the_same_edit(editor, photo):
+  seen = []
+  whole = editor.edit_arrays(photo, ['go'], Sampling(5))
+  parts = editor.edit_arrays(photo, ['go'], Sampling(5), progress=lambda *x: seen.append(x))
+  assert reference.relative_error(parts.latents, np.asarray(whole.latents)) <= 1e-5
+  assert seen == [(i, 5) for i in range(6)]
+
+
+def test_outside_the_mask_every_pixel_is_kept_exactly(editor, rng):
+  photo = Image.fromarray(rng.integers(0, 256, (37, 51, 3), np.uint8))
+  mask = np.zeros((37, 51), np.float32)
+  mask[10:20, 5:30] = 1
+  (result,) = editor.edit(photo, 'go', steps=3, seed=0, mask=mask)
+  changed = (np.asarray(result) != np.asarray(photo)).any(-1)
+  assert not changed[mask == 0].any()
+  assert changed[mask == 1].mean() > 0.9
+
+
+def test_a_mask_of_everything_is_the_edit_without_a_mask(editor, photo):
+  run = lambda mask: np.asarray(editor.edit_arrays(photo, ['go'], Sampling(3), mask=mask).latents)
+  assert reference.relative_error(run(np.ones((1, 8, 12, 1))), run(None)) <= 1e-5
+
+
+@pytest.mark.parametrize('size', [(64, 40), (33, 70), (9, 90), (100, 8)])
+def test_the_result_has_the_size_of_the_input(editor, size):
+  (result,) = editor.edit(Image.new('RGB', size, 'green'), 'go', steps=1, resolution=32, seed=0)
+  assert result.size == size
+
+
+def test_transparency_comes_back(editor):
+  photo = Image.new('RGBA', (32, 32), (200, 10, 10, 77))
+  (result,) = editor.edit(photo, 'go', steps=1, seed=0)
+  assert result.mode == 'RGBA'
+  assert (np.asarray(result)[..., 3] == 77).all()
+
+
+def test_pictures_of_many_sizes_come_back_in_their_order(editor):
+  sizes = [(32, 32), (64, 32), (32, 32), (32, 64), (32, 32)]
+  photos = [Image.new('RGB', size, (i, 90, 90)) for i, size in enumerate(sizes)]
+  results = editor.edit(photos, 'go', steps=2, seed=3, batch_size=2)
+  alone = editor.edit(photos[4], 'go', steps=2, seed=3, indices=[4])
+  assert [result.size for result in results] == sizes
+  assert np.abs(np.asarray(results[4], int) - np.asarray(alone[0], int)).max() <= 1
+
+
+def test_arrays_in_give_arrays_out(editor, photo):
+  result = editor.edit(photo, 'go', steps=1, seed=[1, 2])
+  assert result.dtype == np.uint8 and result.shape == (2, 32, 48, 3)
+  assert (result[0] != result[1]).any()
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
+def test_half_precision_stays_near_float32(pipeline, folder, editor, photo, dtype):
+  half = Editor.load(folder / 'saved', dtype)
+  options = {'text_guidance': 2.0, 'image_guidance': 1.2}
+  expected = editor.edit_arrays(photo, ['go'], Sampling(4), **options)
+  error = reference.relative_error(
+    half.edit_arrays(photo, ['go'], Sampling(4), **options).latents, np.asarray(expected.latents)
+  )
+  assert error < 0.1
+
+
+def test_what_does_not_fit_into_77_tokens_is_named_in_a_warning(editor, photo):
+  with pytest.warns(UserWarning, match='77 tokens; ignored: .*tail'):
+    editor.edit_arrays(photo, ['x ' * 80 + 'tail'], Sampling(1))
+  with warnings.catch_warnings():
+    warnings.simplefilter('error')
+    editor.edit_arrays(photo, ['x ' * 75], Sampling(1))
+
+
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    ({'instructions': '  '}, 'instruction is empty'),
+    ({'seed': -1}, 'seed'),
+    ({'seed': 2**32}, 'seed'),
+    ({'steps': 0}, 'steps'),
+    ({'sampler': 'magic'}, 'sampler.*euler_ancestral'),
+    ({'rescale': 2.0}, 'rescale'),
+    ({'interval': (0.8, 0.2)}, 'interval'),
+    ({'text_guidance': float('nan')}, 'text_guidance'),
+    ({'mask': np.ones((5, 5))}, 'mask'),
+    ({'instructions': ['one', 'two'], 'seed': [1, 2, 3]}, 'instructions'),
+  ],
+)
+def test_a_wrong_value_is_an_error_that_names_it(editor, options, message):
+  arguments = {'instructions': 'go', 'seed': 0, 'steps': 1} | options
+  with pytest.raises(InputError, match=message):
+    editor.edit(Image.new('RGB', (32, 32)), **arguments)
+
+
+def test_a_text_to_image_unet_is_refused_with_the_reason(tmp_path):
+  config = {**reference.TINY_UNET, 'in_channels': 4}
+  reference.pipeline(config, tmp_path).save_pretrained(tmp_path / 'saved')
+  with pytest.raises(InputError, match='text-to-image model, which cannot see the picture'):
+    Editor.load(tmp_path / 'saved')
+
+
+def test_v_prediction_agrees_with_diffusers(photo, rng, tmp_path):
+  pipeline = reference.pipeline(folder=tmp_path, prediction_type='v_prediction')
+  pipeline.set_progress_bar_config(disable=True)
+  pipeline.save_pretrained(tmp_path / 'saved')
+  init_noise = rng.standard_normal((1, 8, 12, 4), np.float32)
+  step_noise = rng.standard_normal((4, 1, 8, 12, 4), np.float32)
+  latents, _ = run_torch(pipeline, photo, 'go', init_noise, step_noise,
+                         guidance_scale=7.5, image_guidance_scale=1.5)  # fmt: skip
+  edit = Editor.load(tmp_path / 'saved').edit_arrays(
+    photo, ['go'], Sampling(4), init_noise=init_noise, step_noise=step_noise
+  )
+  assert reference.relative_error(edit.latents, latents) <= 1e-3
+
+
+def test_noise_of_the_wrong_shape_is_refused(editor, photo):
+  with pytest.raises(InputError, match='step_noise'):
+    editor.edit_arrays(photo, ['go'], Sampling(2), step_noise=np.zeros((3, 1, 8, 12, 4)))
+
+
+def test_the_program_holds_no_weights_of_its_own(editor, photo):
+  """Weights baked into a program would be copied by every compilation."""
+  jaxprs = []
+  original = editor._program
+  try:
+    editor._program = lambda *args: jaxprs.append(jax.make_jaxpr(original, static_argnums=0)(*args))
+    editor.edit_arrays(photo, ['go'], Sampling(1))
+  finally:
+    editor._program = original
+  assert sum(np.size(const) for const in jaxprs[0].consts) < 10_000
