@@ -149,6 +149,22 @@ def test_an_empty_interval_is_the_unguided_edit_and_a_whole_one_the_guided(edito
   assert reference.relative_error(run((0.25, 0.75)), unguided) > 1e-3
 
 
+@pytest.mark.parametrize(
+  ('steps', 'interval', 'expected'),
+  [
+    (10, (0.0, 1.0), range(10)),
+    (10, (0.2, 0.8), range(2, 8)),
+    (100, (0.15, 0.54), range(15, 54)),
+    (1, (0.0, 1.0), range(1)),
+    (10, (0.5, 0.5), range(0)),
+  ],
+)
+def test_an_interval_is_a_fraction_of_the_steps(steps, interval, expected):
+  sigmas = np.linspace(10, 0, steps + 1)
+  low, high = Sampling(steps, interval=interval).guided_sigmas(sigmas)
+  assert [i for i in range(steps) if low < np.float32(sigmas[i]) <= high] == list(expected)
+
+
 def test_running_step_by_step_for_progress_gives_the_same_edit(editor, photo):
   seen = []
   whole = editor.edit_arrays(photo, ['go'], Sampling(5))
