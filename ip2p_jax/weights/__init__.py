@@ -1,0 +1,102 @@
+"""Checkpoints as files: read from and written to diffusers folders and single LDM files.
+
+Both formats are read into, and written from, one form, `Checkpoint`: diffusers' names and configs.
+`to_params` and `to_tensors` go between those names and our parameter trees.
+"""
+
+import os
+from pathlib import Path
+
+from ip2p_jax.errors import InputError
+from ip2p_jax.weights import diffusers_folder, ldm_file
+from ip2p_jax.weights.files import Checkpoint, Tensors, read_tensors, write_safetensors
+from ip2p_jax.weights.ldm_file import clip_tokenizer
+from ip2p_jax.weights.names import to_params, to_tensors, with_input_channels
+
+__all__ = [
+  'Checkpoint',
+  'Tensors',
+  'clip_tokenizer',
+  'read',
+  'read_tensors',
+  'to_params',
+  'to_tensors',
+  'with_input_channels',
+  'write',
+  'write_safetensors',
+]
+
+PREDICTION_TYPES = ('epsilon', 'v_prediction')
+
+
+def read(
+  path: str | os.PathLike,
+  variant: str | None = None,
+  ema: bool = True,
+  prediction_type: str | None = None,
+) -> Checkpoint:
+  """Reads a Stable Diffusion 1.x or 2.x checkpoint: a diffusers folder or a single file.
+
+  Args:
+    path: a local folder, `.safetensors` or `.ckpt`.
+    variant: of a folder, which weight files ('fp16', 'non_ema').
+    ema: of a file, whether to take the moving average where it holds one.
+    prediction_type: 'epsilon' or 'v_prediction', over what the checkpoint says. A single file that
+      is not ours says nothing and is taken for epsilon; SD 2.x at 768 px is v_prediction.
+
+  Raises:
+    InputError: naming the file and what is wrong with it.
+  """
+  path = Path(path)
+  if prediction_type not in (None, *PREDICTION_TYPES):
+    raise InputError(
+      f'prediction_type {prediction_type!r} is unknown; use epsilon or v_prediction.'
+    )
+  if not path.exists():
+    raise InputError(f'{path}: no such file or folder; download the checkpoint first.')
+  if path.is_dir():
+    checkpoint = diffusers_folder.read(path, variant)
+  elif variant is not None:
+    raise InputError(f'{path}: a single file has no variants; leave out variant {variant!r}.')
+  else:
+    checkpoint = ldm_file.read(path, ema)
+  if prediction_type is not None:
+    checkpoint.configs['scheduler']['prediction_type'] = prediction_type
+  return checkpoint
+
+
+def write(
+  checkpoint: Checkpoint,
+  path: str | os.PathLike,
+  to: str = 'diffusers',
+  dtype: str = 'float32',
+  variant: str | None = None,
+  overwrite: bool = False,
+) -> None:
+  """Writes a checkpoint as a diffusers folder or as one LDM safetensors file.
+
+  Nothing is left of a write that fails, and what was written is read back and compared.
+
+  Args:
+    checkpoint: what to write.
+    path: the folder (`to='diffusers'`) or the `.safetensors` file (`to='ldm'`).
+    to: 'diffusers' or 'ldm'.
+    dtype: 'float32', 'float16' or 'bfloat16', which all weights are cast to.
+    variant: of a folder, 'fp16' to name its weight files so.
+    overwrite: whether an older file, or an older diffusers folder, may be replaced.
+
+  Raises:
+    InputError: the destination is taken, an argument is unknown, or a weight does not fit `dtype`.
+    OSError: the disk failed.
+  """
+  path = Path(path)
+  if to == 'diffusers':
+    diffusers_folder.write(checkpoint, path, dtype, variant, overwrite)
+    return
+  if to != 'ldm':
+    raise InputError(f'to {to!r} is unknown; use diffusers or ldm.')
+  if path.suffix != '.safetensors' or variant is not None:
+    raise InputError(f'{path}: an LDM file must end in .safetensors, and has no variant.')
+  if path.is_dir() or (path.exists() and not overwrite):
+    raise InputError(f'{path}: already exists; choose another name, or say to overwrite it.')
+  ldm_file.write(checkpoint, path, dtype)
