@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+import types
 
 import ml_dtypes
 import numpy as np
@@ -161,6 +162,22 @@ def test_a_file_that_runs_code_is_refused(tmp_path, monkeypatch):
   with pytest.raises(InputError, match=r'x\.ckpt: refused, because loading it would run code'):
     read_tensors('x.ckpt')
   assert not (tmp_path / 'should-not-exist').exists()
+
+
+def test_a_file_with_lightning_callbacks_is_read_without_any_of_their_code(tmp_path, monkeypatch):
+  name = 'pytorch_lightning.callbacks.model_checkpoint'
+  kind = type('ModelCheckpoint', (), {'__module__': name})
+  callback = kind()
+  callback.best_score = np.float64(0.5)
+  with monkeypatch.context() as patch:
+    for parent in (name.rsplit('.', 2)[0], name.rsplit('.', 1)[0], name):
+      patch.setitem(sys.modules, parent, types.ModuleType(parent))
+    sys.modules[name].ModelCheckpoint = kind
+    state = {'state_dict': {'x': torch.ones(2)}, 'callbacks': {kind: callback}}
+    torch.save(state, tmp_path / 'x.ckpt')
+  tensors, _ = read_tensors(tmp_path / 'x.ckpt')
+  assert list(tensors) == ['x'] and tensors['x'].tolist() == [1, 1]
+  assert name not in sys.modules
 
 
 @pytest.mark.parametrize('content', [b'', b'not a checkpoint', b'PK\x03\x04 half a zip'])

@@ -43,6 +43,8 @@ _SAFETENSORS_DTYPES = {
   'U8': np.dtype(np.uint8),
   'BOOL': np.dtype(np.bool_),
 }
+# Packages whose objects in a torch file say how it was trained, and never matter for its tensors.
+_BOOKKEEPING = ('pytorch_lightning', 'lightning', 'lightning_fabric', 'omegaconf', 'numpy')
 _SAFETENSORS_NAMES = {dtype: name for name, dtype in _SAFETENSORS_DTYPES.items()}
 
 
@@ -187,8 +189,11 @@ def _read_torch(path):
   except ImportError:
     raise InputError(f'{path}: reading {path.suffix} files needs PyTorch; pip install torch, or '
                      'convert the file to .safetensors.') from None  # fmt: skip
+  is_zip = zipfile.is_zipfile(path)
   try:
-    state = torch.load(path, 'cpu', weights_only=True, mmap=zipfile.is_zipfile(path))
+    unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else []
+    with torch.serialization.safe_globals(_stand_ins(unknown)):
+      state = torch.load(path, 'cpu', weights_only=True, mmap=is_zip)
   except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
     if 'GLOBAL' in str(error) or 'Unsupported class' in str(error):
       raise InputError(f'{path}: refused, because loading it would run code stored in the file (it '
@@ -207,6 +212,24 @@ def _read_torch(path):
     return tensor.detach().numpy()
 
   return Tensors({name: lambda value=value: array(value) for name, value in tensors.items()})
+
+
+class Inert:
+  """Stands for a class that a training program pickled beside its tensors; does nothing at all."""
+
+  def __init__(self, *args, **kwargs):
+    pass
+
+  def __setstate__(self, state):
+    pass
+
+
+def _stand_ins(names):
+  """Inert stand-ins for classes known to lie in checkpoints, so that none of their code is needed.
+
+  The original InstructPix2Pix and Stable Diffusion files hold Lightning's callbacks.
+  """
+  return [(Inert, name) for name in names if name.split('.')[0] in _BOOKKEEPING]
 
 
 def is_finite(array: np.ndarray) -> bool:
