@@ -20,6 +20,8 @@ from ip2p_jax import images as pictures
 from ip2p_jax.editor import Editor
 from ip2p_jax.errors import InputError
 
+INTERRUPTED = 130  # what typer turns Ctrl-C into
+
 
 def edit(
   input: Annotated[Path, Option('--input', '-i', help='A picture, or a folder of pictures.')],
@@ -158,25 +160,32 @@ def run(app: typer.Typer | Callable, name: str) -> None:
   if not isinstance(app, typer.Typer):
     function, app = app, typer.Typer(add_completion=False, rich_markup_mode=None)
     app.command()(function)
-  warnings.showwarning = lambda message, *_: _complain(name, f'warning: {message}')
+  with warnings.catch_warnings():
+    warnings.simplefilter('default', UserWarning)
+    warnings.showwarning = lambda message, *_: _complain(name, f'warning: {message}')
+    sys.exit(_status(app, name))
+
+
+def _status(app: typer.Typer, name: str) -> int:
   try:
     status = typer.main.get_command(app)(prog_name=name, standalone_mode=False)
+    if status != INTERRUPTED:
+      return status or 0
+    _complain(name, 'stopped')
+    return INTERRUPTED
+  except typer.Abort:  # the same in older versions of typer
+    _complain(name, 'stopped')
+    return INTERRUPTED
   except InputError as error:
     _complain(name, f'error: {error}')
-    status = 2
-  except KeyboardInterrupt:
-    _complain(name, 'stopped')
-    status = 130
   except Exception as error:
-    if hasattr(error, 'format_message'):  # what click raises for a wrong flag
+    if hasattr(error, 'format_message'):  # what a wrong flag raises
       _complain(name, f'error: {error.format_message()} (see {name} --help)')
-      status = 2
     elif 'RESOURCE_EXHAUSTED' in str(error):
       _complain(name, 'error: out of memory; lower --batch-size or --resolution.')
-      status = 2
     else:
       raise
-  sys.exit(status)
+  return 2
 
 
 def _complain(name, text):
@@ -212,3 +221,7 @@ def _cache_compilations():
   if not jax.config.jax_compilation_cache_dir:
     home = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
     jax.config.update('jax_compilation_cache_dir', str(home / 'ip2p-jax'))
+
+
+if __name__ == '__main__':
+  main()

@@ -54,7 +54,9 @@ def _vocab_and_merges(files, source):
   try:
     if 'vocab.json' in files and 'merges.txt' in files:
       lines = files['merges.txt'].decode('utf8').splitlines()
-      merges = [tuple(line.split(' ')) for line in lines if line and not line.startswith('#version')]
+      merges = [
+        tuple(line.split(' ')) for line in lines if line and not line.startswith('#version')
+      ]
       return json.loads(files['vocab.json']), merges
     if 'tokenizer.json' in files:
       model = json.loads(files['tokenizer.json'])['model']

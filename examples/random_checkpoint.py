@@ -1,0 +1,73 @@
+"""Writes a small InstructPix2Pix checkpoint with random weights, as a diffusers folder.
+
+  python examples/random_checkpoint.py out/random
+
+It has every part of a real one (UNet, VAE, CLIP text tower, tokenizer, schedule) and so shows that
+loading, editing and exporting work; but it has learned nothing, and its edits are noise.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from ip2p_jax import weights
+from ip2p_jax.diffusion.noise import Schedule
+from ip2p_jax.models.configs import UNetConfig, VAEConfig
+from ip2p_jax.networks import COMPONENTS, networks_of
+from ip2p_jax.weights import names
+
+UNET = UNetConfig(
+  in_channels=8,
+  block_out_channels=(32, 64, 64),
+  layers_per_block=1,
+  cross_attention_dim=64,
+  attention_head_dim=4,
+  down_block_types=('CrossAttnDownBlock2D', 'CrossAttnDownBlock2D', 'DownBlock2D'),
+  up_block_types=('UpBlock2D', 'CrossAttnUpBlock2D', 'CrossAttnUpBlock2D'),
+)
+VAE = VAEConfig(block_out_channels=(32, 32, 64, 64), layers_per_block=1)
+TEXT_ENCODER = {
+  'model_type': 'clip_text_model',
+  'vocab_size': 49408,
+  'hidden_size': 64,
+  'intermediate_size': 128,
+  'num_hidden_layers': 2,
+  'num_attention_heads': 4,
+  'projection_dim': 64,
+  'eos_token_id': 49407,
+  'bos_token_id': 49406,
+}
+
+
+def random_checkpoint(seed: int = 0) -> weights.Checkpoint:
+  """Normal weights, scaled so that activations neither grow nor fade."""
+  configs = {
+    'unet': UNET.to_json(),
+    'vae': VAE.to_json(),
+    'text_encoder': TEXT_ENCODER,
+    'scheduler': Schedule().to_json(),
+  }
+  checkpoint = weights.Checkpoint(configs, {}, weights.clip_tokenizer(), 'random checkpoint')
+  rng = np.random.default_rng(seed)
+  shapes = networks_of(checkpoint).shapes
+  tensors = {part: names.to_tensors(_random(shapes[part], rng)) for part in COMPONENTS}
+  return weights.Checkpoint(configs, tensors, checkpoint.tokenizer, checkpoint.source)
+
+
+def _random(tree, rng, name=''):
+  if isinstance(tree, dict):
+    return {key: _random(value, rng, key) for key, value in tree.items()}
+  if name == 'bias':
+    return np.zeros(tree.shape, np.float32)
+  if name == 'scale':
+    return np.ones(tree.shape, np.float32)
+  fan_in = np.prod(tree.shape[:-1]) if name == 'kernel' else tree.shape[-1]
+  return rng.standard_normal(tree.shape, np.float32) * np.float32(fan_in**-0.5)
+
+
+if __name__ == '__main__':
+  if len(sys.argv) != 2:
+    sys.exit(__doc__)
+  weights.write(random_checkpoint(), Path(sys.argv[1]), overwrite=True)
+  print(f'wrote {sys.argv[1]}: random weights, so expect noise, not edits')

@@ -1,0 +1,162 @@
+"""The command line, from files to files: what it makes, and how it answers mistakes."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch_models as reference
+from PIL import Image
+
+from ip2p_jax import cli, edit_files
+from ip2p_jax.images import read_settings
+
+
+@pytest.fixture(scope='module')
+def checkpoint(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('pipeline')
+  reference.pipeline(folder=folder).save_pretrained(folder / 'saved')
+  return folder / 'saved'
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+  monkeypatch.setattr(cli, '_cache_compilations', lambda: None)
+
+
+@pytest.fixture
+def photo(tmp_path, rng):
+  path = tmp_path / 'photo.png'
+  Image.fromarray(rng.integers(0, 256, (40, 56, 3), np.uint8)).save(path)
+  return path
+
+
+@pytest.fixture
+def edit(checkpoint, photo, tmp_path, monkeypatch, capsys):
+  """Runs `sample.py` with these flags on top of small defaults: (exit status, stderr)."""
+
+  def run(**flags):
+    defaults = {'ckpt': checkpoint, 'input': photo, 'edit': 'make it winter', 'steps': 2,
+                'output': tmp_path / 'out.png', 'resolution': 32, 'seed': 1}  # fmt: skip
+    argv = ['sample.py']
+    for name, value in (defaults | flags).items():
+      values = value if isinstance(value, tuple) else (value,)
+      argv += [f'--{name.replace("_", "-")}', *([] if value is True else map(str, values))]
+    monkeypatch.setattr(sys, 'argv', argv)
+    with pytest.raises(SystemExit) as stop:
+      cli.run(cli.edit, 'sample.py')
+    return stop.value.code or 0, capsys.readouterr().err
+
+  return run
+
+
+def pixels(path):
+  with Image.open(path) as image:
+    return np.asarray(image, int)
+
+
+def test_an_edit_has_the_size_of_its_picture_and_holds_its_settings(edit, photo, tmp_path):
+  assert edit(negative='fog', cfg_image=1.2) == (0, '')
+  assert pixels(tmp_path / 'out.png').shape == (40, 56, 3)
+  settings = read_settings(tmp_path / 'out.png')
+  assert settings['seed'] == 1 and settings['negative'] == 'fog' and settings['cfg_image'] == 1.2
+  assert settings['input'] == str(photo) and settings['steps'] == 2
+
+
+def test_the_settings_in_a_picture_repeat_it(edit, tmp_path):
+  """Every setting has the name of its flag, but for those whose default says nothing."""
+  edit(num=2, interval=(0.0, 0.5), rescale=0.3, karras=True, sampler='euler')
+  settings = read_settings(tmp_path / 'out-1.png')
+  flags = {key: tuple(value) if isinstance(value, list) else value
+           for key, value in settings.items()
+           if value not in (None, False, '') and key not in ('ema', 'dtype')}  # fmt: skip
+  assert edit(**flags, output=tmp_path / 'again.png') == (0, '')
+  first, again = (
+    np.asarray(Image.open(tmp_path / name), int) for name in ('out-1.png', 'again.png')
+  )
+  assert np.abs(first - again).max() <= 1
+
+
+def test_a_folder_gives_a_folder_and_any_picture_of_it_can_be_made_again_alone(edit, tmp_path, rng):
+  (tmp_path / 'photos').mkdir()
+  for name in ('a.jpg', 'b.png', 'c.png'):
+    picture = Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8))
+    picture.save(tmp_path / 'photos' / name)
+  assert edit(input=tmp_path / 'photos', output=tmp_path / 'made', num=2, batch_size=4)[0] == 0
+  made = sorted(path.name for path in (tmp_path / 'made').iterdir())
+  assert made == ['a-0.png', 'a-1.png', 'b-0.png', 'b-1.png', 'c-0.png', 'c-1.png']
+  settings = read_settings(tmp_path / 'made' / 'b-1.png')
+  assert (settings['seed'], settings['index']) == (2, 1)
+  edit(input=tmp_path / 'photos' / 'b.png', seed=2, index=1)
+  alone, batch = (pixels(tmp_path / name) for name in ('out.png', 'made/b-1.png'))
+  assert np.abs(alone - batch).max() <= 1
+
+
+def test_a_grid_is_one_labelled_picture_of_every_pair_of_scales(edit, tmp_path, monkeypatch):
+  seen = []
+  original = edit_files.pictures.grid
+  monkeypatch.setattr(edit_files.pictures, 'grid', lambda *a: seen.append(a) or original(*a))
+  assert edit(grid=True, grid_text='3,7.5', grid_image='1,1.5,2')[0] == 0
+  ((rows, row_labels, column_labels, title),) = seen
+  assert [len(row) for row in rows] == [3, 3]
+  assert row_labels == ['text 3', 'text 7.5']
+  assert column_labels == ['image 1', 'image 1.5', 'image 2']
+  assert title == 'make it winter'
+  assert pixels(tmp_path / 'out.png').shape[1] > 3 * 56
+
+
+def test_a_mask_keeps_what_is_black(edit, photo, tmp_path):
+  mask = np.zeros((40, 56), np.uint8)
+  mask[:20] = 255
+  Image.fromarray(mask).save(tmp_path / 'mask.png')
+  assert edit(mask=tmp_path / 'mask.png')[0] == 0
+  before, after = (pixels(path) for path in (photo, tmp_path / 'out.png'))
+  assert (before[20:] == after[20:]).all() and (before[:20] != after[:20]).any()
+
+
+def test_a_long_instruction_is_a_warning_that_names_what_is_cut(edit):
+  status, text = edit(edit='x ' * 80 + 'tail')
+  assert status == 0
+  assert text.startswith('sample.py: warning: ') and 'tail' in text and text.count('\n') == 1
+
+
+def test_a_mistake_is_one_line_and_status_2_and_leaves_no_file(edit, tmp_path, photo):
+  broken = tmp_path / 'broken.png'
+  broken.write_bytes(photo.read_bytes()[:300])
+  tiny = tmp_path / 'tiny.png'
+  Image.new('RGB', (1, 1)).save(tiny)
+  (tmp_path / 'notes.txt').write_text('hello')
+  mistakes = [
+    ({'edit': ' '}, '--edit is empty'),
+    ({'input': tmp_path / 'none.png'}, 'none.png'),
+    ({'input': broken}, 'broken.png'),
+    ({'input': tiny}, '1x1'),
+    ({'input': tmp_path / 'notes.txt'}, 'not a picture'),
+    ({'ckpt': tmp_path / 'no-checkpoint'}, 'no-checkpoint'),
+    ({'output': tmp_path / 'out.xyz'}, 'out.xyz'),
+    ({'output': '/proc/out.png'}, '/proc/out.png'),
+    ({'mask': tmp_path / 'none.png'}, 'none.png'),
+    ({'sampler': 'magic'}, 'euler_ancestral'),
+    ({'steps': 5000}, 'steps'),
+    ({'seed': 2**32}, 'seed'),
+    ({'seed': 2**32 - 1, 'num': 2}, 'lower seed'),
+    ({'grid': True, 'num': 2}, '--num'),
+    ({'grid': True, 'grid_text': 'a,b'}, '--grid-text'),
+    ({'variant': 'fp99'}, 'fp99'),
+    ({'dtype': 'int8'}, 'float32, bfloat16'),
+    ({'stepz': 3}, '--stepz'),
+  ]
+  for flags, message in mistakes:
+    status, text = edit(**flags)
+    assert status == 2, flags
+    assert message in text and text.count('\n') == 1 and text.startswith('sample.py: '), flags
+    assert not (tmp_path / 'out.png').exists() and not (tmp_path / 'out.xyz').exists()
+
+
+def test_interrupting_leaves_one_line_and_no_file(edit, tmp_path, monkeypatch):
+  def interrupted(*_, **__):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(edit_files, 'run_jobs', interrupted)
+  assert edit() == (130, 'sample.py: stopped\n')
+  assert not (tmp_path / 'out.png').exists()

@@ -1,0 +1,123 @@
+"""Conversion end to end: what we export, PyTorch loads and paints the same picture."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch_models as reference
+from diffusers import StableDiffusionInstructPix2PixPipeline
+from safetensors.numpy import load_file, save_file
+from transformers import CLIPTextModel
+
+from ip2p_jax import weights
+from ip2p_jax.convert import convert, run_verification
+from ip2p_jax.errors import InputError
+
+
+@pytest.fixture(scope='module')
+def source(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('pipeline')
+  reference.pipeline(folder=folder).save_pretrained(folder / 'saved')
+  return folder / 'saved'
+
+
+@pytest.fixture(scope='module')
+def exported(source, tmp_path_factory):
+  """Both formats, each with its stored edit, and what was said on the way."""
+  folder, said = tmp_path_factory.mktemp('exported'), []
+  convert(source, folder / 'folder', 'diffusers', say=said.append)
+  convert(source, folder / 'file.safetensors', 'ldm', say=said.append)
+  return folder, said
+
+
+def test_both_formats_paint_the_same_picture_in_pytorch(exported):
+  _, said = exported
+  verdicts = [line for line in said if line.startswith('verify:')]
+  assert len(verdicts) == 2
+  assert all(line.startswith('verify: AGREES') for line in verdicts), verdicts
+
+
+def test_the_verification_notices_a_changed_weight(exported, tmp_path):
+  folder, _ = exported
+  (tmp_path / 'copy').mkdir()
+  subprocess.run(['cp', '-r', folder / 'folder', tmp_path], check=True)
+  file = tmp_path / 'folder' / 'unet' / 'diffusion_pytorch_model.safetensors'
+  tensors = load_file(file)
+  tensors['conv_in.bias'] = tensors['conv_in.bias'] + 0.1
+  save_file(tensors, file)
+  assert run_verification(tmp_path / 'folder').startswith('verify: DIFFERENT')
+
+
+def test_the_verification_needs_torch_and_diffusers_alone(exported):
+  folder, _ = exported
+  script = (folder / 'folder' / 'verify.py').read_text()
+  assert 'ip2p' not in script and 'jax' not in script.lower().replace('that jax made', '')
+
+
+def test_a_half_precision_folder_loads_as_its_variant(source, tmp_path):
+  convert(source, tmp_path / 'half', 'diffusers', 'float16', verify=False, say=lambda _: None)
+  pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(
+    tmp_path / 'half', variant='fp16'
+  )
+  original = StableDiffusionInstructPix2PixPipeline.from_pretrained(source)
+  for part in ('unet', 'vae', 'text_encoder'):
+    found, wanted = (getattr(p, part).state_dict() for p in (pipeline, original))
+    assert all((found[name] == wanted[name].half().float()).all() for name in wanted)
+
+
+def test_text_encoders_load_in_both_ways_of_naming(exported, source):
+  """transformers 5 leaves `text_model.` out, 4 needs it: we write it, and read both."""
+  folder, _ = exported
+  names = load_file(folder / 'folder' / 'text_encoder' / 'model.safetensors').keys()
+  assert all(name.startswith('text_model.') for name in names)
+  saved = load_file(source / 'text_encoder' / 'model.safetensors').keys()
+  assert not any(name.startswith('text_model.') for name in saved)  # what transformers 5 wrote
+  found, info = CLIPTextModel.from_pretrained(
+    folder / 'folder' / 'text_encoder', output_loading_info=True
+  )
+  assert not info['missing_keys'] and not info['unexpected_keys']
+  wanted = CLIPTextModel.from_pretrained(source / 'text_encoder').state_dict()
+  assert all((value == wanted[name]).all() for name, value in found.state_dict().items())
+
+
+def test_there_and_back_again_is_byte_identical(exported, source, tmp_path):
+  folder, _ = exported
+  quiet = {'verify': False, 'say': lambda _: None}
+  convert(folder / 'folder', tmp_path / 'a.safetensors', 'ldm', **quiet)
+  convert(tmp_path / 'a.safetensors', tmp_path / 'back', 'diffusers', **quiet)
+  for file in (folder / 'folder').rglob('*.safetensors'):
+    if file.name != 'verify.safetensors':
+      relative = file.relative_to(folder / 'folder')
+      assert file.read_bytes() == (tmp_path / 'back' / relative).read_bytes(), relative
+
+
+def test_a_text_to_image_checkpoint_converts_but_has_no_edit_to_verify(tmp_path):
+  config = {**reference.TINY_UNET, 'in_channels': 4}
+  reference.pipeline(config, tmp_path).save_pretrained(tmp_path / 'saved')
+  said = []
+  convert(tmp_path / 'saved', tmp_path / 'out', say=said.append)
+  assert said[-1] == 'no edit to verify: the UNet does not take a picture'
+  assert weights.read(tmp_path / 'out').configs['unet']['in_channels'] == 4
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf])
+def test_a_broken_weight_is_named_and_nothing_is_written(source, tmp_path, value):
+  subprocess.run(['cp', '-r', source, tmp_path / 'broken'], check=True)
+  file = tmp_path / 'broken' / 'unet' / 'diffusion_pytorch_model.safetensors'
+  tensors = load_file(file)
+  tensors['conv_out.bias'][1] = value
+  save_file(tensors, file)
+  with pytest.raises(InputError, match=r'conv_out\.bias'):
+    convert(tmp_path / 'broken', tmp_path / 'out', say=lambda _: None)
+  assert not (tmp_path / 'out').exists()
+
+
+def test_the_command_has_help_with_examples():
+  done = subprocess.run(
+    [sys.executable, '-m', 'ip2p_jax.cli', 'convert', '--help'], capture_output=True, text=True
+  )
+  assert done.returncode == 0
+  assert 'ip2p convert ip2p-folder instruct-pix2pix.safetensors --to ldm' in ' '.join(
+    done.stdout.split()
+  )
