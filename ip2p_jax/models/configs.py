@@ -168,6 +168,9 @@ class TextConfig:
     _check_model_type(config, ('clip_text_model', 'clip'), name)
     return result
 
+  def to_json(self) -> dict[str, Any]:
+    return {'model_type': 'clip_text_model', 'bos_token_id': self.eos_token_id - 1, **_plain(self)}
+
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
