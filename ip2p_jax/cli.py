@@ -82,9 +82,7 @@ def edit(
     raise InputError('--edit is empty; say what to change, as in --edit "make it winter".')
   seed = secrets.randbelow(2**31) if seed is None else seed
   scales = edit_files.parse_scales(grid_text, grid_image) if grid else [(cfg_text, cfg_image)]
-  jobs = edit_files.plan_jobs(
-    input, output, scales, seed=seed, index=index, num=num, resolution=resolution, mask=mask
-  )
+  jobs = edit_files.plan_jobs(input, output, scales, seed=seed, index=index, num=num, mask=mask)
   options = {
     'steps': steps, 'sampler': sampler, 'spacing': spacing, 'karras': karras,
     'rescale': rescale, 'interval': interval, 'negative': negative,
@@ -99,8 +97,9 @@ def edit(
   sheet = []
   with _progress() as progress:
     for job, result in edit_files.run_jobs(
-      model, jobs, edit, batch_size=batch_size, mask=mask, options=options, progress=progress
-    ):
+      model, jobs, edit, resolution=resolution, batch_size=batch_size, mask=mask,
+      options=options, progress=progress,
+    ):  # fmt: skip
       if grid:
         sheet.append((job, result))
         continue

@@ -19,7 +19,7 @@ class Job:
   """One picture to make; with the settings common to all, enough to make it again."""
 
   file: Path
-  size: tuple[int, int]  # to work at
+  size: tuple[int, int]  # the picture's own
   seed: int
   index: int
   cfg_text: float
@@ -35,7 +35,6 @@ def plan_jobs(
   seed: int,
   index: int,
   num: int,
-  resolution: int,
   mask: Path | None,
 ) -> list[Job]:
   """Every picture to make. Reads all inputs and tries all outputs now, before hours of work.
@@ -51,10 +50,9 @@ def plan_jobs(
   outputs = _outputs(input, files, output, num)
   jobs = []
   for i, file in enumerate(files):
-    picture = pictures.read(file)
-    size = pictures.working_size(*picture.size, resolution)
+    size = pictures.read(file).size
     if mask is not None:
-      pictures.read_mask(mask, picture.size)
+      pictures.read_mask(mask, size)
     for n in range(num):
       for text, image in scales:
         jobs.append(Job(file, size, seed + n, index + i, text, image, outputs[file, n]))
@@ -83,13 +81,14 @@ def run_jobs(
   jobs: Sequence[Job],
   instruction: str,
   *,
+  resolution: int,
   batch_size: int,
   mask: Path | None,
   options: dict[str, Any],
   progress: Progress | None = None,
 ) -> Iterator[tuple[Job, Image.Image]]:
   """Makes the pictures batch by batch; `options` are those of `Editor.edit`."""
-  batches = _batches(jobs, batch_size)
+  batches = _batches(jobs, resolution, editor.networks.vae_config.factor, batch_size)
   for done, batch in enumerate(batches):
     originals = [pictures.read(job.file) for job in batch]
     results = editor.edit(
@@ -100,7 +99,7 @@ def run_jobs(
       seed=[job.seed for job in batch],
       indices=[job.index for job in batch],
       mask=mask and [pictures.read_mask(mask, original.size) for original in originals],
-      resolution=max(batch[0].size),
+      resolution=resolution,
       batch_size=min(batch_size, max(map(len, batches))),
       progress=progress and _part(progress, done, len(batches)),
       **options,
@@ -108,11 +107,11 @@ def run_jobs(
     yield from zip(batch, results, strict=True)
 
 
-def _batches(jobs, batch_size) -> list[list[Job]]:
-  """Jobs of equal working size, so that one compiled program serves a batch."""
+def _batches(jobs, resolution, factor, batch_size) -> list[list[Job]]:
+  """Jobs of equal working size, which one run of the program can serve."""
   by_size: dict[tuple[int, int], list[Job]] = {}
   for job in jobs:
-    by_size.setdefault(job.size, []).append(job)
+    by_size.setdefault(pictures.working_size(*job.size, resolution, factor), []).append(job)
   return [
     group[start : start + batch_size]
     for group in by_size.values()

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from ip2p_jax import weights
 from ip2p_jax.errors import InputError
 from ip2p_jax.models import clip, configs, layers, unet, vae
-from ip2p_jax.weights import diffusers_folder, ldm_file, names
+from ip2p_jax.weights import diffusers_folder, ldm_file, ldm_names
 from ip2p_jax.weights.files import COMPONENTS, Tensors
 
 VOCABULARY = 520
@@ -587,7 +587,7 @@ def test_the_moving_average_is_taken_unless_refused(tmp_path, ldm, wanted):
     live = {name: array for name, array in tensors.items() if name.startswith('model.')}
     return (
       tensors
-      | {names.ema_name(name): array + 1 for name, array in live.items()}
+      | {ldm_names.ema_name(name): array + 1 for name, array in live.items()}
       | {'model_ema.decay': np.float32([0.9999]), 'model_ema.num_updates': np.array([22000])}
     )
 
@@ -599,7 +599,7 @@ def test_the_moving_average_is_taken_unless_refused(tmp_path, ldm, wanted):
 
 
 def test_the_average_of_the_first_convolution_has_the_original_name():
-  name = names.ema_name('model.diffusion_model.input_blocks.0.0.weight')
+  name = ldm_names.ema_name('model.diffusion_model.input_blocks.0.0.weight')
   assert name == 'model_ema.diffusion_modelinput_blocks00weight'
 
 
@@ -608,7 +608,7 @@ def test_half_a_moving_average_is_an_error(tmp_path, ldm, wanted):
   path = altered(
     ldm,
     tmp_path / 'half.safetensors',
-    lambda tensors: tensors | {names.ema_name(one): tensors[one]},
+    lambda tensors: tensors | {ldm_names.ema_name(one): tensors[one]},
     weights.read_tensors(ldm)[1],
   )
   with pytest.raises(InputError, match=r'half\.safetensors: holds only part of a moving average'):
@@ -814,7 +814,7 @@ def open_clip_tower(rng, layers, width):
 
 def test_open_clip_is_read_as_diffusers_reads_it_but_for_the_last_layer(rng):
   tower = open_clip_tower(rng, layers=3, width=16)
-  ours = names.from_open_clip(tower)
+  ours = ldm_names.from_open_clip(tower)
   prefixed = {
     f'cond_stage_model.model.{name}': torch.tensor(array) for name, array in tower.items()
   }
@@ -829,7 +829,7 @@ def test_open_clip_is_read_as_diffusers_reads_it_but_for_the_last_layer(rng):
 
 def test_queries_keys_and_values_are_cut_in_that_order(rng):
   tower = open_clip_tower(rng, layers=2, width=16)
-  ours = names.from_open_clip(tower)
+  ours = ldm_names.from_open_clip(tower)
   fused = tower['transformer.resblocks.0.attn.in_proj_weight']
   head = 'text_model.encoder.layers.0.self_attn'
   for i, part in enumerate('qkv'):
@@ -838,7 +838,7 @@ def test_queries_keys_and_values_are_cut_in_that_order(rng):
 
 def test_open_clip_there_and_back_keeps_all_but_what_diffusers_drops(rng):
   tower = open_clip_tower(rng, layers=3, width=16)
-  back = names.to_open_clip(names.from_open_clip(tower))
+  back = ldm_names.to_open_clip(ldm_names.from_open_clip(tower))
   assert_equal(
     back,
     {
@@ -854,7 +854,7 @@ def test_only_a_whole_open_clip_tower_loses_its_last_layer(rng, layers, whole, k
   tower = open_clip_tower(rng, layers, width=8)
   if not whole:
     del tower['text_projection']
-  ours = names.from_open_clip(tower)
+  ours = ldm_names.from_open_clip(tower)
   assert {int(name.split('.')[3]) for name in ours if '.layers.' in name} == set(range(kept))
 
 
@@ -864,7 +864,7 @@ def test_sd2_has_23_layers_whoever_wrote_the_file(layers, whole):
   tower |= {f'transformer.resblocks.{i}.ln_1.bias': np.zeros(1) for i in range(layers)}
   if whole:
     tower['text_projection'] = np.zeros(1)
-  assert len(names.from_open_clip(tower)) == 1 + 23
+  assert len(ldm_names.from_open_clip(tower)) == 1 + 23
 
 
 # Widening the first convolution.

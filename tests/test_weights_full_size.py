@@ -12,7 +12,7 @@ from diffusers.loaders import single_file_utils
 
 from ip2p_jax import weights
 from ip2p_jax.models import clip, configs, layers, unet, vae
-from ip2p_jax.weights import ldm_file, names
+from ip2p_jax.weights import ldm_file, ldm_names, names
 from ip2p_jax.weights.files import COMPONENTS
 
 pytestmark = pytest.mark.slow
@@ -94,9 +94,9 @@ def in_ldm(modules):
     tensors = without_memory(shapes_of(modules, part))
     prefix = {'unet': ldm_file.UNET, 'vae': ldm_file.VAE, 'text_encoder': ldm_file.CLIP}[part]
     if is_open_clip and part == 'text_encoder':
-      tensors, prefix = names.to_open_clip(tensors), ldm_file.OPEN_CLIP
+      tensors, prefix = ldm_names.to_open_clip(tensors), ldm_file.OPEN_CLIP
     else:
-      tensors = names.to_ldm(tensors, part)
+      tensors = ldm_names.to_ldm(tensors, part)
     found |= {prefix + name: tensors[name] for name in tensors}
   return found
 
@@ -185,7 +185,7 @@ def original_unet_modules():
 def test_ldm_names_are_the_original_ones(family):
   """diffusers' reader takes either place for the way up, the original only the right one."""
   modules, _ = family
-  tensors = names.to_ldm(without_memory(shapes_of(modules, 'unet')), 'unet')
+  tensors = ldm_names.to_ldm(without_memory(shapes_of(modules, 'unet')), 'unet')
   blocks = {
     '.'.join(name.split('.')[: 2 if name[0] == 'm' else 3])
     for name in tensors

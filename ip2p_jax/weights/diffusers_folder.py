@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ip2p_jax.errors import InputError
-from ip2p_jax.weights import names
+from ip2p_jax.weights import ldm_names, names
 from ip2p_jax.weights.files import (
   COMPONENTS,
   Checkpoint,
@@ -97,7 +97,7 @@ def write(
     for part in COMPONENTS:
       stem = _STEMS[part][0] + (f'.{variant}' if variant else '')
       tensors = names.normalized(checkpoint.tensors[part], part)
-      names.to_ldm(tensors, part)  # refuses names that are not Stable Diffusion's
+      ldm_names.to_ldm(tensors, part)  # refuses names that are not Stable Diffusion's
       (folder / part).mkdir()
       write_safetensors(folder / part / f'{stem}.safetensors', tensors, dtype)
     write_configs(checkpoint, folder)

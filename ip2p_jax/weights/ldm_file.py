@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ip2p_jax.errors import InputError
-from ip2p_jax.weights import names
+from ip2p_jax.weights import ldm_names, names
 from ip2p_jax.weights.files import (
   COMPONENTS,
   Checkpoint,
@@ -65,12 +65,14 @@ def read(path: str | os.PathLike, ema: bool = True) -> Checkpoint:
   text_config = ours.get('configs', {}).get('text_encoder', {})
   try:
     if is_open_clip:
-      text = names.from_open_clip(_under(tensors, OPEN_CLIP), text_config.get('num_hidden_layers'))
+      text = ldm_names.from_open_clip(
+        _under(tensors, OPEN_CLIP), text_config.get('num_hidden_layers')
+      )
     else:
-      text = names.from_ldm(_under(tensors, CLIP), 'text_encoder')
+      text = ldm_names.from_ldm(_under(tensors, CLIP), 'text_encoder')
     found = {
-      'unet': names.from_ldm(unet, 'unet'),
-      'vae': names.from_ldm(vae, 'vae'),
+      'unet': ldm_names.from_ldm(unet, 'unet'),
+      'vae': ldm_names.from_ldm(vae, 'vae'),
       'text_encoder': text,
     }
     configs = ours.get('configs') or _configs(found, tensors, is_open_clip)
@@ -94,13 +96,13 @@ def write(checkpoint: Checkpoint, path: str | os.PathLike, dtype: str = 'float32
   tensors = checkpoint.tensors
   text = names.normalized(tensors['text_encoder'], 'text_encoder')
   parts = {
-    UNET: names.to_ldm(tensors['unet'], 'unet'),
-    VAE: names.to_ldm(names.normalized(tensors['vae'], 'vae'), 'vae'),
+    UNET: ldm_names.to_ldm(tensors['unet'], 'unet'),
+    VAE: ldm_names.to_ldm(names.normalized(tensors['vae'], 'vae'), 'vae'),
   }
   if is_open_clip:
-    parts[OPEN_CLIP] = names.to_open_clip(text)
+    parts[OPEN_CLIP] = ldm_names.to_open_clip(text)
   else:
-    parts[CLIP] = names.to_ldm(text, 'text_encoder')
+    parts[CLIP] = ldm_names.to_ldm(text, 'text_encoder')
   makers = {
     prefix + name: lambda part=part, name=name: part[name]
     for prefix, part in parts.items()
@@ -186,7 +188,7 @@ def _under(tensors, prefix):
 
 def _averaged(path, tensors, unet):
   """The moving average of `unet` if the file holds all of it, `unet` if it holds none."""
-  new_to_old = {name: names.ema_name(UNET + name) for name in unet}
+  new_to_old = {name: ldm_names.ema_name(UNET + name) for name in unet}
   absent = [name for name in new_to_old.values() if name not in tensors]
   if len(absent) == len(new_to_old):
     return unet
@@ -254,7 +256,7 @@ def _configs(tensors: Mapping[str, Tensors], file: Tensors, is_open_clip: bool) 
 
 
 def _unet_config(tensors):
-  down, up = names.levels(tensors, 'down_blocks'), names.levels(tensors, 'up_blocks')
+  down, up = ldm_names.levels(tensors, 'down_blocks'), ldm_names.levels(tensors, 'up_blocks')
   widths = [tensors[f'down_blocks.{i}.resnets.0.conv1.weight'].shape[0] for i in range(len(down))]
   attention = 'mid_block.attentions.0'
   is_linear = tensors[f'{attention}.proj_in.weight'].ndim == 2  # SD 2.x
@@ -287,7 +289,7 @@ def _unet_config(tensors):
 
 
 def _vae_config(tensors):
-  down = names.levels([name.removeprefix('encoder.') for name in tensors], 'down_blocks')
+  down = ldm_names.levels([name.removeprefix('encoder.') for name in tensors], 'down_blocks')
   widths = [
     tensors[f'encoder.down_blocks.{i}.resnets.0.conv1.weight'].shape[0] for i in range(len(down))
   ]

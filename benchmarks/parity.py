@@ -1,0 +1,55 @@
+"""Prints how closely every network agrees with PyTorch, as a Markdown table.
+
+  python benchmarks/parity.py            (small networks, half a minute)
+  python benchmarks/parity.py --full     (full size: minutes, 12 GB of memory)
+
+Random normal weights, float32, the same inputs; relative error ||ours - theirs|| / ||theirs||. The
+measurements are those of the tests, which hold them to 5e-5.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent.parent / 'tests'))
+import test_models as tests
+import torch_models as reference
+
+
+def measurements(is_full):
+  """(what, relative error) one after the other."""
+  rng = np.random.default_rng(0)
+  if not is_full:
+    yield 'UNet, small, 8 channels', tests.unet_error(reference.TINY_UNET, (8, 8), rng)
+    yield 'VAE, small', max(tests.vae_errors(reference.TINY_VAE, (16, 24), rng))
+    yield 'CLIP text, small', max(tests.text_errors(reference.TINY_TEXT, rng))
+    yield 'CLIP vision, small', tests.vision_error(reference.TINY_VISION, rng)
+    return
+  sd15, sd21 = reference.SD15_UNET, reference.SD21_UNET
+  yield 'UNet SD 1.5, 8 channels, 64x64 latents', tests.unet_error(sd15, (64, 64), rng, 301.7, 77)
+  yield 'UNet SD 2.1, 64x64 latents', tests.unet_error(sd21, (64, 64), rng, 301.7, 77)
+  mean, log_variance, sample, decoded = tests.vae_errors(reference.SD_VAE, (256, 256), rng)
+  yield 'VAE encode, 256 px: mean', mean
+  yield 'VAE encode, 256 px: log variance', log_variance
+  yield 'VAE encode, 256 px: sample', sample
+  yield 'VAE decode, 256 px', decoded
+  states, embedding = tests.text_errors(reference.CLIP_L_TEXT, rng)
+  yield 'CLIP ViT-L/14 text: states', states
+  yield 'CLIP ViT-L/14 text: embedding', embedding
+  yield 'CLIP ViT-L/14 vision', tests.vision_error(reference.CLIP_L_VISION, rng)
+  yield 'CLIP ViT-B/32 vision', tests.vision_error(reference.CLIP_B32_VISION, rng)
+
+
+if __name__ == '__main__':
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--full', action='store_true', help='networks of full size')
+  arguments = parser.parse_args()
+  jax.config.update('jax_default_matmul_precision', 'highest')
+  print('| network | relative error |\n|---|---|')
+  for name, error in measurements(arguments.full):
+    print(f'| {name} | {error:.1e} |', flush=True)
