@@ -2,6 +2,7 @@
 
   python benchmarks/parity.py            (small networks, half a minute)
   python benchmarks/parity.py --full     (full size: minutes, 12 GB of memory)
+  python benchmarks/parity.py --edit FOLDER --size 128      (a whole edit with that checkpoint)
 
 Random normal weights, float32, the same inputs; relative error ||ours - theirs|| / ||theirs||. The
 measurements are those of the tests, which hold them to 5e-5.
@@ -15,8 +16,13 @@ import jax
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent / 'tests'))
+import test_editor
 import test_models as tests
 import torch_models as reference
+from diffusers import StableDiffusionInstructPix2PixPipeline
+
+from ip2p_jax import Editor, Sampling
+from ip2p_jax.convert import example_picture
 
 
 def measurements(is_full):
@@ -43,13 +49,35 @@ def measurements(is_full):
   yield 'CLIP ViT-B/32 vision', tests.vision_error(reference.CLIP_B32_VISION, rng)
 
 
+def edit_errors(folder, size, steps=10):
+  """Of a whole edit at 7.5 and 1.5: latents (relative) and pixels (levels of 255)."""
+  pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(folder)
+  pipeline.set_progress_bar_config(disable=True)
+  editor = Editor.load(folder, 'float32')
+  side = size // editor.networks.vae_config.factor
+  noise = np.random.default_rng(0).standard_normal((steps + 1, 1, side, side, 4), np.float32)
+  photo, text = example_picture(size)[None], 'make it winter'
+  scales = {'guidance_scale': 7.5, 'image_guidance_scale': 1.5}
+  latents, pixels = test_editor.run_torch(pipeline, photo, text, noise[0], noise[1:], **scales)
+  sampling = Sampling(steps)
+  edit = editor.edit_arrays(photo, [text], sampling, init_noise=noise[0], step_noise=noise[1:])
+  levels = np.abs(np.asarray(edit.images, np.float32) - np.round(pixels)).max()
+  return reference.relative_error(edit.latents, latents), levels
+
+
 if __name__ == '__main__':
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument('--full', action='store_true', help='networks of full size')
+  parser.add_argument('--edit', metavar='FOLDER', help='a diffusers folder to edit with')
+  parser.add_argument('--size', type=int, default=64, help='of the edited picture, in pixels')
   arguments = parser.parse_args()
   jax.config.update('jax_default_matmul_precision', 'highest')
+  if arguments.edit:
+    error, levels = edit_errors(arguments.edit, arguments.size)
+    print(f'10 steps at {arguments.size} px: latents {error:.1e}, pixels at most {levels:g} of 255')
+    sys.exit()
   print('| network | relative error |\n|---|---|')
   for name, error in measurements(arguments.full):
     print(f'| {name} | {error:.1e} |', flush=True)
