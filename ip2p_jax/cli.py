@@ -3,6 +3,7 @@
 import contextlib
 import os
 import secrets
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,9 +18,10 @@ from typer import Option
 from ip2p_jax import convert as conversion
 from ip2p_jax import edit_files
 from ip2p_jax import images as pictures
-from ip2p_jax.editor import Editor
+from ip2p_jax.editor import MAX_SCALE, Editor, Sampling
 from ip2p_jax.errors import InputError
 
+MAX_TEXT = 10_000  # characters; more would not fit into the metadata of a JPEG
 INTERRUPTED = 130  # what typer turns Ctrl-C into
 
 
@@ -28,13 +30,17 @@ def edit(
   edit: Annotated[str, Option('--edit', '-e', help='What to do, as in "make it winter".')],
   output: Annotated[Path, Option('--output', '-o', help='A picture to write, or a folder.')],
   ckpt: Annotated[Path, Option(help='A diffusers folder, or a single .safetensors or .ckpt file.')],
-  resolution: Annotated[int, Option(min=8, help='Longer side at work, in pixels.')] = 512,
+  resolution: Annotated[int, Option(min=8, max=8192, help='Longer side at work, in pixels.')] = 512,
   steps: Annotated[int, Option(min=1, help='Steps of the sampler.')] = 100,
-  cfg_text: Annotated[float, Option(help='How strongly to follow the instruction: 3 to 12.')] = 7.5,
-  cfg_image: Annotated[float, Option(help='How strongly to keep the picture: 1 to 2.2.')] = 1.5,
+  cfg_text: Annotated[
+    float, Option(min=-MAX_SCALE, max=MAX_SCALE, help='How strongly to follow the text: 3 to 12.')
+  ] = 7.5,
+  cfg_image: Annotated[
+    float, Option(min=-MAX_SCALE, max=MAX_SCALE, help='How strongly to keep the picture: 1 to 2.2.')
+  ] = 1.5,
   seed: Annotated[int | None, Option(min=0, max=2**32 - 1, help='Random, if left out.')] = None,
   index: Annotated[
-    int, Option(min=0, help='Counts the pictures of a folder; picture and seed fix the noise.')
+    int, Option(min=0, max=2**31, help='Of the first picture; seed and index fix the noise.')
   ] = 0,
   num: Annotated[int, Option(min=1, help='Variations per picture: seed, seed + 1, ...')] = 1,
   negative: Annotated[str, Option(help='What the result should not be.')] = '',
@@ -80,13 +86,18 @@ def edit(
   """
   if not edit.strip():
     raise InputError('--edit is empty; say what to change, as in --edit "make it winter".')
+  if len(edit) + len(negative) > MAX_TEXT:
+    raise InputError(f'--edit and --negative are over {MAX_TEXT:,} characters; 77 tokens are read.')
   seed = secrets.randbelow(2**31) if seed is None else seed
   scales = edit_files.parse_scales(grid_text, grid_image) if grid else [(cfg_text, cfg_image)]
-  jobs = edit_files.plan_jobs(input, output, scales, seed=seed, index=index, num=num, mask=mask)
+  jobs = edit_files.plan_jobs(
+    input, output, scales, seed=seed, index=index, num=num, mask=mask, is_grid=grid
+  )
   options = {
     'steps': steps, 'sampler': sampler, 'spacing': spacing, 'karras': karras,
     'rescale': rescale, 'interval': interval, 'negative': negative,
   }  # fmt: skip
+  Sampling(steps, sampler, spacing, karras, rescale, interval)  # refuses mistakes before loading
   _say(f'seed {seed}')
   _cache_compilations()
   model = Editor.load(ckpt, dtype, variant=variant, ema=ema, prediction_type=prediction_type)
@@ -114,7 +125,9 @@ def edit(
 def convert(
   src: Annotated[Path, typer.Argument(help='A diffusers folder, or a .safetensors or .ckpt file.')],
   dst: Annotated[Path, typer.Argument(help='A new folder (diffusers) or .safetensors file (ldm).')],
-  to: Annotated[str, Option(help='diffusers or ldm.')] = 'diffusers',
+  to: Annotated[
+    str | None, Option(help='diffusers or ldm; by the name of DST, if left out.')
+  ] = None,
   dtype: Annotated[str, Option(help='Of the written weights: float32, float16, bfloat16.')] = (
     'float32'
   ),
@@ -162,7 +175,12 @@ def run(app: typer.Typer | Callable, name: str) -> None:
   with warnings.catch_warnings():
     warnings.simplefilter('default', UserWarning)
     warnings.showwarning = lambda message, *_: _complain(name, f'warning: {message}')
-    sys.exit(_status(app, name))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that we tidy up
+    status = _status(app, name)
+  if status == INTERRUPTED:  # the device may still be at work, and would fail under our feet
+    sys.stdout.flush()
+    os._exit(status)
+  sys.exit(status)
 
 
 def _status(app: typer.Typer, name: str) -> int:
@@ -179,9 +197,13 @@ def _status(app: typer.Typer, name: str) -> int:
     _complain(name, f'error: {error}')
   except Exception as error:
     if hasattr(error, 'format_message'):  # what a wrong flag raises
-      _complain(name, f'error: {error.format_message()} (see {name} --help)')
-    elif 'RESOURCE_EXHAUSTED' in str(error):
+      command = getattr(getattr(error, 'ctx', None), 'command_path', name)
+      _complain(name, f'error: {error.format_message()} (see {command} --help)')
+    elif isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in str(error):
       _complain(name, 'error: out of memory; lower --batch-size or --resolution.')
+    elif isinstance(error, OSError):  # no space, no permission, a name too long, a file in the way
+      where = error.filename or 'the disk'
+      _complain(name, f'error: {where}: {error.strerror or error}.')
     else:
       raise
   return 2
@@ -206,10 +228,11 @@ def _progress() -> Iterator[Callable[[int, int], None] | None]:
   if not sys.stderr.isatty():
     yield None
     return
-  with tqdm(unit='step', dynamic_ncols=True) as bar:
+  with tqdm(unit='step', dynamic_ncols=True, desc='compiling') as bar:
 
     def count(done, total):
       bar.total = total
+      bar.set_description('editing', refresh=False)
       bar.update(done - bar.n)
 
     yield count
@@ -218,8 +241,10 @@ def _progress() -> Iterator[Callable[[int, int], None] | None]:
 def _cache_compilations():
   """Keeps compiled programs on disk, so that the next start is fast."""
   if not jax.config.jax_compilation_cache_dir:
-    home = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
-    jax.config.update('jax_compilation_cache_dir', str(home / 'ip2p-jax'))
+    folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'ip2p-jax'
+    with contextlib.suppress(OSError):  # then we go without
+      folder.mkdir(parents=True, exist_ok=True)
+      jax.config.update('jax_compilation_cache_dir', str(folder))
 
 
 if __name__ == '__main__':

@@ -12,7 +12,8 @@ import numpy as np
 
 from ip2p_jax import weights
 from ip2p_jax.editor import Editor, Sampling
-from ip2p_jax.networks import COMPONENTS, networks_of
+from ip2p_jax.errors import InputError
+from ip2p_jax.networks import COMPONENTS, Networks, networks_of
 from ip2p_jax.weights import diffusers_folder, names
 
 VERIFY = Path(__file__).parent / 'resources' / 'verify.py'
@@ -23,7 +24,7 @@ LATENT_SIDE = 16
 def convert(
   src: Path,
   dst: Path,
-  to: str = 'diffusers',
+  to: str | None = None,
   dtype: str = 'float32',
   *,
   ema: bool = True,
@@ -38,6 +39,7 @@ def convert(
   Args:
     src: a diffusers folder or a single file.
     dst: a folder for `to='diffusers'`, a `.safetensors` file for `to='ldm'`.
+    to: None goes by the name of `dst`.
     dtype: of the written weights. float16 names a folder's files as variant fp16.
     verify: whether to run a short edit from the written files and store it with `verify.py`: in
       the folder, or in `DST.verify/` beside the file.
@@ -45,19 +47,22 @@ def convert(
 
   Raises InputError for anything wrong with SRC or DST.
   """
+  dst = Path(dst)
+  to = to or ('ldm' if dst.suffix == '.safetensors' else 'diffusers')
+  written_variant = 'fp16' if to == 'diffusers' and dtype == 'float16' else None
+  weights.check_destination(dst, to, dtype, written_variant, overwrite)
   checkpoint = weights.read(src, variant=variant, ema=ema, prediction_type=prediction_type)
-  check(checkpoint)
+  networks = check(checkpoint)
   counts = ', '.join(f'{len(checkpoint.tensors[name])} {name}' for name in COMPONENTS)
   say(f'read {src}: {counts} tensors, all as its architecture wants them')
-  written_variant = 'fp16' if to == 'diffusers' and dtype == 'float16' else None
   weights.write(checkpoint, dst, to, dtype, variant=written_variant, overwrite=overwrite)
   say(f'wrote {dst} in {dtype}, read it back, and it is the same')
   if not verify:
     return
-  written = weights.read(dst)
-  if written.configs['unet']['in_channels'] != 2 * written.configs['vae']['latent_channels']:
+  if networks.unet_config.in_channels != 2 * networks.vae_config.latent_channels:
     say('no edit to verify: the UNet does not take a picture')
     return
+  written = weights.read(dst)
   folder = dst if to == 'diffusers' else dst.with_suffix('.verify')
   if to == 'ldm':
     diffusers_folder.write_configs(written, folder)
@@ -65,15 +70,22 @@ def convert(
   store_edit(Editor.from_checkpoint(written, 'float32'), folder, settings)
   say(f'stored an edit and {folder / "verify.py"}')
   if importlib.util.find_spec('torch') and importlib.util.find_spec('diffusers'):
-    say(run_verification(folder))
+    agrees, verdict = run_verification(folder)
+    if not agrees:
+      raise InputError(f'{dst} was written, but PyTorch does not confirm it: {verdict}')
+    say(verdict)
 
 
-def check(checkpoint: weights.Checkpoint) -> None:
-  """InputError naming any tensor that is missing, left over, misshapen or not finite."""
+def check(checkpoint: weights.Checkpoint) -> Networks:
+  """The checkpoint's networks, if every tensor is as they want it.
+
+  Raises InputError naming any tensor that is missing, left over, misshapen or not finite.
+  """
   networks = networks_of(checkpoint)
   for component in COMPONENTS:
     tensors, shapes = checkpoint.tensors[component], networks.shapes[component]
     names.to_params(tensors, shapes, component, source=checkpoint.source)
+  return networks
 
 
 def store_edit(editor: Editor, folder: Path, settings: dict) -> None:
@@ -119,10 +131,10 @@ def example_picture(side: int) -> np.ndarray:
   return np.round(255 * np.stack(channels, -1)).astype(np.uint8)
 
 
-def run_verification(folder: Path) -> str:
-  """What `verify.py` says at the end."""
+def run_verification(folder: Path) -> tuple[bool, str]:
+  """Whether `verify.py` is content, and what it says at the end."""
   done = subprocess.run(
     [sys.executable, folder / 'verify.py', '--device', 'cpu'], capture_output=True, text=True
   )
   lines = (done.stdout.strip() or done.stderr.strip() or 'verify: said nothing').splitlines()
-  return lines[-1]
+  return done.returncode == 0, lines[-1]

@@ -1,14 +1,14 @@
 """Editing picture files: which pictures with which seeds and scales, in which batches, to where."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from ip2p_jax import images as pictures
-from ip2p_jax.editor import Editor, Progress
+from ip2p_jax.editor import MAX_SCALE, Editor, Progress, part_of
 from ip2p_jax.errors import InputError
 
 GRID_THUMBNAIL = 512  # pixels of the longer side of each picture in a grid
@@ -36,6 +36,7 @@ def plan_jobs(
   index: int,
   num: int,
   mask: Path | None,
+  is_grid: bool,
 ) -> list[Job]:
   """Every picture to make. Reads all inputs and tries all outputs now, before hours of work.
 
@@ -45,7 +46,7 @@ def plan_jobs(
   if seed + num > 2**32:
     raise InputError(f'--seed {seed} with --num {num} goes past {2**32 - 1}; use a lower seed.')
   files = pictures.find_images(input)
-  if len(scales) > 1 and (len(files) > 1 or num > 1):
+  if is_grid and (len(files) > 1 or num > 1):
     raise InputError('--grid makes one picture of one picture; give a file, and leave out --num.')
   outputs = _outputs(input, files, output, num)
   jobs = []
@@ -71,8 +72,11 @@ def _outputs(input, files, output, num) -> dict[tuple[Path, int], Path]:
       path = base.with_stem(f'{base.stem}-{n}') if num > 1 else base
       if path in result.values():
         raise InputError(f'--input {input}: two pictures would both be written to {path}.')
-      pictures.check_writable(path)
+      if path.exists() and any(path.samefile(other) for other in files):
+        raise InputError(f'--output {path} is a picture of --input; give another name or folder.')
       result[file, n] = path
+  for path in result.values():
+    pictures.check_writable(path)
   return result
 
 
@@ -101,7 +105,7 @@ def run_jobs(
       mask=mask and [pictures.read_mask(mask, original.size) for original in originals],
       resolution=resolution,
       batch_size=min(batch_size, max(map(len, batches))),
-      progress=progress and _part(progress, done, len(batches)),
+      progress=part_of(progress, done, len(batches)),
       **options,
     )
     yield from zip(batch, results, strict=True)
@@ -119,17 +123,17 @@ def _batches(jobs, resolution, factor, batch_size) -> list[list[Job]]:
   ]
 
 
-def _part(progress: Progress, done: int, parts: int) -> Callable[[int, int], None]:
-  return lambda step, steps: progress(done * steps + step, parts * steps)
-
-
 def parse_scales(text: str, image: str) -> list[tuple[float, float]]:
   """'3,7.5' and '1,1.5' -> every pair (text scale, image scale), row by row."""
   try:
     texts, images = ([float(part) for part in scales.split(',')] for scales in (text, image))
+    if not all(abs(scale) <= MAX_SCALE for scale in texts + images):
+      raise ValueError
   except ValueError:
-    message = '--grid-text and --grid-image take numbers with commas between, as in 3,5,7.5.'
-    raise InputError(message) from None
+    raise InputError(
+      '--grid-text and --grid-image take numbers with commas between, as in 3,5,7.5, none over'
+      f' {MAX_SCALE}.'
+    ) from None
   return [(t, i) for t in texts for i in images]
 
 

@@ -19,12 +19,14 @@ from ip2p_jax import edit_program as program
 from ip2p_jax import images as pictures
 from ip2p_jax import weights
 from ip2p_jax.diffusion import guidance, samplers
+from ip2p_jax.diffusion.noise import Schedule
 from ip2p_jax.errors import InputError
 from ip2p_jax.networks import Networks, networks_of, params_of
 from ip2p_jax.text import ClipTokenizer
 
 DTYPES = ('float32', 'bfloat16', 'float16')
 MAX_SEED = 2**32 - 1
+MAX_SCALE = 100
 
 Progress = Callable[[int, int], None]  # called with (steps done, steps in all)
 
@@ -50,6 +52,8 @@ class Sampling:
   interval: tuple[float, float] = (0.0, 1.0)
 
   def __post_init__(self):
+    # Most mistakes show with any schedule, and before a checkpoint is read.
+    samplers.noise_levels(Schedule(), self.sampler, self.steps, self.spacing, self.karras)
     if not 0 <= self.rescale <= 1:
       raise InputError(f'rescale is {self.rescale}; it goes from 0 (none) to 1.')
     start, stop = self.interval
@@ -107,8 +111,10 @@ class Editor:
       raise InputError(f'dtype is {dtype!r}; use one of {", ".join(DTYPES)}.')
     networks = networks_of(checkpoint)
     _check_channels(networks, checkpoint.source)  # before reading gigabytes
-    length = networks.text_config.max_position_embeddings
-    tokenizer = ClipTokenizer(checkpoint.tokenizer, length, checkpoint.source)
+    text = networks.text_config
+    tokenizer = ClipTokenizer(
+      checkpoint.tokenizer, text.max_position_embeddings, text.vocab_size, checkpoint.source
+    )
     return cls(networks, params_of(checkpoint, networks, dtype), tokenizer, checkpoint.source)
 
   def edit(
@@ -147,7 +153,8 @@ class Editor:
       image_guidance: how strongly to stay with the picture (1 to 2.2 make sense).
       seed: 0 to 2**32 - 1. A picture's noise depends on its seed and index only, never on the
         batch it is in. None draws one seed for the call.
-      indices: one per result; 0, 1, 2 ... by default.
+      indices: one per result; by default 0, 1, 2 ... counting the pictures given, so that all
+        variations of one picture have 0.
       negative: what the result should not be; takes the place of the empty instruction.
       mask: float [H, W] in [0, 1] at the picture's size; pixels at 0 are kept exactly.
       init_noise, step_noise: standard normal [B, h, w, 4] and [S, B, h, w, 4], to repeat a run of
@@ -162,6 +169,8 @@ class Editor:
     originals = [pictures.plain(image) for image in _pictures(images)]
     rows = Rows.of(originals, instructions, text_guidance, image_guidance, seed, mask, indices)
     sampling = Sampling(steps, sampler, spacing, karras, rescale, interval)
+    if min(batch_size or 1, resolution or 1) < 1:
+      raise InputError('batch_size and resolution must be 1 or more.')
     factor = self.networks.vae_config.factor
     sizes = [
       pictures.working_size(*image.size, resolution or max(image.size), factor)
@@ -185,8 +194,10 @@ class Editor:
         mask=None if mask is None else np.stack([_latent_mask(m, size, factor) for m in part.mask]),
         init_noise=None if init_noise is None else np.asarray(init_noise)[padded],
         step_noise=None if step_noise is None else np.asarray(step_noise)[:, padded],
-        progress=_part_of(progress, done, len(groups)),
+        progress=part_of(progress, done, len(groups)),
       )
+      if not np.isfinite(edit.latents).all():
+        raise InputError('the edit overflowed; use lower scales, or the dtype bfloat16 or float32.')
       for row, image in zip(group, np.asarray(edit.images), strict=False):
         results[row] = pictures.restore(image, rows.originals[row], rows.mask[row])
     return np.stack(results) if isinstance(images, np.ndarray) else results
@@ -216,8 +227,8 @@ class Editor:
     batch, height, width, _ = images.shape
     factor = self.networks.vae_config.factor
     latents_shape = (batch, height // factor, width // factor, 4)
-    text_guidance = _per_image('text_guidance', text_guidance, batch, np.float32)
-    image_guidance = _per_image('image_guidance', image_guidance, batch, np.float32)
+    text_guidance = _scales('text_guidance', text_guidance, batch)
+    image_guidance = _scales('image_guidance', image_guidance, batch)
     branches = guidance.branches(text_guidance, image_guidance, sampling.rescale)
     has_interval = tuple(sampling.interval) != (0.0, 1.0) and branches != program.CONDITIONAL
     plan = program.Plan(sampling.sampler, branches, has_interval)
@@ -226,12 +237,12 @@ class Editor:
     )
     request = program.Request(
       images=images,
-      token_ids=self._tokens(instructions, batch),
-      negative_ids=self._tokens([negative], 1),
+      token_ids=self._tokens('instruction', instructions, batch),
+      negative_ids=self._tokens('negative', [negative], 1),
       text_guidance=text_guidance,
       image_guidance=image_guidance,
-      seeds=_per_image('seed', seeds, batch, np.uint32),
-      indices=_per_image('indices', range(batch) if indices is None else indices, batch, np.uint32),
+      seeds=_counts('seed', seeds, batch),
+      indices=_counts('indices', range(batch) if indices is None else indices, batch),
       grid=grid,
       guided_sigmas=sampling.guided_sigmas(grid.sigmas),
       rescale=np.float32(sampling.rescale) if sampling.rescale else None,
@@ -255,13 +266,13 @@ class Editor:
     progress(steps, steps)
     return edit
 
-  def _tokens(self, texts, count):
+  def _tokens(self, name, texts, count):
     if len(texts) != count:
       raise InputError(f'{len(texts)} instructions for {count} images; give one each.')
     for text in dict.fromkeys(texts):
       if cut := self.tokenizer.cut_off(text).strip():
         warnings.warn(
-          f'an instruction is longer than {self.tokenizer.length} tokens; ignored: {cut!r}',
+          f'the {name} is longer than {self.tokenizer.length} tokens; ignored: {cut!r}',
           stacklevel=4,
         )
     return self.tokenizer(texts)
@@ -295,7 +306,7 @@ class Rows(NamedTuple):
     columns = [list(column) if _is_many(column) else [column] for column in columns]
     columns.append([mask] if mask is None or np.ndim(mask[0]) == 1 else list(mask))
     count = max(map(len, columns))
-    columns.append(range(count) if indices is None else indices)
+    columns.append(indices if indices is not None else range(len(columns[0])))
     for name, column in zip(cls._fields, columns, strict=True):
       if len(column) not in (1, count):
         raise InputError(f'{len(column)} {name} for {count} pictures; give one, or one each.')
@@ -340,15 +351,25 @@ def _pictures(images):
   return [Image.fromarray(image) for image in (images if images.ndim == 4 else images[None])]
 
 
-def _per_image(name, values, batch, dtype):
+def _scales(name, values, batch):
+  values = _one_each(name, values, batch)
+  if not (values.dtype.kind in 'iuf' and (abs(values) <= MAX_SCALE).all()):
+    raise InputError(f'{name} is {values.tolist()}; it goes from -{MAX_SCALE} to {MAX_SCALE}.')
+  return np.broadcast_to(values.astype(np.float32), (batch,))
+
+
+def _counts(name, values, batch):
+  values = _one_each(name, values, batch)
+  if not (values.dtype.kind in 'iu' and ((values >= 0) & (values <= MAX_SEED)).all()):
+    raise InputError(f'{name} is {values.tolist()}; give a whole number from 0 to {MAX_SEED}.')
+  return np.broadcast_to(values.astype(np.uint32), (batch,))
+
+
+def _one_each(name, values, batch):
   values = np.asarray(values)
   if values.ndim and values.shape != (batch,):
     raise InputError(f'{name} has shape {list(values.shape)} for {batch} images; give one each.')
-  if dtype == np.uint32 and not ((values >= 0) & (values <= MAX_SEED)).all():
-    raise InputError(f'{name} is {values.tolist()}; it goes from 0 to {MAX_SEED}.')
-  if not np.isfinite(values.astype(np.float64)).all():
-    raise InputError(f'{name} is {values.tolist()}; give a finite number.')
-  return np.broadcast_to(values.astype(dtype), (batch,))
+  return values
 
 
 def _checked(name, value, shape):
@@ -379,8 +400,8 @@ def _latent_mask(mask, size, factor):
   return (cells.max((1, 3)) > 0).astype(np.float32)[..., None]
 
 
-def _part_of(progress, done, parts):
-  """Progress over several calls of the program as one."""
+def part_of(progress: Progress | None, done: int, parts: int) -> Progress | None:
+  """Progress over several runs as one; `done` of the `parts` are over."""
   if progress is None:
     return None
   return lambda step, steps: progress(done * steps + step, parts * steps)

@@ -20,23 +20,33 @@ PIECES = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 class ClipTokenizer:
   """`tokenizer(texts)` -> int32 [B, length]: start, at most length - 2 tokens, end, padding."""
 
-  def __init__(self, files: Mapping[str, bytes], length: int = 77, source: str = 'tokenizer'):
+  def __init__(
+    self,
+    files: Mapping[str, bytes],
+    length: int = 77,
+    vocab_size: int | None = None,
+    source: str = 'tokenizer',
+  ):
     """Builds it from file names and contents (`vocab.json` and `merges.txt`, or `tokenizer.json`).
 
     Args:
       files: contents by file name; `tokenizer_config.json` or `special_tokens_map.json` may name
         the padding token (SD 2.x pads with '!', everyone else with the end).
       length: tokens per text, the text encoder's max_position_embeddings.
+      vocab_size: the text encoder's, to check the ids against.
       source: for messages.
+
+    Raises InputError if files are missing or damaged, or do not fit each other.
     """
     vocab, merges = _vocab_and_merges(files, source)
+    _check_vocab(vocab, merges, vocab_size, source)
     self.length = length
-    self._bpe = _bpe(vocab, merges)
-    try:
-      self._start, self._end = vocab[START], vocab[END]
-      self._pad = vocab[_pad_token(files)]
-    except KeyError as missing:
-      raise InputError(f'{source}: the vocabulary lacks the token {missing}.') from None
+    pad = _pad_token(files)
+    for token in (START, END, pad):
+      if token not in vocab:
+        raise InputError(f'{source}: the vocabulary lacks the token {token!r}.')
+    self._start, self._end, self._pad = vocab[START], vocab[END], vocab[pad]
+    self._bpe = _bpe(vocab, merges, pad)
 
   def __call__(self, texts: Sequence[str]) -> np.ndarray:
     ids = np.full((len(texts), self.length), self._pad, np.int32)
@@ -67,7 +77,23 @@ def _vocab_and_merges(files, source):
   raise InputError(f'{source}: needs vocab.json and merges.txt, or tokenizer.json.')
 
 
-def _bpe(vocab, merges) -> Tokenizer:
+def _check_vocab(vocab, merges, vocab_size, source):
+  if not isinstance(vocab, dict):
+    raise InputError(f'{source}: the vocabulary is not a list of tokens and ids.')
+  ids = list(vocab.values())
+  if not all(isinstance(i, int) and 0 <= i < (vocab_size or len(ids) * 2) for i in ids):
+    raise InputError(f'{source}: the vocabulary has ids that the text encoder has no rows for.')
+  if any(len(merge) != 2 or ''.join(merge) not in vocab for merge in merges):
+    raise InputError(f'{source}: merges.txt does not fit the vocabulary; fetch both again.')
+  made = {''.join(merge) for merge in merges}
+  rest = [token for token in vocab if token not in made and len(token.removesuffix('</w>')) > 1]
+  # A real vocabulary is bytes, merges and two marks; what else it holds, no text can reach. That is
+  # fine for the toy vocabularies of tests, but else merges.txt was cut short.
+  if len(vocab) > 1000 and len(rest) > len(vocab) // 100:
+    raise InputError(f'{source}: merges.txt is cut short; {len(rest)} tokens have no merge.')
+
+
+def _bpe(vocab, merges, pad) -> Tokenizer:
   bpe = Tokenizer(models.BPE(vocab, merges, unk_token=END, end_of_word_suffix='</w>'))
   bpe.normalizer = normalizers.Sequence(
     [normalizers.NFC(), normalizers.Replace(Regex(r'\s+'), ' '), normalizers.Lowercase()]
@@ -79,7 +105,7 @@ def _bpe(vocab, merges) -> Tokenizer:
     ]
   )
   bpe.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace('</w>', ' ')])
-  bpe.add_special_tokens([START, END])
+  bpe.add_special_tokens([START, END, pad])  # SD 2.x's '!' is its own token in a text, too
   return bpe
 
 

@@ -1,5 +1,6 @@
 """The command line, from files to files: what it makes, and how it answers mistakes."""
 
+import os
 import sys
 
 import numpy as np
@@ -141,6 +142,14 @@ def test_a_mistake_is_one_line_and_status_2_and_leaves_no_file(edit, tmp_path, p
     ({'seed': 2**32}, 'seed'),
     ({'seed': 2**32 - 1, 'num': 2}, 'lower seed'),
     ({'grid': True, 'num': 2}, '--num'),
+    ({'grid': True, 'grid_text': '3', 'grid_image': '1', 'num': 3}, '--num'),
+    ({'grid': True, 'grid_text': '1e39'}, '--grid-text'),
+    ({'cfg_text': '1e39'}, '--cfg-text'),
+    ({'cfg_image': 'nan'}, '--cfg-image'),
+    ({'output': photo}, 'is a picture of --input'),
+    ({'output': tmp_path / ('n' * 300 + '.png')}, 'nnn'),
+    ({'resolution': 10**8}, '--resolution'),
+    ({'edit': 'x' * 70_000}, 'characters'),
     ({'grid': True, 'grid_text': 'a,b'}, '--grid-text'),
     ({'variant': 'fp99'}, 'fp99'),
     ({'dtype': 'int8'}, 'float32, bfloat16'),
@@ -158,5 +167,6 @@ def test_interrupting_leaves_one_line_and_no_file(edit, tmp_path, monkeypatch):
     raise KeyboardInterrupt
 
   monkeypatch.setattr(edit_files, 'run_jobs', interrupted)
+  monkeypatch.setattr(os, '_exit', sys.exit)
   assert edit() == (130, 'sample.py: stopped\n')
   assert not (tmp_path / 'out.png').exists()

@@ -1,5 +1,6 @@
 """Conversion end to end: what we export, PyTorch loads and paints the same picture."""
 
+import json
 import subprocess
 import sys
 
@@ -46,7 +47,53 @@ def test_the_verification_notices_a_changed_weight(exported, tmp_path):
   tensors = load_file(file)
   tensors['conv_in.bias'] = tensors['conv_in.bias'] + 0.1
   save_file(tensors, file)
-  assert run_verification(tmp_path / 'folder').startswith('verify: DIFFERENT')
+  agrees, verdict = run_verification(tmp_path / 'folder')
+  assert not agrees and verdict.startswith('verify: DIFFERENT')
+
+
+def test_an_export_that_pytorch_does_not_confirm_is_an_error(source, tmp_path, monkeypatch):
+  monkeypatch.setattr('ip2p_jax.convert.run_verification', lambda _: (False, 'verify: DIFFERENT'))
+  with pytest.raises(InputError, match='PyTorch does not confirm it: verify: DIFFERENT'):
+    convert(source, tmp_path / 'out', say=lambda _: None)
+
+
+def test_a_checkpoint_keeps_the_spacing_of_its_own_scheduler(tmp_path):
+  pipeline = reference.pipeline(folder=tmp_path, timestep_spacing='trailing')
+  pipeline.save_pretrained(tmp_path / 'saved')
+  said = []
+  convert(tmp_path / 'saved', tmp_path / 'out', say=said.append)
+  assert said[-1].startswith('verify: AGREES')
+
+
+def test_a_name_that_ends_in_safetensors_means_one_file(source, tmp_path):
+  convert(source, tmp_path / 'x.safetensors', verify=False, say=lambda _: None)
+  assert (tmp_path / 'x.safetensors').is_file()
+  with pytest.raises(InputError, match='diffusers wants a folder'):
+    convert(source, tmp_path / 'y.safetensors', 'diffusers')
+
+
+def test_a_config_that_leaves_out_defaults_converts(source, tmp_path):
+  subprocess.run(['cp', '-r', source, tmp_path / 'short'], check=True)
+  file = tmp_path / 'short' / 'vae' / 'config.json'
+  config = json.loads(file.read_text())
+  file.write_text(json.dumps({k: v for k, v in config.items() if k != 'latent_channels'}))
+  said = []
+  convert(tmp_path / 'short', tmp_path / 'out', say=said.append)
+  assert said[-1].startswith('verify: AGREES')
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(source, tmp_path):
+  limited = f'ulimit -f 20; exec {sys.executable} -m ip2p_jax.cli convert {source} {tmp_path}/out'
+  done = subprocess.run(['bash', '-c', limited], capture_output=True, text=True)
+  assert done.returncode == 2
+  assert done.stderr.startswith('ip2p: error: ') and done.stderr.count('\n') == 1
+  assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_run_left_is_cleared_by_the_next(source, tmp_path):
+  (tmp_path / '.out.tmp' / 'unet').mkdir(parents=True)
+  convert(source, tmp_path / 'out', verify=False, say=lambda _: None)
+  assert [path.name for path in tmp_path.iterdir()] == ['out']
 
 
 def test_the_verification_needs_torch_and_diffusers_alone(exported):

@@ -189,6 +189,17 @@ def test_an_architecture_we_do_not_have_is_an_error_that_names_the_key(key, valu
     UNetConfig.from_json({**reference.TINY_UNET, key: value})
 
 
+@pytest.mark.parametrize(
+  ('key', 'value'),
+  [('block_out_channels', 32), ('block_out_channels', '32, 64'), ('block_out_channels', []),
+   ('layers_per_block', 1.5), ('norm_num_groups', 0), ('attention_head_dim', 0),
+   ('attention_head_dim', 3), ('norm_eps', -1), ('in_channels', True)],
+)  # fmt: skip
+def test_a_nonsensical_value_is_an_error_that_names_the_key(key, value):
+  with pytest.raises(InputError, match=key):
+    UNetConfig.from_json({**reference.TINY_UNET, key: value})
+
+
 def test_unet_config_survives_the_way_through_json():
   config = UNetConfig.from_json(reference.SD21_UNET)
   assert UNetConfig.from_json(config.to_json()) == config

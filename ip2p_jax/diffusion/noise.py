@@ -21,6 +21,7 @@ Array = jax.Array
 
 BETA_SCHEDULES = ('scaled_linear', 'linear', 'squaredcos_cap_v2')
 PREDICTION_TYPES = ('epsilon', 'v_prediction')
+SPACINGS = ('linspace', 'leading', 'trailing')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +38,15 @@ class Schedule:
   prediction_type: str = 'epsilon'  # what the network predicts, one of PREDICTION_TYPES
   set_alpha_to_one: bool = False  # whether DDIM ends without noise, or at that of timestep 0
   steps_offset: int = 1  # added to the timesteps of 'leading' spacing
+  timestep_spacing: str = 'linspace'  # one of SPACINGS, what Euler ancestral takes by default
 
   def __post_init__(self):
-    for key, choices in (('beta_schedule', BETA_SCHEDULES), ('prediction_type', PREDICTION_TYPES)):
+    known = {
+      'beta_schedule': BETA_SCHEDULES,
+      'prediction_type': PREDICTION_TYPES,
+      'timestep_spacing': SPACINGS,
+    }
+    for key, choices in known.items():
       if getattr(self, key) not in choices:
         raise InputError(f'{key} is {getattr(self, key)!r}; use one of {", ".join(choices)}.')
     for key, least in (('num_train_timesteps', 1), ('steps_offset', 0)):
@@ -55,9 +62,10 @@ class Schedule:
   def from_json(cls, config: dict, name: str = 'scheduler_config.json') -> 'Schedule':
     """The schedule in a diffusers scheduler config; `name` is the file to blame in errors.
 
-    Any scheduler of the Stable Diffusion family will do. What only concerns sampling (spacing,
-    Karras, clipping, solver options) is the caller's choice here, and ignored. A key that is absent
-    means what it does in diffusers. InputError for a schedule that is not supported.
+    Any scheduler of the Stable Diffusion family will do. What only concerns sampling (Karras,
+    clipping, solver options) is the caller's choice here, and ignored, but for the spacing of an
+    Euler ancestral scheduler, so that such a checkpoint samples as it does in diffusers. A key that
+    is absent means what it does there. InputError for a schedule that is not supported.
     """
     if not isinstance(config, dict):
       raise InputError(f'{name} holds no dictionary of settings.')
@@ -69,6 +77,8 @@ class Schedule:
         raise InputError(f'{name}: {key} is set, which is not supported; remove it.')
     fields = dataclasses.asdict(cls(steps_offset=0, set_alpha_to_one=True))
     fields.update((key, config[key]) for key in fields if key in config)
+    if config.get('_class_name') != 'EulerAncestralDiscreteScheduler':
+      fields['timestep_spacing'] = 'linspace'
     try:
       return cls(**fields)
     except InputError as error:
@@ -87,7 +97,6 @@ class Schedule:
       'clip_sample': False,
       'rescale_betas_zero_snr': False,
       'skip_prk_steps': True,
-      'timestep_spacing': 'linspace',
       'trained_betas': None,
     }
 

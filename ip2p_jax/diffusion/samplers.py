@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ip2p_jax.diffusion.noise import Schedule
+from ip2p_jax.diffusion.noise import SPACINGS, Schedule
 from ip2p_jax.errors import InputError
 
 Array = jax.Array
@@ -131,7 +131,6 @@ SAMPLERS = {
   'lcm': lcm,
 }
 STOCHASTIC = ('euler_ancestral', 'lcm')
-SPACINGS = ('linspace', 'leading', 'trailing')
 
 
 def sample(
@@ -178,9 +177,10 @@ def noise_levels(
   to the next of its timesteps, where diffusers takes equal strides that can miss it; with `karras`
   the timesteps are those of the sigmas, neither rounded nor interpolated another way.
 
-  `spacing` None is the sampler's own in diffusers: 'leading' for ddim, 'linspace' for the others;
-  lcm has a grid of its own. `karras` spaces the levels as Karras et al. (2022, equation 5) do, with
-  rho = 7. InputError for an unknown name, a combination that does not exist, or too many steps.
+  `spacing` None is the sampler's own in diffusers: 'leading' for ddim, what the schedule says for
+  euler_ancestral, else 'linspace'; lcm has a grid of its own. `karras` spaces the levels as Karras
+  et al. (2022, equation 5) do, with rho = 7. InputError for an unknown name, a combination that
+  does not exist, or too many steps.
   """
   _check('sampler', sampler, SAMPLERS)
   if spacing is not None:
@@ -189,6 +189,8 @@ def noise_levels(
     raise InputError('spacing does not apply to the sampler lcm, which has its own; leave it out.')
   if karras and sampler in ('ddim', 'lcm'):
     raise InputError(f'karras does not apply to the sampler {sampler}; use euler or dpmpp_2m.')
+  if spacing is None and sampler == 'euler_ancestral':
+    spacing = schedule.timestep_spacing
   spacing = spacing or ('leading' if sampler == 'ddim' else 'linspace')
   timesteps = _timesteps(schedule, sampler, steps, spacing)
   whole = np.arange(schedule.num_train_timesteps)

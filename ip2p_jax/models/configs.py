@@ -35,6 +35,7 @@ _UNET_FIXED = {
   'cross_attention_norm': (),
   'encoder_hid_dim': (),
   'encoder_hid_dim_type': (),
+  'num_attention_heads': (),  # diffusers refuses it, too
   'num_class_embeds': (),
   'reverse_transformer_layers_per_block': (),
   'time_cond_proj_dim': (),
@@ -47,7 +48,6 @@ _UNET_IGNORED = {
   'addition_embed_type_num_heads',
   'addition_time_embed_dim',
   'dropout',
-  'num_attention_heads',
   'projection_class_embeddings_input_dim',
 }
 _VAE_FIXED = {
@@ -93,9 +93,6 @@ class UNetConfig:
 
   @classmethod
   def from_json(cls, config: Mapping[str, Any], name: str = 'unet/config.json') -> Self:
-    config = dict(config)
-    if config.get('num_attention_heads') is not None:  # the newer, honest name wins in diffusers
-      config['attention_head_dim'] = config['num_attention_heads']
     result = _from_json(cls, config, name, _UNET_FIXED, _UNET_IGNORED)
     levels = len(result.block_out_channels)
     for key in ('down_block_types', 'up_block_types', 'heads'):
@@ -103,6 +100,10 @@ class UNetConfig:
         shown = 'attention_head_dim' if key == 'heads' else key
         raise InputError(f'{name}: {shown} has {len(getattr(result, key))} entries for {levels} '
                          'levels of block_out_channels; give one per level.')  # fmt: skip
+    for width, heads in zip(result.block_out_channels, result.heads, strict=True):
+      if width % heads:
+        raise InputError(f'{name}: attention_head_dim has {heads} heads, which do not divide the '
+                         f'width {width}.')  # fmt: skip
     _check_blocks(result.down_block_types, ('DownBlock2D', 'CrossAttnDownBlock2D'), name)
     _check_blocks(result.up_block_types, ('UpBlock2D', 'CrossAttnUpBlock2D'), name)
     _check_groups(result, name)
@@ -197,6 +198,7 @@ class VisionConfig:
 
 
 ACTIVATIONS = ('quick_gelu', 'gelu')
+_MAY_BE_ZERO = ('freq_shift', 'eos_token_id')
 
 
 def _from_json(cls, config, name, fixed, ignored):
@@ -210,13 +212,12 @@ def _from_json(cls, config, name, fixed, ignored):
     if value not in fixed[key] and value is not False:
       allowed = ' or '.join(map(repr, fixed[key])) or 'null'
       raise InputError(f'{name}: {key}={value!r} is not supported, only {allowed}.')
-  return _build(cls, {key: config[key] for key in fields & config.keys()}, name)
+  return _build(cls, config, name)
 
 
 def _clip_from_json(cls, config, name):
   """CLIP configs carry dozens of bookkeeping keys, so only what we read is checked."""
-  fields = {field.name for field in dataclasses.fields(cls)}
-  result = _build(cls, {key: config[key] for key in fields & config.keys()}, name)
+  result = _build(cls, config, name)
   if result.hidden_act not in ACTIVATIONS:
     allowed = ' or '.join(ACTIVATIONS)
     raise InputError(f'{name}: hidden_act={result.hidden_act!r} is not supported, only {allowed}.')
@@ -226,14 +227,30 @@ def _clip_from_json(cls, config, name):
   return result
 
 
-def _build(cls, values, name):
-  types = {field.name: field.type for field in dataclasses.fields(cls)}
-  for key, value in values.items():
-    values[key] = value = tuple(value) if isinstance(value, list) else value
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if types[key] in (int, float) and not is_number:
-      raise InputError(f'{name}: {key}={value!r} is not a number.')
+def _build(cls, config, name):
+  """The dataclass of the fields that `config` has; null means the default."""
+  values = {}
+  for field in dataclasses.fields(cls):
+    value = config.get(field.name)
+    if value is not None:
+      values[field.name] = value = tuple(value) if isinstance(value, list) else value
+      if not _fits(value, field.type, field.name):
+        raise InputError(f'{name}: {field.name}={config[field.name]!r} is not a value for it; a '
+                         f'usual one is {field.default!r}.')  # fmt: skip
   return cls(**values)
+
+
+def _fits(value, kind, key):
+  if kind is float:
+    return type(value) in (int, float) and 0 < value < float('inf')
+  if kind in (bool, str):
+    return type(value) is kind
+  if kind == tuple[str, ...]:
+    return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+  least = 0 if key in _MAY_BE_ZERO else 1
+  counts = value if isinstance(value, tuple) and kind is not int else (value,)
+  is_list_at_least = kind != tuple[int, ...] or isinstance(value, tuple)
+  return is_list_at_least and all(type(item) is int and item >= least for item in counts)
 
 
 def _check_blocks(blocks, allowed, name):

@@ -9,13 +9,20 @@ from pathlib import Path
 
 from ip2p_jax.errors import InputError
 from ip2p_jax.weights import diffusers_folder, ldm_file
-from ip2p_jax.weights.files import Checkpoint, Tensors, read_tensors, write_safetensors
+from ip2p_jax.weights.files import (
+  Checkpoint,
+  Tensors,
+  float_dtype,
+  read_tensors,
+  write_safetensors,
+)
 from ip2p_jax.weights.ldm_file import clip_tokenizer
 from ip2p_jax.weights.names import to_params, to_tensors, with_input_channels
 
 __all__ = [
   'Checkpoint',
   'Tensors',
+  'check_destination',
   'clip_tokenizer',
   'read',
   'read_tensors',
@@ -89,9 +96,23 @@ def write(
     InputError: the destination is taken, an argument is unknown, or a weight does not fit `dtype`.
     OSError: the disk failed.
   """
-  path = Path(path)
+  check_destination(path, to, dtype, variant, overwrite)
   if to == 'diffusers':
     diffusers_folder.write(checkpoint, path, dtype, variant, overwrite)
+  else:
+    ldm_file.write(checkpoint, path, dtype)
+
+
+def check_destination(
+  path: str | os.PathLike, to: str, dtype: str, variant: str | None, overwrite: bool
+) -> None:
+  """Raises the InputError that `write` would, before anything is read or written."""
+  path = Path(path)
+  float_dtype(dtype)
+  if to == 'diffusers':
+    if path.suffix == '.safetensors':
+      raise InputError(f'{path}: is the name of a file, and diffusers wants a folder.')
+    diffusers_folder.check_free(path, overwrite)
     return
   if to != 'ldm':
     raise InputError(f'to {to!r} is unknown; use diffusers or ldm.')
@@ -99,4 +120,3 @@ def write(
     raise InputError(f'{path}: an LDM file must end in .safetensors, and has no variant.')
   if path.is_dir() or (path.exists() and not overwrite):
     raise InputError(f'{path}: already exists; choose another name, or say to overwrite it.')
-  ldm_file.write(checkpoint, path, dtype)

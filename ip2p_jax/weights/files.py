@@ -116,6 +116,8 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
     value = json.loads(path.read_bytes())
   except FileNotFoundError:
     raise InputError(f'{path}: no such file.') from None
+  except OSError as error:
+    raise InputError(f'{path}: cannot be read ({error.strerror}).') from None
   except ValueError as error:
     raise InputError(f'{path}: not valid JSON ({error}).') from None
   if not isinstance(value, dict):
@@ -172,14 +174,15 @@ def _damaged(path, why):
 def _read_shards(index):
   files: dict[str, Tensors] = {}
   makers = {}
-  for name, file in read_json(index).get('weight_map', {}).items():
+  weight_map = read_json(index).get('weight_map')
+  if not isinstance(weight_map, dict) or not weight_map:
+    raise InputError(f'{index}: has no weight_map, so it is not an index of weight files.')
+  for name, file in weight_map.items():
     if file not in files:
       files[file] = read_tensors(index.with_name(file))[0]
     if name not in files[file]:
       raise InputError(f'{index}: says that {name} is in {file}, which does not hold it.')
     makers[name] = lambda shard=files[file], name=name: shard[name]
-  if not makers:
-    raise InputError(f'{index}: has no weight_map, so it is not an index of weight files.')
   return Tensors(makers)
 
 
@@ -328,7 +331,8 @@ def _bytes(array):
 def replacing(path: Path) -> Iterator[Path]:
   """A temporary name beside `path` that takes its place at the end, or vanishes on any error."""
   path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+  temporary = path.with_name(f'.{path.name}.tmp')
+  _remove(temporary)  # left by a run that was killed
   try:
     yield temporary
     if temporary.is_dir():
@@ -336,15 +340,20 @@ def replacing(path: Path) -> Iterator[Path]:
     else:
       os.replace(temporary, path)
   finally:
-    if temporary.is_dir():
-      shutil.rmtree(temporary)
-    temporary.unlink(missing_ok=True)
+    _remove(temporary)
+
+
+def _remove(path):
+  if path.is_dir():
+    shutil.rmtree(path)
+  path.unlink(missing_ok=True)
 
 
 def _replace_folder(new, path):
   # Folders cannot be replaced in one step: the old one steps aside, and returns if that fails.
-  old = path.with_name(f'.{path.name}.{os.getpid()}.old')
+  old = path.with_name(f'.{path.name}.old')
   if path.exists():
+    _remove(old)
     os.rename(path, old)
   try:
     os.rename(new, path)
