@@ -7,6 +7,7 @@ inside jit.
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from flax import nnx
 
 from ip2p_jax.diffusion.noise import Schedule
@@ -59,8 +60,11 @@ def params_of(checkpoint: Checkpoint, networks: Networks, dtype: Any) -> dict[st
     target = jax.tree.map(
       lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), networks.shapes[component]
     )
-    tree = names.to_params(
-      checkpoint.tensors[component], target, component, source=checkpoint.source
-    )
-    params[component] = jax.device_put(tree)
+    tensors, source = checkpoint.tensors[component], checkpoint.source
+    params[component] = names.to_params(tensors, target, component, source=source, place=_put)
   return params
+
+
+def _put(view):
+  # Waits, so that no more than one array is in memory twice.
+  return jax.block_until_ready(jax.device_put(np.asarray(view, order='C')))
