@@ -210,6 +210,13 @@ def test_pictures_of_many_sizes_come_back_in_their_order(editor):
   assert np.abs(np.asarray(results[4], int) - np.asarray(alone[0], int)).max() <= 1
 
 
+def test_a_variation_is_the_picture_of_its_own_seed(editor):
+  photo = Image.new('RGB', (32, 32), 'teal')
+  both = editor.edit(photo, 'go', steps=2, seed=[1, 2])
+  (second,) = editor.edit(photo, 'go', steps=2, seed=2)
+  assert np.abs(np.asarray(both[1], int) - np.asarray(second, int)).max() <= 1
+
+
 def test_arrays_in_give_arrays_out(editor, photo):
   result = editor.edit(photo, 'go', steps=1, seed=[1, 2])
   assert result.dtype == np.uint8 and result.shape == (2, 32, 48, 3)
@@ -246,6 +253,9 @@ def test_what_does_not_fit_into_77_tokens_is_named_in_a_warning(editor, photo):
     ({'rescale': 2.0}, 'rescale'),
     ({'interval': (0.8, 0.2)}, 'interval'),
     ({'text_guidance': float('nan')}, 'text_guidance'),
+    ({'text_guidance': 1e30}, 'text_guidance'),
+    ({'seed': 1.5}, 'seed'),
+    ({'batch_size': -1}, 'batch_size'),
     ({'mask': np.ones((5, 5))}, 'mask'),
     ({'instructions': ['one', 'two'], 'seed': [1, 2, 3]}, 'instructions'),
   ],
