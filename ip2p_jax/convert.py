@@ -13,7 +13,7 @@ import numpy as np
 from ip2p_jax import weights
 from ip2p_jax.editor import Editor, Sampling
 from ip2p_jax.errors import InputError
-from ip2p_jax.networks import COMPONENTS, Networks, networks_of
+from ip2p_jax.networks import COMPONENTS, Networks, is_editor, networks_of
 from ip2p_jax.weights import diffusers_folder, names
 
 VERIFY = Path(__file__).parent / 'resources' / 'verify.py'
@@ -59,7 +59,7 @@ def convert(
   say(f'wrote {dst} in {dtype}, read it back, and it is the same')
   if not verify:
     return
-  if networks.unet_config.in_channels != 2 * networks.vae_config.latent_channels:
+  if not is_editor(networks):
     say('no edit to verify: the UNet does not take a picture')
     return
   written = weights.read(dst)

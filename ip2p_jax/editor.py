@@ -21,7 +21,7 @@ from ip2p_jax import weights
 from ip2p_jax.diffusion import guidance, samplers
 from ip2p_jax.diffusion.noise import Schedule
 from ip2p_jax.errors import InputError
-from ip2p_jax.networks import Networks, networks_of, params_of
+from ip2p_jax.networks import Networks, check_is_editor, networks_of, params_of
 from ip2p_jax.text import ClipTokenizer
 
 DTYPES = ('float32', 'bfloat16', 'float16')
@@ -71,7 +71,7 @@ class Editor:
 
   def __init__(self, networks: Networks, params, tokenizer: ClipTokenizer, source: str = 'editor'):
     """`params` holds a parameter tree each for 'unet', 'vae' and 'text_encoder'."""
-    _check_channels(networks, source)
+    check_is_editor(networks, source)
     self.networks, self.params, self.tokenizer = networks, params, tokenizer
     self.dtype = str(jax.tree.leaves(params['unet'])[0].dtype)
     bind = lambda f: jax.jit(functools.partial(f, networks), static_argnums=0)
@@ -110,7 +110,7 @@ class Editor:
     if dtype not in DTYPES:
       raise InputError(f'dtype is {dtype!r}; use one of {", ".join(DTYPES)}.')
     networks = networks_of(checkpoint)
-    _check_channels(networks, checkpoint.source)  # before reading gigabytes
+    check_is_editor(networks, checkpoint.source)  # before reading gigabytes
     text = networks.text_config
     tokenizer = ClipTokenizer(
       checkpoint.tokenizer, text.max_position_embeddings, text.vocab_size, checkpoint.source
@@ -321,20 +321,6 @@ class Rows(NamedTuple):
 
   def take(self, rows: Sequence[int]) -> 'Rows':
     return Rows(*([column[row] for row in rows] for column in self))
-
-
-def _check_channels(networks, source):
-  channels = networks.unet_config.in_channels
-  latents = networks.vae_config.latent_channels
-  if channels == 2 * latents:
-    return
-  kind = 'not an InstructPix2Pix model'
-  if channels == latents:
-    kind = 'a text-to-image model, which cannot see the picture to edit'
-  raise InputError(
-    f'{source}: the UNet has {channels} input channels where an edit needs {2 * latents} (latents'
-    f' and picture): this is {kind}; use an InstructPix2Pix checkpoint.'
-  )
 
 
 def _is_many(value):

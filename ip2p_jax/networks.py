@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from ip2p_jax.diffusion.noise import Schedule
+from ip2p_jax.errors import InputError
 from ip2p_jax.models.clip import TextEncoder
 from ip2p_jax.models.configs import TextConfig, UNetConfig, VAEConfig
 from ip2p_jax.models.layers import Params, abstract
@@ -47,6 +48,25 @@ def networks_of(checkpoint: Checkpoint) -> Networks:
   shapes = dict(zip(COMPONENTS, (unet, vae, text), strict=True))
   return Networks(
     unet_config, vae_config, text_config, schedule, unet_def, vae_def, text_def, shapes
+  )
+
+
+def is_editor(networks: Networks) -> bool:
+  """Whether the UNet takes a picture's latents beside the noisy ones."""
+  return networks.unet_config.in_channels == 2 * networks.vae_config.latent_channels
+
+
+def check_is_editor(networks: Networks, source: str) -> None:
+  """Raises an InputError that says why, if the checkpoint cannot edit."""
+  if is_editor(networks):
+    return
+  channels, latents = networks.unet_config.in_channels, networks.vae_config.latent_channels
+  kind = 'not an InstructPix2Pix model'
+  if channels == latents:
+    kind = 'a text-to-image model, which cannot see the picture to edit'
+  raise InputError(
+    f'{source}: the UNet has {channels} input channels where an edit needs {2 * latents} (latents'
+    f' and picture): this is {kind}; use an InstructPix2Pix checkpoint.'
   )
 
 
