@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
-import jax
 import typer
 from tqdm import tqdm
 from typer import Option
@@ -18,18 +17,20 @@ from typer import Option
 from ip2p_jax import convert as conversion
 from ip2p_jax import edit_files
 from ip2p_jax import images as pictures
+from ip2p_jax.console import INTERRUPTED, MISTAKE, cache_compilations, complain, one_line
 from ip2p_jax.editor import MAX_SCALE, Editor, Sampling
 from ip2p_jax.errors import InputError
 
 MAX_TEXT = 10_000  # characters; more would not fit into the metadata of a JPEG
-INTERRUPTED = 130  # what typer turns Ctrl-C into
 
 
 def edit(
   input: Annotated[Path, Option('--input', '-i', help='A picture, or a folder of pictures.')],
   edit: Annotated[str, Option('--edit', '-e', help='What to do, as in "make it winter".')],
   output: Annotated[Path, Option('--output', '-o', help='A picture to write, or a folder.')],
-  ckpt: Annotated[Path, Option(help='A diffusers folder, or a single .safetensors or .ckpt file.')],
+  ckpt: Annotated[
+    str, Option(help='A diffusers folder, a single .safetensors or .ckpt file, or a workdir.')
+  ],
   resolution: Annotated[int, Option(min=8, max=8192, help='Longer side at work, in pixels.')] = 512,
   steps: Annotated[int, Option(min=1, help='Steps of the sampler.')] = 100,
   cfg_text: Annotated[
@@ -66,7 +67,7 @@ def edit(
     str | None, Option(help='float32, bfloat16 or float16; by default float32 on a CPU only.')
   ] = None,
   variant: Annotated[str | None, Option(help="Of a folder's files, such as fp16.")] = None,
-  ema: Annotated[bool, Option(help='Whether to prefer averaged weights in a single file.')] = True,
+  ema: Annotated[bool, Option(help='Whether to prefer averaged weights, if there are.')] = True,
   prediction_type: Annotated[
     str | None, Option(help='epsilon or v_prediction, for single files that cannot say.')
   ] = None,
@@ -99,10 +100,10 @@ def edit(
   }  # fmt: skip
   Sampling(steps, sampler, spacing, karras, rescale, interval)  # refuses mistakes before loading
   _say(f'seed {seed}')
-  _cache_compilations()
+  cache_compilations()
   model = Editor.load(ckpt, dtype, variant=variant, ema=ema, prediction_type=prediction_type)
   settings = options | {
-    'edit': edit, 'ckpt': str(ckpt), 'resolution': resolution, 'mask': mask and str(mask),
+    'edit': edit, 'ckpt': ckpt, 'resolution': resolution, 'mask': mask and str(mask),
     'dtype': model.dtype, 'variant': variant, 'ema': ema, 'prediction_type': prediction_type,
   }  # fmt: skip
   sheet = []
@@ -123,7 +124,9 @@ def edit(
 
 
 def convert(
-  src: Annotated[Path, typer.Argument(help='A diffusers folder, or a .safetensors or .ckpt file.')],
+  src: Annotated[
+    str, typer.Argument(help='A diffusers folder, a .safetensors or .ckpt file, or a workdir.')
+  ],
   dst: Annotated[Path, typer.Argument(help='A new folder (diffusers) or .safetensors file (ldm).')],
   to: Annotated[
     str | None, Option(help='diffusers or ldm; by the name of DST, if left out.')
@@ -131,7 +134,7 @@ def convert(
   dtype: Annotated[str, Option(help='Of the written weights: float32, float16, bfloat16.')] = (
     'float32'
   ),
-  ema: Annotated[bool, Option(help='Whether to prefer averaged weights in a single file.')] = True,
+  ema: Annotated[bool, Option(help='Whether to prefer averaged weights, if there are.')] = True,
   variant: Annotated[
     str | None, Option(help='Which of a source folder’s files to read, such as fp16.')
   ] = None,
@@ -143,16 +146,18 @@ def convert(
   ] = True,
   overwrite: Annotated[bool, Option('--overwrite', help='Replace what is at DST.')] = False,
 ) -> None:
-  """Converts a checkpoint between the diffusers folder and the single LDM file.
+  """Converts a checkpoint, or what a training run made, to a diffusers folder or an LDM file.
 
   ip2p convert instruct-pix2pix-00-22000.ckpt ip2p-folder --to diffusers --dtype float16
 
   ip2p convert ip2p-folder instruct-pix2pix.safetensors --to ldm
 
+  ip2p convert workdir trained.safetensors
+
   The LDM file is what A1111 and ComfyUI load. Beside the weights lie a stored edit and verify.py,
   which repeats it with torch and diffusers alone and prints the difference.
   """
-  _cache_compilations()
+  cache_compilations()
   conversion.convert(
     src, dst, to, dtype, ema=ema, variant=variant, prediction_type=prediction_type,
     verify=verify, overwrite=overwrite, say=_say,
@@ -174,7 +179,7 @@ def run(app: typer.Typer | Callable, name: str) -> None:
     app.command()(function)
   with warnings.catch_warnings():
     warnings.simplefilter('default', UserWarning)
-    warnings.showwarning = lambda message, *_: _complain(name, f'warning: {message}')
+    warnings.showwarning = lambda message, *_: complain(name, f'warning: {message}')
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that we tidy up
     status = _status(app, name)
   if status == INTERRUPTED:  # the device may still be at work, and would fail under our feet
@@ -185,32 +190,20 @@ def run(app: typer.Typer | Callable, name: str) -> None:
 
 def _status(app: typer.Typer, name: str) -> int:
   try:
-    status = typer.main.get_command(app)(prog_name=name, standalone_mode=False)
+    with one_line(name, 'lower --batch-size or --resolution.'):
+      status = typer.main.get_command(app)(prog_name=name, standalone_mode=False)
     if status != INTERRUPTED:
       return status or 0
-    _complain(name, 'stopped')
-    return INTERRUPTED
   except typer.Abort:  # the same in older versions of typer
-    _complain(name, 'stopped')
-    return INTERRUPTED
-  except InputError as error:
-    _complain(name, f'error: {error}')
+    pass
   except Exception as error:
-    if hasattr(error, 'format_message'):  # what a wrong flag raises
-      command = getattr(getattr(error, 'ctx', None), 'command_path', name)
-      _complain(name, f'error: {error.format_message()} (see {command} --help)')
-    elif isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in str(error):
-      _complain(name, 'error: out of memory; lower --batch-size or --resolution.')
-    elif isinstance(error, OSError):  # no space, no permission, a name too long, a file in the way
-      where = error.filename or 'the disk'
-      _complain(name, f'error: {where}: {error.strerror or error}.')
-    else:
+    if not hasattr(error, 'format_message'):  # what a wrong flag raises
       raise
-  return 2
-
-
-def _complain(name, text):
-  print(f'{name}: {" ".join(text.split())}', file=sys.stderr)
+    command = getattr(getattr(error, 'ctx', None), 'command_path', name)
+    complain(name, f'error: {error.format_message()} (see {command} --help)')
+    return MISTAKE
+  complain(name, 'stopped')
+  return INTERRUPTED
 
 
 def _say(text):
@@ -236,15 +229,6 @@ def _progress() -> Iterator[Callable[[int, int], None] | None]:
       bar.update(done - bar.n)
 
     yield count
-
-
-def _cache_compilations():
-  """Keeps compiled programs on disk, so that the next start is fast."""
-  if not jax.config.jax_compilation_cache_dir:
-    folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'ip2p-jax'
-    with contextlib.suppress(OSError):  # then we go without
-      folder.mkdir(parents=True, exist_ok=True)
-      jax.config.update('jax_compilation_cache_dir', str(folder))
 
 
 if __name__ == '__main__':

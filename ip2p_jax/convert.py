@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ip2p_jax import weights
+from ip2p_jax import checkpoints, weights
 from ip2p_jax.editor import Editor, Sampling
 from ip2p_jax.errors import InputError
 from ip2p_jax.networks import COMPONENTS, Networks, is_editor, networks_of
@@ -22,7 +23,7 @@ LATENT_SIDE = 16
 
 
 def convert(
-  src: Path,
+  src: str | os.PathLike,
   dst: Path,
   to: str | None = None,
   dtype: str = 'float32',
@@ -37,10 +38,11 @@ def convert(
   """Reads SRC, checks every tensor against its architecture, writes DST and reads it back.
 
   Args:
-    src: a diffusers folder or a single file.
+    src: a diffusers folder, a single file, or the workdir of a training run (local or gs://).
     dst: a folder for `to='diffusers'`, a `.safetensors` file for `to='ldm'`.
     to: None goes by the name of `dst`.
     dtype: of the written weights. float16 names a folder's files as variant fp16.
+    ema: whether to prefer averaged weights, in a single file or a workdir.
     verify: whether to run a short edit from the written files and store it with `verify.py`: in
       the folder, or in `DST.verify/` beside the file.
     say: told each thing done, a line of text.
@@ -51,10 +53,10 @@ def convert(
   to = to or ('ldm' if dst.suffix == '.safetensors' else 'diffusers')
   written_variant = 'fp16' if to == 'diffusers' and dtype == 'float16' else None
   weights.check_destination(dst, to, dtype, written_variant, overwrite)
-  checkpoint = weights.read(src, variant=variant, ema=ema, prediction_type=prediction_type)
+  checkpoint = checkpoints.load(src, variant=variant, ema=ema, prediction_type=prediction_type)
   networks = check(checkpoint)
   counts = ', '.join(f'{len(checkpoint.tensors[name])} {name}' for name in COMPONENTS)
-  say(f'read {src}: {counts} tensors, all as its architecture wants them')
+  say(f'read {checkpoint.source}: {counts} tensors, all as its architecture wants them')
   weights.write(checkpoint, dst, to, dtype, variant=written_variant, overwrite=overwrite)
   say(f'wrote {dst} in {dtype}, read it back, and it is the same')
   if not verify:

@@ -15,13 +15,13 @@ import jax
 import numpy as np
 from PIL import Image
 
+from ip2p_jax import checkpoints, weights
 from ip2p_jax import edit_program as program
 from ip2p_jax import images as pictures
-from ip2p_jax import weights
 from ip2p_jax.diffusion import guidance, samplers
 from ip2p_jax.diffusion.noise import Schedule
 from ip2p_jax.errors import InputError
-from ip2p_jax.networks import Networks, check_is_editor, networks_of, params_of
+from ip2p_jax.networks import Networks, check_is_editor, networks_of, params_of, tokenizer_of
 from ip2p_jax.text import ClipTokenizer
 
 DTYPES = ('float32', 'bfloat16', 'float16')
@@ -90,18 +90,18 @@ class Editor:
     ema: bool = True,
     prediction_type: str | None = None,
   ) -> Self:
-    """Reads a diffusers folder or a single LDM file (`.safetensors`, `.ckpt`).
+    """Reads a diffusers folder, a single LDM file (`.safetensors`, `.ckpt`), or a run's workdir.
 
     Args:
       path: the checkpoint; its UNet must have eight input channels.
       dtype: of weights and arithmetic; None takes float32 on a CPU and bfloat16 elsewhere.
       variant: of a folder's files, such as 'fp16'.
-      ema: whether to prefer a single file's averaged weights.
+      ema: whether to prefer averaged weights, in a single file or a workdir.
       prediction_type: 'epsilon' or 'v_prediction', for single files that cannot say.
 
     Raises InputError for anything that is missing, broken or not supported.
     """
-    checkpoint = weights.read(path, variant=variant, ema=ema, prediction_type=prediction_type)
+    checkpoint = checkpoints.load(path, variant=variant, ema=ema, prediction_type=prediction_type)
     return cls.from_checkpoint(checkpoint, dtype)
 
   @classmethod
@@ -111,10 +111,7 @@ class Editor:
       raise InputError(f'dtype is {dtype!r}; use one of {", ".join(DTYPES)}.')
     networks = networks_of(checkpoint)
     check_is_editor(networks, checkpoint.source)  # before reading gigabytes
-    text = networks.text_config
-    tokenizer = ClipTokenizer(
-      checkpoint.tokenizer, text.max_position_embeddings, text.vocab_size, checkpoint.source
-    )
+    tokenizer = tokenizer_of(checkpoint, networks)
     return cls(networks, params_of(checkpoint, networks, dtype), tokenizer, checkpoint.source)
 
   def edit(

@@ -4,6 +4,7 @@ Nothing here runs a network; that begins where `nnx.merge(unet_def, params['unet
 inside jit.
 """
 
+import hashlib
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ from ip2p_jax.models.configs import TextConfig, UNetConfig, VAEConfig
 from ip2p_jax.models.layers import Params, abstract
 from ip2p_jax.models.unet import UNet
 from ip2p_jax.models.vae import VAE
+from ip2p_jax.text import ClipTokenizer
 from ip2p_jax.weights import Checkpoint, names
 
 COMPONENTS = ('unet', 'vae', 'text_encoder')
@@ -67,6 +69,24 @@ def check_is_editor(networks: Networks, source: str) -> None:
   raise InputError(
     f'{source}: the UNet has {channels} input channels where an edit needs {2 * latents} (latents'
     f' and picture): this is {kind}; use an InstructPix2Pix checkpoint.'
+  )
+
+
+def fingerprint(checkpoint: Checkpoint, tokenizer: ClipTokenizer) -> str:
+  """Tells VAE encoders and tokenizers apart, whatever files they come in: 16 hexadecimal digits."""
+  tensors = checkpoint.tensors['vae']
+  digest = hashlib.blake2b(tokenizer(['a photo, 2']).tobytes(), digest_size=8)
+  for name in sorted(tensors):
+    if name.startswith(('encoder.', 'quant_conv.')):
+      digest.update(name.encode() + np.asarray(tensors[name]).astype(np.float16).tobytes())
+  return digest.hexdigest()
+
+
+def tokenizer_of(checkpoint: Checkpoint, networks: Networks) -> ClipTokenizer:
+  """Raises InputError if its files are damaged or do not fit the text encoder."""
+  text = networks.text_config
+  return ClipTokenizer(
+    checkpoint.tokenizer, text.max_position_embeddings, text.vocab_size, checkpoint.source
   )
 
 

@@ -5,6 +5,7 @@ dtype is the compute dtype: cast them (and every activation follows) to change i
 norms and softmax are float32 whatever it is.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -42,6 +43,30 @@ def conv3x3(in_width: int, out_width: int, *, strides=1, padding=((1, 1), (1, 1)
 
 def conv1x1(in_width: int, out_width: int, *, rngs):
   return nnx.Conv(in_width, out_width, (1, 1), rngs=rngs)
+
+
+Remat = Callable[[Callable], Callable]
+ATTENTION_OUT = 'attention_out'  # what an attention is named for the policy below
+
+
+def _is_costly(primitive, *args, **params) -> bool:
+  # jax's own dots_saveable would compute every convolution twice: convolutions are not dots.
+  policies = jax.checkpoint_policies
+  return (
+    primitive.name == 'conv_general_dilated'
+    or policies.dots_with_no_batch_dims_saveable(primitive, *args, **params)  # no attention scores
+    or policies.save_only_these_names(ATTENTION_OUT)(primitive, *args, **params)
+  )
+
+
+# What the backward pass computes a second time to save memory, by name: nothing; all but
+# convolutions, matrix products and attention (a sixth of the memory for a few percent of the
+# time); everything (a thirtieth, for a third more).
+REMATS: dict[str, Remat] = {
+  'none': lambda layer: layer,
+  'convdot': functools.partial(jax.checkpoint, policy=_is_costly),
+  'full': jax.checkpoint,
+}
 
 
 class GroupNorm(nnx.Module):

@@ -10,12 +10,15 @@ import math
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from ip2p_jax.attention import Attention, Site, attend
 from ip2p_jax.models.configs import UNetConfig
 from ip2p_jax.models.layers import (
+  ATTENTION_OUT,
   GroupNorm,
   LayerNorm,
+  Remat,
   ResnetBlock,
   Upsample,
   conv1x1,
@@ -62,11 +65,17 @@ class UNet(nnx.Module):
     self.conv_out = conv3x3(widths[0], config.out_channels, rngs=rngs)
 
   def __call__(
-    self, latents: Array, timesteps: Array, context: Array, attention: Attention = attend
+    self,
+    latents: Array,
+    timesteps: Array,
+    context: Array,
+    attention: Attention = attend,
+    remat: Remat = lambda layer: layer,
   ) -> Array:
     """latents [B, h, w, in_channels], timesteps [B] or [] (may be fractional), context [B, L, X].
 
-    Returns float32 [B, h, w, out_channels]. Any h and w work; no multiple of 8 is needed.
+    `remat` wraps every resnet and transformer, one of `layers.REMATS` in training. Returns float32
+    [B, h, w, out_channels]. Any h and w work; no multiple of 8 is needed.
     """
     dtype = self.conv_in.kernel.dtype
     latents, context = latents.astype(dtype), context.astype(dtype)
@@ -77,21 +86,21 @@ class UNet(nnx.Module):
     skips = [x]
     for block in self.down_blocks:
       for resnet, transformer in block.layers():
-        x = resnet(x, time)
+        x = remat(resnet)(x, time)
         if transformer is not None:
-          x = transformer(x, context, attention)
+          x = remat(transformer.with_attention(attention))(x, context)
         skips.append(x)
       if block.downsamplers is not None:
         x = block.downsamplers[0](x)
         skips.append(x)
 
-    x = self.mid_block(x, time, context, attention)
+    x = self.mid_block(x, time, context, attention, remat)
 
     for block in self.up_blocks:
       for resnet, transformer in block.layers():
-        x = resnet(jnp.concatenate([x, skips.pop()], -1), time)
+        x = remat(resnet)(jnp.concatenate([x, skips.pop()], -1), time)
         if transformer is not None:
-          x = transformer(x, context, attention)
+          x = remat(transformer.with_attention(attention))(x, context)
       if block.upsamplers is not None:
         x = block.upsamplers[0](x, skips[-1].shape[1:3])
 
@@ -154,10 +163,10 @@ class MidBlock(nnx.Module):
     self.resnets = nnx.List([make.resnet(width, width) for _ in range(2)])
     self.attentions = nnx.List([make.transformer('mid', level, width)])
 
-  def __call__(self, x, time, context, attention):
-    x = self.resnets[0](x, time)
-    x = self.attentions[0](x, context, attention)
-    return self.resnets[1](x, time)
+  def __call__(self, x, time, context, attention, remat):
+    x = remat(self.resnets[0])(x, time)
+    x = remat(self.attentions[0].with_attention(attention))(x, context)
+    return remat(self.resnets[1])(x, time)
 
 
 class Downsample(nnx.Module):
@@ -179,6 +188,9 @@ class SpatialTransformer(nnx.Module):
     block = TransformerBlock(width, config.heads[level], config.cross_attention_dim, rngs=rngs)
     self.transformer_blocks = nnx.List([block])
     self.proj_out = projection(width, width, rngs=rngs)
+
+  def with_attention(self, attention: Attention):
+    return lambda x, context: self(x, context, attention)
 
   def __call__(self, x, context, attention):  # [B, h, w, C], [B, L, X]
     site = Site(self.place, self.level, False, x.shape[1] * x.shape[2])
@@ -214,7 +226,8 @@ class MultiHeadAttention(nnx.Module):
 
   def __call__(self, x, context, attention, site):
     q, k, v = (self._split(y) for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
-    return self.to_out(attention(q, k, v, site).reshape(x.shape))
+    out = checkpoint_name(attention(q, k, v, site), ATTENTION_OUT)
+    return self.to_out(out.reshape(x.shape))
 
   def _split(self, x):  # [B, N, C] -> [B, N, heads, C / heads]
     return x.reshape(*x.shape[:2], self.heads, -1)

@@ -1,0 +1,17 @@
+"""Text-to-image: Stable Diffusion's own objective, by the same step without the input image.
+
+  python train.py --config=configs/base.py --workdir=W \
+    --config.checkpoint=stable-diffusion-v1-5 --config.data.path=pictures-with-captions
+
+Takes any data set with an image and a caption; of edit data sets, edited images and their captions.
+"""
+
+from ip2p_jax.config import LogConfig, OptimizerConfig, TrainConfig
+
+
+def get_config():
+  return TrainConfig(
+    task='text_to_image',
+    optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=1000),
+    log=LogConfig(),
+  )

@@ -1,0 +1,19 @@
+"""The paper's recipe at 512 px, going on from a 256 px editor (or from Stable Diffusion itself).
+
+  python train.py --config=configs/train_512.py --workdir=W \
+    --config.checkpoint=instruct-pix2pix --config.data.path=clip-filtered-latents-512
+
+Resolution is one number; nothing else knows it. A step costs 4.5 times that at 256 px.
+"""
+
+from ip2p_jax.config import DataConfig, LogConfig, OptimizerConfig, TrainConfig
+
+
+def get_config():
+  return TrainConfig(
+    resolution=512,
+    batch_size=256,
+    data=DataConfig(),
+    optimizer=OptimizerConfig(learning_rate=5e-5, warmup_steps=500),
+    log=LogConfig(),
+  )

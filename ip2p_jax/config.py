@@ -1,0 +1,246 @@
+"""Every knob of a training run, once, with its unit and default; the defaults are the paper's run.
+
+`configs/*.py` make these, `--config.optimizer.learning_rate=3e-5` overrides them, and the workdir
+keeps them as `config.json`. Rules are ((pattern, value), ...) over dotted parameter names, such as
+'down_blocks.0.attentions.1.transformer_blocks.0.attn2.to_k.kernel'; `re.search`, first match wins.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ip2p_jax.errors import InputError
+
+Rules = tuple[tuple[str, float], ...]
+
+
+@dataclasses.dataclass
+class DataConfig:
+  """Where examples come from and how a picture becomes a training example.
+
+  Attributes:
+    path: one data set, or several with weights: 'a', 'a=3,b=1'. Packed shards, precomputed latents,
+      the original's folders, a folder with metadata, parquet files.
+    columns: names of columns where they are unusual: 'input=before,edited=after,instruction=text'.
+    resize: 'crop' keeps the aspect (resize and cut), 'squash' does not (as the original).
+    largest_resize: pixels; the short side is drawn between resolution and this before a random
+      crop (the paper's text has 288 for 256); 0 for no augmentation (the released config).
+    flip_rate: how often both pictures are mirrored.
+    flip_directions: whether to mirror even when the instruction says left or right.
+    max_corrupt: broken records that are skipped before the run stops.
+    workers: processes that decode; 0 decodes in threads of this process.
+    prefetch: batches that wait on the device.
+  """
+
+  path: str = ''
+  columns: str = ''
+  resize: str = 'crop'
+  largest_resize: int = 0
+  flip_rate: float = 0.5
+  flip_directions: bool = False
+  max_corrupt: int = 100
+  workers: int = 8
+  prefetch: int = 2
+
+
+@dataclasses.dataclass
+class OptimizerConfig:
+  """AdamW (Loshchilov and Hutter 2019).
+
+  Attributes:
+    schedule: 'constant' or 'cosine', after `warmup_steps` of linear growth.
+    final_rate: where 'cosine' ends, as a part of `learning_rate`.
+    rates: learning rate multipliers by parameter name; 0 freezes, and costs no memory.
+    decays: weight decay by parameter name; every parameter must match a rule.
+    clip_norm: largest global norm of the gradient; 0 does not clip.
+    ema: largest decay of the moving average, min(ema, (1 + n) / (10 + n)) after n steps.
+  """
+
+  learning_rate: float = 1e-4
+  schedule: str = 'constant'
+  warmup_steps: int = 0
+  final_rate: float = 0.0
+  b1: float = 0.9
+  b2: float = 0.999
+  eps: float = 1e-8
+  rates: Rules = (('', 1.0),)
+  decays: Rules = (('', 0.01),)
+  clip_norm: float = 0.0
+  ema: float = 0.9999
+
+
+@dataclasses.dataclass
+class LoraConfig:
+  """Low-rank adapters (Hu et al. 2021) instead of all weights.
+
+  Attributes:
+    rank: 0 trains the weights themselves.
+    alpha: the adapters' product is scaled by alpha / rank.
+    targets: pattern of the kernels that get an adapter; by default the attentions' projections.
+  """
+
+  rank: int = 0
+  alpha: float = 4.0
+  targets: str = r'\.attn[12]\.to_(q|k|v|out)\.kernel$'
+
+
+@dataclasses.dataclass
+class MeshConfig:
+  """Devices in a rectangle ('data', 'fsdp'); batches go over both.
+
+  Attributes:
+    fsdp: devices that parameters are split over; 1 keeps a copy on each.
+    zero1: whether optimizer state and moving average are split over all devices.
+  """
+
+  fsdp: int = 1
+  zero1: bool = True
+
+
+@dataclasses.dataclass
+class LogConfig:
+  """What is written, and how often, in steps.
+
+  Attributes:
+    every: metrics, the only time the host waits for the devices.
+    checkpoint_every, keep: checkpoints, and how many stay.
+    validate_every: validation loss; 0 never.
+    validation_examples: how many examples that loss is over.
+    previews: validation examples edited at every checkpoint; 0 none.
+    preview_steps: sampler steps of a preview.
+    profile: steps (first, number) that the profiler records into the workdir.
+  """
+
+  every: int = 50
+  checkpoint_every: int = 1000
+  keep: int = 3
+  validate_every: int = 1000
+  validation_examples: int = 512
+  previews: int = 4
+  preview_steps: int = 20
+  profile: tuple[int, int] = (0, 0)
+
+
+@dataclasses.dataclass
+class TrainConfig:
+  """One run.
+
+  Attributes:
+    checkpoint: diffusers folder or single file to start from.
+    task: 'edit' (a UNet of 4 input channels gets 4 more, at zero) or 'text_to_image'.
+    resolution: side of the square training pictures, pixels.
+    batch_size: examples per optimizer step, over all devices and accumulation steps.
+    accumulation: parts a batch is worked through in.
+    conditioning_dropout: rate at which text alone, both, and image alone are dropped.
+    min_snr_gamma: loss weights of Hang et al. 2023 (5 is theirs); 0 weighs all timesteps alike.
+    dtype: of arithmetic, 'bfloat16' or 'float32'; master weights are float32.
+    remat: what is computed twice to save memory: 'none', 'convdot' (all but convolutions, matrix
+      products and attention), 'full'.
+    seed: of order, noise, timesteps, dropout, flips.
+  """
+
+  checkpoint: str = ''
+  task: str = 'edit'
+  resolution: int = 256
+  batch_size: int = 1024
+  accumulation: int = 1
+  steps: int = 10_000
+  seed: int = 0
+  conditioning_dropout: float = 0.05
+  min_snr_gamma: float = 0.0
+  dtype: str = 'bfloat16'
+  remat: str = 'convdot'
+  data: DataConfig = dataclasses.field(default_factory=DataConfig)
+  optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+  lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+  mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+  log: LogConfig = dataclasses.field(default_factory=LogConfig)
+
+
+CHOICES = {
+  'task': ('edit', 'text_to_image'),
+  'dtype': ('bfloat16', 'float32'),
+  'remat': ('none', 'convdot', 'full'),
+  'data.resize': ('crop', 'squash'),
+}
+AT_LEAST_ONE = ('resolution', 'batch_size', 'accumulation', 'steps', 'data.prefetch', 'log.every',
+                'log.checkpoint_every', 'log.keep', 'log.preview_steps')  # fmt: skip
+AT_LEAST_ZERO = ('seed', 'min_snr_gamma', 'lora.rank', 'data.workers', 'data.max_corrupt',
+                 'data.largest_resize', 'log.validate_every', 'log.validation_examples',
+                 'log.previews')  # fmt: skip
+
+
+def check(config: TrainConfig) -> None:
+  """Raises an InputError that names the first knob whose value makes no sense."""
+  values = dict(knobs(config))
+  for name, choices in CHOICES.items():
+    if values[name] not in choices:
+      raise InputError(f'{name} is {values[name]!r}; use one of {", ".join(choices)}.')
+  for names, least in ((AT_LEAST_ONE, 1), (AT_LEAST_ZERO, 0)):
+    for name in names:
+      if values[name] < least:
+        raise InputError(f'{name} is {values[name]}; use {least} or more.')
+  if not 0 <= config.conditioning_dropout <= 1 / 3:
+    raise InputError(
+      f'conditioning_dropout is {config.conditioning_dropout}; it is the rate of each of three'
+      ' kinds of dropout, 0 to 0.33.'
+    )
+  if not 0 <= config.data.flip_rate <= 1:
+    raise InputError(f'data.flip_rate is {config.data.flip_rate}; use 0 to 1.')
+  if config.data.largest_resize and config.data.largest_resize < config.resolution:
+    raise InputError(
+      f'data.largest_resize is {config.data.largest_resize}, smaller than the resolution'
+      f' {config.resolution}; use 0 for no random crop.'
+    )
+  for name in ('checkpoint', 'data.path'):
+    if not values[name]:
+      raise InputError(f'{name} is empty; say where it is: --config.{name}=PATH.')
+
+
+def knobs(config: Any, prefix: str = '') -> Iterator[tuple[str, Any]]:
+  """Every (dotted name, value)."""
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    if dataclasses.is_dataclass(value):
+      yield from knobs(value, f'{prefix}{field.name}.')
+    else:
+      yield prefix + field.name, value
+
+
+def check_overrides(argv: Sequence[str]) -> None:
+  """Raises an InputError for a `--config.KEY` that is no knob, naming the nearest one."""
+  known = [name for name, _ in knobs(TrainConfig())]
+  for argument in argv:
+    name = argument.lstrip('-').partition('=')[0].removeprefix('config.')
+    if argument.startswith(('--config.', '-config.')) and name not in known:
+      near = _nearest(name, known)
+      hint = f'did you mean --config.{near}?' if near else 'ip2p_jax/config.py lists them all.'
+      raise InputError(f'--config.{name} is no setting of a training run; {hint}')
+
+
+def _nearest(name, known):
+  section, _, word = name.rpartition('.')
+  for full in sorted(known, key=lambda full: full.rpartition('.')[0] != section):
+    last = full.rpartition('.')[2]
+    if word in (last, ''.join(part[0] for part in last.split('_') if '_' in last)):  # lr
+      return full
+  by_word = {full.rpartition('.')[2]: full for full in known}
+  near = difflib.get_close_matches(name, known, 1) or difflib.get_close_matches(word, by_word, 1)
+  return by_word.get(near[0], near[0]) if near else None
+
+
+def from_dict(values: dict[str, Any]) -> TrainConfig:
+  """The config that `dataclasses.asdict` made `values` of, through JSON or not."""
+  return _filled(TrainConfig(), values)
+
+
+def _filled(config, values):
+  for key, value in values.items():
+    old = getattr(config, key)
+    setattr(config, key, _filled(old, value) if dataclasses.is_dataclass(old) else _tuples(value))
+  return config
+
+
+def _tuples(value):
+  return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value

@@ -1,0 +1,43 @@
+"""What our commands have in common: one line for a mistake, and compiled programs kept on disk."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+from ip2p_jax.errors import InputError
+
+MISTAKE, INTERRUPTED = 2, 130  # exit statuses
+
+
+@contextlib.contextmanager
+def one_line(name: str, when_out_of_memory: str) -> Iterator[None]:
+  """Turns what a user can mend into one line on stderr and exit status 2."""
+  try:
+    yield
+    return
+  except InputError as error:
+    complain(name, f'error: {error}')
+  except OSError as error:  # no space, no permission, a name too long, a file in the way
+    complain(name, f'error: {error.filename or "the disk"}: {error.strerror or error}.')
+  except Exception as error:
+    if not isinstance(error, MemoryError) and 'RESOURCE_EXHAUSTED' not in str(error):
+      raise
+    complain(name, f'error: out of memory; {when_out_of_memory}')
+  sys.exit(MISTAKE)
+
+
+def complain(name: str, text: str) -> None:
+  print(f'{name}: {" ".join(text.split())}', file=sys.stderr, flush=True)
+
+
+def cache_compilations() -> None:
+  """Keeps compiled programs on disk, so that the next start is fast."""
+  if not jax.config.jax_compilation_cache_dir:
+    folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'ip2p-jax'
+    with contextlib.suppress(OSError):  # then we go without
+      folder.mkdir(parents=True, exist_ok=True)
+      jax.config.update('jax_compilation_cache_dir', str(folder))

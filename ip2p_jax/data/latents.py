@@ -1,0 +1,250 @@
+"""Precomputed latents: what the VAE's encoder makes of every picture, so that training skips it.
+
+Without random crops a picture has two appearances, as it is and mirrored; with the encoder's mean
+and log variance of both stored, training sees the very distribution it would see from pictures.
+
+B pictures of one call of the encoder, R resolution, h w latent sides, P pairs of a row.
+"""
+
+import collections
+import concurrent.futures
+import functools
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from ip2p_jax.config import DataConfig, TrainConfig
+from ip2p_jax.data import examples, shard_writing, shards
+from ip2p_jax.data.pack_plan import (
+  SHARD_BYTES,
+  Shard,
+  Sources,
+  check_row,
+  has_input,
+  hold_out,
+  make_plan,
+  sample,
+)
+from ip2p_jax.data.rows import LatentRow, Row
+from ip2p_jax.data.shard_writing import Summary
+from ip2p_jax.errors import InputError
+from ip2p_jax.models.layers import Params
+from ip2p_jax.networks import Networks
+from ip2p_jax.text import ClipTokenizer
+
+Moments = Callable[[np.ndarray], tuple[Array, Array]]
+
+
+class Prepared(NamedTuple):
+  """A row, ready for the encoder.
+
+  Attributes:
+    row: the row itself.
+    token_ids: int32 [I, L].
+    images: uint8 [N, R, R, 3]: of each pair the input, if there is one, then the edited one.
+  """
+
+  row: Row
+  token_ids: np.ndarray
+  images: np.ndarray
+
+
+def pack_latents(
+  sources: Sources,
+  dst: str | os.PathLike,
+  *,
+  networks: Networks,
+  params: Params,
+  tokenizer: ClipTokenizer,
+  resolution: int,
+  fingerprint: str,
+  dtype: str = 'float32',
+  resize: str = 'crop',
+  batch_size: int = 32,
+  holdout: float = 0.0,
+  shard_bytes: int = SHARD_BYTES,
+  shard: str = '0/1',
+  workers: int = 8,
+  max_corrupt: int = 0,
+  say: Callable[[str], None] = print,
+  progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Summary:
+  """Writes shards of latents. Killed and called again, it goes on where it was.
+
+  Args:
+    sources: rows of pictures by split; packed shards are the fastest.
+    dst: a new folder, or one where the same pack was begun.
+    networks, params: of the checkpoint, and its VAE's parameters.
+    tokenizer: the checkpoint's.
+    resolution: R, side of the square pictures; the latents are only good for training at that.
+    fingerprint: of the checkpoint, kept in the data set so that training can compare.
+    dtype: of the encoder's arithmetic, 'float32' or 'bfloat16'; latents are stored as float16.
+    resize: 'crop' or 'squash', as of `config.DataConfig`.
+    batch_size: pictures per call of the encoder, which runs on both mirrorings, over all devices of
+      this process; rounded up to a multiple of those.
+    holdout, shard_bytes, shard, max_corrupt, say, progress: as of `pack.pack`.
+    workers: threads that decode pictures.
+
+  Raises:
+    InputError: as `pack.pack`; and if the encoder gives values that are not finite.
+  """
+  config = TrainConfig(resolution=resolution, data=DataConfig(resize=resize))
+  _check(config, networks, dtype, batch_size, workers)
+  sources = hold_out(sources, holdout)
+  samples = sample(sources)
+  side = resolution // networks.vae_config.factor
+  settings = {
+    'has_input': has_input(samples),
+    'resolution': resolution,
+    'resize': resize,
+    'dtype': dtype,
+    'fingerprint': fingerprint,
+    'latent_shape': [side, side, networks.vae_config.latent_channels],
+    'tokens': tokenizer.length,
+  }
+  config.task = 'edit' if settings['has_input'] else 'text_to_image'
+  arrays = 3 if settings['has_input'] else 2
+  size_of = lambda row: len(row.pairs) * arrays * 2 * 2 * int(np.prod(settings['latent_shape']))
+  plan = make_plan('latents', settings, sources, samples, size_of, shard_bytes)
+  job = shard_writing.begin(dst, plan, shard, max_corrupt)
+  encode, batch_size = encoder(networks, params, dtype, batch_size)
+  prepare_row = functools.partial(prepare, config=config, tokenizer=tokenizer)
+  with concurrent.futures.ThreadPoolExecutor(max(workers, 1)) as threads:
+    places = ((sources[s.split], i) for s in job.todo for i in range(s.start, s.stop))
+    rows = _ahead(prepare_row, places, threads, batch_size)
+    results = ((s, _write(job, s, rows, encode, batch_size)) for s in job.todo)
+    shard_writing.work(job, results, say, progress)
+  return shard_writing.finish(job)
+
+
+def encoder(networks: Networks, params: Params, dtype: str, batch_size: int) -> tuple[Moments, int]:
+  """The encoder on all devices of this process, and the batch size that fits them.
+
+  It takes uint8 [B, R, R, 3] and gives what `moments` does.
+  """
+  mesh = Mesh(np.array(jax.local_devices()), ('batch',), axis_types=(AxisType.Auto,))
+  everywhere = NamedSharding(mesh, PartitionSpec())
+  split = NamedSharding(mesh, PartitionSpec('batch'))
+  cast = lambda leaf: jax.device_put(np.asarray(leaf).astype(jnp.dtype(dtype)), everywhere)
+  params = jax.tree.map(cast, params)
+  encode = lambda images: moments(networks.vae_def, params, jax.device_put(images, split))
+  return encode, -(-batch_size // mesh.size) * mesh.size
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def moments(vae_def: nnx.GraphDef, params: Params, images: Array) -> tuple[Array, Array]:
+  """Mean and log variance of uint8 [B, R, R, 3] as they are, and mirrored.
+
+  Both float16 [B, 2, h, w, latent_channels], of the unscaled posterior. Mirrored first, then
+  encoded: the encoder does not commute with it.
+  """
+  both = jnp.stack([images, images[:, :, ::-1]], 1)  # [B, 2, R, R, 3]
+  pixels = both.reshape(-1, *images.shape[1:]).astype(jnp.float32) / 127.5 - 1
+  posterior = nnx.merge(vae_def, params).encode(pixels)
+  fold = lambda x: x.reshape(*both.shape[:2], *x.shape[1:]).astype(jnp.float16)
+  return fold(posterior.mean), fold(posterior.log_variance)
+
+
+def prepare(place, config: TrainConfig, tokenizer: ClipTokenizer) -> Prepared | InputError:
+  """A row's pictures just as training makes them, but for mirroring; or why it is broken."""
+  source, i = place
+  try:
+    row = source[i]
+    check_row(row, config.task == 'edit')
+    images = []
+    for pair in row.pairs:
+      example = examples.example(row._replace(pairs=(pair,)), None, config, tokenizer)
+      images += [example[key] for key in ('input_image', 'edited_image') if key in example]
+    return Prepared(row, tokenizer(row.instructions), np.stack(images))
+  except InputError as error:
+    return error
+
+
+def encoded(
+  rows: Iterable[Prepared | InputError], encode: Moments, batch_size: int
+) -> Iterator[LatentRow | InputError]:
+  """The rows' latents, in order; while one batch is computed the last one is handed on."""
+  before = []
+  for group in _groups(rows, batch_size):
+    images = [row.images for row in group if isinstance(row, Prepared)]
+    batches = []
+    if images:
+      images = np.concatenate(images)
+      images = np.pad(images, ((0, -len(images) % batch_size), (0, 0), (0, 0), (0, 0)))
+      batches = [encode(part) for part in np.split(images, len(images) // batch_size)]
+    yield from _latent_rows(*before) if before else ()
+    before = group, batches
+  yield from _latent_rows(*before) if before else ()
+
+
+def _check(config, networks, dtype, batch_size, workers):
+  examples.check_settings(config)
+  factor = networks.vae_config.factor
+  if config.resolution % factor:
+    raise InputError(f'resolution is {config.resolution}; use a multiple of {factor}.')
+  if dtype not in ('float32', 'bfloat16'):
+    raise InputError(f'dtype is {dtype!r}; use float32 or bfloat16.')
+  if batch_size < 1 or workers < 0:
+    raise InputError(f'batch_size is {batch_size} and workers {workers}; use 1 or more.')
+
+
+def _ahead(function, items, threads, number):
+  """`map` by threads that work up to `number` items ahead."""
+  waiting = collections.deque()
+  for item in items:
+    waiting.append(threads.submit(function, item))
+    if len(waiting) > number:
+      yield waiting.popleft().result()
+  while waiting:
+    yield waiting.popleft().result()
+
+
+def _write(job, shard: Shard, rows, encode, batch_size) -> list[str]:
+  rows = encoded(itertools.islice(rows, shard.stop - shard.start), encode, batch_size)
+  as_examples = (row if isinstance(row, InputError) else shards.latent_example(row) for row in rows)
+  return shard_writing.write_shard(job.folder, job.plan, shard, as_examples)
+
+
+def _groups(rows, batch_size):
+  """Rows that fill a batch between them; a row that alone is too large for one is a group."""
+  group, number = [], 0
+  for row in rows:
+    more = len(row.images) if isinstance(row, Prepared) else 0
+    if group and number + more > batch_size:
+      yield group
+      group, number = [], 0
+    group.append(row)
+    number += more
+  if group:
+    yield group
+
+
+def _latent_rows(group, batches):
+  moments = [np.concatenate([np.asarray(batch[k]) for batch in batches]) for k in (0, 1) if batches]
+  start = 0
+  for prepared in group:
+    if isinstance(prepared, InputError):
+      yield prepared
+      continue
+    row, number = prepared.row, len(prepared.images)
+    mean, log_variance = (values[start : start + number] for values in moments)
+    start += number
+    if not (np.isfinite(mean).all() and np.isfinite(log_variance).all()):
+      raise InputError(f'{row.name}: the VAE gives values that are not finite; try dtype float32.')
+    every = number // len(row.pairs)  # 2 for edits
+    yield LatentRow(
+      row.name,
+      prepared.token_ids,
+      mean[::2] if every == 2 else None,
+      mean[every - 1 :: every],
+      log_variance[every - 1 :: every],
+      row.may_flip,
+    )

@@ -1,0 +1,357 @@
+"""Batches, from sources to devices; Grain shuffles, mixes, and runs the threads and processes.
+
+B batch, R rows of it that this host feeds. The example at place p = step * B + row of a run is a
+function of the seed, p and the data: number of hosts, devices and workers, and where the run was
+resumed, change nothing. Each source goes through all its rows, newly shuffled, before any returns.
+
+A batch is a dict of arrays [R, ...], see `examples`, and `index` int32 [R]: the row in the global
+batch (in validation, the row in the data set).
+"""
+
+import functools
+import itertools
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+import traceback
+import warnings
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import util
+from typing import NamedTuple
+
+import grain
+import jax
+import numpy as np
+from absl import flags
+
+from ip2p_jax.config import TrainConfig
+from ip2p_jax.data import examples
+from ip2p_jax.data.examples import Example, Tokenizer
+from ip2p_jax.data.rows import LatentRow, Source
+from ip2p_jax.errors import InputError
+
+Batch = dict[str, np.ndarray]
+PART = 32  # rows that are made at a time; the first batch then comes from all workers together
+FEW = 10_000  # rows; Grain's shuffle, which keeps no list, takes milliseconds a row for a few
+SMALL = 2**16  # bytes; what is larger goes through shared memory
+
+
+class Feed(NamedTuple):
+  """All that decides the examples; this is what worker processes get.
+
+  Attributes:
+    order: (number of the source, number of its row) by place.
+    like: a good example, for the shapes of all others.
+  """
+
+  sources: tuple[Source, ...]
+  order: grain.MapDataset
+  seed: int
+  config: TrainConfig
+  tokenizer: Tokenizer
+  like: Example
+
+
+def batches(
+  sources: Sequence[Source],
+  weights: Sequence[float],
+  *,
+  seed: int,
+  batch_size: int,
+  rows: np.ndarray,
+  start_step: int,
+  config: TrainConfig,
+  tokenizer: Tokenizer,
+  workers: int,
+) -> Generator[Batch, None, None]:
+  """Endless batches, from that of `start_step` on. Close it to stop its workers.
+
+  Args:
+    sources: all of pictures, or all of latents of one size.
+    weights: how often each source is drawn from, relative to the others.
+    seed: of order, pairs, instructions, crops and mirroring; 0 or more.
+    batch_size: B, over all hosts.
+    rows: which rows of the global batch this host feeds, ascending.
+    start_step: 0 for a new run; any other costs nothing.
+    config: its task, resolution and `data` say how examples are made.
+    tokenizer: texts -> int32 [n, L].
+    workers: processes; 0 for threads of this one.
+
+  A broken row is in the batch with weight 0, and `error` says what is wrong with it. Raises
+  InputError if the sources cannot be mixed or a setting is impossible; RuntimeError if reading
+  fails in another way.
+  """
+  feed = _feed(sources, weights, seed, config, tokenizer)
+  parts = _parts(rows)
+  make = functools.partial(_part, functools.partial(_drawn, feed), batch_size, parts, start_step)
+  return _join(_stream(make, sys.maxsize, len(parts), workers, feed.like), len(parts), workers)
+
+
+def batch_at(
+  sources: Sequence[Source],
+  weights: Sequence[float],
+  *,
+  seed: int,
+  batch_size: int,
+  rows: np.ndarray,
+  step: int,
+  config: TrainConfig,
+  tokenizer: Tokenizer,
+) -> Batch:
+  """The batch of one step, as `batches` gives it, without going through those before."""
+  feed = _feed(sources, weights, seed, config, tokenizer)
+  return _part(functools.partial(_drawn, feed), batch_size, [np.asarray(rows)], step, 0)
+
+
+def validation_batches(
+  source: Source,
+  *,
+  batch_size: int,
+  examples: int,
+  rows: np.ndarray,
+  config: TrainConfig,
+  tokenizer: Tokenizer,
+) -> Generator[Batch, None, None]:
+  """The first `examples` rows in order, nothing random; the last batch is filled up at weight 0."""
+  feed = _feed([source], [1.0], 0, config, tokenizer)
+  parts, count = _parts(rows), min(examples, len(source))
+  in_order = functools.partial(_in_order, feed, count)
+  make = functools.partial(_part, in_order, batch_size, parts, 0)
+  steps = -(-count // batch_size)
+  return _join(_stream(make, steps * len(parts), len(parts), 0, feed.like), len(parts), 0)
+
+
+def to_device(
+  batches: Generator[Batch, None, None],
+  sharding: jax.sharding.Sharding,
+  batch_size: int,
+  prefetch: int = 2,
+  on_error: Callable[[list[str]], None] = lambda errors: None,
+) -> Generator[dict[str, jax.Array], None, None]:
+  """Global arrays [B, ...] from every host's rows; `prefetch` batches are made ahead by a thread.
+
+  Args:
+    batches: of this host; closed when this generator is.
+    sharding: of the first axis.
+    batch_size: B, over all hosts.
+    prefetch: 1 or more.
+    on_error: called with what is wrong with a batch's broken rows, just before that batch.
+  """
+
+  def place() -> tuple[dict[str, jax.Array], list[str]] | None:
+    batch = next(batches, None)
+    if batch is None:
+      return None
+    errors = [str(error) for error in batch.pop('error') if error]
+    put = lambda x: jax.make_array_from_process_local_data(sharding, x, (batch_size, *x.shape[1:]))
+    return {key: put(value) for key, value in batch.items()}, errors
+
+  pool = ThreadPoolExecutor(1, 'to_device')
+  try:
+    ahead = deque(pool.submit(place) for _ in range(max(prefetch, 1)))
+    while placed := ahead.popleft().result():
+      ahead.append(pool.submit(place))
+      arrays, errors = placed
+      if errors:
+        on_error(errors)
+      yield arrays
+  finally:
+    pool.shutdown(cancel_futures=True)  # waits for the batch that is being made
+    batches.close()
+
+
+def order(lengths: Sequence[int], weights: Sequence[float], seed: int) -> grain.MapDataset:
+  """(number of the source, number of its row) at every place of an endless run.
+
+  Each source is shuffled anew for each of its epochs; weights are kept to within 1 %.
+  """
+  seeds = np.random.SeedSequence(seed).generate_state(len(lengths))
+  datasets = []
+  for source, (length, own_seed) in enumerate(zip(lengths, map(int, seeds), strict=True)):
+    if length < FEW:
+      rows = grain.MapDataset.range(sys.maxsize).map(functools.partial(_permuted, length, own_seed))
+    else:
+      rows = grain.MapDataset.range(length).shuffle(seed=own_seed).repeat()
+    datasets.append(rows.map(functools.partial(_pair, source)))
+  return grain.MapDataset.mix(datasets, list(weights))
+
+
+def _permuted(length, seed, place) -> int:
+  epoch, i = divmod(place, length)
+  return _permutation(length, seed, epoch)[i]
+
+
+@functools.lru_cache(maxsize=64)
+def _permutation(length, seed, epoch) -> np.ndarray:
+  return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(length)
+
+
+def _pair(source, row):
+  return source, int(row)
+
+
+def _feed(sources, weights, seed, config, tokenizer) -> Feed:
+  examples.check_settings(config)
+  if seed < 0:
+    raise InputError(f'seed is {seed}; it must be 0 or more.')
+  for k, (source, weight) in enumerate(zip(sources, weights, strict=True), 1):
+    if not 0 < weight < float('inf'):
+      raise InputError(f'data.path: data set {k} has weight {weight}; it must be more than 0.')
+    if not len(source):
+      raise InputError(f'data.path: data set {k} has no examples in this split.')
+  likes = [_first_good(source, config, tokenizer) for source in sources]
+  for k, like in enumerate(likes[1:], 2):
+    if _shapes(like) != _shapes(likes[0]):
+      raise InputError(
+        f'data.path: data set {k} gives {_shapes(like)} and data set 1 {_shapes(likes[0])}; all'
+        ' must be pictures, or all latents of one resolution.'
+      )
+  places = order([len(source) for source in sources], weights, seed)
+  return Feed(tuple(sources), places, seed, config, tokenizer, likes[0])
+
+
+def _first_good(source, config, tokenizer) -> Example:
+  first = None
+  for i in range(min(len(source), 100)):
+    try:
+      return _example(source[i], None, config, tokenizer)
+    except InputError as error:
+      first = first or error
+  raise InputError(f'the first rows of a data set are all broken: {first}')
+
+
+def _example(row, rng, config, tokenizer) -> Example:
+  if isinstance(row, LatentRow):
+    return examples.latent_example(row, rng, config)
+  return examples.example(row, rng, config, tokenizer)
+
+
+def _shapes(example) -> str:
+  """For comparing, and for people to read."""
+  named = sorted((key, value.shape) for key, value in example.items() if key != 'error')
+  return ', '.join(f'{key} {list(shape)}' for key, shape in named if shape)
+
+
+def _drawn(feed, place) -> Example:
+  """The example at a place of the run."""
+  source, row = feed.order[place]
+  rng = np.random.Generator(np.random.Philox(key=[feed.seed, place]))
+  return _read(feed, feed.sources[source], row, rng)
+
+
+def _in_order(feed, count, place) -> Example:
+  """The example at a place of the validation, which has `count`."""
+  example = examples.blank(feed.like, '')
+  if place < count:
+    example = _read(feed, feed.sources[0], place, None)
+  return example | {'index': np.int32(place)}
+
+
+def _read(feed, source, i, rng) -> Example:
+  try:
+    row = source[i]
+    example = _example(row, rng, feed.config, feed.tokenizer)
+    if _shapes(example) != _shapes(feed.like):
+      raise InputError(f'{row.name} has {_shapes(example)}; others have {_shapes(feed.like)}.')
+    return example
+  except InputError as error:
+    return examples.blank(feed.like, str(error))
+
+
+def _parts(rows) -> list[np.ndarray]:
+  rows = np.asarray(rows)
+  return [rows[i : i + PART] for i in range(0, len(rows), PART)]
+
+
+def _part(example_at, batch_size, parts, start_step, i) -> Batch:
+  """The i-th part of the stream, stacked."""
+  step, part = divmod(i, len(parts))
+  try:
+    made = [
+      {'index': np.int32(row)} | example_at((start_step + step) * batch_size + int(row))
+      for row in parts[part]
+    ]
+  except Exception as error:
+    # As text, since not every exception can be pickled, and what cannot would never arrive.
+    kind = type(error).__name__
+    raise RuntimeError(
+      f'reading examples of step {start_step + step} failed with {kind}: {error}\n'
+      f'{traceback.format_exc()}'
+    ) from None
+  return {key: np.stack([np.asarray(example[key]) for example in made]) for key in made[0]}
+
+
+def _stream(make, count, parts, workers, like) -> grain.IterDataset:
+  """`make(i)` for i = 0, 1, ..., count - 1, in order, about one batch (of `parts`) ahead."""
+  dataset = grain.MapDataset.range(count).map(make)
+  ahead = -(-parts // max(workers, 1))
+  part_bytes = PART * sum(value.nbytes for key, value in like.items() if key != 'error')
+  if not workers or not _has_shared_memory(part_bytes * workers * (ahead + 2)):
+    threads = workers or min(os.cpu_count() or 1, 16)
+    return dataset.to_iter_dataset(grain.ReadOptions(threads, prefetch_buffer_size=threads + parts))
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()  # Grain's are read for processes; outside absl none are parsed
+  dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+  options = grain.experimental.DatasetOptions(min_shm_size=SMALL)
+  dataset = grain.experimental.WithOptionsIterDataset(dataset, options)
+  return dataset.mp_prefetch(grain.MultiprocessingOptions(workers, ahead), _start_worker)
+
+
+def _join(stream, parts, workers) -> Generator[Batch, None, None]:
+  """Batches of `parts` elements of the stream each."""
+  pieces = iter(stream)
+  try:
+    heard = _hear_all(pieces, workers)
+    while batch := _concatenate(list(itertools.islice(heard, parts))):
+      yield batch
+  finally:
+    pieces.close()
+
+
+def _hear_all(pieces, workers):
+  # One from each worker before anything else: Grain closes only workers it has heard from.
+  ahead = deque(itertools.islice(pieces, workers))
+  while ahead:
+    yield ahead.popleft()
+  yield from pieces
+
+
+def _concatenate(pieces) -> Batch:
+  """A copy, so that shared memory is free for others at once."""
+  keys = pieces[0] if pieces else ()
+  return {key: np.concatenate([np.asarray(piece[key]) for piece in pieces]) for key in keys}
+
+
+def _has_shared_memory(size) -> bool:
+  """Whether processes have room to pass batches; containers often give them 64 MB."""
+  try:
+    free = shutil.disk_usage('/dev/shm').free
+  except OSError:
+    return True  # a system that keeps it elsewhere
+  if free < 2 * size:  # twice, since Grain frees it a little later; who runs out is killed
+    warnings.warn(
+      f'/dev/shm has {free >> 20} MB free of the {2 * size >> 20} MB that data.workers need, so'
+      ' pictures are read in threads, which may be slower; give the container more.',
+      stacklevel=2,
+    )
+  return free >= 2 * size
+
+
+def _start_worker(_index, _count):
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides
+  jax.config.update('jax_platforms', 'cpu')  # Grain imports jax; devices are the parent's
+  os.environ['TOKENIZERS_PARALLELISM'] = 'false'
+  warnings.filterwarnings('ignore', module=r'PIL\.')
+  threading.Thread(target=_die_with_parent, daemon=True).start()
+  # Once queues are flushed (-5), leave at once: taking Python down with jax in it takes a second.
+  util.Finalize(None, os._exit, (1,), exitpriority=-6)
+
+
+def _die_with_parent():
+  multiprocessing.parent_process().join()  # returns when it is gone, even if it was killed
+  os._exit(1)

@@ -1,0 +1,155 @@
+"""The original's folders: one per prompt, with up to four pairs of pictures.
+
+DIR/seeds.json                        [["0000000", ["123", "456"]], ...], by name; may be absent
+DIR/0000000/prompt.json               {"caption" or "input": ..., "edit": ..., "output": ...}
+DIR/0000000/123_0.jpg, 123_1.jpg      before, after
+DIR/shard-00/0000000/...              the same one level down
+"""
+
+import concurrent.futures
+import itertools
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from ip2p_jax.data import columns
+from ip2p_jax.data.rows import Pair, Row
+from ip2p_jax.errors import InputError
+
+THREADS = 16  # that list folders, where waiting for a network disk is all the work
+
+
+class Original:
+  """A source of one row per prompt, with all of its pairs. Reads its files when asked for a row."""
+
+  def __init__(self, folder: str, entries: Iterable[tuple[str, list[str]]], task: str):
+    """`entries` are (name of the prompt's folder, seeds), and a row each."""
+    self._folder, self._task = folder, task
+    # As one array of bytes: half a million small lists take long to copy to worker processes.
+    self._entries = np.array([json.dumps(entry).encode() for entry in entries], np.bytes_)
+
+  def __len__(self) -> int:
+    return len(self._entries)
+
+  def __getitem__(self, i: int) -> Row:
+    name, seeds = json.loads(self._entries[i])
+    folder = os.path.join(self._folder, name)
+    prompt = _read_prompt(os.path.join(folder, 'prompt.json'))
+    texts = {
+      key: ' '.join(columns.texts(prompt.get(key)))
+      for key in ('input', 'caption', 'edit', 'output')
+    }
+    editing = self._task == 'edit'
+    key = 'edit' if editing else 'output'
+    if not texts[key]:
+      raise InputError(f'{folder}/prompt.json: has no text {key!r}; fill it in or take it out')
+    if not seeds:
+      raise InputError(f'{folder}: seeds.json names no pair of it; delete seeds.json to list anew')
+    pairs = [
+      Pair(
+        _read_picture(folder, f'{seed}_0.jpg') if editing else None,
+        _read_picture(folder, f'{seed}_1.jpg'),
+      )
+      for seed in seeds
+    ]
+    return Row(
+      folder,
+      (texts[key],),
+      tuple(pairs),
+      columns.may_flip(texts[key]),
+      (texts['input'] or texts['caption']) if editing else '',
+      texts['output'],
+    )
+
+
+def looks_original(folder: str) -> bool:
+  """Whether there is a seeds.json, or a prompt.json among the first folders or theirs."""
+  if os.path.isfile(os.path.join(folder, 'seeds.json')):
+    return True
+  first = list(itertools.islice(_folders(folder), 20))
+  second = [
+    os.path.join(one, two)
+    for one in first
+    for two in itertools.islice(_folders(os.path.join(folder, one)), 20)
+  ]
+  return any(os.path.isfile(os.path.join(folder, name, 'prompt.json')) for name in first + second)
+
+
+def open_original(folder: str, split: str, task: str = 'edit') -> Original:
+  """The rows of a split: the first 90 % train, then 5 % validation, 5 % test.
+
+  Raises InputError if seeds.json is damaged.
+  """
+  entries = _read_seeds(folder) or _list(folder)
+  return Original(folder, entries[split_of(len(entries), split)], task)
+
+
+def split_of(count: int, split: str) -> slice:
+  """The positions of a split among `count` rows; not by hash, and rounded down, as the original."""
+  first, second = count * 9 // 10, count * 19 // 20
+  return {
+    'train': slice(first),
+    'validation': slice(first, second),
+    'test': slice(second, count),
+  }[split]
+
+
+def _read_seeds(folder):
+  path = os.path.join(folder, 'seeds.json')
+  if not os.path.isfile(path):
+    return None
+  try:
+    entries = json.loads(Path(path).read_bytes())
+    for name, seeds in entries:
+      if not (isinstance(name, str) and isinstance(seeds, list)):
+        raise ValueError(f'the entry {[name, seeds]} is not a name and a list of seeds')
+  except (OSError, ValueError, TypeError, RecursionError) as error:
+    raise InputError(f'{path}: cannot be read ({error}); delete it to list anew') from error
+  return entries
+
+
+def _list(folder):
+  """What seeds.json would hold: (name, seeds) of all folders that have a `*_0.jpg`, sorted."""
+  with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+    scan = lambda name: (name, *_scan(os.path.join(folder, name)))
+    scanned = list(pool.map(scan, _folders(folder)))
+    deeper = [f'{name}/{inner}' for name, seeds, inners in scanned if not seeds for inner in inners]
+    scanned += pool.map(scan, deeper)
+  entries = [(name, seeds) for name, seeds, _ in scanned if seeds]
+  return sorted(entries, key=lambda entry: entry[0].split('/'))
+
+
+def _scan(folder):
+  """Its seeds, in order of the file names, and its folders."""
+  with os.scandir(folder) as entries:
+    names = [(entry.name, entry.is_dir()) for entry in entries]
+  pictures = sorted(name for name, is_folder in names if name.endswith('_0.jpg') and not is_folder)
+  folders = [name for name, is_folder in names if is_folder and not name.startswith('.')]
+  return [name.split('_')[0] for name in pictures], folders
+
+
+def _folders(folder):
+  with os.scandir(folder) as entries:
+    yield from (entry.name for entry in entries if entry.is_dir() and entry.name[0] != '.')
+
+
+def _read_prompt(path):
+  try:
+    prompt = json.loads(Path(path).read_bytes())
+  except (OSError, ValueError, RecursionError) as error:
+    reason = getattr(error, 'strerror', None) or error
+    raise InputError(f'{path}: cannot be read ({reason}); mend it or take it out') from error
+  if not isinstance(prompt, dict):
+    raise InputError(f'{path}: does not hold keys and texts; mend it or take it out')
+  return prompt
+
+
+def _read_picture(folder, name):
+  try:
+    return Path(folder, name).read_bytes()
+  except OSError as error:
+    reason = error.strerror
+    raise InputError(f'{folder}: cannot read {name} ({reason}); mend or take it out') from error

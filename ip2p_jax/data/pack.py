@@ -1,0 +1,210 @@
+"""`ip2p pack`: any data set into shards of encoded pictures, in parallel and resumable."""
+
+import concurrent.futures
+import contextlib
+import io
+import multiprocessing
+import os
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from ip2p_jax import images
+from ip2p_jax.config import TrainConfig
+from ip2p_jax.data import examples, shard_writing, shards
+from ip2p_jax.data.pack_plan import (
+  SHARD_BYTES,
+  Shard,
+  Sources,
+  check_row,
+  has_input,
+  hold_out,
+  make_plan,
+  sample,
+)
+from ip2p_jax.data.rows import Row
+from ip2p_jax.data.shard_writing import Summary
+from ip2p_jax.errors import InputError
+
+Say = Callable[[str], None]
+Progress = Callable[[int, int], None]
+
+
+class Form(NamedTuple):
+  """What becomes of pictures; see `pack`."""
+
+  size: int | None
+  quality: int | None
+  has_input: bool
+
+
+def pack(
+  sources: Sources,
+  dst: str | os.PathLike,
+  *,
+  size: int | None = None,
+  quality: int | None = 95,
+  holdout: float = 0.0,
+  shard_bytes: int = SHARD_BYTES,
+  shard: str = '0/1',
+  workers: int = 8,
+  max_corrupt: int = 0,
+  say: Say = print,
+  progress: Progress = lambda done, total: None,
+) -> Summary:
+  """Writes shards of encoded pictures. Killed and called again, it goes on where it was.
+
+  Every picture is decoded once, so that what is packed can be read. The files are the same, byte
+  for byte, however often it was killed, and on however many processes or machines it runs.
+
+  Args:
+    sources: rows by split. Worker processes get them pickled.
+    dst: a new folder, or one where the same pack was begun.
+    size: pixels that training will ask for. Pictures with a short side over 9/8 of it (what the
+      paper's augmentation needs: 288 for 256) are made that small, with Lanczos, upright, and
+      transparency on white; others, and all if this is None, keep their very bytes.
+    quality: JPEG's for those that are made smaller, without chroma subsampling; None is lossless
+      PNG, about three times as large (95 is 41 to 45 dB from it on photos).
+    holdout: rate of rows, the last ones, that become 'validation' if there is none.
+    shard_bytes: about how large a file should be (more where there would be over 512 of them); only
+      counts at the first call.
+    shard: 'i/n', this machine of n that share the folder; the last to end completes the data set.
+    workers: processes; 0 works in this one.
+    max_corrupt: broken rows that are left out, and listed in the data set, before it stops.
+    say: gets a line per broken row, and about what is done.
+    progress: gets (rows done, rows in all) of this machine.
+
+  Raises:
+    InputError: too many rows are broken, the folder holds something else, an argument is
+      impossible, or the disk failed.
+  """
+  _check(size, quality, workers, max_corrupt)
+  sources = hold_out(sources, holdout)
+  samples = sample(sources)
+  form = Form(size, quality, has_input(samples))
+  size_of = lambda row: sum(len(image or b'') for pair in packed(row, form).pairs for image in pair)
+  plan = make_plan('images', form._asdict(), sources, samples, size_of, shard_bytes)
+  job = shard_writing.begin(dst, plan, shard, max_corrupt)
+  with _results(job, sources, form, workers) as results:
+    shard_writing.work(job, results, say, progress)
+  return shard_writing.finish(job)
+
+
+def packed(row: Row, form: Form) -> Row:
+  """The row as it is stored; InputError if the loader would refuse it."""
+  check_row(row, form.has_input)
+  if form.size is not None:
+    shrink = lambda image: image and smaller(image, form.size, form.quality)
+    row = row._replace(pairs=tuple(pair._make(map(shrink, pair)) for pair in row.pairs))
+  task = 'edit' if form.has_input else 'text_to_image'
+  config = TrainConfig(resolution=images.MIN_SIDE, task=task)
+  no_tokens = lambda texts: np.zeros((len(texts), 0), np.int32)
+  for pair in row.pairs:
+    examples.example(row._replace(pairs=(pair,)), None, config, no_tokens)
+  return row
+
+
+def smaller(encoded: bytes, size: int, quality: int | None) -> bytes:
+  """The picture file with a short side of at most 9/8 size; as it was if it is, or is broken."""
+  short = size * 9 // 8
+  try:
+    with warnings.catch_warnings(action='ignore'):
+      image = Image.open(io.BytesIO(encoded), 'r', images.READ_FORMATS)
+      least = min(image.size)
+      if least <= short or image.width * image.height > images.MAX_PIXELS:
+        return encoded
+      image = images.plain(image)
+  except Exception:  # whatever it is, the loader's own reader names it better
+    return encoded
+  width, height = ((2 * side * short + least) // (2 * least) for side in image.size)
+  image, file = Image.fromarray(images.to_array(image, (width, height))), io.BytesIO()
+  if quality is None:
+    image.save(file, 'PNG')
+  else:
+    image.save(file, 'JPEG', quality=quality, subsampling='4:4:4')
+  return file.getvalue()
+
+
+def _check(size, quality, workers, max_corrupt):
+  problem = None
+  if size is not None and size < images.MIN_SIDE:
+    problem = f'size is {size}; use at least {images.MIN_SIDE}'
+  if quality is not None and not 1 <= quality <= 100:
+    problem = f'quality is {quality}; use 1 to 100, or none for lossless'
+  if min(workers, max_corrupt) < 0:
+    problem = f'workers is {workers} and max_corrupt {max_corrupt}; neither can be negative'
+  if problem:
+    raise InputError(f'{problem}.')
+
+
+@contextlib.contextmanager
+def _results(job, sources, form, workers) -> Iterator[Iterator[tuple[Shard, list[str]]]]:
+  """Gives an iterator of (file, its broken rows) as they get done; stops the workers at the end."""
+  if not (workers and job.todo):
+    task = Task(job.folder, job.plan, sources, form, threading.Event())
+    yield ((shard, task.write(shard)) for shard in job.todo)
+    return
+  context = multiprocessing.get_context('spawn')  # JAX and other threads do not survive a fork
+  task = Task(job.folder, job.plan, sources, form, context.Event())
+  pool = concurrent.futures.ProcessPoolExecutor(
+    min(workers, len(job.todo)), context, _start_worker, (task,)
+  )
+  try:
+    shard_of = {pool.submit(_work, shard): shard for shard in job.todo}
+    yield ((shard_of[done], done.result()) for done in concurrent.futures.as_completed(shard_of))
+  except concurrent.futures.process.BrokenProcessPool:
+    raise InputError(
+      f'{job.folder}: a worker process was killed, perhaps for want of memory; use fewer workers,'
+      ' and run this again to continue.'
+    ) from None
+  finally:
+    task.stop.set()
+    pool.shutdown(cancel_futures=True)
+
+
+class Task(NamedTuple):
+  """What a worker process needs to write any shard."""
+
+  folder: os.PathLike
+  plan: dict
+  sources: Sources
+  form: Form
+  stop: Any  # an Event, of threading or multiprocessing
+
+  def write(self, shard: Shard) -> list[str]:
+    """Writes one file; returns a line per broken row."""
+    return shard_writing.write_shard(self.folder, self.plan, shard, self._examples(shard))
+
+  def _examples(self, shard):
+    for i in range(shard.start, shard.stop):
+      if self.stop.is_set():
+        raise InterruptedError('another worker failed')
+      try:
+        row = packed(self.sources[shard.split][i], self.form)
+        yield shards.image_example(row, self.form.has_input)
+      except InputError as error:
+        yield error
+
+
+_task: Task | None = None  # of a worker process
+
+
+def _start_worker(task):
+  global _task
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops us, without 8 tracebacks
+  threading.Thread(target=_end_with_parent, daemon=True).start()
+  _task = task
+
+
+def _work(shard):
+  return _task.write(shard)
+
+
+def _end_with_parent():
+  multiprocessing.parent_process().join()
+  os._exit(1)

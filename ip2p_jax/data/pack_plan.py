@@ -1,0 +1,185 @@
+"""What to pack into which file: follows from the arguments and the source alone.
+
+So a run that is repeated after a kill, and other machines that share the work, plan the same.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from ip2p_jax.data import shards
+from ip2p_jax.data.rows import LatentRow, Row, Source
+from ip2p_jax.errors import InputError
+
+SHARD_BYTES = 64 << 20  # small, since a shard is what workers share and what a killed run loses
+MAX_SHARDS = 512  # per split; each is a file that stays open while training
+SAMPLE = 16  # rows per split that the plan looks at
+
+Sources = Mapping[str, Source]
+Samples = dict[str, list[Row | None]]
+
+
+class Shard(NamedTuple):
+  """One file: rows [start, stop) of a split."""
+
+  split: str
+  file: str
+  start: int
+  stop: int
+
+
+class Slice:
+  """Rows [start, stop) of a source."""
+
+  def __init__(self, source: Source, start: int, stop: int):
+    self._source, self._rows = source, range(start, stop)
+
+  def __len__(self) -> int:
+    return len(self._rows)
+
+  def __getitem__(self, i: int):
+    return self._source[self._rows[i]]
+
+
+def hold_out(sources: Sources, rate: float) -> dict[str, Source]:
+  """The sources that have rows; the last `rate` of 'train' is 'validation' if there is none."""
+  unknown = set(sources) - set(shards.SPLITS)
+  if unknown:
+    raise InputError(f'splits {sorted(unknown)} are unknown; use {", ".join(shards.SPLITS)}.')
+  if not 0 <= rate < 1:
+    raise InputError(f'holdout is {rate}; use a rate from 0 up to, but not including, 1.')
+  sources = {split: sources[split] for split in shards.SPLITS if len(sources.get(split, ()))}
+  if not sources:
+    raise InputError('there is nothing to pack: the source has no rows.')
+  held = math.floor(len(sources.get('train', ())) * rate)
+  if held and 'validation' not in sources:
+    train, kept = sources['train'], len(sources['train']) - held
+    validation = Slice(train, kept, len(train))
+    sources = {'train': Slice(train, 0, kept), 'validation': validation} | {
+      split: sources[split] for split in sources if split != 'train'
+    }
+  return sources
+
+
+def sample(sources: Sources) -> Samples:
+  """A few rows of each split, evenly spaced, None for the broken ones.
+
+  Raises InputError if the rows are latents, or all of the sampled ones are broken.
+  """
+  samples, broken = {}, []
+  for split, source in sources.items():
+    samples[split] = []
+    for i in sorted({k * len(source) // SAMPLE for k in range(SAMPLE)}):
+      try:
+        row = source[i]
+      except InputError as error:
+        row = None
+        broken.append(str(error))
+      if isinstance(row, LatentRow):
+        raise InputError(f'{row.name}: is packed as latents already; pack from the pictures.')
+      samples[split].append(row)
+  if not any(row for rows in samples.values() for row in rows):
+    raise InputError(f'every row that was looked at is broken, such as: {broken[0]}')
+  return samples
+
+
+def has_input(samples: Samples) -> bool:
+  """Whether these are edits, not captioned pictures."""
+  rows = [row for rows in samples.values() for row in rows if row]
+  return any(pair.input_image is not None for row in rows for pair in row.pairs)
+
+
+def check_row(row: Row, has_input: bool) -> None:
+  """Raises InputError if the row lacks something that all rows of its data set have."""
+  if not row.instructions or not row.pairs:
+    raise InputError(f'{row.name}: has no {"picture" if row.instructions else "instruction"}.')
+  if any((pair.input_image is not None) != has_input for pair in row.pairs):
+    problem = 'lacks its input image' if has_input else 'has an input image, which others lack'
+    raise InputError(f'{row.name}: {problem}.')
+  try:
+    ''.join((row.name, row.caption, row.edited_caption, *row.instructions)).encode()
+  except UnicodeEncodeError as error:
+    raise InputError(f'{row.name}: holds text that is not Unicode ({error.reason}).') from None
+
+
+def make_plan(
+  kind: str,
+  settings: dict[str, Any],
+  sources: Sources,
+  samples: Samples,
+  size_of: Callable[[Row], int],
+  shard_bytes: int,
+) -> dict:
+  """The plan, as `pack.json` has it.
+
+  Args:
+    kind: 'images' or 'latents'.
+    settings: JSON values; all that the bytes of a record depend on.
+    sources, samples: from `hold_out` and `sample`.
+    size_of: bytes of a row in the file; raises InputError if the row is broken.
+    shard_bytes: about how large a file should be.
+  """
+  if shard_bytes < 1:
+    raise InputError(f'shard_bytes is {shard_bytes}; use at least 1.')
+  splits = {}
+  for split, source in sources.items():
+    sizes, hashes = [], []
+    for row in samples[split]:
+      size = None
+      if row:
+        with contextlib.suppress(InputError):  # it is named and counted when its turn comes
+          size = size_of(row)
+      hashes.append(None if size is None else _hash(row))
+      sizes += [] if size is None else [size]
+    count = math.ceil(sum(sizes) / max(len(sizes), 1) * len(source) / shard_bytes)
+    count = max(1, min(count, MAX_SHARDS, len(source)))
+    splits[split] = {'rows': len(source), 'shards': count, 'sample': hashes}
+  return {'format': shards.FORMAT, 'kind': kind, 'settings': settings, 'splits': splits}
+
+
+def differences(found: dict, wanted: dict) -> list[str]:
+  """Why a pack begun by one plan cannot go on by the other; [] if it can.
+
+  The number of shards may differ, and rows may have been broken that are not now.
+  """
+
+  def flat(plan):
+    rows = {f'rows of {split}': sizes['rows'] for split, sizes in plan['splits'].items()}
+    return {'kind': plan['kind']} | plan['settings'] | rows
+
+  one, other = flat(found), flat(wanted)
+  lines = [
+    f'{key} {one.get(key)} and not {other.get(key)}'
+    for key in sorted({*one, *other})
+    if one.get(key) != other.get(key)
+  ]
+  if lines:
+    return lines
+  pairs = [
+    zip(sizes['sample'], wanted['splits'][split]['sample'], strict=True)
+    for split, sizes in found['splits'].items()
+  ]
+  if any(a != b for of_split in pairs for a, b in of_split if a and b):
+    lines = ['rows that are not the same now']
+  return lines
+
+
+def shards_of(plan: dict) -> list[Shard]:
+  """All files of the data set, split by split."""
+  result = []
+  for split, sizes in plan['splits'].items():
+    rows, count = sizes['rows'], sizes['shards']
+    for k in range(count):
+      file = shards.file_name(split, k, count)
+      result.append(Shard(split, file, rows * k // count, rows * (k + 1) // count))
+  return result
+
+
+def _hash(row):
+  digest = hashlib.sha256(json.dumps([*row.instructions, row.caption, row.edited_caption]).encode())
+  for image in (image for pair in row.pairs for image in pair if image is not None):
+    digest.update(image)
+  return digest.hexdigest()[:16]

@@ -1,0 +1,292 @@
+"""Writing packed data sets so that a run can be killed anywhere, repeated, or shared.
+
+What makes that safe: the plan (what is packed, how, which rows go into which file) follows from the
+arguments and the source alone and is written first; every file is written under another name, then
+renamed, then noted; nothing is in a file but its own rows. So a second run writes the files that
+have no note, n machines write every n-th file each, and whoever finds all of them noted writes what
+makes the folder a data set (with the same bytes, if two do).
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tensorflow_datasets as tfds
+from array_record.python import array_record_module
+from etils import epath
+from tensorflow_datasets.core import dataset_info
+from tensorflow_datasets.core.example_serializer import ExampleSerializer
+from tensorflow_datasets.core.splits import SplitDict
+
+from ip2p_jax.data import shards
+from ip2p_jax.data.pack_plan import Shard, differences, shards_of
+from ip2p_jax.errors import InputError
+
+SHOWN = 10  # broken rows named in one message
+
+
+class Job(NamedTuple):
+  """This machine's part of a pack; `skipped` grows while it works.
+
+  Attributes:
+    mine, todo: files this machine writes, and those of them that are still to be written.
+    skipped: broken rows that were left out of all finished files, a line each.
+  """
+
+  folder: Path
+  plan: dict
+  mine: list[Shard]
+  todo: list[Shard]
+  skipped: list[str]
+  max_corrupt: int
+
+
+class Summary(NamedTuple):
+  """What there is after a run.
+
+  Attributes:
+    rows: in the data set so far, by split.
+    skipped: broken rows that were left out, a line each.
+    is_complete: False if other machines' shards are still missing.
+  """
+
+  rows: dict[str, int]
+  skipped: tuple[str, ...]
+  is_complete: bool
+
+
+def begin(folder: str | os.PathLike, plan: dict, part: str, max_corrupt: int) -> Job:
+  """Claims the folder for the plan, or continues there; `part` is 'i/n', this machine of n.
+
+  Raises InputError if the folder holds something else, or a pack with other settings.
+  """
+  folder, (index, count) = Path(folder), _part(part)
+  with _writing(folder):
+    plan = _claim(folder, plan)
+    wanted = shards_of(plan)
+    mine = wanted[index::count]
+    if (folder / shards.COMPLETE).is_file():
+      return Job(folder, plan, mine, [], [], max_corrupt)
+    (folder / shards.PROGRESS).mkdir(exist_ok=True)
+    notes = _notes(folder, wanted)
+    if len(_skipped(notes)) > max_corrupt:  # it stopped the last run; perhaps they are mended now
+      for shard in [shard for shard in mine if notes.get(shard, {}).get('skipped')]:
+        _note(folder, shard).unlink()
+        del notes[shard]
+    for shard in mine:  # what a killed run left
+      for file in (folder / shards.PROGRESS).glob(f'{shard.file}.*.tmp'):
+        file.unlink(missing_ok=True)
+  todo = [shard for shard in mine if shard not in notes]
+  return Job(folder, plan, mine, todo, _skipped(notes), max_corrupt)
+
+
+def write_shard(
+  folder: Path, plan: dict, shard: Shard, examples: Iterable[dict[str, Any] | InputError]
+) -> list[str]:
+  """Writes one file from its rows' examples, in order, or errors; returns the errors' lines."""
+  features = shards.features_of(plan)
+  serializer = ExampleSerializer(features.get_serialized_info())
+  temporary = folder / shards.PROGRESS / f'{shard.file}.{os.urandom(4).hex()}.tmp'
+  skipped, rows = [], 0
+  try:
+    with _writing(folder):
+      options = 'group_size:1,uncompressed'
+      writer = array_record_module.ArrayRecordWriter(str(temporary), options)
+    for example in examples:
+      if isinstance(example, InputError):
+        skipped.append(str(example))
+        continue
+      record = serializer.get_tf_example(features.encode_example(example))
+      with _writing(folder):
+        writer.write(record.SerializeToString(deterministic=True))
+      rows += 1
+    with _writing(folder):
+      writer.close()
+      size = _settle(temporary, rows)
+      os.replace(temporary, folder / shard.file)
+      note = {'rows': rows, 'bytes': size, 'skipped': skipped}
+      _write_json(_note(folder, shard), note)
+  finally:
+    temporary.unlink(missing_ok=True)
+  return skipped
+
+
+def work(
+  job: Job,
+  results: Iterable[tuple[Shard, list[str]]],
+  say: Callable[[str], None],
+  progress: Callable[[int, int], None],
+) -> None:
+  """Draws all `results`, a file and its broken rows each, and stops if those are too many."""
+  rows = lambda some: sum(shard.stop - shard.start for shard in some)
+  total, left = rows(job.mine), rows(job.todo)
+  say(f'{job.folder}: {total:,} rows in {len(job.mine)} files, {len(job.todo)} of them to write')
+  check_skipped(job)
+  for shard, skipped in results:
+    for line in skipped:
+      say(f'left out: {line}')
+    job.skipped.extend(skipped)
+    left -= rows([shard])
+    progress(total - left, total)
+    check_skipped(job)
+
+
+def check_skipped(job: Job) -> None:
+  """Raises InputError if more rows are broken than may be."""
+  count = len(job.skipped)
+  if count > job.max_corrupt:
+    more = f' ... and {count - SHOWN} more' if count > SHOWN else ''
+    raise InputError(
+      f'{count} broken {"row" if count == 1 else "rows"}, where max_corrupt allows'
+      f' {job.max_corrupt}: {" | ".join(job.skipped[:SHOWN])}{more}. Mend them (ip2p check lists'
+      ' all) or allow more, and run this again to continue.'
+    )
+
+
+def finish(job: Job) -> Summary:
+  """Makes the folder a data set if all files of all machines are there."""
+  wanted, complete = shards_of(job.plan), job.folder / shards.COMPLETE
+  notes = {} if complete.is_file() else _notes(job.folder, wanted)
+  if len(notes) == len(wanted):
+    check_skipped(job._replace(skipped=_skipped(notes)))
+    with _writing(job.folder):
+      try:
+        _write_metadata(job, notes)
+      except OSError:
+        if not complete.is_file():  # if it is, another machine came first, and tidied up
+          raise
+  if complete.is_file():
+    _tidy(job.folder)
+    found = shards.describe(job.folder)
+    return Summary(found['splits'], tuple(found['skipped']), True)
+  rows = dict.fromkeys(job.plan['splits'], 0)
+  for shard, note in notes.items():
+    rows[shard.split] += note['rows']
+  return Summary(rows, tuple(_skipped(notes)), False)
+
+
+def _part(part):
+  index, slash, count = part.partition('/')
+  if slash and index.isdecimal() and count.isdecimal() and int(index) < int(count):
+    return int(index), int(count)
+  raise InputError(f"shard is {part!r}; use 'i/n' for machine i, counted from 0, of n: '0/4'.")
+
+
+def _claim(folder, plan) -> dict:
+  """The folder's plan, which is the given one if it is new."""
+  file = folder / shards.PLAN
+  if not file.is_file():
+    folder.mkdir(parents=True, exist_ok=True)
+    strangers = [name for name in os.listdir(folder) if not name.startswith('.')]
+    if strangers and not file.is_file():  # another machine may have come first
+      raise InputError(f'{folder}: is not empty; give a new folder.')
+    _write_json(file, plan)
+  found = shards.read_plan(folder)
+  different = differences(found, plan)
+  if different:
+    raise InputError(
+      f'{folder}: was begun with {"; ".join(different)}; use the same source and settings to'
+      ' continue, or give a new folder.'
+    )
+  return found
+
+
+def _note(folder, shard):
+  return folder / shards.PROGRESS / f'{shard.file}.json'
+
+
+def _notes(folder, wanted) -> dict[Shard, dict]:
+  """The notes of those files that lie there as they were written."""
+  notes = {}
+  for shard in wanted:
+    file, note = folder / shard.file, _note(folder, shard)
+    if file.is_file() and note.is_file():
+      content = shards.read_json(note)
+      if content['bytes'] == file.stat().st_size:
+        notes[shard] = content
+  return notes
+
+
+def _skipped(notes) -> list[str]:
+  return [line for note in notes.values() for line in note['skipped']]
+
+
+def _settle(file, rows) -> int:
+  """Sees the file safely on the disk; its size in bytes."""
+  with open(file, 'rb') as opened:
+    os.fsync(opened.fileno())
+  reader = array_record_module.ArrayRecordReader(str(file))
+  found = reader.num_records()
+  reader.close()
+  if found != rows:
+    raise OSError(f'{found} of {rows} records arrived')
+  return file.stat().st_size
+
+
+def _write_metadata(job, notes):
+  template = tfds.core.ShardedFileTemplate(
+    data_dir=epath.Path(job.folder), dataset_name=shards.NAME, filetype_suffix='array_record'
+  )
+  infos = []
+  for split in job.plan['splits']:
+    of_split = [note for shard, note in notes.items() if shard.split == split]
+    lengths, sizes = [note['rows'] for note in of_split], [note['bytes'] for note in of_split]
+    infos.append(
+      tfds.core.SplitInfo(
+        name=split,
+        shard_lengths=lengths,
+        num_bytes=sum(sizes),
+        filename_template=template.replace(split=split),
+      )
+    )
+  metadata = {'kind': job.plan['kind'], 'settings': job.plan['settings']}
+  info = dataset_info.DatasetInfo(
+    builder=dataset_info.DatasetIdentity(
+      name=shards.NAME,
+      version=tfds.core.Version('1.0.0'),
+      data_dir=str(job.folder),
+      module_name='',
+    ),
+    description='Packed by ip2p pack.',
+    features=shards.features_of(job.plan),
+    metadata=tfds.core.MetadataDict(metadata | {'skipped': _skipped(notes)}),
+  )
+  info.set_file_format('array_record')
+  info.set_splits(SplitDict(infos))
+  temporary = job.folder / f'.{os.urandom(4).hex()}.tmp'
+  temporary.mkdir()
+  info.write_to_directory(temporary)
+  for name in sorted(os.listdir(temporary), key=lambda name: (name == shards.COMPLETE, name)):
+    os.replace(temporary / name, job.folder / name)
+  temporary.rmdir()
+
+
+def _tidy(folder):
+  """Removes what only mattered before the data set was complete."""
+  for leftover in (folder / shards.PROGRESS, *folder.glob('.*.tmp')):
+    if leftover.is_dir():
+      shutil.rmtree(leftover, ignore_errors=True)
+    else:
+      leftover.unlink(missing_ok=True)
+
+
+def _write_json(file, value):
+  temporary = file.with_name(f'.{file.name}.{os.urandom(4).hex()}.tmp')
+  temporary.write_text(json.dumps(value, indent=2) + '\n')
+  os.replace(temporary, file)
+
+
+@contextlib.contextmanager
+def _writing(folder):
+  """What fails on the disk becomes an InputError; ArrayRecord raises RuntimeError."""
+  try:
+    yield
+  except (OSError, RuntimeError) as error:
+    reason = getattr(error, 'strerror', None) or error
+    raise InputError(
+      f'{folder}: cannot be written ({reason}); see to it, then run this again to continue.'
+    ) from error

@@ -1,0 +1,55 @@
+"""What `train.py` calls: flags, processes, signals, and errors as one line."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from absl import flags, logging
+
+from ip2p_jax import config as configuration
+from ip2p_jax.console import cache_compilations, one_line
+from ip2p_jax.errors import InputError
+
+NAME = 'train.py'
+
+
+def parse(argv: Sequence[str]) -> list[str]:
+  """absl's flags, with one line for a mistake."""
+  with one_line(NAME, ''):
+    configuration.check_overrides(argv)
+    for path in (flag.partition('=')[2] for flag in argv if flag.startswith('--config=')):
+      if not Path(path).is_file():
+        raise InputError(f'--config={path}: no such file; see configs/.')
+    try:
+      rest = flags.FLAGS(argv)
+    except flags.Error as error:
+      raise InputError(f'{error} (see --help)') from None
+    if len(rest) > 1:
+      raise InputError(f'does not know what to do with {rest[1]!r}; flags look like --NAME=VALUE.')
+    return rest
+
+
+def train(argv: Sequence[str]) -> None:
+  """Runs or resumes the training that the flags describe."""
+  del argv
+  values = flags.FLAGS
+  logging.set_verbosity(logging.ERROR)  # Orbax tells of its every move
+  with one_line(NAME, ''):
+    if not values.workdir:
+      raise InputError('--workdir=FOLDER is missing: where checkpoints and metrics go.')
+    if not isinstance(values.config, configuration.TrainConfig):
+      raise InputError('--config=FILE is missing: a file whose get_config() gives a TrainConfig.')
+  with one_line(NAME, 'lower the batch per device: raise --config.accumulation, or mesh.fsdp.'):
+    if values.multihost or values.coordinator:
+      _join(values)
+    from ip2p_jax import training  # after joining, so that nothing has touched the devices
+
+    cache_compilations()
+    sys.exit(training.train(values.config, values.workdir))
+
+
+def _join(values) -> None:
+  if jax.config.jax_platforms == 'cpu':
+    jax.config.update('jax_cpu_collectives_implementation', 'gloo')
+  jax.distributed.initialize(values.coordinator, values.num_processes, values.process_id)

@@ -1,0 +1,272 @@
+"""What a run tells people: numbers, pictures and texts in its workdir, and one line on the screen.
+
+  metrics.jsonl   one line per log: {"step": 50, "time": 1764000000.123, "loss": 0.0412, ...}
+  tensorboard/    the same for TensorBoard, with pictures and texts
+  previews/       the pictures as files
+
+A workdir may be remote (gs://...). Such files cannot be appended to, so lines and events gather in
+a temporary folder, and are uploaded whole, at most once a minute and at the end; a crash loses the
+last minute.
+"""
+
+import contextlib
+import io
+import json
+import math
+import numbers
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from clu import parameter_overview
+from etils import epath
+from PIL import Image
+
+from ip2p_jax.errors import InputError
+
+LINES, EVENTS, PREVIEWS = 'metrics.jsonl', 'tensorboard', 'previews'
+UPLOAD_EVERY = 60  # seconds
+
+
+class Writer:
+  """Writes into a workdir from process 0; in other processes its methods do nothing."""
+
+  def __init__(self, workdir: str | os.PathLike, start_step: int = 0):
+    """Continues after `start_step`: what an interrupted run wrote of later steps is dropped.
+
+    InputError if the workdir cannot be written.
+    """
+    self._writes = jax.process_index() == 0
+    if not self._writes:
+      return
+    from tensorboardX import SummaryWriter  # imports torch where there is one, which takes seconds
+
+    workdir = os.path.expanduser(workdir)  # shells leave the ~ of --workdir=~/run alone
+    self._workdir = epath.Path(workdir)
+    is_remote = '://' in workdir
+    self._local = Path(tempfile.mkdtemp(prefix='ip2p-')) if is_remote else Path(workdir)
+    self._is_remote, self._uploaded = is_remote, time.monotonic()
+    try:
+      self._workdir.mkdir(parents=True, exist_ok=True)
+      kept = _kept_lines(self._workdir / LINES, start_step)
+      _write(epath.Path(self._local) / LINES, kept.encode())
+      self._lines = open(self._local / LINES, 'a')
+      self._events = SummaryWriter(
+        str(self._local / EVENTS),
+        purge_step=start_step + 1,
+        flush_secs=UPLOAD_EVERY // 2,
+        # Names have the second they were made in, and a file of equal name would be lost.
+        filename_suffix=f'.{start_step:08d}',
+      )
+    except OSError as error:
+      reason = error.strerror or error
+      raise InputError(
+        f'the workdir {workdir} cannot be written ({reason}); choose another.'
+      ) from None
+
+  def scalars(self, step: int, values: Mapping[str, float]) -> None:
+    """Numbers of one step, to seven digits; those that are not finite become 'nan', 'inf', '-inf'.
+
+    Strings, because JSON has no such numbers.
+    """
+    if not self._writes:
+      return
+    line = {'step': int(step), 'time': round(time.time(), 3)}
+    line |= {name: _plain(value) for name, value in values.items()}
+    self._lines.write(json.dumps(line, allow_nan=False) + '\n')
+    self._lines.flush()
+    for name, value in values.items():
+      self._events.add_scalar(name, float(value), step)
+    if self._is_remote and time.monotonic() - self._uploaded >= UPLOAD_EVERY:
+      self._upload()
+
+  def image(self, step: int, name: str, picture: Image.Image) -> None:
+    """A picture, also as previews/NAME_STEP.png, which appears whole or not at all."""
+    if not self._writes:
+      return
+    png = io.BytesIO()
+    picture.save(png, 'PNG')
+    folder = self._workdir / PREVIEWS
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / f'{name}_{step:08d}.png', png.getvalue())
+    self._events.add_image(name, np.asarray(picture.convert('RGB')), step, dataformats='HWC')
+
+  def text(self, step: int, name: str, text: str) -> None:
+    """A text for TensorBoard, shown as it is, in a fixed-width font."""
+    if not self._writes:
+      return
+    code = ''.join(f'    {line}\n' for line in text.splitlines())  # Markdown's way to say so
+    self._events.add_text(name, code, step)
+
+  def close(self) -> None:
+    """Writes and uploads all that is left. May be called again."""
+    if not self._writes:
+      return
+    self._writes = False
+    self._lines.close()
+    self._events.close()
+    if self._is_remote:
+      self._upload()
+      shutil.rmtree(self._local)
+
+  def __enter__(self) -> 'Writer':
+    return self
+
+  def __exit__(self, *error) -> None:
+    self.close()
+
+  def _upload(self):
+    for file in [self._local / LINES, *(self._local / EVENTS).iterdir()]:
+      target = self._workdir / file.relative_to(self._local).as_posix()
+      target.parent.mkdir(parents=True, exist_ok=True)
+      target.write_bytes(file.read_bytes())
+    self._uploaded = time.monotonic()
+
+
+class Meter:
+  """How fast training goes, not counting compilation, checkpoints, validation and previews.
+
+  meter.start(step)              # after the first step, which compiles, has come out
+  values |= meter.read(step)     # when logging: the mean since the last read or start
+  with meter.paused(state): ...  # around all that is not training
+  """
+
+  def __init__(
+    self,
+    examples_per_step: int,
+    flops_per_example: float,
+    num_devices: int,
+    peak: float | None,
+    clock: Callable[[], float] = time.perf_counter,
+  ):
+    """`examples_per_step` is over all devices; `peak` of one in FLOP/s, None if not known."""
+    self._examples, self._flops = examples_per_step, flops_per_example
+    self._devices, self._peak, self._clock = num_devices, peak, clock
+    self._step, self._since = None, 0.0
+
+  def start(self, step: int) -> None:
+    """Counts from here; `step` steps are done, and none is in flight."""
+    self._step, self._since = step, self._clock()
+
+  def read(self, step: int) -> dict[str, float]:
+    """Means since the last call, now that `step` is done; {} before `start` or without a step.
+
+    step_time (seconds), examples_per_second (over all devices), tflops_per_device (of the model, in
+    TFLOP/s), and where the peak is known mfu, the part of it that is used, 0 to 1.
+    """
+    if self._step is None or step == self._step:
+      return {}
+    now = self._clock()
+    step_time = (now - self._since) / (step - self._step)
+    self._step, self._since = step, now
+    flops = self._examples * self._flops / step_time / self._devices
+    values = {
+      'step_time': step_time,
+      'examples_per_second': self._examples / step_time,
+      'tflops_per_device': flops / 1e12,
+    }
+    return values if self._peak is None else values | {'mfu': flops / self._peak}
+
+  @contextlib.contextmanager
+  def paused(self, pending: Any = ()) -> Iterator[None]:
+    """Does not count the time inside; waits for the arrays in `pending` first.
+
+    They should be the newest, or training in flight goes on uncounted; and what is started inside
+    must be awaited inside.
+    """
+    jax.block_until_ready(pending)
+    start = self._clock()
+    try:
+      yield
+    finally:
+      self._since += self._clock() - start
+
+
+def progress_line(step: int, steps: int, values: Mapping[str, float]) -> str:
+  """One line for people, of those values that are there.
+
+  As in 'step 1,200/10,000  loss 0.0412  577 examples/s  312 TFLOP/s per device (39 %)  4 h 10 min
+  left', which takes loss and the values of `Meter`.
+  """
+  parts = [f'step {step:,}/{steps:,}']
+  if 'loss' in values:
+    parts.append(f'loss {values["loss"]:.4f}')
+  if 'examples_per_second' in values:
+    parts.append(f'{_three_digits(values["examples_per_second"])} examples/s')
+  if 'mfu' in values:  # without it the device is a CPU, or not known, and says little
+    rate = f'{_three_digits(values["tflops_per_device"])} TFLOP/s per device'
+    parts.append(f'{rate} ({100 * values["mfu"]:.0f} %)')
+  if 'step_time' in values and step < steps:
+    parts.append(f'{_duration((steps - step) * values["step_time"])} left')
+  return '  '.join(parts)
+
+
+def memory() -> dict[str, int]:
+  """Bytes in use, now and at most, on each device of this process; {} where none can say (CPU)."""
+  values = {}
+  for device in jax.local_devices():
+    stats = device.memory_stats() or {}
+    for name, key in (('in_use', 'bytes_in_use'), ('peak', 'peak_bytes_in_use')):
+      if key in stats:
+        values[f'memory/{name}_{device.id}'] = stats[key]
+  return values
+
+
+def overview(params: Mapping[str, Any]) -> str:
+  """A table of parameters by dotted name, and totals, in all and by the first part of the name.
+
+  Values are arrays or ShapeDtypeStructs.
+  """
+  totals: dict[str, int] = {}
+  for name, value in params.items():
+    part = name.split('.')[0]
+    totals[part] = totals.get(part, 0) + math.prod(value.shape)
+  table = parameter_overview.get_parameter_overview(dict(params), include_stats=False)
+  return '\n'.join([table, *(f'  {part}: {count:,}' for part, count in totals.items())])
+
+
+def _kept_lines(path: epath.Path, last_step: int) -> str:
+  """The lines of a metrics file up to a step, without a half-written one; '' without a file."""
+  if not path.exists():
+    return ''
+  kept = []
+  for line in path.read_text().splitlines():
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+      if json.loads(line)['step'] <= last_step:
+        kept.append(line + '\n')
+  return ''.join(kept)
+
+
+def _write(path: epath.Path, content: bytes) -> None:
+  temporary = path.with_name(f'.{path.name}.tmp')
+  temporary.write_bytes(content)
+  temporary.replace(path)
+
+
+def _plain(value):
+  if isinstance(value, numbers.Integral):
+    return int(value)
+  value = float(value)
+  return float(f'{value:.7g}') if math.isfinite(value) else str(value)
+
+
+def _three_digits(value):
+  return f'{value:,.0f}' if value >= 100 else f'{value:.3g}'
+
+
+def _duration(seconds):
+  """The two largest units: 4 h 10 min."""
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  days, hours = divmod(hours, 24)
+  if days:
+    return f'{days} d {hours} h'
+  if hours:
+    return f'{hours} h {minutes} min'
+  return f'{minutes} min' if minutes else f'{seconds} s'

@@ -1,0 +1,246 @@
+"""From a config to all that a training run holds: data, networks, and its state on the devices."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from ip2p_jax import checkpoints as workdirs
+from ip2p_jax import lora, optimizer, parameters, sharding, train_step, weights
+from ip2p_jax.checkpoints import Checkpoints
+from ip2p_jax.config import TrainConfig
+from ip2p_jax.data import shards, sources
+from ip2p_jax.data.rows import Source
+from ip2p_jax.errors import InputError
+from ip2p_jax.networks import (
+  Networks,
+  check_is_editor,
+  fingerprint,
+  networks_of,
+  tokenizer_of,
+)
+from ip2p_jax.text import ClipTokenizer
+from ip2p_jax.train_step import Recipe, State
+from ip2p_jax.weights import Checkpoint, names
+
+
+class Run(NamedTuple):
+  """What stays the same from step to step.
+
+  Attributes:
+    shardings: of the state.
+    frozen: what a step uses and does not change, on the devices; see `train_step`.
+    microbatch: examples of one device and accumulation step.
+  """
+
+  config: TrainConfig
+  mesh: Mesh
+  tokenizer: ClipTokenizer
+  recipe: Recipe
+  shardings: State
+  frozen: dict[str, Any]
+  microbatch: int
+
+  @property
+  def networks(self) -> Networks:
+    return self.recipe.networks
+
+
+class Data(NamedTuple):
+  """`validation` and `shown` may be empty; `shown` is what previews are of."""
+
+  train: list[Source]
+  weights: list[float]
+  validation: Source
+  is_latents: bool
+
+
+def open_data(config: TrainConfig) -> Data:
+  """Opens every data set of the mixture; the first that has a validation split gives it."""
+  opened, mixture, validation = [], sources.mixture(config.data.path), ()
+  kinds = []
+  for path, _ in mixture:
+    opener = functools.partial(
+      sources.open_source, path, columns=config.data.columns, task=config.task
+    )
+    train = opener('train')
+    if not len(train):
+      raise InputError(f'{path}: has no training examples, only other splits.')
+    opened.append(train)
+    kinds.append(shards.is_shards(path) and shards.describe(path)['kind'] == 'latents')
+    validation = validation if len(validation) else opener('validation')
+  return Data(opened, [weight for _, weight in mixture], validation, all(kinds))
+
+
+def check_latents(config: TrainConfig, checkpoint: Checkpoint, tokenizer: ClipTokenizer) -> None:
+  """Raises InputError if latents were made by another VAE, or at another size, than this run's."""
+  ours = None
+  for path, _ in sources.mixture(config.data.path):
+    about = shards.describe(path) if shards.is_shards(path) else {'kind': 'pictures'}
+    if about['kind'] != 'latents':
+      continue
+    ours = ours or fingerprint(checkpoint, tokenizer)
+    if about['fingerprint'] != ours:
+      raise InputError(
+        f'{path}: these latents were made with another VAE or tokenizer than those of'
+        f' {checkpoint.source}; pack them again with --ckpt of this checkpoint.'
+      )
+    if about['resolution'] != config.resolution:
+      raise InputError(
+        f'{path}: these latents are of {about["resolution"]} px and resolution is'
+        f' {config.resolution}; set --config.resolution={about["resolution"]}, or pack them again.'
+      )
+
+
+def starting_checkpoint(config: TrainConfig) -> Checkpoint:
+  """The checkpoint to start from; for editing, its UNet widened by input channels at zero."""
+  checkpoint = weights.read(config.checkpoint)
+  networks = networks_of(checkpoint)
+  latents = networks.vae_config.latent_channels
+  if config.task == 'text_to_image':
+    if networks.unet_config.in_channels != latents:
+      raise InputError(
+        f'{config.checkpoint}: the UNet takes {networks.unet_config.in_channels} channels, so it is'
+        " no text-to-image model; set task to 'edit'."
+      )
+    return checkpoint
+  widened = weights.with_input_channels(checkpoint, 2 * latents)
+  if widened is not checkpoint:
+    rate = parameters.first_match(config.optimizer.rates, 'conv_in.kernel', 'optimizer.rates')
+    if config.lora.rank or not rate:
+      raise InputError(
+        f'{config.checkpoint}: is a text-to-image model, whose new input channels must learn; train'
+        ' all weights, or start LoRA and partial training from an editor.'
+      )
+  check_is_editor(networks_of(widened), config.checkpoint)
+  return widened
+
+
+def prepare(
+  config: TrainConfig, workdir: str, mesh: Mesh, manager: Checkpoints, say: Callable[[str], None]
+) -> tuple[Run, State, int]:
+  """Starts or resumes: (run, state, examples seen so far).
+
+  Raises InputError for a config, checkpoint or workdir that does not fit the others.
+  """
+  microbatch = sharding.check_batch(mesh, config.batch_size, config.accumulation)
+  is_resumed = manager.latest_step() is not None
+  checkpoint = workdirs.load_base(workdir) if is_resumed else starting_checkpoint(config)
+  if checkpoint is None:
+    raise InputError(f'{workdir}: has checkpoints but no {workdirs.BASE}; use a new workdir.')
+  networks = networks_of(checkpoint)
+  _check_resolution(config, networks)
+  tokenizer = tokenizer_of(checkpoint, networks)
+  check_latents(config, checkpoint, tokenizer)
+  shapes = parameters.flatten(networks.shapes['unet'])
+  trained, initial = _trained(config, shapes)
+  transform = optimizer.adamw(config.optimizer, {*shapes, *trained}, config.steps)
+  recipe = Recipe(networks, config, transform)
+  abstract = jax.eval_shape(functools.partial(train_step.initial_state, recipe), trained)
+  shardings = sharding.of_state(mesh, abstract, config.mesh.zero1)
+  in_base = [name for name in shapes if name not in trained]
+  frozen = _frozen(config, checkpoint, networks, in_base, trained, tokenizer, mesh)
+  run = Run(config, mesh, tokenizer, recipe, shardings, frozen, microbatch)
+  say(_sizes(run, abstract))
+  if is_resumed:
+    target = jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
+    )
+    state, extras = manager.restore(target)
+    return run, state, extras['examples']
+  workdirs.save_base(workdir, checkpoint, set(trained) - set(initial or ()))
+  values = initial or _read_unet(checkpoint, {name: shapes[name] for name in trained})
+  params = {name: _put(value, shardings['params'][name]) for name, value in values.items()}
+  start = jax.jit(functools.partial(train_step.initial_state, recipe), out_shardings=shardings)
+  return run, start(params), 0
+
+
+def check_placed(state: State, shardings: State) -> None:
+  """Raises if an array does not lie where it should: a bug that only costs, and so would stay."""
+  for (path, leaf), wanted in zip(
+    jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(shardings), strict=True
+  ):
+    if not leaf.sharding.is_equivalent_to(wanted, leaf.ndim):
+      name = jax.tree_util.keystr(path)
+      raise AssertionError(f'{name} is placed as {leaf.sharding}, which should be {wanted}')
+
+
+def _trained(config, shapes):
+  """({name: shape} of what learns, {name: array} of adapters, which no checkpoint has yet)."""
+  if config.lora.rank:
+    rng = np.random.default_rng(config.seed)
+    initial = lora.adapters(shapes, config.lora, rng)
+    found = {name: jax.ShapeDtypeStruct(x.shape, np.float32) for name, x in initial.items()}
+    kept = optimizer.trainable(found, config.optimizer.rates)
+    return {name: found[name] for name in kept}, {name: initial[name] for name in kept}
+  kept = optimizer.trainable(shapes, config.optimizer.rates)
+  as_float32 = lambda name: jax.ShapeDtypeStruct(shapes[name].shape, np.float32)
+  return {name: as_float32(name) for name in shapes if name in kept}, None
+
+
+def _frozen(config, checkpoint, networks, in_base, trained, tokenizer, mesh):
+  """On the devices, in the dtype of arithmetic."""
+  everywhere, shapes = sharding.replicated(mesh), parameters.flatten(networks.shapes['unet'])
+  # A kernel that an adapter is added to keeps its digits until then.
+  adapted = {name.rpartition('.')[0] for name in trained if '.lora_' in name}
+  frozen = {'unet': {}, 'null_ids': _put(tokenizer([''])[0], everywhere)}
+  fixed = _read_unet(checkpoint, {name: shapes[name] for name in in_base})
+  for name, value in fixed.items():
+    dtype = np.float32 if name.rpartition('.')[0] in adapted else config.dtype
+    where = sharding.split(mesh, value.shape, ('fsdp',))
+    frozen['unet'][name] = _put(value.astype(dtype), where)
+  for part in ('vae', 'text_encoder'):
+    place = lambda x: _put(np.asarray(x).astype(config.dtype), everywhere)
+    frozen[part] = names.to_params(
+      checkpoint.tensors[part], networks.shapes[part], part, source=checkpoint.source, place=place
+    )
+  return frozen
+
+
+def _read_unet(checkpoint, shapes):
+  """{dotted name: float32 array} of some of the UNet's parameters."""
+  if not shapes:
+    return {}
+  tensor_names = [names.tensor_name(tuple(name.split('.'))) for name in shapes]
+  tensors = checkpoint.tensors['unet']
+  chosen = weights.Tensors({
+    name: lambda name=name: tensors[name] for name in tensor_names if name in tensors
+  })  # fmt: skip
+  tree = names.to_params(chosen, parameters.unflatten(shapes), 'unet', source=checkpoint.source)
+  return parameters.flatten(tree)
+
+
+def _put(value, where):
+  # From a callback, since every process has the whole array and needs only its part placed.
+  value = np.asarray(value, order='C')
+  return jax.make_array_from_callback(value.shape, where, lambda index: value[index])
+
+
+def _check_resolution(config, networks):
+  factor = networks.vae_config.factor
+  if config.resolution % factor:
+    near = max(round(config.resolution / factor), 1) * factor
+    raise InputError(
+      f'resolution is {config.resolution}; this VAE takes multiples of {factor}: use {near}.'
+    )
+
+
+def _sizes(run, abstract) -> str:
+  """Lines for people: who computes what, and how many bytes each device holds."""
+  config, mesh = run.config, run.mesh
+  kind = mesh.devices.flat[0].device_kind
+  held = lambda part: sharding.bytes_per_device(abstract[part], run.shardings[part]) / 2**30
+  frozen = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(run.frozen)) / 2**30
+  trained = sum(x.size for x in jax.tree.leaves(abstract['params']))
+  return '\n'.join([
+    f'devices   {mesh.size} ({kind}) as data {mesh.shape["data"]} x fsdp {mesh.shape["fsdp"]},'
+    f' in {jax.process_count()} process{"es" if jax.process_count() > 1 else ""}',
+    f'batch     {config.batch_size} = {mesh.size} devices x {run.microbatch} examples'
+    f' x {config.accumulation} accumulation steps, at {config.resolution} px',
+    f'training  {trained:,} parameters in float32, arithmetic in {config.dtype}',
+    f'memory    on each device: parameters {held("params"):.3g} GiB, optimizer'
+    f' {held("opt_state"):.3g}, average {held("ema"):.3g}, frozen networks {frozen:.3g}',
+  ])  # fmt: skip

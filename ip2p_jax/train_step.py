@@ -1,0 +1,185 @@
+"""One optimizer step as one jitted program, and the state it turns over.
+
+  state = {'step', 'params', 'ema', 'opt_state', 'skipped', 'bad_step'}
+
+`params` and `ema` are {dotted name: float32}, and hold only what is trained: the UNet, the parts of
+it that the rules leave, or LoRA adapters. `frozen` is the rest: {'unet': {dotted name: array},
+'vae', 'text_encoder', 'null_ids'}. B examples of the global batch, A accumulation steps.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.sharding import Mesh
+
+from ip2p_jax import lora, optimizer, parameters, sharding
+from ip2p_jax.config import TrainConfig
+from ip2p_jax.loss import Batch, Draws, draw, encode, example_losses, latents_shape
+from ip2p_jax.models.layers import REMATS, Params
+from ip2p_jax.networks import Networks
+
+State = dict[str, Any]
+
+
+class Recipe(NamedTuple):
+  """What a step needs to know and jit need not trace."""
+
+  networks: Networks
+  config: TrainConfig
+  transform: optax.GradientTransformation
+
+
+def initial_state(recipe: Recipe, params: dict[str, Array]) -> State:
+  """The state before the first step."""
+  return {
+    'step': jnp.int32(0),
+    'params': params,
+    'ema': jax.tree.map(jnp.array, params),
+    'opt_state': recipe.transform.init(params),
+    'skipped': jnp.int32(0),  # broken examples so far
+    'bad_step': jnp.int32(-1),  # the step whose loss was not finite
+  }
+
+
+def unet_params(recipe: Recipe, fixed: dict[str, Array], trained: dict[str, Array]) -> Params:
+  """The UNet's whole parameter tree in the dtype of arithmetic."""
+  rank = recipe.config.lora.rank
+  flat = lora.merged(fixed, trained, recipe.config.lora) if rank else {**fixed, **trained}
+  return parameters.unflatten(_cast(flat, recipe.config.dtype))
+
+
+def jitted(recipe: Recipe, mesh: Mesh, shardings: State) -> Callable:
+  """`train_step(state, frozen, batch)`, compiled once; it takes the memory of the old state."""
+  return jax.jit(
+    functools.partial(train_step, recipe, shardings),
+    out_shardings=(shardings, sharding.replicated(mesh)),
+    donate_argnums=0,
+  )
+
+
+def train_step(
+  recipe: Recipe, shardings: State, state: State, frozen: Params, batch: Batch
+) -> tuple[State, dict[str, Array]]:
+  """One optimizer step on a global batch.
+
+  A step whose loss or gradients are not finite changes nothing but `bad_step`, and neither does any
+  step after it, so that the host may look some steps later and still find the state as it was.
+
+  Args:
+    shardings: of the state, since the update runs where the optimizer state lies.
+
+  Returns the new state and {'loss', 'grad_norm', 'learning_rate', 'skipped', 'bad_step'}.
+  """
+  config, step = recipe.config, state['step']
+  loss, grads = _mean_gradients(recipe, state['params'], frozen, batch, step)
+  # ZeRO: each device updates its part, then the parts are gathered.
+  grads, params = (
+    jax.lax.with_sharding_constraint(tree, shardings['ema']) for tree in (grads, state['params'])
+  )
+  grad_norm = optax.global_norm(grads)
+  updates, opt_state = recipe.transform.update(grads, state['opt_state'], params)
+  params = optax.apply_updates(params, updates)
+  decay = optimizer.ema_decay(config.optimizer.ema, step + 1)
+  new = {
+    'step': step + 1,
+    'params': params,
+    'ema': optimizer.ema_update(state['ema'], params, decay),
+    'opt_state': opt_state,
+    'skipped': state['skipped'] + (batch['weight'] == 0).sum(dtype=jnp.int32),
+    'bad_step': state['bad_step'],
+  }
+  is_fine = (state['bad_step'] < 0) & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+  old = state | {'bad_step': jnp.where(state['bad_step'] < 0, step, state['bad_step'])}
+  new = jax.tree.map(lambda new, old: jnp.where(is_fine, new, old), new, old)
+  metrics = {
+    'loss': loss,
+    'grad_norm': grad_norm,
+    'learning_rate': optimizer.learning_rate(config.optimizer, config.steps)(step),
+    'skipped': new['skipped'],
+    'bad_step': new['bad_step'],
+  }
+  return new, metrics
+
+
+def losses_at(recipe: Recipe, state: State, frozen: Params, batch: Batch) -> tuple[Array, Draws]:
+  """The loss of every example [B] of the step that `state` stands before, and its draws."""
+  unet = unet_params(recipe, frozen['unet'], state['params'])
+  draws = _draws(recipe, batch, state['step'])
+  return _losses(recipe, unet, frozen, batch, draws, recipe.config.conditioning_dropout), draws
+
+
+def validation_loss(
+  recipe: Recipe, params: dict[str, Array], frozen: Params, batch: Batch
+) -> tuple[Array, Array]:
+  """Sum of the losses of a batch, and of its weights.
+
+  Noise and timesteps are the same each time, so that differences are the model's; nothing is
+  dropped. The timesteps of consecutive examples step through the schedule by the golden ratio,
+  which spreads any number of them evenly.
+  """
+  draws = draw(0, jnp.int32(-1), batch['index'], *_shape(recipe, batch))
+  spread = jnp.mod((batch['index'] + 0.5) * 0.6180339887, 1.0)
+  count = recipe.networks.schedule.num_train_timesteps
+  draws = draws._replace(timesteps=(spread * count).astype(jnp.int32))
+  unet = unet_params(recipe, frozen['unet'], params)
+  losses = _losses(recipe, unet, frozen, batch, draws, 0.0)
+  return (losses * batch['weight']).sum(), batch['weight'].sum()
+
+
+def _mean_gradients(recipe, params, frozen, batch, step):
+  """Weighted mean loss over the batch, and its float32 gradients by `params`."""
+  config = recipe.config
+  total = jnp.maximum(batch['weight'].sum(), 1.0)
+  # Cast once, and differentiated by the copy: then gradients travel in the smaller type, too.
+  # Adapters are few, and their product is formed in float32.
+  copy = params if config.lora.rank else _cast(params, config.dtype)
+
+  def loss_of(params, part):
+    unet = unet_params(recipe, frozen['unet'], params)
+    draws = _draws(recipe, part, step)
+    losses = _losses(recipe, unet, frozen, part, draws, config.conditioning_dropout)
+    return (losses * part['weight']).sum() / total
+
+  value_and_grad = jax.value_and_grad(loss_of)
+  if config.accumulation == 1:
+    loss, grads = value_and_grad(copy, batch)
+    return loss, _cast(grads, jnp.float32)
+
+  def accumulate(sums, part):
+    loss, grads = value_and_grad(copy, part)
+    return jax.tree.map(lambda total, x: total + x.astype(jnp.float32), sums, (loss, grads)), None
+
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (jnp.float32(0), copy))
+  return jax.lax.scan(accumulate, zeros, _parts(batch, config.accumulation))[0]
+
+
+def _parts(batch, count):
+  # Every count-th row, since each device holds neighbouring rows: then none has to move.
+  split = lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)  # [B, ...] -> [A, B / A, ...]
+  return jax.tree.map(split, batch)
+
+
+def _losses(recipe, unet, frozen, batch, draws, dropout):
+  config, networks = recipe.config, recipe.networks
+  inputs = encode(networks, frozen, batch, draws, dropout)
+  return example_losses(
+    networks, unet, inputs, draws,
+    min_snr_gamma=config.min_snr_gamma, remat=REMATS[config.remat],
+  )  # fmt: skip
+
+
+def _draws(recipe, batch, step):
+  return draw(recipe.config.seed, step, batch['index'], *_shape(recipe, batch))
+
+
+def _shape(recipe, batch):
+  return latents_shape(recipe.networks, batch), recipe.networks.schedule
+
+
+def _cast(tree, dtype):
+  return jax.tree.map(lambda x: x.astype(dtype), tree)

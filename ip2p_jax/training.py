@@ -1,0 +1,303 @@
+"""The training loop: batches in; metrics, validation, previews and checkpoints out."""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import io
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+
+from ip2p_jax import checkpoints as workdirs
+from ip2p_jax import config as configuration
+from ip2p_jax import flops, metrics, previews, sharding, train_step
+from ip2p_jax.checkpoints import Checkpoints
+from ip2p_jax.config import TrainConfig
+from ip2p_jax.data import examples, loader
+from ip2p_jax.data.rows import LatentRow
+from ip2p_jax.errors import InputError
+from ip2p_jax.setup_run import Data, Run, check_placed, open_data, prepare
+
+IN_FLIGHT = 2  # steps that the host may be ahead; more only cost the memory of their batches
+STOPPED = 143  # exit status, so that whoever watches the job knows to start it again
+
+
+def train(config: TrainConfig, workdir: str) -> int:
+  """Trains until `config.steps`, or until a signal; called again, goes on where it was.
+
+  Returns the exit status: 0 when done, 143 when stopped by a signal (a checkpoint is written
+  first). Raises InputError for anything wrong with config, data, checkpoint or workdir; for a loss
+  that is not finite; and for more broken examples than `data.max_corrupt`.
+  """
+  configuration.check(config)
+  data = open_data(config)
+  mesh = sharding.make_mesh(config.mesh.fsdp)
+  with contextlib.ExitStack() as stack:
+    manager = stack.enter_context(contextlib.closing(Checkpoints(workdir, config.log.keep)))
+    run, state, seen = prepare(config, workdir, mesh, manager, _say)
+    check_placed(state, run.shardings)
+    _keep_config(config, workdir)
+    step = int(state['step'])
+    writer = stack.enter_context(metrics.Writer(workdir, step))
+    _describe(run, data, state, writer)
+    if step >= config.steps:
+      _say(f'done: already at step {step:,} of {config.steps:,}')
+      return 0
+    must_stop = stack.enter_context(_signals())
+    return _loop(run, data, state, seen, manager, writer, must_stop, workdir)
+
+
+def _loop(run: Run, data: Data, state, seen, manager, writer, must_stop, workdir) -> int:
+  config, log = run.config, run.config.log
+  first = int(state['step'])
+  # Counted in batches of today's size, in case that has changed; no example comes twice.
+  ahead = -(-seen // config.batch_size) - first
+  step_of = train_step.jitted(run.recipe, run.mesh, run.shardings)
+  validate, preview = _validation(run, data), _preview(run, data)
+  meter, recent = _meter(run, data), collections.deque()
+  losses: list[jax.Array] = []
+  with contextlib.closing(_batches(run, data, first + ahead)) as batches:
+    for step in range(first + 1, config.steps + 1):  # steps are counted when taken
+      _profile(log.profile, step, first, workdir, recent)
+      state, values = step_of(state, run.frozen, next(batches))  # dispatched, not awaited
+      losses.append(values['loss'])
+      recent.append(values['loss'])
+      if len(recent) > IN_FLIGHT:
+        recent.popleft().block_until_ready()
+      if step == first + 1:
+        jax.block_until_ready(losses)
+        check_placed(state, run.shardings)
+        meter.start(step)
+      is_stopped, is_last = must_stop(step), step == config.steps
+      is_checkpoint = step % log.checkpoint_every == 0 or is_last or is_stopped
+      if not (step % log.every == 0 or is_checkpoint or step == first + 1):
+        continue
+
+      values = jax.device_get(values)
+      _check_finite(run, data, values, state, ahead, manager, workdir)
+      mean = float(np.mean(jax.device_get(losses)))
+      losses.clear()
+      values = {name: float(values[name]) for name in ('grad_norm', 'learning_rate', 'skipped')}
+      values = {'loss': mean} | values | meter.read(step) | metrics.memory()
+      _say(metrics.progress_line(step, config.steps, values))
+      with meter.paused(state):
+        if log.validate_every and (step % log.validate_every == 0 or is_last) and validate:
+          values['validation_loss'] = validate(state['ema'], run.frozen)
+          _say(f'validation loss {values["validation_loss"]:.4f}')
+        writer.scalars(step, values)
+        if is_checkpoint:
+          manager.save(step, state, {'examples': (step + ahead) * config.batch_size})
+          if preview and not is_stopped:
+            writer.image(step, 'preview', preview(state['ema']))
+      _check_skipped(config, values['skipped'])
+      if is_stopped and not is_last:
+        manager.wait()
+        _say(f'stopped at step {step:,}, and saved; run the same command to go on')
+        return STOPPED
+  manager.wait()
+  _say(f'done: {config.steps:,} steps; ip2p convert {workdir} DST exports the averaged weights')
+  return 0
+
+
+def _batches(run: Run, data: Data, start: int) -> Iterator[dict[str, jax.Array]]:
+  config = run.config
+  host = loader.batches(
+    data.train, data.weights, seed=config.seed, batch_size=config.batch_size, start_step=start,
+    rows=sharding.local_rows(run.mesh, config.batch_size), config=config, tokenizer=run.tokenizer,
+    workers=config.data.workers,
+  )  # fmt: skip
+  where = sharding.of_batch(run.mesh)
+  return loader.to_device(host, where, config.batch_size, config.data.prefetch, _name_broken)
+
+
+def _name_broken(errors: list[str]) -> None:
+  for error in errors:  # whichever process met it
+    print(f'skipped a broken example: {error}', file=sys.stderr, flush=True)
+
+
+def _validation(run: Run, data: Data) -> Callable[[Any, Any], float] | None:
+  """`validate(ema, frozen)`: the mean loss over the first validation examples."""
+  log, size = run.config.log, run.microbatch * run.mesh.size
+  if not log.validate_every or not log.validation_examples or not len(data.validation):
+    return None
+  losses = jax.jit(
+    functools.partial(train_step.validation_loss, run.recipe),
+    out_shardings=sharding.replicated(run.mesh),
+  )
+
+  def validate(ema, frozen):
+    host = loader.validation_batches(
+      data.validation, batch_size=size, examples=log.validation_examples,
+      rows=sharding.local_rows(run.mesh, size), config=run.config, tokenizer=run.tokenizer,
+    )  # fmt: skip
+    placed = loader.to_device(host, sharding.of_batch(run.mesh), size, on_error=_name_broken)
+    with contextlib.closing(placed) as batches:
+      totals = [jax.device_get(losses(ema, frozen, batch)) for batch in batches]
+    loss, weight = np.sum(np.array(totals, np.float64), 0)
+    return float(loss / max(weight, 1))
+
+  return validate
+
+
+def _preview(run: Run, data: Data) -> Callable[[Any], Any] | None:
+  """`preview(ema)`: a picture of the first validation (or else training) examples, edited."""
+  count = run.config.log.previews
+  source = data.validation if len(data.validation) else data.train[0]
+  shown, latents = [], []
+  for i in range(min(len(source), 10 * count)):
+    if len(shown) + len(latents) == count:
+      break
+    with contextlib.suppress(InputError):  # training names broken rows; here they only do not show
+      row = source[i]
+      if isinstance(row, LatentRow):
+        latents.append(row)
+        continue
+      made = examples.example(row, None, run.config, run.tokenizer)
+      pictures = {
+        key: made[f'{key}_image'] for key in ('input', 'edited') if f'{key}_image' in made
+      }
+      shown.append(pictures | {'instruction': row.instructions[0]})
+  if latents:
+    shown = previews.latent_examples(run.networks, run.frozen['vae'], run.tokenizer, latents)
+  if not shown:
+    return None
+  preview = previews.make_preview(
+    run.networks, run.tokenizer, shown, steps=run.config.log.preview_steps
+  )
+  gather = jax.jit(
+    functools.partial(train_step.unet_params, run.recipe),
+    out_shardings=sharding.replicated(run.mesh),
+  )
+
+  def show(ema):
+    params = {'unet': gather(run.frozen['unet'], ema)}
+    return preview(params | {part: run.frozen[part] for part in ('vae', 'text_encoder')})
+
+  return show
+
+
+def _meter(run: Run, data: Data) -> metrics.Meter:
+  whole = sum(x.size for x in jax.tree.leaves(run.networks.shapes['unet']))
+  fixed = sum(x.size for x in run.frozen['unet'].values())
+  work = flops.training_flops(
+    run.networks, run.config.resolution, latents=data.is_latents,
+    trained_fraction=1 - fixed / whole,
+  )  # fmt: skip
+  devices = run.mesh.devices.flat
+  return metrics.Meter(run.config.batch_size, work, run.mesh.size, flops.peak(devices[0]))
+
+
+def _check_finite(run: Run, data: Data, values, state, ahead, manager, workdir) -> None:
+  """Stops at a loss that is not finite, and keeps what is needed to look into it.
+
+  The state is still that before the step; it becomes a checkpoint, so that the run, started again,
+  takes that very step first. The batch lies in W/failures, with each example's loss and draws.
+  """
+  step = int(values['bad_step'])
+  if step < 0:
+    return
+  config = run.config
+  rows = sharding.local_rows(run.mesh, config.batch_size)
+  host = loader.batch_at(
+    data.train, data.weights, seed=config.seed, batch_size=config.batch_size, step=step + ahead,
+    rows=rows, config=config, tokenizer=run.tokenizer,
+  )  # fmt: skip
+  errors = host.pop('error')
+  where = sharding.of_batch(run.mesh)
+  size = lambda x: (config.batch_size, *x.shape[1:])
+  batch = {k: jax.make_array_from_process_local_data(where, x, size(x)) for k, x in host.items()}
+  losses = jax.jit(
+    functools.partial(train_step.losses_at, run.recipe),
+    out_shardings=sharding.replicated(run.mesh),
+  )
+  each, draws = jax.device_get(losses(state, run.frozen, batch))
+  found = host | {'error': errors, 'rows': rows, 'losses': each} | draws._asdict()
+  content = io.BytesIO()
+  np.savez_compressed(content, **found)
+  folder = epath.Path(workdir) / 'failures'
+  folder.mkdir(parents=True, exist_ok=True)
+  file = folder / f'step_{step + 1:08d}_process_{jax.process_index()}.npz'
+  temporary = file.with_name(f'.{file.name}.tmp')
+  temporary.write_bytes(content.getvalue())
+  temporary.replace(file)
+  healthy = jax.device_put(np.int32(-1), sharding.replicated(run.mesh))
+  extras = {'examples': (step + ahead) * config.batch_size}
+  manager.save(step, state | {'bad_step': healthy}, extras)
+  manager.wait()
+  worst = rows[0] if not len(each) else int(np.argmax(np.where(np.isfinite(each), each, np.inf)))
+  raise InputError(
+    f'step {step + 1}: the loss or a gradient is not finite. The state before it is saved, and the'
+    f' batch with every example’s loss is in {file} (worst: row {worst}). Look at it; or go on'
+    ' with a lower optimizer.learning_rate, or optimizer.clip_norm=1, or another seed.'
+  )
+
+
+def _check_skipped(config: TrainConfig, skipped: float) -> None:
+  if skipped > config.data.max_corrupt:
+    raise InputError(
+      f'{int(skipped)} broken examples were met, more than data.max_corrupt'
+      f' ({config.data.max_corrupt}); ip2p check names them all. Mend them, or raise the limit.'
+    )
+
+
+def _keep_config(config: TrainConfig, workdir: str) -> None:
+  """Writes config.json; says what differs if the run was begun with another."""
+  new = dataclasses.asdict(config)
+  for line in workdirs.differences(workdirs.read_config(workdir) or new, new):
+    _say(f'changed since the last start: {line}')
+  workdirs.write_config(workdir, new)
+
+
+def _describe(run: Run, data: Data, state, writer: metrics.Writer) -> None:
+  rows = ' + '.join(f'{len(source):,}' for source in data.train)
+  kind = 'latents' if data.is_latents else 'pictures'
+  _say(f'data      {rows} training examples ({kind}), {len(data.validation):,} for validation')
+  table = metrics.overview(state['params'])
+  writer.text(int(state['step']), 'parameters', table)
+  for line in table.splitlines()[-len({name.split('.')[0] for name in state['params']}) - 1 :]:
+    _say(line)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[Callable[[int], bool]]:
+  """`must_stop(step)`: whether a signal or a preemption notice has come; all processes agree."""
+  if jax.process_count() > 1:  # jax.distributed listens, and makes all processes agree on a step
+    yield multihost_utils.reached_preemption_sync_point
+    return
+  received = []
+
+  def note(number, _frame):
+    if received and number == signal.SIGINT:
+      raise KeyboardInterrupt
+    received.append(number)
+    print('stopping after this step, to save (Ctrl-C again: at once)', file=sys.stderr)
+
+  before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+  try:
+    yield lambda step: bool(received)
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)
+
+
+def _profile(window, step, first, workdir, recent) -> None:
+  start, count = window
+  start = max(start, first + 2)  # the first step compiles
+  if count and step in (start, start + count):
+    jax.block_until_ready(list(recent))
+    if step == start:
+      jax.profiler.start_trace(str(epath.Path(workdir) / 'profile'))
+    else:
+      jax.profiler.stop_trace()
+
+
+def _say(text: str) -> None:
+  if jax.process_index() == 0:
+    print(text, flush=True)

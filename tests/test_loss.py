@@ -1,0 +1,206 @@
+"""The loss and its gradients against PyTorch, and the laws that chance obeys."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import torch_models as ref
+from diffusers import DDPMScheduler
+
+from ip2p_jax import loss
+from ip2p_jax.diffusion.noise import Schedule
+from ip2p_jax.models.layers import REMATS
+from ip2p_jax.networks import Networks, networks_of
+from ip2p_jax.weights import Checkpoint, names
+
+B, SIDE, LATENT_SIDE = 8, 32, 8  # the tiny VAE divides sides by four
+DROPOUT = 0.05
+SCHEDULE = {'beta_start': 0.00085, 'beta_end': 0.012, 'beta_schedule': 'scaled_linear'}
+
+
+@pytest.fixture(scope='module')
+def models():
+  return {
+    'unet': ref.unet(ref.TINY_UNET),
+    'vae': ref.vae(ref.TINY_VAE),
+    'text_encoder': ref.text_encoder(ref.TINY_TEXT),
+  }
+
+
+@pytest.fixture(scope='module')
+def ours(models) -> tuple[Networks, dict]:
+  configs = {name: dict(model.config.to_dict() if name == 'text_encoder' else model.config)
+             for name, model in models.items()}  # fmt: skip
+  checkpoint = Checkpoint(configs | {'scheduler': Schedule().to_json()}, {}, {}, 'tiny')
+  networks = networks_of(checkpoint)
+  params = {
+    name: names.to_params(ref.tensors(model), networks.shapes[name], name)
+    for name, model in models.items()
+  }
+  return networks, params | {'null_ids': np.int32([598] + 76 * [599])}
+
+
+@pytest.fixture(scope='module')
+def batch():
+  rng = np.random.default_rng(0)
+  return {
+    'input_image': rng.integers(0, 256, (B, SIDE, SIDE, 3), np.uint8),
+    'edited_image': rng.integers(0, 256, (B, SIDE, SIDE, 3), np.uint8),
+    'token_ids': np.int32(np.column_stack([np.full(B, 598), rng.integers(0, 590, (B, 76))])),
+    'weight': np.ones(B, np.float32),
+    'index': np.arange(B, dtype=np.int32),
+  }
+
+
+@pytest.fixture(scope='module')
+def draws():
+  """One example of each kind: text dropped, both dropped, image dropped, nothing dropped."""
+  made = loss.draw(0, 3, jnp.arange(B), (LATENT_SIDE, LATENT_SIDE, 4), Schedule())
+  dropout = jnp.float32([0.0, 0.049, 0.05, 0.099, 0.10, 0.149, 0.15, 0.99])
+  return made._replace(dropout=dropout)
+
+
+def torch_losses(models, batch, draws, prediction_type='epsilon', gamma=0.0):
+  """The training step restated on diffusers' modules: each example's loss."""
+  # The dropout of the original, as its source has it.
+  r = torch.from_numpy(np.array(draws.dropout))
+  drops_text, drops_image = r < 2 * DROPOUT, (r >= DROPOUT) & (r < 3 * DROPOUT)
+  ids = torch.from_numpy(batch['token_ids']).long()
+  ids[drops_text] = torch.tensor([598] + 76 * [599])
+  timesteps = torch.from_numpy(np.array(draws.timesteps)).long()
+  scheduler = DDPMScheduler(**SCHEDULE, prediction_type=prediction_type)
+  with torch.no_grad():
+    mean, std, image_latents = torch_posteriors(models, batch)
+    latents = 0.18215 * (mean + std * ref.nchw(draws.posterior_noise))
+    image_latents = torch.where(drops_image[:, None, None, None], 0.0, image_latents)
+    context = models['text_encoder'](ids)[0]
+  noise = ref.nchw(draws.noise)
+  noisy = torch.cat([scheduler.add_noise(latents, noise, timesteps), image_latents], 1)
+  predicted = models['unet'](noisy, timesteps, context).sample
+  velocity = prediction_type == 'v_prediction'
+  target = scheduler.get_velocity(latents, noise, timesteps) if velocity else noise
+  losses = ((predicted - target) ** 2).mean((1, 2, 3))
+  if gamma:
+    snr = scheduler.alphas_cumprod[timesteps] / (1 - scheduler.alphas_cumprod[timesteps])
+    losses = losses * torch.clamp(snr, max=gamma) / (snr + velocity)
+  return losses
+
+
+def torch_posteriors(models, batch):
+  """Mean and deviation of the edited picture's latents, mode of the input's."""
+  if 'edited_mean' in batch:
+    as_float = lambda name: ref.nchw(batch[name].astype(np.float32))
+    std = torch.exp(0.5 * as_float('edited_log_variance'))
+    return as_float('edited_mean'), std, as_float('input_mean')
+  edited, source = (
+    models['vae'].encode(ref.nchw(batch[name].astype(np.float32)) / 127.5 - 1).latent_dist
+    for name in ('edited_image', 'input_image')
+  )
+  return edited.mean, edited.std, source.mode()
+
+
+def our_losses(networks, params, batch, draws, **options):
+  inputs = loss.encode(networks, params, batch, draws, DROPOUT)
+  return loss.example_losses(networks, params['unet'], inputs, draws, **options)
+
+
+@pytest.mark.parametrize('prediction_type', ['epsilon', 'v_prediction'])
+@pytest.mark.parametrize('gamma', [0.0, 5.0])
+def test_losses_equal_pytorchs(models, ours, batch, draws, prediction_type, gamma):
+  networks, params = ours
+  networks = networks._replace(schedule=Schedule(prediction_type=prediction_type))
+  mine = our_losses(networks, params, batch, draws, min_snr_gamma=gamma)
+  theirs = torch_losses(models, batch, draws, prediction_type, gamma)
+  np.testing.assert_allclose(mine, theirs.detach().numpy(), rtol=1e-5)
+
+
+@pytest.mark.parametrize('remat', REMATS)
+def test_every_gradient_equals_pytorchs(models, ours, batch, draws, remat):
+  networks, params = ours
+  unet = models['unet']
+  unet.zero_grad()
+  theirs = torch_losses(models, batch, draws).mean()
+  theirs.backward()
+  expected = {name: p.grad.numpy() for name, p in unet.named_parameters()}
+
+  def mean_loss(unet_params):
+    return our_losses(
+      networks, params | {'unet': unet_params}, batch, draws, remat=REMATS[remat]
+    ).mean()
+
+  mine, grads = jax.jit(jax.value_and_grad(mean_loss))(params['unet'])
+  assert abs(float(mine) / theirs.item() - 1) < 1e-5
+  grads = names.to_tensors(grads)
+  assert grads.keys() == expected.keys()
+  errors = {name: ref.relative_error(grads[name], expected[name]) for name in grads}
+  assert max(errors.values()) < 1e-4, max(errors.items(), key=lambda item: item[1])
+  norm = lambda tree: np.sqrt(sum(np.square(x, dtype=np.float64).sum() for x in tree.values()))
+  assert abs(norm(grads) / norm(expected) - 1) < 1e-5
+
+
+def test_latents_computed_beforehand_give_the_same_inputs_to_half_precision(ours, batch, draws):
+  networks, params = ours
+  vae = loss.nnx.merge(networks.vae_def, params['vae'])
+  edited, source = (
+    vae.encode(batch[name].astype(np.float32) / 127.5 - 1)
+    for name in ('edited_image', 'input_image')
+  )
+  cached = {key: batch[key] for key in ('token_ids', 'weight', 'index')} | {
+    'edited_mean': np.float16(edited.mean),
+    'edited_log_variance': np.float16(edited.log_variance),
+    'input_mean': np.float16(source.mean),
+  }
+  online = loss.encode(networks, params, batch, draws, DROPOUT)
+  offline = loss.encode(networks, params, cached, draws, DROPOUT)
+  np.testing.assert_allclose(offline.latents, online.latents, atol=2e-3)
+  np.testing.assert_allclose(offline.image_latents, online.image_latents, atol=4e-3)
+  np.testing.assert_array_equal(offline.context, online.context)
+
+
+def test_text_to_image_sees_no_picture(ours, batch, draws):
+  networks, params = ours
+  only_text = {key: value for key, value in batch.items() if key != 'input_image'}
+  inputs = loss.encode(networks, params, only_text, draws, DROPOUT)
+  assert inputs.image_latents is None
+  np.testing.assert_array_equal(
+    inputs.latents, loss.encode(networks, params, batch, draws, DROPOUT).latents
+  )
+
+
+def test_no_two_examples_of_any_steps_share_a_draw():
+  index, shape = jnp.arange(64), (2, 2, 4)
+  first, second = (loss.draw(0, step, index, shape, Schedule()) for step in (0, 1))
+  noise = np.concatenate([first.noise, second.noise, first.posterior_noise]).reshape(192, -1)
+  assert len(np.unique(noise[:, 0])) == 192
+  assert abs(np.corrcoef(noise)[np.triu_indices(192, 1)]).mean() < 0.25
+  assert len(np.unique(np.concatenate([first.dropout, second.dropout]))) == 128
+
+
+def test_an_examples_draws_depend_on_seed_step_and_index_only():
+  shape = (4, 4, 4)
+  together = loss.draw(7, 5, jnp.arange(16), shape, Schedule())
+  alone = loss.draw(7, 5, jnp.int32([11]), shape, Schedule())
+  for all_of_them, one in zip(together, alone, strict=True):
+    np.testing.assert_array_equal(all_of_them[11], one[0])
+  other_seed = loss.draw(8, 5, jnp.int32([11]), shape, Schedule())
+  assert not np.any(np.asarray(other_seed.noise) == np.asarray(alone.noise))
+
+
+def test_draws_ignore_jaxs_default_generator():
+  threefry = loss.draw(0, 0, jnp.arange(2), (2, 2, 4), Schedule())
+  with jax.default_prng_impl('rbg'):
+    np.testing.assert_array_equal(
+      loss.draw(0, 0, jnp.arange(2), (2, 2, 4), Schedule()).noise, threefry.noise
+    )
+
+
+def test_timesteps_and_conditioning_are_drawn_as_in_the_paper():
+  draws = jax.jit(lambda: loss.draw(0, 0, jnp.arange(40_000), (1, 1, 4), Schedule()))()
+  timesteps, r = np.asarray(draws.timesteps), np.asarray(draws.dropout)
+  assert timesteps.min() == 0 and timesteps.max() == 999
+  assert abs(timesteps.mean() - 499.5) < 5
+  text, image = r < 2 * DROPOUT, (r >= DROPOUT) & (r < 3 * DROPOUT)
+  for kind in (text & ~image, text & image, image & ~text):
+    assert abs(kind.mean() - 0.05) < 0.004
+  assert abs(np.asarray(draws.noise).std() - 1) < 0.01
