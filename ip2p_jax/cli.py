@@ -14,12 +14,18 @@ import typer
 from tqdm import tqdm
 from typer import Option
 
+from ip2p_jax import checkpoints, edit_files
 from ip2p_jax import convert as conversion
-from ip2p_jax import edit_files
 from ip2p_jax import images as pictures
 from ip2p_jax.console import INTERRUPTED, MISTAKE, cache_compilations, complain, one_line
+from ip2p_jax.data.check import check as check_data_set
+from ip2p_jax.data.latents import pack_latents
+from ip2p_jax.data.pack import pack as pack_pictures
+from ip2p_jax.data.sources import SPLITS, open_source
 from ip2p_jax.editor import MAX_SCALE, Editor, Sampling
 from ip2p_jax.errors import InputError
+from ip2p_jax.networks import fingerprint, networks_of, tokenizer_of
+from ip2p_jax.weights import to_params
 
 MAX_TEXT = 10_000  # characters; more would not fit into the metadata of a JPEG
 
@@ -107,7 +113,7 @@ def edit(
     'dtype': model.dtype, 'variant': variant, 'ema': ema, 'prediction_type': prediction_type,
   }  # fmt: skip
   sheet = []
-  with _progress() as progress:
+  with _progress('step') as progress:
     for job, result in edit_files.run_jobs(
       model, jobs, edit, resolution=resolution, batch_size=batch_size, mask=mask,
       options=options, progress=progress,
@@ -164,11 +170,113 @@ def convert(
   )  # fmt: skip
 
 
+def pack(
+  src: Annotated[str, typer.Argument(help='Any data set; or packed shards, to make latents of.')],
+  dst: Annotated[Path, typer.Argument(help='A new folder; or one that an earlier try began.')],
+  size: Annotated[int, Option(min=0, help='Pixels you will train at; 0 keeps files as are.')] = 256,
+  latents: Annotated[
+    bool, Option('--latents', help='Store what the VAE makes of the pictures; needs --ckpt.')
+  ] = False,
+  ckpt: Annotated[
+    Path | None, Option(help='With --latents: the checkpoint that training will start from.')
+  ] = None,
+  holdout: Annotated[
+    float, Option(min=0, max=0.5, help='Share of the rows, the last, to keep for validation.')
+  ] = 0.0,
+  columns: Annotated[
+    str, Option(help='Unusual column names: "input=before,edited=after,instruction=text".')
+  ] = '',
+  task: Annotated[str, Option(help='edit, or text_to_image.')] = 'edit',
+  resize: Annotated[str, Option(help='With --latents: crop, or squash as the original.')] = 'crop',
+  dtype: Annotated[str, Option(help='With --latents: of the VAE; float32 or bfloat16.')] = (
+    'float32'
+  ),
+  batch_size: Annotated[int, Option(min=1, help='With --latents: pictures at once.')] = 32,
+  workers: Annotated[int, Option(min=0, help='Processes (threads, for latents).')] = 8,
+  shard: Annotated[str, Option(help='i/n: this machine of n that share the work.')] = '0/1',
+  max_corrupt: Annotated[int, Option(min=0, help='Broken rows to leave out before stopping.')] = 0,
+) -> None:
+  """Packs a data set into shards that train fast, or into latents that train twice as fast.
+
+  ip2p pack my-pairs my-shards --holdout 0.05
+
+  ip2p pack clip-filtered-dataset latents --latents --ckpt stable-diffusion-v1-5
+
+  SRC: the original's folders, a folder with metadata.jsonl or metadata.csv, Parquet files, or local
+  copies of the data sets on the Hugging Face hub. Killed, it goes on where it was.
+  """
+  cache_compilations()
+  opened = {split: open_source(src, split, columns, task) for split in SPLITS}
+  common = {'holdout': holdout, 'shard': shard, 'workers': workers, 'max_corrupt': max_corrupt}
+  with _progress('row') as progress:
+    told = common | {'say': _say, 'progress': progress or (lambda done, total: None)}
+    if latents:
+      summary = _pack_latents(opened, dst, ckpt, size, resize, dtype, batch_size, told)
+    else:
+      summary = pack_pictures(opened, dst, size=size or None, **told)
+  rows = ', '.join(f'{count} {split}' for split, count in summary.rows.items() if count)
+  _say(f'{dst}: {rows} rows, {len(summary.skipped)} left out')
+  if not summary.is_complete:
+    _say('other shards are still missing: the data set is complete when all machines are done')
+
+
+def _pack_latents(opened, dst, ckpt, size, resize, dtype, batch_size, told):
+  if ckpt is None or not size:
+    raise InputError('--latents needs --ckpt, the checkpoint to train from, and a --size.')
+  checkpoint = checkpoints.load(ckpt)
+  networks = networks_of(checkpoint)
+  tokenizer = tokenizer_of(checkpoint, networks)
+  vae = to_params(
+    checkpoint.tensors['vae'], networks.shapes['vae'], 'vae', source=checkpoint.source
+  )
+  return pack_latents(
+    opened, dst, networks=networks, params=vae, tokenizer=tokenizer, resolution=size,
+    fingerprint=fingerprint(checkpoint, tokenizer), dtype=dtype, resize=resize,
+    batch_size=batch_size, **told,
+  )  # fmt: skip
+
+
+def check(
+  path: Annotated[str, typer.Argument(help='A data set, a checkpoint, or the workdir of a run.')],
+  columns: Annotated[
+    str, Option(help='Unusual column names: "input=before,edited=after,instruction=text".')
+  ] = '',
+  task: Annotated[str, Option(help='edit, or text_to_image.')] = 'edit',
+  split: Annotated[str | None, Option(help='train, validation or test; all, if left out.')] = None,
+  limit: Annotated[int | None, Option(min=1, help='Rows of each split to look at.')] = None,
+) -> None:
+  """Looks at every row of a data set, or every tensor of a checkpoint, and names what is broken.
+
+  ip2p check my-pairs
+
+  ip2p check instruct-pix2pix.safetensors
+
+  Exit status 2 if anything is.
+  """
+  is_checkpoint = checkpoints.is_workdir(path) or Path(path, 'unet').is_dir()
+  if is_checkpoint or Path(path).suffix in ('.safetensors', '.ckpt'):
+    conversion.check(checkpoints.load(path))
+    _say(f'{path}: a checkpoint, every tensor as its architecture wants it')
+    return
+  with _progress('row') as progress:
+    found = check_data_set(
+      path, columns, task, split, _say, progress or (lambda done, total: None), limit
+    )
+  splits = ', '.join(f'{count} {name}' for name, count in found.splits.items() if count)
+  doubts = ', '.join(f'{count} {kind}' for kind, count in found.warnings.items()) or 'none'
+  _say(f'{path}: {splits} rows, {found.pairs} pairs; warnings: {doubts}')
+  if found.broken:
+    raise InputError(f'{path}: {found.broken} of {found.rows} rows are broken, see above.')
+  _say('nothing is broken')
+
+
 def main() -> None:
   """The `ip2p` command."""
   app = typer.Typer(add_completion=False, rich_markup_mode=None, help='InstructPix2Pix in JAX.')
   app.command()(edit)
   app.command()(convert)
+  app.command()(check)
+  app.command()(pack)
   run(app, 'ip2p')
 
 
@@ -216,16 +324,16 @@ def _save(picture, path, settings):
 
 
 @contextlib.contextmanager
-def _progress() -> Iterator[Callable[[int, int], None] | None]:
-  """Counts steps on a terminal; None where nobody is looking."""
+def _progress(unit: str) -> Iterator[Callable[[int, int], None] | None]:
+  """Counts steps, or rows, on a terminal; None where nobody is looking."""
   if not sys.stderr.isatty():
     yield None
     return
-  with tqdm(unit='step', dynamic_ncols=True, desc='compiling') as bar:
+  with tqdm(unit=unit, dynamic_ncols=True, desc='starting') as bar:
 
     def count(done, total):
       bar.total = total
-      bar.set_description('editing', refresh=False)
+      bar.set_description('working', refresh=False)
       bar.update(done - bar.n)
 
     yield count

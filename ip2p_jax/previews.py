@@ -83,7 +83,7 @@ def latent_examples(
   means += [row.input_mean[0, 0] for row in rows if row.input_mean is not None]
   decoded = decode(networks, vae_params, np.stack(means))
   examples = [
-    {'instruction': _text(tokenizer, row.token_ids[0]), 'edited': edited}
+    {'instruction': tokenizer.decode(row.token_ids[0]), 'edited': edited}
     for row, edited in zip(rows, decoded, strict=False)
   ]
   inputs = decoded[len(rows) :]  # none for text-to-image
@@ -163,10 +163,6 @@ def _on_host(array: Array) -> np.ndarray:
   if not array.is_fully_addressable:
     array = multihost_utils.process_allgather(array, tiled=True)
   return np.asarray(array)
-
-
-def _text(tokenizer, token_ids) -> str:
-  return tokenizer._bpe.decode(token_ids.tolist()).strip()
 
 
 def _sheet(rows, instructions, labels) -> Image.Image:

@@ -141,6 +141,8 @@ def prepare(
   recipe = Recipe(networks, config, transform)
   abstract = jax.eval_shape(functools.partial(train_step.initial_state, recipe), trained)
   shardings = sharding.of_state(mesh, abstract, config.mesh.zero1)
+  if is_resumed:
+    manager.check_fits(abstract)
   in_base = [name for name in shapes if name not in trained]
   frozen = _frozen(config, checkpoint, networks, in_base, trained, tokenizer, mesh)
   run = Run(config, mesh, tokenizer, recipe, shardings, frozen, microbatch)
@@ -174,8 +176,9 @@ def _trained(config, shapes):
     rng = np.random.default_rng(config.seed)
     initial = lora.adapters(shapes, config.lora, rng)
     found = {name: jax.ShapeDtypeStruct(x.shape, np.float32) for name, x in initial.items()}
-    kept = optimizer.trainable(found, config.optimizer.rates)
-    return {name: found[name] for name in kept}, {name: initial[name] for name in kept}
+    if optimizer.trainable(found, config.optimizer.rates) != set(found):
+      raise InputError('optimizer.rates freezes adapters; choose layers by lora.targets instead.')
+    return found, initial
   kept = optimizer.trainable(shapes, config.optimizer.rates)
   as_float32 = lambda name: jax.ShapeDtypeStruct(shapes[name].shape, np.float32)
   return {name: as_float32(name) for name in shapes if name in kept}, None
@@ -232,8 +235,8 @@ def _sizes(run, abstract) -> str:
   """Lines for people: who computes what, and how many bytes each device holds."""
   config, mesh = run.config, run.mesh
   kind = mesh.devices.flat[0].device_kind
-  held = lambda part: sharding.bytes_per_device(abstract[part], run.shardings[part]) / 2**30
-  frozen = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(run.frozen)) / 2**30
+  held = lambda part: _bytes(sharding.bytes_per_device(abstract[part], run.shardings[part]))
+  frozen = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(run.frozen))
   trained = sum(x.size for x in jax.tree.leaves(abstract['params']))
   return '\n'.join([
     f'devices   {mesh.size} ({kind}) as data {mesh.shape["data"]} x fsdp {mesh.shape["fsdp"]},'
@@ -241,6 +244,10 @@ def _sizes(run, abstract) -> str:
     f'batch     {config.batch_size} = {mesh.size} devices x {run.microbatch} examples'
     f' x {config.accumulation} accumulation steps, at {config.resolution} px',
     f'training  {trained:,} parameters in float32, arithmetic in {config.dtype}',
-    f'memory    on each device: parameters {held("params"):.3g} GiB, optimizer'
-    f' {held("opt_state"):.3g}, average {held("ema"):.3g}, frozen networks {frozen:.3g}',
+    f'memory    on each device: parameters {held("params")}, optimizer {held("opt_state")},'
+    f' average {held("ema")}, frozen networks {_bytes(frozen)}',
   ])  # fmt: skip
+
+
+def _bytes(count) -> str:
+  return f'{count / 2**30:.2f} GiB' if count >= 2**28 else f'{count / 2**20:.1f} MiB'

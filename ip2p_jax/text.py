@@ -55,6 +55,10 @@ class ClipTokenizer:
       row[: len(tokens)] = tokens
     return ids
 
+  def decode(self, token_ids: np.ndarray) -> str:
+    """The text of ids [L], in lower case, without start, end and padding."""
+    return self._bpe.decode(token_ids.tolist()).strip()
+
   def cut_off(self, text: str) -> str:
     """The end of `text` that does not fit and is ignored; '' if all of it fits."""
     return self._bpe.decode(self._bpe.encode(text).ids[self.length - 2 :])

@@ -129,7 +129,7 @@ def test_a_run_goes_on_with_other_devices(tmp_path, rng, meshes):
 def test_what_was_half_written_is_ignored_and_cleared(tmp_path, rng):
   state = state_of(small_params(rng))
   saved(tmp_path, state, 1)
-  whole, part = tmp_path / 'checkpoints/1', tmp_path / 'checkpoints/2.orbax-checkpoint-tmp'
+  whole, part = tmp_path / 'checkpoints/1', tmp_path / 'checkpoints/9.orbax-checkpoint-tmp'
   subprocess.run(['cp', '-r', whole, part], check=True)
   (part / 'state' / 'manifest.ocdbt').unlink()
   assert checkpoints.steps(tmp_path) == [1]

@@ -22,7 +22,7 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def cache(monkeypatch, tmp_path):
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
-  monkeypatch.setattr(cli, '_cache_compilations', lambda: None)
+  monkeypatch.setattr(cli, 'cache_compilations', lambda: None)
 
 
 @pytest.fixture

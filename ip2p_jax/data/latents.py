@@ -10,6 +10,7 @@ import collections
 import concurrent.futures
 import functools
 import itertools
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
@@ -100,20 +101,8 @@ def pack_latents(
   _check(config, networks, dtype, batch_size, workers)
   sources = hold_out(sources, holdout)
   samples = sample(sources)
-  side = resolution // networks.vae_config.factor
-  settings = {
-    'has_input': has_input(samples),
-    'resolution': resolution,
-    'resize': resize,
-    'dtype': dtype,
-    'fingerprint': fingerprint,
-    'latent_shape': [side, side, networks.vae_config.latent_channels],
-    'tokens': tokenizer.length,
-  }
-  config.task = 'edit' if settings['has_input'] else 'text_to_image'
-  arrays = 3 if settings['has_input'] else 2
-  size_of = lambda row: len(row.pairs) * arrays * 2 * 2 * int(np.prod(settings['latent_shape']))
-  plan = make_plan('latents', settings, sources, samples, size_of, shard_bytes)
+  config.task = 'edit' if has_input(samples) else 'text_to_image'
+  plan = _plan(config, networks, sources, samples, dtype, fingerprint, tokenizer, shard_bytes)
   job = shard_writing.begin(dst, plan, shard, max_corrupt)
   encode, batch_size = encoder(networks, params, dtype, batch_size)
   prepare_row = functools.partial(prepare, config=config, tokenizer=tokenizer)
@@ -194,6 +183,23 @@ def _check(config, networks, dtype, batch_size, workers):
     raise InputError(f'dtype is {dtype!r}; use float32 or bfloat16.')
   if batch_size < 1 or workers < 0:
     raise InputError(f'batch_size is {batch_size} and workers {workers}; use 1 or more.')
+
+
+def _plan(config, networks, sources, samples, dtype, fingerprint, tokenizer, shard_bytes) -> dict:
+  side = config.resolution // networks.vae_config.factor
+  shape = [side, side, networks.vae_config.latent_channels]
+  settings = {
+    'has_input': config.task == 'edit',
+    'resolution': config.resolution,
+    'resize': config.data.resize,
+    'dtype': dtype,
+    'fingerprint': fingerprint,
+    'latent_shape': shape,
+    'tokens': tokenizer.length,
+  }
+  arrays = 3 if settings['has_input'] else 2
+  size_of = lambda row: len(row.pairs) * arrays * 2 * np.float16().nbytes * math.prod(shape)
+  return make_plan('latents', settings, sources, samples, size_of, shard_bytes)
 
 
 def _ahead(function, items, threads, number):

@@ -89,7 +89,7 @@ def batches(
   feed = _feed(sources, weights, seed, config, tokenizer)
   parts = _parts(rows)
   make = functools.partial(_part, functools.partial(_drawn, feed), batch_size, parts, start_step)
-  return _join(_stream(make, sys.maxsize, len(parts), workers, feed.like), len(parts), workers)
+  return _join(_stream(make, sys.maxsize, len(parts), workers, feed.like), len(parts))
 
 
 def batch_at(
@@ -123,7 +123,7 @@ def validation_batches(
   in_order = functools.partial(_in_order, feed, count)
   make = functools.partial(_part, in_order, batch_size, parts, 0)
   steps = -(-count // batch_size)
-  return _join(_stream(make, steps * len(parts), len(parts), 0, feed.like), len(parts), 0)
+  return _join(_stream(make, steps * len(parts), len(parts), 0, feed.like), len(parts))
 
 
 def to_device(
@@ -302,23 +302,14 @@ def _stream(make, count, parts, workers, like) -> grain.IterDataset:
   return dataset.mp_prefetch(grain.MultiprocessingOptions(workers, ahead), _start_worker)
 
 
-def _join(stream, parts, workers) -> Generator[Batch, None, None]:
+def _join(stream, parts) -> Generator[Batch, None, None]:
   """Batches of `parts` elements of the stream each."""
   pieces = iter(stream)
   try:
-    heard = _hear_all(pieces, workers)
-    while batch := _concatenate(list(itertools.islice(heard, parts))):
+    while batch := _concatenate(list(itertools.islice(pieces, parts))):
       yield batch
   finally:
     pieces.close()
-
-
-def _hear_all(pieces, workers):
-  # One from each worker before anything else: Grain closes only workers it has heard from.
-  ahead = deque(itertools.islice(pieces, workers))
-  while ahead:
-    yield ahead.popleft()
-  yield from pieces
 
 
 def _concatenate(pieces) -> Batch:

@@ -64,6 +64,8 @@ def begin(folder: str | os.PathLike, plan: dict, part: str, max_corrupt: int) ->
 
   Raises InputError if the folder holds something else, or a pack with other settings.
   """
+  if '://' in str(folder):
+    raise InputError(f'{folder}: give a folder of this machine; buckets can be mounted as one.')
   folder, (index, count) = Path(folder), _part(part)
   with _writing(folder):
     plan = _claim(folder, plan)
