@@ -23,7 +23,8 @@ def make_mesh(fsdp: int = 1, devices: list | None = None) -> Mesh:
 
   Raises InputError if `fsdp` does not divide them.
   """
-  count = len(devices or jax.devices())
+  devices = devices or jax.devices()
+  count = len(devices)
   if fsdp < 1 or count % fsdp:
     raise InputError(f'mesh.fsdp is {fsdp}, which does not divide the {count} devices.')
   # jax's default, Explicit axes, refuses convolutions with split kernels.

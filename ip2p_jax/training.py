@@ -72,12 +72,13 @@ def _loop(run: Run, data: Data, state, seen, manager, writer, must_stop, workdir
       if len(recent) > IN_FLIGHT:
         recent.popleft().block_until_ready()
       if step == first + 1:
-        jax.block_until_ready(losses)
+        loss = float(values['loss'])  # waits
         check_placed(state, run.shardings)
+        _say(f'step {step:,}/{config.steps:,}  loss {loss:.4f}  ready after {meter.age():.0f} s')
         meter.start(step)
       is_stopped, is_last = must_stop(step), step == config.steps
       is_checkpoint = step % log.checkpoint_every == 0 or is_last or is_stopped
-      if not (step % log.every == 0 or is_checkpoint or step == first + 1):
+      if step % log.every and not is_checkpoint:
         continue
 
       values = jax.device_get(values)

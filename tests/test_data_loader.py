@@ -269,10 +269,10 @@ def test_a_killed_worker_stops_the_run():
 def test_without_room_in_shared_memory_threads_do_the_work(monkeypatch):
   usage = namedtuple('usage', 'free')
   monkeypatch.setattr(loader.shutil, 'disk_usage', lambda path: usage(free=1000))
+  monkeypatch.delattr(loader.grain.IterDataset, 'mp_prefetch')  # no process may be started
   expected = taken([image_rows(13)])
   with pytest.warns(UserWarning, match='data.workers need'):
     assert_same(taken([image_rows(13)], workers=2), expected)
-  assert not multiprocessing.active_children()
 
 
 ORPHANS = """

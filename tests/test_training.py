@@ -1,0 +1,337 @@
+"""Whole runs: what they leave behind, how they end, and how they go on."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pairs
+import pytest
+import tiny_training as tiny
+import torch_models as ref
+from PIL import Image
+
+from ip2p_jax import checkpoints, config, lora, training
+from ip2p_jax.config import DataConfig, LogConfig, LoraConfig, MeshConfig, OptimizerConfig
+from ip2p_jax.errors import InputError
+
+ROOT = Path(__file__).parent.parent
+ROWS = 10
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  """A tiny editor, `checkpoint`, and a data set of ten pairs, `data`."""
+  folder = tmp_path_factory.mktemp('training')
+  ref.pipeline(tiny.ONE_LEVEL, folder).save_pretrained(folder / 'checkpoint')
+  pairs.write_metadata(folder / 'data', ROWS)
+  return folder
+
+
+def a_config(folder, optim=None, log=None, data=None, **settings) -> config.TrainConfig:
+  log = {'every': 2, 'checkpoint_every': 2, 'validate_every': 0, 'previews': 0} | (log or {})
+  data = {'path': str(folder / 'data'), 'workers': 0} | (data or {})
+  defaults = {'checkpoint': str(folder / 'checkpoint'), 'resolution': 32, 'batch_size': 4,
+              'steps': 4, 'dtype': 'float32', 'mesh': MeshConfig()}  # fmt: skip
+  return config.TrainConfig(
+    **defaults | settings,
+    optimizer=OptimizerConfig(**optim or {}),
+    log=LogConfig(**log),
+    data=DataConfig(**data),
+  )
+
+
+@pytest.fixture(autouse=True, scope='module')
+def kept_programs(tmp_path_factory):
+  """Compiling takes most of the time; many runs here are of the same programs."""
+  jax.config.update('jax_compilation_cache_dir', str(tmp_path_factory.mktemp('cache')))
+  yield
+  jax.config.update('jax_compilation_cache_dir', None)
+
+
+@pytest.fixture(autouse=True)
+def devices(monkeypatch):
+  """`devices(n)`: how many of the eight a run may see; 1 at first."""
+  every = jax.devices()
+
+  def use(count):
+    monkeypatch.setattr(jax, 'devices', lambda *_: every[:count])
+
+  use(1)
+  return use
+
+
+def weights_of(workdir, step=None, ema=False):
+  tensors = checkpoints.read(workdir, ema=ema, step=step).tensors['unet']
+  return {name: np.array(tensors[name]) for name in tensors}
+
+
+def assert_same(a, b):
+  assert a.keys() == b.keys()
+  for name in a:
+    np.testing.assert_array_equal(a[name], b[name], name)
+
+
+def metrics(workdir):
+  lines = [json.loads(line) for line in (Path(workdir) / 'metrics.jsonl').read_text().splitlines()]
+  return {line.pop('step'): line for line in lines}
+
+
+@pytest.fixture(scope='module')
+def uninterrupted(folder, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('run')
+  every = jax.devices()
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(jax, 'devices', lambda *_: every[:1])
+    assert training.train(a_config(folder), str(workdir)) == 0
+  return workdir
+
+
+def test_a_run_leaves_checkpoints_metrics_and_its_config(uninterrupted):
+  assert checkpoints.steps(uninterrupted) == [2, 4]
+  lines = metrics(uninterrupted)
+  assert list(lines) == [2, 4]
+  assert {'loss', 'grad_norm', 'learning_rate', 'examples_per_second'} <= lines[4].keys()
+  kept = config.from_dict(checkpoints.read_config(uninterrupted))
+  assert kept.batch_size == 4 and kept.optimizer == OptimizerConfig()
+  assert not list(uninterrupted.rglob('*.tmp'))
+
+
+def test_a_run_that_goes_on_ends_with_the_very_same_bits(folder, uninterrupted, tmp_path):
+  training.train(a_config(folder, steps=2), str(tmp_path))
+  training.train(a_config(folder, steps=4), str(tmp_path))
+  for ema in (False, True):
+    assert_same(weights_of(tmp_path, ema=ema), weights_of(uninterrupted, ema=ema))
+  assert metrics(tmp_path)[4]['loss'] == metrics(uninterrupted)[4]['loss']
+
+
+def test_a_finished_run_says_so_and_does_nothing(folder, uninterrupted, capsys):
+  before = metrics(uninterrupted)
+  assert training.train(a_config(folder), str(uninterrupted)) == 0
+  assert 'already at step 4 of 4' in capsys.readouterr().out
+  assert metrics(uninterrupted) == before
+
+
+def test_a_run_goes_on_without_its_starting_checkpoint_and_on_other_devices(
+  folder, uninterrupted, tmp_path, devices
+):
+  training.train(a_config(folder, steps=2), str(tmp_path))
+  devices(4)
+  elsewhere = a_config(folder, checkpoint='/no/longer/there', mesh=MeshConfig(fsdp=2))
+  training.train(elsewhere, str(tmp_path))
+  ours, theirs = (weights_of(workdir) for workdir in (tmp_path, uninterrupted))
+  for name in ours:
+    np.testing.assert_allclose(ours[name], theirs[name], atol=2e-5, err_msg=name)
+
+
+def test_the_average_is_what_is_exported(uninterrupted):
+  average, live = weights_of(uninterrupted, ema=True), weights_of(uninterrupted)
+  assert any((average[name] != live[name]).any() for name in live)
+
+
+def test_changed_settings_are_told(folder, uninterrupted, capsys, tmp_path):
+  training.train(a_config(folder, steps=2), str(tmp_path))
+  capsys.readouterr()
+  training.train(a_config(folder, steps=2, optim={'learning_rate': 1e-5}), str(tmp_path))
+  assert 'optimizer.learning_rate: 0.0001 -> 1e-05' in capsys.readouterr().out
+
+
+def test_validation_and_previews_look_at_the_validation_split(folder, tmp_path):
+  pairs.write_metadata(tmp_path / 'data' / 'train', 4)
+  pairs.write_metadata(tmp_path / 'data' / 'validation', 3)
+  log = {'validate_every': 2, 'previews': 2, 'preview_steps': 2}
+  config = a_config(folder, log=log, data={'path': str(tmp_path / 'data')}, steps=2)
+  training.train(config, str(tmp_path / 'run'))
+  assert 0 < metrics(tmp_path / 'run')[2]['validation_loss'] < 10
+  (picture,) = (tmp_path / 'run' / 'previews').iterdir()
+  with Image.open(picture) as image:  # two rows of input, target and edit
+    assert image.width > 3 * 32 and image.height > 2 * 32
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_evidence(folder, tmp_path):
+  wild = a_config(folder, optim={'learning_rate': 1e30}, steps=10, log={'every': 10})
+  with pytest.raises(InputError, match='step 2: the loss or a gradient is not finite') as stop:
+    training.train(wild, str(tmp_path))
+  (file,) = (tmp_path / 'failures').iterdir()
+  assert str(file) in str(stop.value)
+  with np.load(file) as found:
+    assert len(found['losses']) == 4 and not np.isfinite(found['losses']).all()
+    assert found['input_image'].shape == (4, 32, 32, 3) and found['timesteps'].shape == (4,)
+  assert checkpoints.steps(tmp_path) == [1]
+  # Started again, it takes that very step first.
+  with pytest.raises(InputError, match='step 2: the loss'):
+    training.train(wild, str(tmp_path))
+
+
+def test_broken_examples_are_named_skipped_and_limited(folder, tmp_path, capsys):
+  pairs.write_metadata(tmp_path / 'data', 6)
+  broken = sorted((tmp_path / 'data' / 'pictures').iterdir())[3]
+  broken.write_bytes(broken.read_bytes()[:300])
+  data = {'path': str(tmp_path / 'data'), 'max_corrupt': 2}
+  training.train(a_config(folder, data=data, steps=2, batch_size=3), str(tmp_path / 'run'))
+  assert metrics(tmp_path / 'run')[2]['skipped'] == 1  # once in an epoch
+  assert 'metadata.jsonl: line 2' in capsys.readouterr().err
+  with pytest.raises(InputError, match='more than data.max_corrupt'):
+    training.train(a_config(folder, data=data, steps=20, batch_size=3), str(tmp_path / 'run'))
+
+
+def test_lora_trains_adapters_and_exports_the_merged_editor(folder, tmp_path):
+  adapting = dataclasses.replace(a_config(folder, steps=2), lora=LoraConfig(rank=2, alpha=3))
+  training.train(adapting, str(tmp_path))
+  adapters, found = checkpoints.read_adapters(tmp_path)
+  assert found == LoraConfig(rank=2, alpha=3) and all('.lora_' in name for name in adapters)
+  start = {name: np.array(x) for name, x in ref.tensors(ref.unet(tiny.ONE_LEVEL)).items()}
+  trained = weights_of(tmp_path)
+  moved = {name for name in start if (trained[name] != start[name]).any()}
+  assert moved and all('attn' in name and 'to_' in name for name in moved)
+  assert lora.write(adapters, found, tmp_path / 'out').is_file()
+
+
+def test_a_text_to_image_model_gets_channels_that_start_at_zero(folder, tmp_path):
+  four = tiny.ONE_LEVEL | {'in_channels': 4}
+  (tmp_path / 'files').mkdir()
+  ref.pipeline(four, tmp_path / 'files').save_pretrained(tmp_path / 'base')
+  base = str(tmp_path / 'base')
+  still = a_config(folder, optim={'learning_rate': 0.0}, steps=1, checkpoint=base)
+  training.train(still, str(tmp_path / 'run'))
+  start = ref.tensors(ref.unet(four))
+  made = weights_of(tmp_path / 'run')
+  np.testing.assert_array_equal(made['conv_in.weight'][:, :4], start['conv_in.weight'])
+  np.testing.assert_array_equal(made['conv_in.bias'], start['conv_in.bias'])
+  assert not made['conv_in.weight'][:, 4:].any()
+
+  text = a_config(folder, task='text_to_image', steps=1, checkpoint=base)
+  training.train(text, str(tmp_path / 'text'))
+  assert weights_of(tmp_path / 'text')['conv_in.weight'].shape[1] == 4
+
+
+@pytest.mark.parametrize(
+  'settings, message',
+  [
+    ({'batch_size': 5, 'accumulation': 2}, 'batch_size is 5'),
+    ({'resolution': 30}, 'resolution is 30; this VAE takes multiples of 4'),
+    ({'checkpoint': '/no/such'}, '/no/such: no such file or folder'),
+    ({'data': {'path': '/no/such'}}, '/no/such: no such data set'),
+    ({'data': {'path': ''}}, 'data.path is empty'),
+    ({'mesh': MeshConfig(fsdp=3)}, 'mesh.fsdp is 3'),
+    ({'task': 'text_to_image'}, 'is no text-to-image model'),
+    ({'remat': 'some'}, 'remat is .some.; use one of none, convdot, full'),
+    ({'optim': {'rates': (('atn', 1.0), ('', 0.0))}}, 'optimizer.rates'),
+    ({'steps': 0}, 'steps is 0; use 1 or more'),
+  ],
+)
+def test_mistakes_are_one_sentence_and_leave_nothing_behind(folder, tmp_path, settings, message):
+  with pytest.raises(InputError, match=message):
+    training.train(a_config(folder, **settings), str(tmp_path / 'run'))
+  assert not list((tmp_path / 'run').rglob('*.json*'))
+
+
+def test_a_workdir_of_another_kind_of_run_is_refused(folder, uninterrupted):
+  adapting = dataclasses.replace(a_config(folder, steps=6), lora=LoraConfig(rank=2))
+  with pytest.raises(InputError, match='lora.rank'):
+    training.train(adapting, str(uninterrupted))
+
+
+def command(folder, workdir, **settings):
+  flags = {'checkpoint': folder / 'checkpoint', 'data.path': folder / 'data', 'resolution': 32,
+           'batch_size': 4, 'log.previews': 0} | settings  # fmt: skip
+  flags = [f'--config.{key}={value}' for key, value in flags.items()]
+  config_file = ROOT / 'configs' / 'tiny.py'
+  return [sys.executable, ROOT / 'train.py', f'--config={config_file}', f'--workdir={workdir}',
+          *flags]  # fmt: skip
+
+
+def environment(folder, devices=1):
+  # Compiled programs are kept for the next start.
+  return os.environ | {
+    'XDG_CACHE_HOME': str(folder / 'cache'),
+    'JAX_PLATFORMS': 'cpu',
+    'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+  }
+
+
+def test_sigterm_writes_a_checkpoint_and_the_run_goes_on(folder, tmp_path):
+  argv = command(folder, tmp_path, steps=100_000, **{'log.every': 1, 'log.checkpoint_every': 10**6})
+  run = subprocess.Popen(
+    argv, env=environment(folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+  )
+  for line in run.stdout:
+    if line.startswith('step 3/'):
+      run.send_signal(signal.SIGTERM)
+      break
+  out, err = run.communicate(timeout=120)
+  assert run.returncode == 143, err
+  assert 'Traceback' not in err and 'and saved; run the same command to go on' in out
+  (step,) = checkpoints.steps(tmp_path)
+  assert step >= 3
+
+
+@pytest.mark.parametrize('mistake, hint', [
+  ('optimizer.learning_rat=1', 'did you mean --config.optimizer.learning_rate?'),
+  ('optimizer.lr=1', 'did you mean --config.optimizer.learning_rate?'),
+  ('stepz=3', 'did you mean --config.steps?'),
+  ('steps=many', '--config.steps=many'),
+])  # fmt: skip
+def test_a_typo_on_the_command_line_names_the_nearest_setting(folder, tmp_path, mistake, hint):
+  argv = [*command(folder, tmp_path), f'--config.{mistake}']
+  done = subprocess.run(argv, env=environment(folder), capture_output=True, text=True)
+  assert done.returncode == 2
+  assert hint in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_killed_at_ten_random_moments_a_run_ends_with_the_very_same_bits(folder, tmp_path):
+  settings = {'steps': 120, 'log.every': 1, 'log.checkpoint_every': 4, 'log.keep': 2}
+  argv = lambda name: command(folder, tmp_path / name, **settings)
+  subprocess.run(argv('whole'), env=environment(folder), check=True, capture_output=True)
+
+  moments, kills = random.Random(0), 0
+  while kills < 10:
+    run = subprocess.Popen(argv('killed'), env=environment(folder), stdout=subprocess.PIPE)
+    stop_at = 4 + moments.randrange(8)  # steps of this start, and some more milliseconds
+    lines = (line for line in run.stdout if line.startswith(b'step '))
+    for count, _ in enumerate(lines):
+      if count == stop_at:
+        time.sleep(moments.random() * 0.1)
+        run.kill()
+        kills += 1
+        break
+    run.wait()
+    assert run.returncode == -signal.SIGKILL, 'ended before it could be killed'
+  subprocess.run(argv('killed'), env=environment(folder), check=True, capture_output=True)
+  for ema in (False, True):
+    assert_same(weights_of(tmp_path / 'killed', ema=ema), weights_of(tmp_path / 'whole', ema=ema))
+  losses = lambda name: {step: line['loss'] for step, line in metrics(tmp_path / name).items()}
+  assert losses('killed') == losses('whole')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('fsdp', [1, 8])
+def test_two_processes_of_four_devices_take_the_steps_of_one(folder, tmp_path, fsdp):
+  settings = {'steps': 20, 'log.every': 1, 'batch_size': 8, 'mesh.fsdp': fsdp}
+  argv = lambda name: command(folder, tmp_path / name, **settings)
+  subprocess.run(argv('one'), env=environment(folder), check=True, capture_output=True)
+  cluster = ['--coordinator=localhost:12947', '--num_processes=2']
+  processes = [
+    subprocess.Popen(
+      [*argv('two'), *cluster, f'--process_id={i}'],
+      env=environment(folder, devices=4), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )
+    for i in range(2)
+  ]  # fmt: skip
+  outputs = [process.communicate(timeout=300) for process in processes]
+  assert [process.returncode for process in processes] == [0, 0], outputs
+  assert 'in 2 processes' in outputs[0][0] and not outputs[1][0], 'the second should be quiet'
+  one, two = (
+    np.array([line['loss'] for line in metrics(tmp_path / name).values()])
+    for name in ('one', 'two')
+  )
+  assert len(two) == 20 and two[0] == pytest.approx(one[0], rel=1e-6)
+  np.testing.assert_allclose(two, one, rtol=1e-4)
