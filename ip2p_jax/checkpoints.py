@@ -166,7 +166,7 @@ def read_adapters(
   config = _lora_config(workdir)
   if not config.rank:
     raise InputError(f'{workdir}: trained the weights themselves (lora.rank is 0), so it has no '
-                     'adapters; convert it without --lora.')  # fmt: skip
+                     'adapters; convert it to diffusers or ldm.')  # fmt: skip
   return _trained(workdir, 'ema' if ema else 'params', step)[1], config
 
 

@@ -135,7 +135,8 @@ def convert(
   ],
   dst: Annotated[Path, typer.Argument(help='A new folder (diffusers) or .safetensors file (ldm).')],
   to: Annotated[
-    str | None, Option(help='diffusers or ldm; by the name of DST, if left out.')
+    str | None,
+    Option(help='diffusers, ldm, lora (adapters alone); or by the name of DST.'),
   ] = None,
   dtype: Annotated[str, Option(help='Of the written weights: float32, float16, bfloat16.')] = (
     'float32'
@@ -159,6 +160,8 @@ def convert(
   ip2p convert ip2p-folder instruct-pix2pix.safetensors --to ldm
 
   ip2p convert workdir trained.safetensors
+
+  ip2p convert workdir adapters --to lora
 
   The LDM file is what A1111 and ComfyUI load. Beside the weights lie a stored edit and verify.py,
   which repeats it with torch and diffusers alone and prints the difference.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ip2p_jax import checkpoints, weights
+from ip2p_jax import checkpoints, lora, weights
 from ip2p_jax.editor import Editor, Sampling
 from ip2p_jax.errors import InputError
 from ip2p_jax.networks import COMPONENTS, Networks, is_editor, networks_of
@@ -39,7 +39,8 @@ def convert(
 
   Args:
     src: a diffusers folder, a single file, or the workdir of a training run (local or gs://).
-    dst: a folder for `to='diffusers'`, a `.safetensors` file for `to='ldm'`.
+    dst: a folder for `to='diffusers'`, a `.safetensors` file for `to='ldm'`, either for 'lora':
+      the adapters alone of a LoRA run, for diffusers' `load_lora_weights`.
     to: None goes by the name of `dst`.
     dtype: of the written weights. float16 names a folder's files as variant fp16.
     ema: whether to prefer averaged weights, in a single file or a workdir.
@@ -50,6 +51,10 @@ def convert(
   Raises InputError for anything wrong with SRC or DST.
   """
   dst = Path(dst)
+  if to == 'lora':
+    adapters, config = checkpoints.read_adapters(src, ema)
+    say(f'wrote {lora.write(adapters, config, dst, dtype, overwrite)} in {dtype}')
+    return
   to = to or ('ldm' if dst.suffix == '.safetensors' else 'diffusers')
   written_variant = 'fp16' if to == 'diffusers' and dtype == 'float16' else None
   weights.check_destination(dst, to, dtype, written_variant, overwrite)

@@ -1,0 +1,62 @@
+"""The README's walk-through: from a folder of pictures to an editor in diffusers."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pairs
+import pytest
+import tiny_training as tiny
+import torch
+import torch_models as ref
+from diffusers import StableDiffusionInstructPix2PixPipeline
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory):
+  """A folder with a checkpoint, and twenty pairs of one's own."""
+  place = tmp_path_factory.mktemp('walkthrough')
+  ref.pipeline(tiny.ONE_LEVEL, place).save_pretrained(place / 'checkpoint')
+  pairs.write_metadata(place / 'my-pairs', 20)
+  return place
+
+
+def run(place, *argv):
+  environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'XDG_CACHE_HOME': str(place / 'cache')}
+  done = subprocess.run(
+    [sys.executable, *map(str, argv)], cwd=place, env=environment, capture_output=True, text=True
+  )
+  assert done.returncode == 0, done.stderr
+  return done.stdout
+
+
+@pytest.mark.parametrize('latents', [False, True], ids=['pictures', 'latents'])
+def test_from_a_folder_of_pairs_to_an_edit_in_diffusers(place, latents):
+  ip2p = '-m', 'ip2p_jax.cli'
+  data, workdir, exported = (f'{name}-{latents}' for name in ('packed', 'run', 'exported'))
+  assert '20 train rows' in run(place, *ip2p, 'check', 'my-pairs')
+  options = ['--latents', '--ckpt', 'checkpoint'] if latents else []
+  made = run(place, *ip2p, 'pack', 'my-pairs', data, '--size', 32, '--holdout', 0.1, *options)
+  assert '18 train, 2 validation rows' in made
+  told = run(
+    place, ROOT / 'train.py', f'--config={ROOT / "configs" / "tiny.py"}', f'--workdir={workdir}',
+    '--config.checkpoint=checkpoint', f'--config.data.path={data}', '--config.resolution=32',
+    '--config.steps=10',
+  )  # fmt: skip
+  assert 'validation loss' in told and 'done: 10 steps' in told
+  assert list((place / workdir / 'previews').glob('*.png'))
+  assert 'AGREES' in run(place, *ip2p, 'convert', workdir, exported)
+
+  pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(
+    place / exported, local_files_only=True
+  )
+  picture = Image.open(place / 'my-pairs' / 'pictures' / '0_input.jpg').resize((64, 64))
+  edited = pipeline(
+    pairs.instruction(0), picture, num_inference_steps=2, generator=torch.Generator().manual_seed(0)
+  ).images[0]
+  assert edited.size == (64, 64) and np.asarray(edited).std() > 0
