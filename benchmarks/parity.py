@@ -2,6 +2,7 @@
 
   python benchmarks/parity.py            (small networks, half a minute)
   python benchmarks/parity.py --full     (full size: minutes, 12 GB of memory)
+  python benchmarks/parity.py --train    (loss, gradients, optimizer; small networks)
   python benchmarks/parity.py --edit FOLDER --size 128      (a whole edit with that checkpoint)
 
 Random normal weights, float32, the same inputs; relative error ||ours - theirs|| / ||theirs||. The
@@ -17,7 +18,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent / 'tests'))
 import test_editor
+import test_loss
 import test_models as tests
+import test_train_step
 import torch_models as reference
 from diffusers import StableDiffusionInstructPix2PixPipeline
 
@@ -49,6 +52,19 @@ def measurements(is_full):
   yield 'CLIP ViT-B/32 vision', tests.vision_error(reference.CLIP_B32_VISION, rng)
 
 
+def training_measurements():
+  """(what, relative error) of one loss with its gradients, and of three whole steps."""
+  models = test_loss.make_models()
+  of_loss, of_gradients = test_loss.gradient_errors(
+    models, test_loss.convert(models), test_loss.make_batch(), test_loss.make_draws()
+  )
+  yield 'loss of a step, from pictures', of_loss
+  yield 'norm of its gradients', of_gradients.pop('norm')
+  yield f'worst of its {len(of_gradients)} gradients', max(of_gradients.values())
+  for what, error in test_train_step.errors_of_three_steps().items():
+    yield f'three steps of AdamW: {what}', error
+
+
 def edit_errors(folder, size, steps=10):
   """Of a whole edit at 7.5 and 1.5: latents (relative) and pixels (levels of 255)."""
   pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(folder)
@@ -70,6 +86,7 @@ if __name__ == '__main__':
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument('--full', action='store_true', help='networks of full size')
+  parser.add_argument('--train', action='store_true', help='a training step')
   parser.add_argument('--edit', metavar='FOLDER', help='a diffusers folder to edit with')
   parser.add_argument('--size', type=int, default=64, help='of the edited picture, in pixels')
   arguments = parser.parse_args()
@@ -78,6 +95,7 @@ if __name__ == '__main__':
     error, levels = edit_errors(arguments.edit, arguments.size)
     print(f'10 steps at {arguments.size} px: latents {error:.1e}, pixels at most {levels:g} of 255')
     sys.exit()
-  print('| network | relative error |\n|---|---|')
-  for name, error in measurements(arguments.full):
+  print('| what | relative error |\n|---|---|')
+  found = training_measurements() if arguments.train else measurements(arguments.full)
+  for name, error in found:
     print(f'| {name} | {error:.1e} |', flush=True)

@@ -54,13 +54,20 @@ def losses(history):
 
 
 def test_three_steps_equal_pytorchs_adamw_and_the_originals_average():
-  config = tiny.config()
-  state, history = run(config, steps=3)
+  errors = errors_of_three_steps()
+  assert errors['loss'] < 1e-5 and errors['gradient norm'] < 1e-4
+  assert errors['parameters'] < 1e-4 and errors['average'] < 1e-4
+  assert errors['way walked'] < 2e-3  # of the steps themselves, small beside the weights
 
+
+def errors_of_three_steps():
+  """Relative errors against a torch loop with AdamW and the original's rule for the average."""
+  state, history = run(tiny.config(), steps=3)
   models, batch = tiny.models(), tiny.batch()
   unet = ref.unet(tiny.ONE_LEVEL)
   adamw = torch.optim.AdamW(unet.parameters(), lr=1e-4, weight_decay=0.01)
   average = {name: p.detach().clone() for name, p in unet.named_parameters()}
+  errors = {'loss': 0.0, 'gradient norm': 0.0}
   for n in range(1, 4):
     shape = (tiny.LATENT_SIDE, tiny.LATENT_SIDE, 4)
     draws = loss.draw(0, n - 1, batch['index'], shape, tiny.networks().schedule)
@@ -72,18 +79,23 @@ def test_three_steps_equal_pytorchs_adamw_and_the_originals_average():
     decay = min(0.9999, (1 + n) / (10 + n))
     for name, p in unet.named_parameters():
       average[name] = decay * average[name] + (1 - decay) * p.detach()
-    assert history[n - 1]['loss'] == pytest.approx(theirs.item(), rel=1e-5)
-    assert history[n - 1]['grad_norm'] == pytest.approx(norm, rel=1e-4)
+    for name, key, value in (('loss', 'loss', theirs.item()), ('gradient norm', 'grad_norm', norm)):
+      errors[name] = max(errors[name], abs(history[n - 1][key] / value - 1))
 
   start = ref.tensors(ref.unet(tiny.ONE_LEVEL))
-  for ours, expected in ((state['params'], ref.tensors(unet)), (state['ema'], average)):
-    ours = names.to_tensors(parameters.unflatten(ours))
-    for name in ours:
-      assert ref.relative_error(ours[name], np.asarray(expected[name])) < 1e-4, name
-  # And the steps themselves, which are small beside the weights.
+  tensors = {
+    part: names.to_tensors(parameters.unflatten(state[part])) for part in ('params', 'ema')
+  }
+  after = ref.tensors(unet)
+  worst = lambda ours, theirs: max(
+    ref.relative_error(ours[name], np.asarray(theirs[name])) for name in start
+  )
   moved = lambda tensors: np.concatenate([(tensors[n] - start[n]).ravel() for n in sorted(start)])
-  ours = names.to_tensors(parameters.unflatten(state['params']))
-  assert ref.relative_error(moved(ours), moved(ref.tensors(unet))) < 2e-3
+  return errors | {
+    'parameters': worst(to_tensors('params'), after),
+    'average': worst(to_tensors('ema'), average),
+    'way walked': ref.relative_error(moved(to_tensors('params')), moved(after)),
+  }
 
 
 @pytest.mark.parametrize(
