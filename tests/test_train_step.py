@@ -83,9 +83,7 @@ def errors_of_three_steps():
       errors[name] = max(errors[name], abs(history[n - 1][key] / value - 1))
 
   start = ref.tensors(ref.unet(tiny.ONE_LEVEL))
-  tensors = {
-    part: names.to_tensors(parameters.unflatten(state[part])) for part in ('params', 'ema')
-  }
+  to_tensors = lambda part: names.to_tensors(parameters.unflatten(state[part]))
   after = ref.tensors(unet)
   worst = lambda ours, theirs: max(
     ref.relative_error(ours[name], np.asarray(theirs[name])) for name in start

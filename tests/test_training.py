@@ -292,7 +292,7 @@ def test_a_typo_on_the_command_line_names_the_nearest_setting(folder, tmp_path, 
 
 @pytest.mark.slow
 def test_killed_at_ten_random_moments_a_run_ends_with_the_very_same_bits(folder, tmp_path):
-  settings = {'steps': 120, 'log.every': 1, 'log.checkpoint_every': 4, 'log.keep': 2}
+  settings = {'steps': 200, 'log.every': 1, 'log.checkpoint_every': 4, 'log.keep': 2}
   argv = lambda name: command(folder, tmp_path / name, **settings)
   subprocess.run(argv('whole'), env=environment(folder), check=True, capture_output=True)
 
