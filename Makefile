@@ -26,9 +26,17 @@ demo: setup
 	  --edit "make the cup blue" --output $(OUT)/grid.png --steps 10 --resolution 128 --seed 1 --grid
 	$(VENV)/bin/ip2p convert $(OUT)/checkpoint $(OUT)/exported --to diffusers --overwrite
 	$(VENV)/bin/ip2p convert $(OUT)/checkpoint $(OUT)/exported.safetensors --to ldm --overwrite
+	rm -rf $(OUT)/pairs $(OUT)/shards $(OUT)/run
+	$(RUN) examples/pairs_from_photos.py assets/photos $(OUT)/pairs
+	$(VENV)/bin/ip2p check $(OUT)/pairs
+	$(VENV)/bin/ip2p pack $(OUT)/pairs $(OUT)/shards --holdout 0.1
+	$(RUN) train.py --config=configs/tiny.py --workdir=$(OUT)/run \
+	  --config.checkpoint=$(OUT)/checkpoint --config.data.path=$(OUT)/shards
+	$(VENV)/bin/ip2p convert $(OUT)/run $(OUT)/trained --overwrite
 	@echo
 	@echo "$(OUT)/edited.png and $(OUT)/grid.png are edits of assets/photos/coffee.png. The weights"
 	@echo "are random, so they show noise: with a trained checkpoint the same commands edit."
+	@echo "$(OUT)/run holds a short training, previews and metrics; $(OUT)/trained its editor."
 
 test: setup lint
 	$(RUN) -m pytest -m 'not slow'

@@ -128,6 +128,8 @@ class TrainConfig:
 
   Attributes:
     checkpoint: diffusers folder or single file to start from.
+    prediction_type: 'epsilon' or 'v_prediction', over what the checkpoint says; '' believes it.
+      Most single files cannot say, and count as 'epsilon'; SD 2.x at 768 px is 'v_prediction'.
     task: 'edit' (a UNet of 4 input channels gets 4 more, at zero) or 'text_to_image'.
     resolution: side of the square training pictures, pixels.
     batch_size: examples per optimizer step, over all devices and accumulation steps.
@@ -141,6 +143,7 @@ class TrainConfig:
   """
 
   checkpoint: str = ''
+  prediction_type: str = ''
   task: str = 'edit'
   resolution: int = 256
   batch_size: int = 1024
@@ -160,6 +163,7 @@ class TrainConfig:
 
 CHOICES = {
   'task': ('edit', 'text_to_image'),
+  'prediction_type': ('', 'epsilon', 'v_prediction'),
   'dtype': ('bfloat16', 'float32'),
   'remat': ('none', 'convdot', 'full'),
   'data.resize': ('crop', 'squash'),
@@ -176,7 +180,9 @@ def check(config: TrainConfig) -> None:
   values = dict(knobs(config))
   for name, choices in CHOICES.items():
     if values[name] not in choices:
-      raise InputError(f'{name} is {values[name]!r}; use one of {", ".join(choices)}.')
+      raise InputError(
+        f'{name} is {values[name]!r}; use one of {", ".join(filter(None, choices))}.'
+      )
   for names, least in ((AT_LEAST_ONE, 1), (AT_LEAST_ZERO, 0)):
     for name in names:
       if values[name] < least:

@@ -97,7 +97,7 @@ def check_latents(config: TrainConfig, checkpoint: Checkpoint, tokenizer: ClipTo
 
 def starting_checkpoint(config: TrainConfig) -> Checkpoint:
   """The checkpoint to start from; for editing, its UNet widened by input channels at zero."""
-  checkpoint = weights.read(config.checkpoint)
+  checkpoint = weights.read(config.checkpoint, prediction_type=config.prediction_type or None)
   networks = networks_of(checkpoint)
   latents = networks.vae_config.latent_channels
   if config.task == 'text_to_image':
@@ -156,7 +156,9 @@ def prepare(
   workdirs.save_base(workdir, checkpoint, set(trained) - set(initial or ()))
   values = initial or _read_unet(checkpoint, {name: shapes[name] for name in trained})
   params = {name: _put(value, shardings['params'][name]) for name, value in values.items()}
-  start = jax.jit(functools.partial(train_step.initial_state, recipe), out_shardings=shardings)
+  start = jax.jit(
+    functools.partial(train_step.initial_state, recipe), out_shardings=shardings, donate_argnums=0
+  )
   return run, start(params), 0
 
 

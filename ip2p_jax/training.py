@@ -112,7 +112,7 @@ def _batches(run: Run, data: Data, start: int) -> Iterator[dict[str, jax.Array]]
   host = loader.batches(
     data.train, data.weights, seed=config.seed, batch_size=config.batch_size, start_step=start,
     rows=sharding.local_rows(run.mesh, config.batch_size), config=config, tokenizer=run.tokenizer,
-    workers=config.data.workers,
+    workers=0 if data.is_latents else config.data.workers,  # nothing to decode: threads are faster
   )  # fmt: skip
   where = sharding.of_batch(run.mesh)
   return loader.to_device(host, where, config.batch_size, config.data.prefetch, _name_broken)

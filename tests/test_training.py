@@ -5,6 +5,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -263,14 +264,13 @@ def environment(folder, devices=1):
 
 def test_sigterm_writes_a_checkpoint_and_the_run_goes_on(folder, tmp_path):
   argv = command(folder, tmp_path, steps=100_000, **{'log.every': 1, 'log.checkpoint_every': 10**6})
-  run = subprocess.Popen(
-    argv, env=environment(folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-  )
-  for line in run.stdout:
-    if line.startswith('step 3/'):
-      run.send_signal(signal.SIGTERM)
-      break
-  out, err = run.communicate(timeout=120)
+  pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
+  with subprocess.Popen(argv, env=environment(folder), **pipes) as run:
+    for line in run.stdout:
+      if line.startswith('step 3/'):
+        run.send_signal(signal.SIGTERM)
+        break
+    out, err = run.communicate(timeout=120)
   assert run.returncode == 143, err
   assert 'Traceback' not in err and 'and saved; run the same command to go on' in out
   (step,) = checkpoints.steps(tmp_path)
@@ -296,18 +296,16 @@ def test_killed_at_ten_random_moments_a_run_ends_with_the_very_same_bits(folder,
   argv = lambda name: command(folder, tmp_path / name, **settings)
   subprocess.run(argv('whole'), env=environment(folder), check=True, capture_output=True)
 
-  moments, kills = random.Random(0), 0
-  while kills < 10:
-    run = subprocess.Popen(argv('killed'), env=environment(folder), stdout=subprocess.PIPE)
+  moments = random.Random(0)
+  for _ in range(10):
     stop_at = 4 + moments.randrange(8)  # steps of this start, and some more milliseconds
-    lines = (line for line in run.stdout if line.startswith(b'step '))
-    for count, _ in enumerate(lines):
-      if count == stop_at:
-        time.sleep(moments.random() * 0.1)
-        run.kill()
-        kills += 1
-        break
-    run.wait()
+    with subprocess.Popen(argv('killed'), env=environment(folder), stdout=subprocess.PIPE) as run:
+      lines = (line for line in run.stdout if line.startswith(b'step '))
+      for count, _ in enumerate(lines):
+        if count == stop_at:
+          time.sleep(moments.random() * 0.1)
+          run.kill()
+          break
     assert run.returncode == -signal.SIGKILL, 'ended before it could be killed'
   subprocess.run(argv('killed'), env=environment(folder), check=True, capture_output=True)
   for ema in (False, True):
@@ -319,23 +317,48 @@ def test_killed_at_ten_random_moments_a_run_ends_with_the_very_same_bits(folder,
 @pytest.mark.slow
 @pytest.mark.parametrize('fsdp', [1, 8])
 def test_two_processes_of_four_devices_take_the_steps_of_one(folder, tmp_path, fsdp):
-  settings = {'steps': 20, 'log.every': 1, 'batch_size': 8, 'mesh.fsdp': fsdp}
-  argv = lambda name: command(folder, tmp_path / name, **settings)
-  subprocess.run(argv('one'), env=environment(folder), check=True, capture_output=True)
-  cluster = ['--coordinator=localhost:12947', '--num_processes=2']
-  processes = [
-    subprocess.Popen(
-      [*argv('two'), *cluster, f'--process_id={i}'],
-      env=environment(folder, devices=4), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )
-    for i in range(2)
-  ]  # fmt: skip
-  outputs = [process.communicate(timeout=300) for process in processes]
-  assert [process.returncode for process in processes] == [0, 0], outputs
-  assert 'in 2 processes' in outputs[0][0] and not outputs[1][0], 'the second should be quiet'
-  one, two = (
-    np.array([line['loss'] for line in metrics(tmp_path / name).values()])
-    for name in ('one', 'two')
-  )
+  settings = {'steps': 20, 'log.every': 1, 'batch_size': 8}
+  one = command(folder, tmp_path / 'one', **settings)
+  subprocess.run(one, env=environment(folder), check=True, capture_output=True)
+  two = command(folder, tmp_path / 'two', **settings, **{'mesh.fsdp': fsdp})
+  outputs = run_together(two, folder)
+  assert 'in 2 processes' in outputs[0] and not outputs[1], 'the second should be quiet'
+  losses = lambda name: [line['loss'] for line in metrics(tmp_path / name).values()]
+  one, two = np.array(losses('one')), np.array(losses('two'))
   assert len(two) == 20 and two[0] == pytest.approx(one[0], rel=1e-6)
   np.testing.assert_allclose(two, one, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_of_two_processes_saves_and_stops_both(folder, tmp_path):
+  endless = {'steps': 100_000, 'log.every': 1, 'log.checkpoint_every': 10**6, 'batch_size': 8}
+  processes = start_together(command(folder, tmp_path, **endless), folder)
+  for line in processes[0].stdout:
+    if line.startswith('step 3/'):
+      processes[1].send_signal(signal.SIGTERM)
+      break
+  outputs = [process.communicate(timeout=120) for process in processes]
+  assert [process.returncode for process in processes] == [143, 143], outputs
+  assert 'and saved; run the same command to go on' in outputs[0][0]
+  assert len(checkpoints.steps(tmp_path)) == 1
+
+
+def start_together(argv, folder):
+  """Two processes of four devices each."""
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    port = free.getsockname()[1]
+  cluster = [f'--coordinator=localhost:{port}', '--num_processes=2']
+  pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
+  argvs = [[*argv, *cluster, f'--process_id={i}'] for i in range(2)]
+  return [subprocess.Popen(argv, env=environment(folder, devices=4), **pipes) for argv in argvs]
+
+
+def run_together(argv, folder):
+  """What each of two processes says."""
+  processes = start_together(argv, folder)
+  outputs = [process.communicate(timeout=300) for process in processes]
+  assert [process.returncode for process in processes] == [0, 0], outputs
+  # Gloo greets everyone.
+  without_gloo = lambda text: [line for line in text.splitlines() if not line.startswith('[Gloo]')]
+  return ['\n'.join(without_gloo(out)) for out, _ in outputs]
