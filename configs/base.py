@@ -6,12 +6,11 @@
 Takes any data set with an image and a caption; of edit data sets, edited images and their captions.
 """
 
-from ip2p_jax.config import LogConfig, OptimizerConfig, TrainConfig
+from ip2p_jax.config import OptimizerConfig, TrainConfig
 
 
 def get_config():
   return TrainConfig(
     task='text_to_image',
     optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=1000),
-    log=LogConfig(),
   )

@@ -6,14 +6,12 @@
 Resolution is one number; nothing else knows it. A step costs 4.5 times that at 256 px.
 """
 
-from ip2p_jax.config import DataConfig, LogConfig, OptimizerConfig, TrainConfig
+from ip2p_jax.config import OptimizerConfig, TrainConfig
 
 
 def get_config():
   return TrainConfig(
     resolution=512,
     batch_size=256,
-    data=DataConfig(),
     optimizer=OptimizerConfig(learning_rate=5e-5, warmup_steps=500),
-    log=LogConfig(),
   )

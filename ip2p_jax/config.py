@@ -28,7 +28,7 @@ class DataConfig:
       crop (the paper's text has 288 for 256); 0 for no augmentation (the released config).
     flip_rate: how often both pictures are mirrored.
     flip_directions: whether to mirror even when the instruction says left or right.
-    max_corrupt: broken records that are skipped before the run stops.
+    max_corrupt: broken records that are skipped, in a pass of the data, before the run stops.
     workers: processes that decode; 0 decodes in threads of this process.
     prefetch: batches that wait on the device.
   """
@@ -133,7 +133,7 @@ class TrainConfig:
     task: 'edit' (a UNet of 4 input channels gets 4 more, at zero) or 'text_to_image'.
     resolution: side of the square training pictures, pixels.
     batch_size: examples per optimizer step, over all devices and accumulation steps.
-    accumulation: parts a batch is worked through in.
+    accumulation: parts a batch is worked through in; gradients travel once for each.
     conditioning_dropout: rate at which text alone, both, and image alone are dropped.
     min_snr_gamma: loss weights of Hang et al. 2023 (5 is theirs); 0 weighs all timesteps alike.
     dtype: of arithmetic, 'bfloat16' or 'float32'; master weights are float32.
@@ -234,19 +234,3 @@ def _nearest(name, known):
   by_word = {full.rpartition('.')[2]: full for full in known}
   near = difflib.get_close_matches(name, known, 1) or difflib.get_close_matches(word, by_word, 1)
   return by_word.get(near[0], near[0]) if near else None
-
-
-def from_dict(values: dict[str, Any]) -> TrainConfig:
-  """The config that `dataclasses.asdict` made `values` of, through JSON or not."""
-  return _filled(TrainConfig(), values)
-
-
-def _filled(config, values):
-  for key, value in values.items():
-    old = getattr(config, key)
-    setattr(config, key, _filled(old, value) if dataclasses.is_dataclass(old) else _tuples(value))
-  return config
-
-
-def _tuples(value):
-  return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value

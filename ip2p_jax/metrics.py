@@ -148,12 +148,12 @@ class Meter:
     """`examples_per_step` is over all devices; `peak` of one in FLOP/s, None if not known."""
     self._examples, self._flops = examples_per_step, flops_per_example
     self._devices, self._peak, self._clock = num_devices, peak, clock
-    self._made = clock()
+    self._made = time.perf_counter()
     self._step, self._since = None, 0.0
 
   def age(self) -> float:
     """Seconds since it was made; by the first step, what compiling and the first batch took."""
-    return self._clock() - self._made
+    return time.perf_counter() - self._made
 
   def start(self, step: int) -> None:
     """Counts from here; `step` steps are done, and none is in flight."""

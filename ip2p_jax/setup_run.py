@@ -50,7 +50,7 @@ class Run(NamedTuple):
 
 
 class Data(NamedTuple):
-  """`validation` and `shown` may be empty; `shown` is what previews are of."""
+  """Opened data sets and their weights; `validation` may be empty."""
 
   train: list[Source]
   weights: list[float]
@@ -121,13 +121,15 @@ def starting_checkpoint(config: TrainConfig) -> Checkpoint:
 
 def prepare(
   config: TrainConfig, workdir: str, mesh: Mesh, manager: Checkpoints, say: Callable[[str], None]
-) -> tuple[Run, State, int]:
-  """Starts or resumes: (run, state, examples seen so far).
+) -> tuple[Run, State, dict[str, Any]]:
+  """Starts or resumes: (run, state, {'examples': seen so far, 'rows': of the data sets or None}).
 
   Raises InputError for a config, checkpoint or workdir that does not fit the others.
   """
   microbatch = sharding.check_batch(mesh, config.batch_size, config.accumulation)
   is_resumed = manager.latest_step() is not None
+  if is_resumed:
+    _check_unchanged(config, workdirs.read_config(workdir) or {}, say)
   checkpoint = workdirs.load_base(workdir) if is_resumed else starting_checkpoint(config)
   if checkpoint is None:
     raise InputError(f'{workdir}: has checkpoints but no {workdirs.BASE}; use a new workdir.')
@@ -152,14 +154,14 @@ def prepare(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
     )
     state, extras = manager.restore(target)
-    return run, state, extras['examples']
+    return run, state, extras
   workdirs.save_base(workdir, checkpoint, set(trained) - set(initial or ()))
   values = initial or _read_unet(checkpoint, {name: shapes[name] for name in trained})
   params = {name: _put(value, shardings['params'][name]) for name, value in values.items()}
   start = jax.jit(
     functools.partial(train_step.initial_state, recipe), out_shardings=shardings, donate_argnums=0
   )
-  return run, start(params), 0
+  return run, start(params), {'examples': 0, 'rows': None}
 
 
 def check_placed(state: State, shardings: State) -> None:
@@ -170,6 +172,19 @@ def check_placed(state: State, shardings: State) -> None:
     if not leaf.sharding.is_equivalent_to(wanted, leaf.ndim):
       name = jax.tree_util.keystr(path)
       raise AssertionError(f'{name} is placed as {leaf.sharding}, which should be {wanted}')
+
+
+def _check_unchanged(config, old, say):
+  """Refuses what would give the saved weights another meaning."""
+  alpha = old.get('lora', {}).get('alpha', config.lora.alpha)
+  for knob, was, now in (
+    ('task', old.get('task', config.task), config.task),
+    ('lora.alpha', alpha, config.lora.alpha),
+  ):
+    if was != now:
+      raise InputError(f'{knob} was {was!r} in this workdir; set it so, or use a new workdir.')
+  if old.get('checkpoint', config.checkpoint) != config.checkpoint:
+    say('checkpoint is not read again: this workdir goes on from its own weights')
 
 
 def _trained(config, shapes):

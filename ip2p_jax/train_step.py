@@ -76,7 +76,7 @@ def train_step(
   Returns the new state and {'loss', 'grad_norm', 'learning_rate', 'skipped', 'bad_step'}.
   """
   config, step = recipe.config, state['step']
-  loss, grads = _mean_gradients(recipe, state['params'], frozen, batch, step)
+  loss, grads = _mean_gradients(recipe, shardings['ema'], state['params'], frozen, batch, step)
   # ZeRO: each device updates its part, then the parts are gathered.
   grads, params = (
     jax.lax.with_sharding_constraint(tree, shardings['ema']) for tree in (grads, state['params'])
@@ -109,8 +109,13 @@ def train_step(
 def losses_at(recipe: Recipe, state: State, frozen: Params, batch: Batch) -> tuple[Array, Draws]:
   """The loss of every example [B] of the step that `state` stands before, and its draws."""
   unet = unet_params(recipe, frozen['unet'], state['params'])
-  draws = _draws(recipe, batch, state['step'])
-  return _losses(recipe, unet, frozen, batch, draws, recipe.config.conditioning_dropout), draws
+
+  def of_part(part):  # in parts, as the step itself, since more may not fit
+    draws = _draws(recipe, part, state['step'])
+    return _losses(recipe, unet, frozen, part, draws, recipe.config.conditioning_dropout), draws
+
+  parts = jax.lax.map(of_part, _parts(batch, recipe.config.accumulation))
+  return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), parts)
 
 
 def validation_loss(
@@ -131,8 +136,8 @@ def validation_loss(
   return (losses * batch['weight']).sum(), batch['weight'].sum()
 
 
-def _mean_gradients(recipe, params, frozen, batch, step):
-  """Weighted mean loss over the batch, and its float32 gradients by `params`."""
+def _mean_gradients(recipe, where, params, frozen, batch, step):
+  """Weighted mean loss over the batch, and its float32 gradients by `params`, placed as `where`."""
   config = recipe.config
   total = jnp.maximum(batch['weight'].sum(), 1.0)
   # Cast once, and differentiated by the copy: then gradients travel in the smaller type, too.
@@ -151,10 +156,13 @@ def _mean_gradients(recipe, params, frozen, batch, step):
     return loss, _cast(grads, jnp.float32)
 
   def accumulate(sums, part):
-    loss, grads = value_and_grad(copy, part)
-    return jax.tree.map(lambda total, x: total + x.astype(jnp.float32), sums, (loss, grads)), None
+    loss, grads = sums
+    more_loss, more_grads = value_and_grad(copy, part)
+    grads = jax.tree.map(lambda total, x: total + x.astype(jnp.float32), grads, more_grads)
+    return (loss + more_loss, jax.lax.with_sharding_constraint(grads, where)), None
 
-  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (jnp.float32(0), copy))
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), copy)
+  zeros = jnp.float32(0), jax.lax.with_sharding_constraint(zeros, where)
   return jax.lax.scan(accumulate, zeros, _parts(batch, config.accumulation))[0]
 
 

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 
 from ip2p_jax import checkpoints as workdirs
 from ip2p_jax import config as configuration
-from ip2p_jax import flops, metrics, previews, sharding, train_step
+from ip2p_jax import flops, metrics, previews, sharding, storage, train_step
 from ip2p_jax.checkpoints import Checkpoints
 from ip2p_jax.config import TrainConfig
 from ip2p_jax.data import examples, loader
@@ -37,21 +37,26 @@ def train(config: TrainConfig, workdir: str) -> int:
   that is not finite; and for more broken examples than `data.max_corrupt`.
   """
   configuration.check(config)
+  workdir = str(storage.folder(workdir))
   data = open_data(config)
   mesh = sharding.make_mesh(config.mesh.fsdp)
   with contextlib.ExitStack() as stack:
     manager = stack.enter_context(contextlib.closing(Checkpoints(workdir, config.log.keep)))
-    run, state, seen = prepare(config, workdir, mesh, manager, _say)
+    run, state, extras = prepare(config, workdir, mesh, manager, _say)
     check_placed(state, run.shardings)
-    _keep_config(config, workdir)
     step = int(state['step'])
-    writer = stack.enter_context(metrics.Writer(workdir, step))
-    _describe(run, data, state, writer)
     if step >= config.steps:
       _say(f'done: already at step {step:,} of {config.steps:,}')
       return 0
+    _keep_config(config, workdir)
+    if extras['rows'] not in (None, _rows(data)):
+      _say(
+        f'the data set had {extras["rows"]} rows, and now has {_rows(data)}: the order is another'
+      )
+    writer = stack.enter_context(metrics.Writer(workdir, step))
+    _describe(run, data, state, writer)
     must_stop = stack.enter_context(_signals())
-    return _loop(run, data, state, seen, manager, writer, must_stop, workdir)
+    return _loop(run, data, state, extras['examples'], manager, writer, must_stop, workdir)
 
 
 def _loop(run: Run, data: Data, state, seen, manager, writer, must_stop, workdir) -> int:
@@ -63,9 +68,12 @@ def _loop(run: Run, data: Data, state, seen, manager, writer, must_stop, workdir
   validate, preview = _validation(run, data), _preview(run, data)
   meter, recent = _meter(run, data), collections.deque()
   losses: list[jax.Array] = []
-  with contextlib.closing(_batches(run, data, first + ahead)) as batches:
+  save = functools.partial(_save, manager, run, data, ahead)
+  with contextlib.ExitStack() as stack:
+    batches = stack.enter_context(contextlib.closing(_batches(run, data, first + ahead)))
+    profile = stack.enter_context(_profiler(log.profile, first, workdir, meter))
     for step in range(first + 1, config.steps + 1):  # steps are counted when taken
-      _profile(log.profile, step, first, workdir, recent)
+      profile(step, recent)
       state, values = step_of(state, run.frozen, next(batches))  # dispatched, not awaited
       losses.append(values['loss'])
       recent.append(values['loss'])
@@ -82,22 +90,24 @@ def _loop(run: Run, data: Data, state, seen, manager, writer, must_stop, workdir
         continue
 
       values = jax.device_get(values)
-      _check_finite(run, data, values, state, ahead, manager, workdir)
+      _check_finite(run, data, values, state, ahead, save, workdir)
       mean = float(np.mean(jax.device_get(losses)))
       losses.clear()
       values = {name: float(values[name]) for name in ('grad_norm', 'learning_rate', 'skipped')}
       values = {'loss': mean} | values | meter.read(step) | metrics.memory()
       _say(metrics.progress_line(step, config.steps, values))
       with meter.paused(state):
-        if log.validate_every and (step % log.validate_every == 0 or is_last) and validate:
+        if is_checkpoint:
+          save(step, state)
+        if validate and not is_stopped and (step % log.validate_every == 0 or is_last):
           values['validation_loss'] = validate(state['ema'], run.frozen)
           _say(f'validation loss {values["validation_loss"]:.4f}')
         writer.scalars(step, values)
-        if is_checkpoint:
-          manager.save(step, state, {'examples': (step + ahead) * config.batch_size})
-          if preview and not is_stopped:
-            writer.image(step, 'preview', preview(state['ema']))
-      _check_skipped(config, values['skipped'])
+        if preview and is_checkpoint and not is_stopped:
+          writer.image(step, 'preview', preview(state['ema']))
+      _check_skipped(
+        run, data, values['skipped'], step + ahead, functools.partial(save, step, state)
+      )
       if is_stopped and not is_last:
         manager.wait()
         _say(f'stopped at step {step:,}, and saved; run the same command to go on')
@@ -105,6 +115,15 @@ def _loop(run: Run, data: Data, state, seen, manager, writer, must_stop, workdir
   manager.wait()
   _say(f'done: {config.steps:,} steps; ip2p convert {workdir} DST exports the averaged weights')
   return 0
+
+
+def _save(manager: Checkpoints, run: Run, data: Data, ahead: int, step: int, state) -> None:
+  extras = {'examples': (step + ahead) * run.config.batch_size, 'rows': _rows(data)}
+  manager.save(step, state, extras)
+
+
+def _rows(data: Data) -> list[int]:
+  return [len(source) for source in data.train]
 
 
 def _batches(run: Run, data: Data, start: int) -> Iterator[dict[str, jax.Array]]:
@@ -126,7 +145,7 @@ def _name_broken(errors: list[str]) -> None:
 def _validation(run: Run, data: Data) -> Callable[[Any, Any], float] | None:
   """`validate(ema, frozen)`: the mean loss over the first validation examples."""
   log, size = run.config.log, run.microbatch * run.mesh.size
-  if not log.validate_every or not log.validation_examples or not len(data.validation):
+  if not (log.validate_every and log.validation_examples and len(data.validation)):
     return None
   losses = jax.jit(
     functools.partial(train_step.validation_loss, run.recipe),
@@ -195,7 +214,7 @@ def _meter(run: Run, data: Data) -> metrics.Meter:
   return metrics.Meter(run.config.batch_size, work, run.mesh.size, flops.peak(devices[0]))
 
 
-def _check_finite(run: Run, data: Data, values, state, ahead, manager, workdir) -> None:
+def _check_finite(run: Run, data: Data, values, state, ahead, save, workdir) -> None:
   """Stops at a loss that is not finite, and keeps what is needed to look into it.
 
   The state is still that before the step; it becomes a checkpoint, so that the run, started again,
@@ -205,6 +224,7 @@ def _check_finite(run: Run, data: Data, values, state, ahead, manager, workdir) 
   if step < 0:
     return
   config = run.config
+  save(step, state | {'bad_step': jax.device_put(np.int32(-1), sharding.replicated(run.mesh))})
   rows = sharding.local_rows(run.mesh, config.batch_size)
   host = loader.batch_at(
     data.train, data.weights, seed=config.seed, batch_size=config.batch_size, step=step + ahead,
@@ -228,11 +248,7 @@ def _check_finite(run: Run, data: Data, values, state, ahead, manager, workdir) 
   temporary = file.with_name(f'.{file.name}.tmp')
   temporary.write_bytes(content.getvalue())
   temporary.replace(file)
-  healthy = jax.device_put(np.int32(-1), sharding.replicated(run.mesh))
-  extras = {'examples': (step + ahead) * config.batch_size}
-  manager.save(step, state | {'bad_step': healthy}, extras)
-  manager.wait()
-  worst = rows[0] if not len(each) else int(np.argmax(np.where(np.isfinite(each), each, np.inf)))
+  worst = int(np.argmax(np.where(np.isfinite(each), each, np.inf)))
   raise InputError(
     f'step {step + 1}: the loss or a gradient is not finite. The state before it is saved, and the'
     f' batch with every example’s loss is in {file} (worst: row {worst}). Look at it; or go on'
@@ -240,11 +256,16 @@ def _check_finite(run: Run, data: Data, values, state, ahead, manager, workdir) 
   )
 
 
-def _check_skipped(config: TrainConfig, skipped: float) -> None:
-  if skipped > config.data.max_corrupt:
+def _check_skipped(run: Run, data: Data, skipped: float, step: int, save) -> None:
+  """Stops at too many broken examples, saved first. Each is met again in every pass of the data."""
+  config = run.config
+  passes = max(1.0, step * config.batch_size / sum(_rows(data)))
+  if skipped > config.data.max_corrupt * passes:
+    save()
     raise InputError(
-      f'{int(skipped)} broken examples were met, more than data.max_corrupt'
-      f' ({config.data.max_corrupt}); ip2p check names them all. Mend them, or raise the limit.'
+      f'{int(skipped)} broken examples were met in {passes:.1f} passes of the data, more than'
+      f' data.max_corrupt ({config.data.max_corrupt}) in each; ip2p check names them all. Mend'
+      ' them, or raise the limit.'
     )
 
 
@@ -288,15 +309,31 @@ def _signals() -> Iterator[Callable[[int], bool]]:
       signal.signal(number, handler)
 
 
-def _profile(window, step, first, workdir, recent) -> None:
+@contextlib.contextmanager
+def _profiler(window, first, workdir, meter) -> Iterator[Callable]:
+  """`profile(step, pending)` before each step: records those of the window, once in a run."""
   start, count = window
-  start = max(start, first + 2)  # the first step compiles
-  if count and step in (start, start + count):
-    jax.block_until_ready(list(recent))
-    if step == start:
-      jax.profiler.start_trace(str(epath.Path(workdir) / 'profile'))
-    else:
+  begin = max(start, first + 2)  # the first step compiles
+  is_due, is_on = count and first < start + count, []
+
+  def stop():
+    if is_on:
+      is_on.clear()
       jax.profiler.stop_trace()
+
+  def profile(step, pending):
+    if is_due and step in (begin, begin + count):
+      with meter.paused(list(pending)):
+        if step == begin:
+          jax.profiler.start_trace(str(epath.Path(workdir) / 'profile'))
+          is_on.append(True)
+        else:
+          stop()
+
+  try:
+    yield profile
+  finally:
+    stop()
 
 
 def _say(text: str) -> None:

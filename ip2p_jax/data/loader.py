@@ -334,7 +334,9 @@ def _has_shared_memory(size) -> bool:
 
 
 def _start_worker(_index, _count):
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides
+  # Ctrl-C, and job managers' SIGTERM, reach the whole group; the parent decides.
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  signal.signal(signal.SIGTERM, signal.SIG_IGN)
   jax.config.update('jax_platforms', 'cpu')  # Grain imports jax; devices are the parent's
   os.environ['TOKENIZERS_PARALLELISM'] = 'false'
   warnings.filterwarnings('ignore', module=r'PIL\.')

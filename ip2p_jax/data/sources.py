@@ -82,7 +82,7 @@ def mixture(path: str) -> list[tuple[str, float]]:
     if not name or not 0 < weight < math.inf:
       problem = 'has no path' if not name else 'needs a weight above 0'
       raise InputError(f'data.path: {item!r} in {path!r} {problem}; write PATH=NUMBER,PATH=NUMBER')
-    parts.append((name, weight))
+    parts.append((os.path.expanduser(name), weight))
   return parts
 
 
