@@ -343,9 +343,12 @@ def _writing(folder) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _reading(folder) -> Iterator[None]:
+  _hush()
   try:
     yield
-  except (ValueError, KeyError, FileNotFoundError) as error:
+  except (InputError, MemoryError):
+    raise
+  except Exception as error:  # of damaged arrays Orbax raises nothing more special
     raise InputError(f'{folder}: damaged or incomplete ({str(error)[:200]}); remove this folder to '
                      'go on from the checkpoint before it.') from error  # fmt: skip
 
@@ -355,6 +358,8 @@ def _hush() -> None:
   """Drops the tracebacks that each thread of Orbax prints of an error that we raise anyway."""
   is_ours = lambda record: not (record.exc_info and f'{os.sep}orbax{os.sep}' in record.pathname)
   logging.getLogger('absl').addFilter(is_ours)
+  is_task = lambda record: 'exception was never retrieved' not in record.getMessage()
+  logging.getLogger('asyncio').addFilter(is_task)
   print_unraisable = sys.unraisablehook
 
   def hook(unraisable):

@@ -208,6 +208,8 @@ def pack(
   SRC: the original's folders, a folder with metadata.jsonl or metadata.csv, Parquet files, or local
   copies of the data sets on the Hugging Face hub. Killed, it goes on where it was.
   """
+  if ckpt and not latents:
+    raise InputError('--ckpt is only for --latents; add that, or leave --ckpt out.')
   cache_compilations()
   opened = {split: open_source(src, split, columns, task) for split in SPLITS}
   common = {'holdout': holdout, 'shard': shard, 'workers': workers, 'max_corrupt': max_corrupt}

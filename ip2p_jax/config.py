@@ -7,6 +7,7 @@ keeps them as `config.json`. Rules are ((pattern, value), ...) over dotted param
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -161,6 +162,7 @@ class TrainConfig:
   log: LogConfig = dataclasses.field(default_factory=LogConfig)
 
 
+MAX_SEED = 2**32 - 1
 CHOICES = {
   'task': ('edit', 'text_to_image'),
   'prediction_type': ('', 'epsilon', 'v_prediction'),
@@ -185,8 +187,12 @@ def check(config: TrainConfig) -> None:
       )
   for names, least in ((AT_LEAST_ONE, 1), (AT_LEAST_ZERO, 0)):
     for name in names:
-      if values[name] < least:
+      if not least <= values[name] < math.inf:  # and not nan
         raise InputError(f'{name} is {values[name]}; use {least} or more.')
+  if config.seed > MAX_SEED:
+    raise InputError(f'seed is {config.seed}; use at most {MAX_SEED}.')
+  if config.lora.rank and not 0 < config.lora.alpha < math.inf:
+    raise InputError(f'lora.alpha is {config.lora.alpha}; use a number above 0.')
   if not 0 <= config.conditioning_dropout <= 1 / 3:
     raise InputError(
       f'conditioning_dropout is {config.conditioning_dropout}; it is the rate of each of three'

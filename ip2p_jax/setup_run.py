@@ -1,7 +1,9 @@
 """From a config to all that a training run holds: data, networks, and its state on the devices."""
 
+import contextlib
+import fcntl
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ip2p_jax import checkpoints as workdirs
-from ip2p_jax import lora, optimizer, parameters, sharding, train_step, weights
+from ip2p_jax import lora, metrics, optimizer, parameters, sharding, storage, train_step, weights
 from ip2p_jax.checkpoints import Checkpoints
 from ip2p_jax.config import TrainConfig
 from ip2p_jax.data import shards, sources
@@ -25,6 +27,11 @@ from ip2p_jax.networks import (
 from ip2p_jax.text import ClipTokenizer
 from ip2p_jax.train_step import Recipe, State
 from ip2p_jax.weights import Checkpoint, names
+
+OURS = (
+  workdirs.CONFIG, workdirs.BASE, workdirs.CHECKPOINTS, metrics.LINES, metrics.EVENTS,
+  metrics.PREVIEWS, 'failures', 'profile',
+)  # fmt: skip
 
 
 class Run(NamedTuple):
@@ -56,6 +63,32 @@ class Data(NamedTuple):
   weights: list[float]
   validation: Source
   is_latents: bool
+
+
+@contextlib.contextmanager
+def claimed(workdir: str) -> Iterator[None]:
+  """Keeps a second run out of a local workdir, and this run out of folders that are something else.
+
+  The lock is the system's, and goes with the process however it ends. InputError if another run
+  has it, or if the folder holds what no run writes.
+  """
+  folder = storage.folder(workdir)
+  if jax.process_index() or not storage.is_local(workdir):
+    yield
+    return
+  if folder.exists() and not folder.is_dir():
+    raise InputError(f'{folder}: is a file, and --workdir is to be a folder; give another name.')
+  folder.mkdir(parents=True, exist_ok=True)
+  found = (file.name for file in folder.iterdir())
+  strangers = sorted(name for name in found if name not in OURS and not name.startswith('.'))
+  if strangers:
+    raise InputError(f'{folder}: holds {strangers[0]}, so it is no workdir; give a new folder.')
+  with open(folder / '.lock', 'w') as lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise InputError(f'{folder}: another run is writing here; wait for it, or stop it.') from None
+    yield
 
 
 def open_data(config: TrainConfig) -> Data:

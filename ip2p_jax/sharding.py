@@ -26,7 +26,9 @@ def make_mesh(fsdp: int = 1, devices: list | None = None) -> Mesh:
   devices = devices or jax.devices()
   count = len(devices)
   if fsdp < 1 or count % fsdp:
-    raise InputError(f'mesh.fsdp is {fsdp}, which does not divide the {count} devices.')
+    raise InputError(
+      f'mesh.fsdp is {fsdp}; use a divisor of the number of devices, {count} (1 splits nothing).'
+    )
   # jax's default, Explicit axes, refuses convolutions with split kernels.
   types = (AxisType.Auto, AxisType.Auto)
   return jax.make_mesh((count // fsdp, fsdp), EVERYWHERE, axis_types=types, devices=devices)

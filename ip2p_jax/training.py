@@ -23,7 +23,7 @@ from ip2p_jax.config import TrainConfig
 from ip2p_jax.data import examples, loader
 from ip2p_jax.data.rows import LatentRow
 from ip2p_jax.errors import InputError
-from ip2p_jax.setup_run import Data, Run, check_placed, open_data, prepare
+from ip2p_jax.setup_run import Data, Run, check_placed, claimed, open_data, prepare
 
 IN_FLIGHT = 2  # steps that the host may be ahead; more only cost the memory of their batches
 STOPPED = 143  # exit status, so that whoever watches the job knows to start it again
@@ -41,10 +41,13 @@ def train(config: TrainConfig, workdir: str) -> int:
   data = open_data(config)
   mesh = sharding.make_mesh(config.mesh.fsdp)
   with contextlib.ExitStack() as stack:
+    stack.enter_context(claimed(workdir))
     manager = stack.enter_context(contextlib.closing(Checkpoints(workdir, config.log.keep)))
     run, state, extras = prepare(config, workdir, mesh, manager, _say)
     check_placed(state, run.shardings)
     step = int(state['step'])
+    if step:
+      _say(f'resumed   from the checkpoint of step {step:,}')
     if step >= config.steps:
       _say(f'done: already at step {step:,} of {config.steps:,}')
       return 0
@@ -113,12 +116,17 @@ def _loop(run: Run, data: Data, state, seen, manager, writer, must_stop, workdir
         _say(f'stopped at step {step:,}, and saved; run the same command to go on')
         return STOPPED
   manager.wait()
-  _say(f'done: {config.steps:,} steps; ip2p convert {workdir} DST exports the averaged weights')
+  _say(f'done: {config.steps:,} steps, pictures in {workdir}/previews')
+  _say(f'ip2p convert {workdir} DST exports the averaged weights')
   return 0
 
 
 def _save(manager: Checkpoints, run: Run, data: Data, ahead: int, step: int, state) -> None:
-  extras = {'examples': (step + ahead) * run.config.batch_size, 'rows': _rows(data)}
+  extras = {
+    'examples': (step + ahead) * run.config.batch_size,
+    'rows': _rows(data),
+    'config': dataclasses.asdict(run.config),
+  }
   manager.save(step, state, extras)
 
 
@@ -280,7 +288,12 @@ def _keep_config(config: TrainConfig, workdir: str) -> None:
 def _describe(run: Run, data: Data, state, writer: metrics.Writer) -> None:
   rows = ' + '.join(f'{len(source):,}' for source in data.train)
   kind = 'latents' if data.is_latents else 'pictures'
-  _say(f'data      {rows} training examples ({kind}), {len(data.validation):,} for validation')
+  none = (
+    '' if len(data.validation) else ' (so no validation loss; previews are of training examples)'
+  )
+  _say(
+    f'data      {rows} training examples ({kind}), {len(data.validation):,} for validation{none}'
+  )
   table = metrics.overview(state['params'])
   writer.text(int(state['step']), 'parameters', table)
   for line in table.splitlines()[-len({name.split('.')[0] for name in state['params']}) - 1 :]:

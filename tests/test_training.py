@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,7 +20,7 @@ import tiny_training as tiny
 import torch_models as ref
 from PIL import Image
 
-from ip2p_jax import checkpoints, config, convert, lora, parameters, training
+from ip2p_jax import checkpoints, config, convert, lora, parameters, setup_run, training
 from ip2p_jax.config import DataConfig, LogConfig, LoraConfig, MeshConfig, OptimizerConfig
 from ip2p_jax.errors import InputError
 
@@ -215,6 +216,34 @@ def test_settings_that_would_change_what_is_saved_are_refused(folder, tmp_path):
   assert checkpoints.read_config(tmp_path)['lora']['alpha'] == 4
 
 
+def test_a_second_run_in_the_same_workdir_is_refused(folder, tmp_path):
+  with setup_run.claimed(str(tmp_path)), pytest.raises(InputError, match='another run is writing'):
+    training.train(a_config(folder), str(tmp_path))
+
+
+def test_a_folder_of_something_else_is_no_workdir(folder, tmp_path):
+  (tmp_path / 'photo.jpg').touch()
+  with pytest.raises(InputError, match=r'holds photo\.jpg'):
+    training.train(a_config(folder), str(tmp_path))
+  with pytest.raises(InputError, match='is a file'):
+    training.train(a_config(folder), str(tmp_path / 'photo.jpg'))
+  assert [file.name for file in tmp_path.iterdir()] == ['photo.jpg']
+
+
+def test_a_checkpoint_tells_the_settings_it_was_made_with(uninterrupted):
+  (file,) = (uninterrupted / 'checkpoints' / '4' / 'extras').glob('metadata')
+  extras = json.loads(file.read_text())
+  assert extras['examples'] == 16 and extras['config']['batch_size'] == 4
+
+
+def test_damaged_arrays_are_one_sentence(folder, uninterrupted, tmp_path):
+  shutil.copytree(uninterrupted, tmp_path / 'run')
+  for file in (tmp_path / 'run' / 'checkpoints' / '4' / 'state').rglob('d/*'):
+    file.unlink()
+  with pytest.raises(InputError, match='damaged or incomplete'):
+    training.train(a_config(folder, steps=6), str(tmp_path / 'run'))
+
+
 def test_a_tilde_is_the_home_folder(folder, tmp_path, monkeypatch):
   monkeypatch.setenv('HOME', str(tmp_path))
   wild = a_config(folder, optim={'learning_rate': 1e30})
@@ -261,6 +290,8 @@ def test_a_text_to_image_model_gets_channels_that_start_at_zero(folder, tmp_path
     ({'remat': 'some'}, 'remat is .some.; use one of none, convdot, full'),
     ({'optim': {'rates': (('atn', 1.0), ('', 0.0))}}, 'optimizer.rates'),
     ({'steps': 0}, 'steps is 0; use 1 or more'),
+    ({'seed': 2**70}, 'seed is 1180591620717411303424; use at most'),
+    ({'min_snr_gamma': float('nan')}, 'min_snr_gamma is nan'),
   ],
 )
 def test_mistakes_are_one_sentence_and_leave_nothing_behind(folder, tmp_path, settings, message):

@@ -189,7 +189,10 @@ def _pick(role, names, said, place, required=True, taken=()):
     if wanted
     else f'no column looks like the {role}'
   )
-  raise InputError(f'{place}: {problem}; {have}; say which it is by columns={role}=NAME')
+  raise InputError(
+    f'{place}: {problem}; {have}; say which it is by --columns {role}=NAME'
+    f' (when training: --config.data.columns={role}=NAME)'
+  )
 
 
 def _plain(name):

@@ -54,8 +54,9 @@ def hold_out(sources: Sources, rate: float) -> dict[str, Source]:
   sources = {split: sources[split] for split in shards.SPLITS if len(sources.get(split, ()))}
   if not sources:
     raise InputError('there is nothing to pack: the source has no rows.')
-  held = math.floor(len(sources.get('train', ())) * rate)
-  if held and 'validation' not in sources:
+  rows = len(sources.get('train', ()))
+  held = min(max(math.floor(rows * rate), 1), rows - 1) if rate else 0  # some, if asked for
+  if held > 0 and 'validation' not in sources:
     train, kept = sources['train'], len(sources['train']) - held
     validation = Slice(train, kept, len(train))
     sources = {'train': Slice(train, 0, kept), 'validation': validation} | {

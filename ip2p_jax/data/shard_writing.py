@@ -143,7 +143,7 @@ def check_skipped(job: Job) -> None:
   if count > job.max_corrupt:
     more = f' ... and {count - SHOWN} more' if count > SHOWN else ''
     raise InputError(
-      f'{count} broken {"row" if count == 1 else "rows"}, where max_corrupt allows'
+      f'{count} broken {"row" if count == 1 else "rows"}, where --max-corrupt allows'
       f' {job.max_corrupt}: {" | ".join(job.skipped[:SHOWN])}{more}. Mend them (ip2p check lists'
       ' all) or allow more, and run this again to continue.'
     )

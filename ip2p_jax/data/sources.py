@@ -68,6 +68,8 @@ def mixture(path: str) -> list[tuple[str, float]]:
 
   What follows an item's last '=' must be a number above 0.
   """
+  if os.path.exists(os.path.expanduser(path)):  # whatever characters are in its name
+    return [(os.path.expanduser(path), 1.0)]
   parts = []
   for item in (item.strip() for item in path.split(',')):
     name, equals, number = item.rpartition('=')

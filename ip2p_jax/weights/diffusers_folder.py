@@ -54,6 +54,8 @@ def read(path: str | os.PathLike, variant: str | None = None) -> Checkpoint:
     InputError: it is another kind of pipeline, or a file is missing or damaged.
   """
   path = Path(path)
+  if not (path / 'unet').exists():
+    raise InputError(f'{path}: is no checkpoint: it has no unet folder; give a diffusers folder.')
   _check_kind(path)
   configs = {part: read_json(path / part / file) for part, file in _CONFIGS.items()}
   for part, (_, wanted) in _CLASSES.items():
