@@ -89,7 +89,8 @@ def _loop(run: Run, data: Data, state, seen, manager, writer, must_stop, workdir
         meter.start(step)
       is_stopped, is_last = must_stop(step), step == config.steps
       is_checkpoint = step % log.checkpoint_every == 0 or is_last or is_stopped
-      if step % log.every and not is_checkpoint:
+      is_validation = validate and not is_stopped and (step % log.validate_every == 0 or is_last)
+      if step % log.every and not is_checkpoint and not is_validation:
         continue
 
       values = jax.device_get(values)
@@ -102,7 +103,7 @@ def _loop(run: Run, data: Data, state, seen, manager, writer, must_stop, workdir
       with meter.paused(state):
         if is_checkpoint:
           save(step, state)
-        if validate and not is_stopped and (step % log.validate_every == 0 or is_last):
+        if is_validation:
           values['validation_loss'] = validate(state['ema'], run.frozen)
           _say(f'validation loss {values["validation_loss"]:.4f}')
         writer.scalars(step, values)

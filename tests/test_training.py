@@ -148,10 +148,11 @@ def test_changed_settings_are_told(folder, uninterrupted, capsys, tmp_path):
 def test_validation_and_previews_look_at_the_validation_split(folder, tmp_path):
   pairs.write_metadata(tmp_path / 'data' / 'train', 4)
   pairs.write_metadata(tmp_path / 'data' / 'validation', 3)
-  log = {'validate_every': 2, 'previews': 2, 'preview_steps': 2}
+  log = {'every': 10, 'validate_every': 1, 'previews': 2, 'preview_steps': 2}
   config = a_config(folder, log=log, data={'path': str(tmp_path / 'data')}, steps=2)
   training.train(config, str(tmp_path / 'run'))
-  assert 0 < metrics(tmp_path / 'run')[2]['validation_loss'] < 10
+  for step in (1, 2):
+    assert 0 < metrics(tmp_path / 'run')[step]['validation_loss'] < 10
   (picture,) = (tmp_path / 'run' / 'previews').iterdir()
   with Image.open(picture) as image:  # two rows of input, target and edit
     assert image.width > 3 * 32 and image.height > 2 * 32
