@@ -201,6 +201,18 @@ def load_base(workdir: Workdir) -> weights.Checkpoint | None:
   return weights.Checkpoint(configs, tensors, tokenizer, str(workdir))
 
 
+def read_unet(checkpoint: weights.Checkpoint, shapes: Mapping[str, Any]) -> dict[str, np.ndarray]:
+  """{dotted name: array} of those parameters of the UNet, typed as `shapes`.
+
+  Raises InputError naming tensors that are missing, misshapen or not finite.
+  """
+  tensors = checkpoint.tensors['unet']
+  found = [name for name in map(_tensor_name, shapes) if name in tensors]
+  chosen = weights.Tensors({name: lambda name=name: tensors[name] for name in found})
+  tree = names.to_params(chosen, parameters.unflatten(shapes), 'unet', source=checkpoint.source)
+  return parameters.flatten(tree)
+
+
 def write_config(workdir: Workdir, config: Mapping[str, Any]) -> None:
   """Writes config.json, at once or not at all; only the first process does."""
   if jax.process_index() == 0:
@@ -264,9 +276,7 @@ def _merged(base, adapters, config):
   shapes = parameters.flatten(networks_of(base).shapes['unet'])
   has_adapter = lambda name: name.removesuffix('kernel') + 'lora_down' in adapters
   kernels = {name: shape for name, shape in shapes.items() if has_adapter(name)}
-  tensors = {_tensor_name(name): base.tensors['unet'][_tensor_name(name)] for name in kernels}
-  tree = names.to_params(tensors, parameters.unflatten(kernels), 'unet', source=base.source)
-  return lora.merged(parameters.flatten(tree), adapters, config)
+  return lora.merged(read_unet(base, kernels), adapters, config)
 
 
 def _makers(params):

@@ -28,6 +28,7 @@ from clu import parameter_overview
 from etils import epath
 from PIL import Image
 
+from ip2p_jax import storage
 from ip2p_jax.errors import InputError
 
 LINES, EVENTS, PREVIEWS = 'metrics.jsonl', 'tensorboard', 'previews'
@@ -55,7 +56,7 @@ class Writer:
     try:
       self._workdir.mkdir(parents=True, exist_ok=True)
       kept = _kept_lines(self._workdir / LINES, start_step)
-      _write(epath.Path(self._local) / LINES, kept.encode())
+      storage.write_bytes(epath.Path(self._local) / LINES, kept.encode())
       self._lines = open(self._local / LINES, 'a')
       self._events = SummaryWriter(
         str(self._local / EVENTS),
@@ -92,9 +93,7 @@ class Writer:
       return
     png = io.BytesIO()
     picture.save(png, 'PNG')
-    folder = self._workdir / PREVIEWS
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / f'{name}_{step:08d}.png', png.getvalue())
+    storage.write_bytes(self._workdir / PREVIEWS / f'{name}_{step:08d}.png', png.getvalue())
     self._events.add_image(name, np.asarray(picture.convert('RGB')), step, dataformats='HWC')
 
   def text(self, step: int, name: str, text: str) -> None:
@@ -246,12 +245,6 @@ def _kept_lines(path: epath.Path, last_step: int) -> str:
       if json.loads(line)['step'] <= last_step:
         kept.append(line + '\n')
   return ''.join(kept)
-
-
-def _write(path: epath.Path, content: bytes) -> None:
-  temporary = path.with_name(f'.{path.name}.tmp')
-  temporary.write_bytes(content)
-  temporary.replace(path)
 
 
 def _plain(value):

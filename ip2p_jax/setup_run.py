@@ -189,7 +189,7 @@ def prepare(
     state, extras = manager.restore(target)
     return run, state, extras
   workdirs.save_base(workdir, checkpoint, set(trained) - set(initial or ()))
-  values = initial or _read_unet(checkpoint, {name: shapes[name] for name in trained})
+  values = initial or workdirs.read_unet(checkpoint, {name: shapes[name] for name in trained})
   params = {name: _put(value, shardings['params'][name]) for name, value in values.items()}
   start = jax.jit(
     functools.partial(train_step.initial_state, recipe), out_shardings=shardings, donate_argnums=0
@@ -240,7 +240,7 @@ def _frozen(config, checkpoint, networks, in_base, trained, tokenizer, mesh):
   # A kernel that an adapter is added to keeps its digits until then.
   adapted = {name.rpartition('.')[0] for name in trained if '.lora_' in name}
   frozen = {'unet': {}, 'null_ids': _put(tokenizer([''])[0], everywhere)}
-  fixed = _read_unet(checkpoint, {name: shapes[name] for name in in_base})
+  fixed = workdirs.read_unet(checkpoint, {name: shapes[name] for name in in_base})
   for name, value in fixed.items():
     dtype = np.float32 if name.rpartition('.')[0] in adapted else config.dtype
     where = sharding.split(mesh, value.shape, ('fsdp',))
@@ -251,19 +251,6 @@ def _frozen(config, checkpoint, networks, in_base, trained, tokenizer, mesh):
       checkpoint.tensors[part], networks.shapes[part], part, source=checkpoint.source, place=place
     )
   return frozen
-
-
-def _read_unet(checkpoint, shapes):
-  """{dotted name: float32 array} of some of the UNet's parameters."""
-  if not shapes:
-    return {}
-  tensor_names = [names.tensor_name(tuple(name.split('.'))) for name in shapes]
-  tensors = checkpoint.tensors['unet']
-  chosen = weights.Tensors({
-    name: lambda name=name: tensors[name] for name in tensor_names if name in tensors
-  })  # fmt: skip
-  tree = names.to_params(chosen, parameters.unflatten(shapes), 'unet', source=checkpoint.source)
-  return parameters.flatten(tree)
 
 
 def _put(value, where):

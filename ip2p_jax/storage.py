@@ -28,12 +28,17 @@ def is_local(path: str | os.PathLike) -> bool:
   return '://' not in str(path)
 
 
-def write_json(file: epath.Path, value: Any) -> None:
+def write_bytes(file: epath.Path, content: bytes) -> None:
   """Writes it at once or not at all."""
   file.parent.mkdir(parents=True, exist_ok=True)
   temporary = file.with_name(f'.{file.name}.tmp')
-  temporary.write_text(json.dumps(value, indent=2) + '\n')
+  temporary.write_bytes(content)
   temporary.replace(file)
+
+
+def write_json(file: epath.Path, value: Any) -> None:
+  """Writes it at once or not at all."""
+  write_bytes(file, (json.dumps(value, indent=2) + '\n').encode())
 
 
 def read_json(file: epath.Path) -> Any:

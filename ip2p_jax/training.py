@@ -240,9 +240,7 @@ def _check_finite(run: Run, data: Data, values, state, ahead, save, workdir) -> 
     rows=rows, config=config, tokenizer=run.tokenizer,
   )  # fmt: skip
   errors = host.pop('error')
-  where = sharding.of_batch(run.mesh)
-  size = lambda x: (config.batch_size, *x.shape[1:])
-  batch = {k: jax.make_array_from_process_local_data(where, x, size(x)) for k, x in host.items()}
+  batch = loader.globally(host, sharding.of_batch(run.mesh), config.batch_size)
   losses = jax.jit(
     functools.partial(train_step.losses_at, run.recipe),
     out_shardings=sharding.replicated(run.mesh),
@@ -251,12 +249,9 @@ def _check_finite(run: Run, data: Data, values, state, ahead, save, workdir) -> 
   found = host | {'error': errors, 'rows': rows, 'losses': each} | draws._asdict()
   content = io.BytesIO()
   np.savez_compressed(content, **found)
-  folder = epath.Path(workdir) / 'failures'
-  folder.mkdir(parents=True, exist_ok=True)
-  file = folder / f'step_{step + 1:08d}_process_{jax.process_index()}.npz'
-  temporary = file.with_name(f'.{file.name}.tmp')
-  temporary.write_bytes(content.getvalue())
-  temporary.replace(file)
+  name = f'step_{step + 1:08d}_process_{jax.process_index()}.npz'
+  file = epath.Path(workdir) / 'failures' / name
+  storage.write_bytes(file, content.getvalue())
   worst = int(np.argmax(np.where(np.isfinite(each), each, np.inf)))
   raise InputError(
     f'step {step + 1}: the loss or a gradient is not finite. The state before it is saved, and the'

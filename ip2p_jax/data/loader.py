@@ -148,8 +148,7 @@ def to_device(
     if batch is None:
       return None
     errors = [str(error) for error in batch.pop('error') if error]
-    put = lambda x: jax.make_array_from_process_local_data(sharding, x, (batch_size, *x.shape[1:]))
-    return {key: put(value) for key, value in batch.items()}, errors
+    return globally(batch, sharding, batch_size), errors
 
   pool = ThreadPoolExecutor(1, 'to_device')
   try:
@@ -163,6 +162,14 @@ def to_device(
   finally:
     pool.shutdown(cancel_futures=True)  # waits for the batch that is being made
     batches.close()
+
+
+def globally(
+  batch: Batch, sharding: jax.sharding.Sharding, batch_size: int
+) -> dict[str, jax.Array]:
+  """Global arrays [B, ...] from this host's rows; `batch` is without 'error'."""
+  put = lambda x: jax.make_array_from_process_local_data(sharding, x, (batch_size, *x.shape[1:]))
+  return {key: put(value) for key, value in batch.items()}
 
 
 def order(lengths: Sequence[int], weights: Sequence[float], seed: int) -> grain.MapDataset:
