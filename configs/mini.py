@@ -1,0 +1,26 @@
+"""The miniature's editor: four more input channels on the base, trained on exact pairs.
+
+  python train.py --config=configs/mini.py --workdir=out/miniature/run
+
+`python examples/miniature/make.py` makes the base and the latents that it starts from.
+"""
+
+from ip2p_jax.config import DataConfig, LogConfig, OptimizerConfig, TrainConfig
+
+
+def get_config():
+  return TrainConfig(
+    checkpoint='out/miniature/base',
+    resolution=64,
+    batch_size=64,
+    steps=2400,
+    dtype='float32',
+    remat='none',
+    data=DataConfig(path='out/miniature/latents', workers=0),
+    optimizer=OptimizerConfig(
+      learning_rate=1e-3, schedule='cosine', warmup_steps=100, final_rate=0.02, b2=0.99, ema=0.995
+    ),
+    log=LogConfig(
+      every=50, checkpoint_every=500, validate_every=500, previews=8, preview_steps=20
+    ),
+  )

@@ -1,0 +1,100 @@
+"""Trains the whole miniature from nothing, as the shipped one was.
+
+  python examples/miniature/make.py out/miniature
+  python examples/miniature/make.py out/miniature --install assets   (also writes what is shipped)
+
+Every part is a command that can be run alone; killed and called again, it goes on where it was.
+About two hours on two CPU cores. Times are kept in OUT/times.jsonl.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+SHIPPED = {'miniature': 'editor', 'miniature-base': 'base', 'miniature-clip': 'clip'}
+
+
+def commands(out: Path, pairs: int) -> dict[str, list[str]]:
+  """What is run, by name, in order."""
+  script = lambda name, *args: [sys.executable, str(HERE / name), *map(str, args)]
+  ip2p = lambda *args: [sys.executable, '-m', 'ip2p_jax.cli', *map(str, args)]
+  train = lambda config, workdir, start: [
+    *(sys.executable, str(ROOT / 'train.py'), f'--config={ROOT / "configs" / config}'),
+    *(f'--workdir={out / workdir}', f'--config.checkpoint={out / start}'),
+    f'--config.data.path={out / "latents"}',
+  ]
+  pack = ('--latents', '--ckpt', out / 'start', '--size', 64, '--batch-size', 64)
+  return {
+    'pairs': script('world.py', out / 'pairs', '--train', pairs),
+    'autoencoder': script('train_vae.py', out / 'vae'),
+    'clip': script('train_clip.py', out / 'clip'),
+    'start': script('start.py', out / 'start', '--vae', out / 'vae', '--clip', out / 'clip'),
+    'latents': ip2p('pack', out / 'pairs', out / 'latents', *pack),
+    'base': train('mini_base.py', 'base-run', 'start'),
+    'base export': ip2p('convert', out / 'base-run', out / 'base', '--overwrite'),
+    'editor': train('mini.py', 'run', 'base'),
+    'editor export': ip2p('convert', out / 'run', out / 'editor', '--overwrite'),
+  }
+
+
+def run(name: str, command: list[str], out: Path) -> None:
+  print(f'\n== {name}: {" ".join(command)}', flush=True)
+  began = time.time()
+  environment = dict(os.environ)
+  if jax.default_backend() == 'cpu' and jax.__version__.startswith('0.10.'):
+    # Its default kernels for convolutions and their gradients take twice as long.
+    environment.setdefault('XLA_FLAGS', '--xla_cpu_experimental_ynn_fusion_type=')
+  code = subprocess.run(command, env=environment, cwd=ROOT).returncode
+  if code:
+    sys.exit(code)
+  with (out / 'times.jsonl').open('a') as file:
+    file.write(json.dumps({'part': name, 'seconds': round(time.time() - began, 1)}) + '\n')
+
+
+def install(out: Path, assets: Path) -> None:
+  """Writes what is shipped: float16, as diffusers and transformers read it."""
+  from ip2p_jax import weights
+  from ip2p_jax.weights.files import read_tensors
+
+  for name in ('miniature', 'miniature-base'):
+    checkpoint = weights.read(out / SHIPPED[name])
+    weights.write(checkpoint, assets / name, dtype='float16', overwrite=True)
+  clip = assets / 'miniature-clip'
+  clip.mkdir(exist_ok=True)
+  for file in (out / 'clip').glob('*.*'):
+    if file.suffix in ('.json', '.txt'):
+      shutil.copy(file, clip)
+  weights.write_safetensors(
+    clip / 'model.safetensors', read_tensors(out / 'clip' / 'model.safetensors'), 'float16'
+  )
+  card = HERE / 'card.md'
+  for name in SHIPPED:
+    shutil.copy(card, assets / name / 'README.md')
+  print(f'wrote {", ".join(str(assets / name) for name in SHIPPED)}')
+
+
+if __name__ == '__main__':
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('out', type=Path)
+  parser.add_argument('--pairs', type=int, default=25_000, help='examples to train on')
+  parser.add_argument('--install', type=Path, metavar='ASSETS', help='also write what is shipped')
+  parser.add_argument('--only', help='a single part, by its name')
+  arguments = parser.parse_args()
+  out = arguments.out.absolute()
+  out.mkdir(parents=True, exist_ok=True)
+  for name, command in commands(out, arguments.pairs).items():
+    if arguments.only in (None, name):
+      run(name, command, out)
+  if arguments.install:
+    install(out, arguments.install)
