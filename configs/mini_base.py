@@ -18,7 +18,7 @@ def get_config():
     dtype='float32',
     remat='none',
     conditioning_dropout=0.1 / 3,
-    data=DataConfig(path='out/miniature/latents', workers=0),
+    data=DataConfig(path='out/miniature/captions', workers=0),
     optimizer=OptimizerConfig(
       learning_rate=1e-3, schedule='cosine', warmup_steps=100, final_rate=0.02, b2=0.99, ema=0.995
     ),

@@ -14,7 +14,7 @@ import typer
 from tqdm import tqdm
 from typer import Option
 
-from ip2p_jax import checkpoints, edit_files
+from ip2p_jax import bundled, checkpoints, edit_files
 from ip2p_jax import convert as conversion
 from ip2p_jax import images as pictures
 from ip2p_jax.console import INTERRUPTED, MISTAKE, cache_compilations, complain, one_line
@@ -28,6 +28,11 @@ from ip2p_jax.networks import fingerprint, networks_of, tokenizer_of
 from ip2p_jax.weights import to_params
 
 MAX_TEXT = 10_000  # characters; more would not fit into the metadata of a JPEG
+STEPS, CFG_TEXT, CFG_IMAGE = 100, 7.5, 1.5  # the paper's; the bundled miniature has its own
+
+
+def _default(usual: float, miniature: float) -> str:
+  return f'  [default: {usual:g}, with the miniature {miniature:g}]'
 
 
 def edit(
@@ -35,16 +40,36 @@ def edit(
   edit: Annotated[str, Option('--edit', '-e', help='What to do, as in "make it winter".')],
   output: Annotated[Path, Option('--output', '-o', help='A picture to write, or a folder.')],
   ckpt: Annotated[
-    str, Option(help='A diffusers folder, a single .safetensors or .ckpt file, or a workdir.')
-  ],
-  resolution: Annotated[int, Option(min=8, max=8192, help='Longer side at work, in pixels.')] = 512,
-  steps: Annotated[int, Option(min=1, help='Steps of the sampler.')] = 100,
+    str | None,
+    Option(
+      help='A diffusers folder, a single .safetensors or .ckpt file, or a workdir; by default the'
+      ' bundled miniature, which edits drawn scenes of 64 px.'
+    ),
+  ] = None,
+  resolution: Annotated[
+    int | None,
+    Option(min=8, max=8192, help="Longer side at work, in pixels; the checkpoint's if left out."),
+  ] = None,
+  steps: Annotated[
+    int | None, Option(min=1, help='Steps of the sampler.' + _default(STEPS, bundled.STEPS))
+  ] = None,
   cfg_text: Annotated[
-    float, Option(min=-MAX_SCALE, max=MAX_SCALE, help='How strongly to follow the text: 3 to 12.')
-  ] = 7.5,
+    float | None,
+    Option(
+      min=-MAX_SCALE,
+      max=MAX_SCALE,
+      help='How strongly to follow the text: 3 to 12.' + _default(CFG_TEXT, bundled.TEXT_GUIDANCE),
+    ),
+  ] = None,
   cfg_image: Annotated[
-    float, Option(min=-MAX_SCALE, max=MAX_SCALE, help='How strongly to keep the picture: 1 to 2.2.')
-  ] = 1.5,
+    float | None,
+    Option(
+      min=-MAX_SCALE,
+      max=MAX_SCALE,
+      help='How strongly to keep the picture: 1 to 2.2.'
+      + _default(CFG_IMAGE, bundled.IMAGE_GUIDANCE),
+    ),
+  ] = None,
   seed: Annotated[int | None, Option(min=0, max=2**32 - 1, help='Random, if left out.')] = None,
   index: Annotated[
     int, Option(min=0, max=2**31, help='Of the first picture; seed and index fix the noise.')
@@ -82,6 +107,8 @@ def edit(
 
   ip2p edit --ckpt CKPT -i photo.jpg -e "make it winter" -o winter.png
 
+  ip2p edit -i scene.png -e "make the circle red" -o red.png
+
   ip2p edit --ckpt CKPT -i photos/ -e "make it winter" -o winter/ --num 4 --seed 1
 
   ip2p edit --ckpt CKPT -i photo.jpg -e "make it winter" -o sweep.png --grid --steps 20
@@ -96,6 +123,12 @@ def edit(
   if len(edit) + len(negative) > MAX_TEXT:
     raise InputError(f'--edit and --negative are over {MAX_TEXT:,} characters; 77 tokens are read.')
   seed = secrets.randbelow(2**31) if seed is None else seed
+  own = (bundled.STEPS, bundled.TEXT_GUIDANCE, bundled.IMAGE_GUIDANCE)
+  defaults = own if bundled.is_it(ckpt) else (STEPS, CFG_TEXT, CFG_IMAGE)
+  steps, cfg_text, cfg_image = (
+    default if given is None else given
+    for given, default in zip((steps, cfg_text, cfg_image), defaults, strict=True)
+  )
   scales = edit_files.parse_scales(grid_text, grid_image) if grid else [(cfg_text, cfg_image)]
   jobs = edit_files.plan_jobs(
     input, output, scales, seed=seed, index=index, num=num, mask=mask, is_grid=grid
@@ -105,9 +138,12 @@ def edit(
     'rescale': rescale, 'interval': interval, 'negative': negative,
   }  # fmt: skip
   Sampling(steps, sampler, spacing, karras, rescale, interval)  # refuses mistakes before loading
+  ckpt = _bundled() if ckpt is None else ckpt
   _say(f'seed {seed}')
   cache_compilations()
   model = Editor.load(ckpt, dtype, variant=variant, ema=ema, prediction_type=prediction_type)
+  networks = model.networks
+  resolution = resolution or networks.unet_config.sample_size * networks.vae_config.factor
   settings = options | {
     'edit': edit, 'ckpt': ckpt, 'resolution': resolution, 'mask': mask and str(mask),
     'dtype': model.dtype, 'variant': variant, 'ema': ema, 'prediction_type': prediction_type,
@@ -127,6 +163,16 @@ def edit(
   if grid:
     own = {'input': str(input), 'seed': seed, 'index': index, 'grid': scales}
     _save(edit_files.labelled_grid(sheet, edit), jobs[0].output, settings | own)
+
+
+def _bundled() -> str:
+  ckpt = str(bundled.path())
+  print(
+    f'no --ckpt, so this is the bundled miniature, {ckpt}: it edits drawn scenes of 64 x 64 pixels'
+    ' ("make the circle red"); for photos give an InstructPix2Pix checkpoint by --ckpt',
+    file=sys.stderr,
+  )
+  return ckpt
 
 
 def convert(

@@ -6,6 +6,7 @@ VAE's factor, 8), S steps.
 
 import dataclasses
 import functools
+import os
 import secrets
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from ip2p_jax import checkpoints, weights
+from ip2p_jax import bundled, checkpoints, weights
 from ip2p_jax import edit_program as program
 from ip2p_jax import images as pictures
 from ip2p_jax.diffusion import guidance, samplers
@@ -83,7 +84,7 @@ class Editor:
   @classmethod
   def load(
     cls,
-    path: str,
+    path: str | os.PathLike | None = None,
     dtype: str | None = None,
     *,
     variant: str | None = None,
@@ -93,7 +94,8 @@ class Editor:
     """Reads a diffusers folder, a single LDM file (`.safetensors`, `.ckpt`), or a run's workdir.
 
     Args:
-      path: the checkpoint; its UNet must have eight input channels.
+      path: the checkpoint; its UNet must have eight input channels. None is the bundled miniature,
+        which edits drawn scenes of 64 px, best at the settings in `bundled`.
       dtype: of weights and arithmetic; None takes float32 on a CPU and bfloat16 elsewhere.
       variant: of a folder's files, such as 'fp16'.
       ema: whether to prefer averaged weights, in a single file or a workdir.
@@ -101,6 +103,7 @@ class Editor:
 
     Raises InputError for anything that is missing, broken or not supported.
     """
+    path = bundled.path() if path is None else path
     checkpoint = checkpoints.load(path, variant=variant, ema=ema, prediction_type=prediction_type)
     return cls.from_checkpoint(checkpoint, dtype)
 

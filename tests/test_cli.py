@@ -8,7 +8,7 @@ import pytest
 import torch_models as reference
 from PIL import Image
 
-from ip2p_jax import cli, edit_files
+from ip2p_jax import bundled, cli, edit_files
 from ip2p_jax.images import read_settings
 
 
@@ -34,13 +34,15 @@ def photo(tmp_path, rng):
 
 @pytest.fixture
 def edit(checkpoint, photo, tmp_path, monkeypatch, capsys):
-  """Runs `sample.py` with these flags on top of small defaults: (exit status, stderr)."""
+  """Runs `sample.py` with these flags over small defaults, None for none: (status, stderr)."""
 
   def run(**flags):
     defaults = {'ckpt': checkpoint, 'input': photo, 'edit': 'make it winter', 'steps': 2,
                 'output': tmp_path / 'out.png', 'resolution': 32, 'seed': 1}  # fmt: skip
     argv = ['sample.py']
     for name, value in (defaults | flags).items():
+      if value is None:
+        continue
       values = value if isinstance(value, tuple) else (value,)
       argv += [f'--{name.replace("_", "-")}', *([] if value is True else map(str, values))]
     monkeypatch.setattr(sys, 'argv', argv)
@@ -62,6 +64,46 @@ def test_an_edit_has_the_size_of_its_picture_and_holds_its_settings(edit, photo,
   settings = read_settings(tmp_path / 'out.png')
   assert settings['seed'] == 1 and settings['negative'] == 'fog' and settings['cfg_image'] == 1.2
   assert settings['input'] == str(photo) and settings['steps'] == 2
+
+
+@pytest.fixture
+def asked(monkeypatch):
+  """What a run that makes nothing was asked for: steps, text scale, image scale, resolution."""
+  found = []
+
+  def note(editor, jobs, instruction, *, resolution, options, **_):
+    found[:] = options['steps'], jobs[0].cfg_text, jobs[0].cfg_image, resolution
+    return iter(())
+
+  monkeypatch.setattr(edit_files, 'run_jobs', note)
+  return found
+
+
+NOTHING = {'steps': None, 'resolution': None}
+
+
+def test_a_checkpoint_works_at_its_own_size_and_the_papers_settings(edit, asked):
+  assert edit(**NOTHING) == (0, '')
+  assert asked == [100, 7.5, 1.5, 16 * 4]
+
+
+def test_without_a_checkpoint_the_bundled_one_edits_at_its_settings(
+  edit, asked, checkpoint, monkeypatch
+):
+  monkeypatch.setattr(bundled, 'FOLDERS', (checkpoint.parent / 'none', checkpoint))
+  own = [bundled.STEPS, bundled.TEXT_GUIDANCE, bundled.IMAGE_GUIDANCE, 16 * 4]
+  status, text = edit(**NOTHING, ckpt=None)
+  assert (status, asked) == (0, own)
+  assert str(checkpoint) in text and '--ckpt' in text and text.count('\n') == 1
+  assert edit(**NOTHING) == (0, '') and asked == own  # the same, named
+  edit(ckpt=None, steps=7, cfg_text=1, resolution=32)
+  assert asked == [7, 1, bundled.IMAGE_GUIDANCE, 32]
+
+
+def test_a_bundled_checkpoint_that_did_not_come_along_is_a_mistake(edit, monkeypatch, tmp_path):
+  monkeypatch.setattr(bundled, 'FOLDERS', (tmp_path / 'assets',))
+  status, text = edit(ckpt=None)
+  assert status == 2 and str(tmp_path / 'assets') in text and text.count('\n') == 1
 
 
 def test_the_settings_in_a_picture_repeat_it(edit, tmp_path):

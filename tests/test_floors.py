@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / 'ip2p_jax'
 FLOORS = (
   ('errors',),
-  ('attention', 'config', 'console', 'parameters', 'storage'),
+  ('attention', 'bundled', 'config', 'console', 'parameters', 'storage'),
   ('models', 'diffusion', 'weights', 'images', 'text'),
   ('networks',),
   ('optimizer', 'lora', 'loss', 'sharding', 'flops', 'metrics', 'data'),

@@ -27,21 +27,25 @@ def commands(out: Path, pairs: int) -> dict[str, list[str]]:
   """What is run, by name, in order."""
   script = lambda name, *args: [sys.executable, str(HERE / name), *map(str, args)]
   ip2p = lambda *args: [sys.executable, '-m', 'ip2p_jax.cli', *map(str, args)]
-  train = lambda config, workdir, start: [
+  train = lambda config, workdir, start, data: [
     *(sys.executable, str(ROOT / 'train.py'), f'--config={ROOT / "configs" / config}'),
     *(f'--workdir={out / workdir}', f'--config.checkpoint={out / start}'),
-    f'--config.data.path={out / "latents"}',
+    f'--config.data.path={out / data}',
   ]
-  pack = ('--latents', '--ckpt', out / 'start', '--size', 64, '--batch-size', 64)
+  pack = lambda name, task: ip2p(
+    *('pack', out / 'pairs', out / name, '--latents', '--ckpt', out / 'start'),
+    *('--size', 64, '--batch-size', 64, '--task', task),
+  )
   return {
     'pairs': script('world.py', out / 'pairs', '--train', pairs),
     'autoencoder': script('train_vae.py', out / 'vae'),
     'clip': script('train_clip.py', out / 'clip'),
     'start': script('start.py', out / 'start', '--vae', out / 'vae', '--clip', out / 'clip'),
-    'latents': ip2p('pack', out / 'pairs', out / 'latents', *pack),
-    'base': train('mini_base.py', 'base-run', 'start'),
+    'captions': pack('captions', 'text_to_image'),
+    'base': train('mini_base.py', 'base-run', 'start', 'captions'),
     'base export': ip2p('convert', out / 'base-run', out / 'base', '--overwrite'),
-    'editor': train('mini.py', 'run', 'base'),
+    'edits': pack('edits', 'edit'),
+    'editor': train('mini.py', 'run', 'base', 'edits'),
     'editor export': ip2p('convert', out / 'run', out / 'editor', '--overwrite'),
   }
 

@@ -36,10 +36,10 @@ TOKENIZER = ('vocab.json', 'merges.txt', 'tokenizer_config.json', 'special_token
 def start(vae: Path, clip: Path) -> weights.Checkpoint:
   unet = nnx.to_pure_dict(nnx.split(UNet(UNET, rngs=nnx.Rngs(0)))[1])
   unet['conv_out'] = jax.tree.map(np.zeros_like, unet['conv_out'])
-  clip_tensors = weights.read_tensors(clip / 'model.safetensors')
+  clip_tensors = weights.read_tensors(clip / 'model.safetensors')[0]
   tensors = {
     'unet': names.to_tensors(unet),
-    'vae': weights.read_tensors(vae / 'diffusion_pytorch_model.safetensors'),
+    'vae': weights.read_tensors(vae / 'diffusion_pytorch_model.safetensors')[0],
     'text_encoder': {k: v for k, v in clip_tensors.items() if k.startswith('text_model.')},
   }
   configs = {
