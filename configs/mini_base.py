@@ -22,7 +22,5 @@ def get_config():
     optimizer=OptimizerConfig(
       learning_rate=1e-3, schedule='cosine', warmup_steps=100, final_rate=0.02, b2=0.99, ema=0.995
     ),
-    log=LogConfig(
-      every=50, checkpoint_every=500, validate_every=500, previews=8, preview_steps=20
-    ),
+    log=LogConfig(every=50, checkpoint_every=500, validate_every=500, previews=8, preview_steps=20),
   )

@@ -78,7 +78,7 @@ def install(out: Path, assets: Path) -> None:
     if file.suffix in ('.json', '.txt'):
       shutil.copy(file, clip)
   weights.write_safetensors(
-    clip / 'model.safetensors', read_tensors(out / 'clip' / 'model.safetensors'), 'float16'
+    clip / 'model.safetensors', read_tensors(out / 'clip' / 'model.safetensors')[0], 'float16'
   )
   card = HERE / 'card.md'
   for name in SHIPPED:

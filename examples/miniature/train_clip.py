@@ -52,7 +52,9 @@ STD = np.float32((0.26862954, 0.26130258, 0.27577711))
 
 def train_tokenizer(count: int = 10_000) -> dict[str, bytes]:
   """CLIP's kind of BPE over captions and instructions: the contents of its files by name."""
-  texts = [t for i in range(count) for t in (world.example(i).caption, world.example(i).instruction)]
+  texts = [
+    t for i in range(count) for t in (world.example(i).caption, world.example(i).instruction)
+  ]
   split = pre_tokenizers.Split(Regex(PIECES), 'removed', invert=True)
   bpe = Tokenizer(models.BPE(end_of_word_suffix='</w>'))
   bpe.normalizer = normalizers.Lowercase()
@@ -146,7 +148,9 @@ def main(folder: Path, steps: int, batch_size: int) -> None:
 
   def check(params):
     """How often the right caption of 64 is found for a picture."""
-    found = [np.asarray(similarities(params, *pair)).argmax(1) == np.arange(64) for pair in held_out]
+    found = [
+      np.asarray(similarities(params, *pair)).argmax(1) == np.arange(64) for pair in held_out
+    ]
     return {'retrieval': float(np.mean(found))}
 
   make = lambda step: batch(tokenizer, step, batch_size)

@@ -83,7 +83,9 @@ def main(folder: Path, steps: int, batch_size: int) -> None:
   file = folder / 'diffusion_pytorch_model.safetensors'
   weights.write_safetensors(file, names.to_tensors(params))
   (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
-  print(f'wrote {folder}: {check(params)["psnr"]:.2f} dB on new scenes, latents spread {spread:.3f}')
+  print(
+    f'wrote {folder}: {check(params)["psnr"]:.2f} dB on new scenes, latents spread {spread:.3f}'
+  )
 
 
 if __name__ == '__main__':

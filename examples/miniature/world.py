@@ -184,9 +184,7 @@ def _heart(x, y, radius):
   """Two discs above a square that stands on its corner."""
   lobe = 0.5 * radius
   discs = np.hypot(np.abs(x) - lobe * 0.94, y + lobe * 0.7) - lobe
-  tip = _polygon(
-    x, y, np.array([(-1.72, -0.05), (0.0, -0.75), (1.72, -0.05), (0.0, 1.85)]) * lobe
-  )
+  tip = _polygon(x, y, np.array([(-1.72, -0.05), (0.0, -0.75), (1.72, -0.05), (0.0, 1.85)]) * lobe)
   return np.minimum(discs, tip)
 
 
