@@ -129,7 +129,7 @@ def test_noise_belongs_to_the_example_not_to_its_batch(base, scenes):
 def test_sdedit_says_what_it_cannot_use(base, scenes):
   with pytest.raises(InputError, match='8 input channels .* needs a text-to-image checkpoint'):
     sdedit(channels=8)
-  with pytest.raises(InputError, match='strength is 1.5; it goes from 0'):
+  with pytest.raises(InputError, match=r'strength is 1.5; it goes from 0'):
     base.edit(*scenes, strength=1.5, text_guidance=4.0)
 
 
