@@ -11,7 +11,7 @@ from jax import Array
 
 from ip2p_jax.attention import attend
 from ip2p_jax.models.configs import TextConfig, VisionConfig
-from ip2p_jax.models.layers import LayerNorm
+from ip2p_jax.models.layers import LayerNorm, Linear
 
 
 class TextEncoder(nnx.Module):
@@ -129,7 +129,7 @@ class EncoderLayer(nnx.Module):
 class SelfAttention(nnx.Module):
   def __init__(self, width, heads, *, rngs):
     self.heads = heads
-    linear = lambda: nnx.Linear(width, width, rngs=rngs)
+    linear = lambda: Linear(width, width, rngs=rngs)
     self.q_proj, self.k_proj, self.v_proj, self.out_proj = linear(), linear(), linear(), linear()
 
   def __call__(self, x, is_causal):
@@ -141,8 +141,8 @@ class SelfAttention(nnx.Module):
 class MLP(nnx.Module):
   def __init__(self, width, inner_width, activation, *, rngs):
     self.activation = activation
-    self.fc1 = nnx.Linear(width, inner_width, rngs=rngs)
-    self.fc2 = nnx.Linear(inner_width, width, rngs=rngs)
+    self.fc1 = Linear(width, inner_width, rngs=rngs)
+    self.fc2 = Linear(inner_width, width, rngs=rngs)
 
   def __call__(self, x):
     return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
@@ -155,4 +155,4 @@ ACTIVATIONS = {
 
 
 def _projection(config, rngs):
-  return nnx.Linear(config.hidden_size, config.projection_dim, use_bias=False, rngs=rngs)
+  return Linear(config.hidden_size, config.projection_dim, use_bias=False, rngs=rngs)

@@ -16,12 +16,13 @@ from ip2p_jax.attention import Attention, Site, attend
 from ip2p_jax.models.configs import UNetConfig
 from ip2p_jax.models.layers import (
   ATTENTION_OUT,
+  Conv1x1,
   GroupNorm,
   LayerNorm,
+  Linear,
   Remat,
   ResnetBlock,
   Upsample,
-  conv1x1,
   conv3x3,
 )
 
@@ -118,8 +119,8 @@ def sinusoids(timesteps: Array, config: UNetConfig) -> Array:
 
 class TimeEmbedding(nnx.Module):
   def __init__(self, in_width, width, *, rngs):
-    self.linear_1 = nnx.Linear(in_width, width, rngs=rngs)
-    self.linear_2 = nnx.Linear(width, width, rngs=rngs)
+    self.linear_1 = Linear(in_width, width, rngs=rngs)
+    self.linear_2 = Linear(width, width, rngs=rngs)
 
   def __call__(self, x):
     return self.linear_2(nnx.silu(self.linear_1(x)))
@@ -182,7 +183,7 @@ class SpatialTransformer(nnx.Module):
 
   def __init__(self, place, level, width, config: UNetConfig, *, rngs):
     self.place, self.level = place, level
-    projection = nnx.Linear if config.use_linear_projection else conv1x1
+    projection = Linear if config.use_linear_projection else Conv1x1
     self.norm = GroupNorm(config.norm_num_groups, width, TRANSFORMER_NORM_EPS)
     self.proj_in = projection(width, width, rngs=rngs)
     block = TransformerBlock(width, config.heads[level], config.cross_attention_dim, rngs=rngs)
@@ -219,10 +220,10 @@ class TransformerBlock(nnx.Module):
 class MultiHeadAttention(nnx.Module):
   def __init__(self, width, context_width, heads, *, rngs):
     self.heads = heads
-    self.to_q = nnx.Linear(width, width, use_bias=False, rngs=rngs)
-    self.to_k = nnx.Linear(context_width, width, use_bias=False, rngs=rngs)
-    self.to_v = nnx.Linear(context_width, width, use_bias=False, rngs=rngs)
-    self.to_out = nnx.Linear(width, width, rngs=rngs)
+    self.to_q = Linear(width, width, use_bias=False, rngs=rngs)
+    self.to_k = Linear(context_width, width, use_bias=False, rngs=rngs)
+    self.to_v = Linear(context_width, width, use_bias=False, rngs=rngs)
+    self.to_out = Linear(width, width, rngs=rngs)
 
   def __call__(self, x, context, attention, site):
     q, k, v = (self._split(y) for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
@@ -237,8 +238,8 @@ class FeedForward(nnx.Module):
   """GEGLU: half of a wide projection gates the other half through GELU (the exact one)."""
 
   def __init__(self, width, *, rngs):
-    self.proj = nnx.Linear(width, 8 * width, rngs=rngs)
-    self.out = nnx.Linear(4 * width, width, rngs=rngs)
+    self.proj = Linear(width, 8 * width, rngs=rngs)
+    self.out = Linear(4 * width, width, rngs=rngs)
 
   def __call__(self, x):
     value, gate = jnp.split(self.proj(x), 2, -1)

@@ -12,7 +12,7 @@ from jax import Array
 
 from ip2p_jax.attention import attend
 from ip2p_jax.models.configs import VAEConfig
-from ip2p_jax.models.layers import GroupNorm, ResnetBlock, Upsample, conv1x1, conv3x3
+from ip2p_jax.models.layers import Conv1x1, GroupNorm, Linear, ResnetBlock, Upsample, conv3x3
 
 EPS = 1e-6  # of every norm; not in config.json
 
@@ -37,8 +37,8 @@ class VAE(nnx.Module):
     channels = config.latent_channels
     self.encoder = Encoder(config, rngs=rngs)
     self.decoder = Decoder(config, rngs=rngs)
-    self.quant_conv = conv1x1(2 * channels, 2 * channels, rngs=rngs)
-    self.post_quant_conv = conv1x1(channels, channels, rngs=rngs)
+    self.quant_conv = Conv1x1(2 * channels, 2 * channels, rngs=rngs)
+    self.post_quant_conv = Conv1x1(channels, channels, rngs=rngs)
 
   def encode(self, images: Array) -> Posterior:
     """[B, H, W, 3] in [-1, 1] -> posterior over unscaled latents [B, h, w, latent_channels]."""
@@ -129,7 +129,7 @@ class PixelAttention(nnx.Module):
   """Every latent attends to every other, with a single head as wide as the network."""
 
   def __init__(self, width, groups, *, rngs):
-    linear = lambda: nnx.Linear(width, width, rngs=rngs)
+    linear = lambda: Linear(width, width, rngs=rngs)
     self.group_norm = GroupNorm(groups, width, EPS)
     self.to_q, self.to_k, self.to_v, self.to_out = linear(), linear(), linear(), linear()
 
