@@ -1,4 +1,6 @@
 import os
+import sys
+from pathlib import Path
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
@@ -11,6 +13,9 @@ os.environ['XLA_FLAGS'] = ' '.join(
     '--xla_llvm_disable_expensive_passes=true',
   ]
 )
+
+# Tests of the miniature import its recipes by name.
+sys.path.insert(0, str(Path(__file__).parent.parent / 'examples' / 'miniature'))
 
 import jax
 import numpy as np

@@ -11,19 +11,17 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import oracle
 import pytest
+import test_editor
 import torch
+import train_clip
+import train_vae
+import world
 from diffusers import StableDiffusionInstructPix2PixPipeline
 from flax import nnx
 from PIL import Image
 from transformers import CLIPModel, CLIPTokenizer
-
-sys.path.insert(0, str(Path(__file__).parent.parent / 'examples' / 'miniature'))
-import oracle
-import test_editor
-import train_clip
-import train_vae
-import world
 
 from ip2p_jax import Editor, bundled
 from ip2p_jax.editor import Sampling

@@ -6,20 +6,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bench
+import evaluate
 import numpy as np
+import plots
 import pytest
 import torch
 import torch_models as reference
-from transformers import CLIPConfig, CLIPModel
-
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / 'examples' / 'miniature'))
-import bench
-import evaluate
-import plots
 import world
 from clip_similarity import ClipSimilarity
 from sdedit import SDEdit
+from transformers import CLIPConfig, CLIPModel
 
 from ip2p_jax import weights
 from ip2p_jax.diffusion.noise import Schedule
@@ -28,6 +25,7 @@ from ip2p_jax.networks import networks_of, params_of
 from ip2p_jax.previews import decode
 from ip2p_jax.text import ClipTokenizer
 
+ROOT = Path(__file__).parent.parent
 PARTS = ('done', 'kept', 'direction', 'consistency')
 SMALL = evaluate.Size(
   *(8, 8, 4, 2, 4, 4, 4, 3, 4), (1.5, 3.0), (1.5, 2.0), (0.3, 0.6), (2.0, 4.0), (5, 10)
@@ -127,7 +125,7 @@ def test_noise_belongs_to_the_example_not_to_its_batch(base, scenes):
 
 
 def test_sdedit_says_what_it_cannot_use(base, scenes):
-  with pytest.raises(InputError, match='8 input channels .* needs a text-to-image checkpoint'):
+  with pytest.raises(InputError, match=r'8 input channels .* needs a text-to-image checkpoint'):
     sdedit(channels=8)
   with pytest.raises(InputError, match=r'strength is 1.5; it goes from 0'):
     base.edit(*scenes, strength=1.5, text_guidance=4.0)

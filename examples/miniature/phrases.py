@@ -93,7 +93,7 @@ STYLED = {
 
 
 def caption(rng: np.random.Generator, scene) -> str:
-  """A sentence that names every object; places, sizes and the time of day are sometimes left out."""
+  """A sentence that names every object; places, sizes and daylight are sometimes left out."""
   says_place, says_size = rng.random() < 0.6, rng.random() < 0.7
   order = rng.permutation(len(scene.objects))
   things = []

@@ -21,7 +21,7 @@ from ip2p_jax.models.unet import UNet
 from ip2p_jax.weights import names
 
 UNET = UNetConfig(
-  block_out_channels=(48, 96),
+  block_out_channels=(32, 96),
   layers_per_block=1,
   cross_attention_dim=128,
   attention_head_dim=4,

@@ -29,6 +29,7 @@ CONFIG = VAEConfig(
   up_block_types=('UpDecoderBlock2D',) * 3,
   sample_size=world.SIDE,
 )
+JITTER = 3.0  # pixels; so that it can draw an object anywhere
 KL_WEIGHT = 1e-4  # per latent, beside the mean error per colour value
 
 
@@ -36,7 +37,7 @@ def pictures(step: int, count: int, split: str = 'train') -> np.ndarray:
   """float32 [count, 64, 64, 3] in [-1, 1]; every other one is an edited scene."""
   shown = []
   for seed in range(step * count, (step + 1) * count):
-    one = world.example(seed, split)
+    one = world.example(seed, split, JITTER)
     shown.append(world.picture(one.edited_scene if seed % 2 else one.scene))
   return np.stack(shown).astype(np.float32) / 127.5 - 1
 
