@@ -31,7 +31,7 @@ from ip2p_jax.errors import InputError
 ROOT = Path(__file__).parent.parent.parent
 BASE = ROOT / 'assets' / 'miniature-base'
 EDITED, SCORED = 64, 32  # held-out scenes, for the shipped editor and for each score of the run
-PAIRS, STEPS = 4000, 180
+PAIRS, STEPS = 4000, 300
 KEEPS = STEPS // 2  # steps between checkpoints
 
 
@@ -52,12 +52,20 @@ def judge(examples: Sequence[world.Example], edited: np.ndarray) -> list[oracle.
   return [oracle.judge(one, picture) for one, picture in zip(examples, edited, strict=True)]
 
 
-def score(verdicts: Sequence[oracle.Verdict]) -> str:
+def score(
+  examples: Sequence[world.Example],
+  edited: Sequence[np.ndarray],
+  verdicts: Sequence[oracle.Verdict],
+) -> str:
   found = oracle.summary(verdicts)
   low, high = found['done_interval']
+  nearness = np.mean([
+    oracle.psnr(picture / 255, oracle.seen(one.edited_scene))
+    for one, picture in zip(examples, edited, strict=True)
+  ])  # fmt: skip
   return (
-    f'{found["done"]:4.0%} of {found["count"]} edits done (95% interval {low:.0%} to {high:.0%}),'
-    f' the rest of the picture kept at {found["kept"]:.1f} dB'
+    f'{nearness:.1f} dB from the truth, {found["done"]:4.0%} of {found["count"]} edits done (95%'
+    f' interval {low:.0%} to {high:.0%}), the rest of the picture kept at {found["kept"]:.1f} dB'
   )
 
 
@@ -93,7 +101,7 @@ def show_edits(out: Path, ckpt: Path) -> None:
   examples = [world.example(seed, 'test') for seed in range(EDITED)]
   edited = edit(Editor.load(ckpt), examples)
   verdicts = judge(examples, edited)
-  print(score(verdicts))
+  print(score(examples, edited, verdicts))
   for one, verdict in zip(examples, verdicts, strict=True):
     if not verdict.is_done:
       print(f'  not done: {one.instruction!r}: {verdict.reasons[0]}')
@@ -133,7 +141,7 @@ def show_training(out: Path, base: Path) -> None:
       checkpoint = weights.with_input_channels(weights.read(base), 8)
     edited = edit(Editor.from_checkpoint(checkpoint), examples)
     verdicts = judge(examples, edited)
-    print(f'step {step:4d}: {score(verdicts)}', flush=True)
+    print(f'step {step:4d}: {score(examples, edited, verdicts)}', flush=True)
   _save(sheet(examples[:16], edited[:16], verdicts[:16]), out / 'trained-edits.png')
 
 
