@@ -14,7 +14,7 @@ def get_config():
     task='text_to_image',
     resolution=64,
     batch_size=32,
-    steps=1200,
+    steps=1000,
     dtype='float32',
     remat='none',
     conditioning_dropout=0.1 / 3,

@@ -1,5 +1,6 @@
 """What the evaluation shows: estimates as text, Markdown tables, curves and sheets of pictures."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -178,7 +179,7 @@ def gallery(path: Path, rows: Sequence[tuple[np.ndarray, str, np.ndarray, bool, 
       sheet.paste(_enlarged(picture), (x, top))
       if i < columns:
         draw.text((x + side // 2, line // 2), name, 'black', font, 'mm')
-    words = instruction if done else f'{instruction}  (not done)'
+    words = textwrap.shorten(instruction, 48, placeholder=' ...') + ('' if done else '  (not done)')
     draw.text((left, top + side + 2), words, 'black' if done else 'firebrick', font)
   _save_picture(sheet, path)
 
