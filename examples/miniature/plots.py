@@ -200,7 +200,7 @@ def _save_picture(sheet, path):
   """As PNG with as many colours as fit into LIMIT."""
   path.parent.mkdir(parents=True, exist_ok=True)
   with replacing(path) as unfinished:
-    for colours in (256, 128, 64, 32, 16, 8):
+    for colours in (256, 128, 64, 32, 16, 8, 4):
       few = sheet.quantize(colours, dither=Image.Dither.NONE)
       few.save(unfinished, 'PNG', optimize=True)
       if unfinished.stat().st_size <= LIMIT:
