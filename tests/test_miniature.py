@@ -134,3 +134,11 @@ def test_transformers_reads_captions_and_instructions_as_the_same_tokens(editor,
   words = theirs(texts, padding='max_length', max_length=editor.tokenizer.length, truncation=True)
   assert editor.tokenizer(texts).tolist() == words.input_ids
   assert not any(map(editor.tokenizer.cut_off, texts))
+
+
+@pytest.mark.parametrize('name', ['export', 'export.safetensors'])
+def test_pytorch_confirms_its_export(tmp_path, name):
+  command = [sys.executable, '-m', 'ip2p_jax.cli', 'convert', str(EDITOR), str(tmp_path / name)]
+  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  assert 'verify: AGREES' in done.stdout + done.stderr

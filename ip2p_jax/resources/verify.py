@@ -52,8 +52,11 @@ def main():
   pipeline = load(settings, getattr(torch, flags.dtype)).to(flags.device)
   pipeline.set_progress_bar_config(disable=True)
 
-  ids = pipeline.tokenizer(settings['instruction'], padding='max_length', max_length=77).input_ids
-  if ids != stored['token_ids'].tolist():
+  expected = stored['token_ids'].tolist()
+  ids = pipeline.tokenizer(
+    settings['instruction'], padding='max_length', max_length=len(expected)
+  ).input_ids
+  if ids != expected:
     sys.exit('verify: DIFFERENT: the tokenizer gives other token ids')
 
   # The scheduler draws its noise by this function; give it the stored noise, step by step.
