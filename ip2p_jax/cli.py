@@ -1,6 +1,7 @@
 """The `ip2p` command. Each subcommand is a function; its docstring and options are its --help."""
 
 import contextlib
+import hashlib
 import os
 import secrets
 import signal
@@ -10,6 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
+import jax
+import numpy as np
 import typer
 from tqdm import tqdm
 from typer import Option
@@ -21,10 +24,14 @@ from ip2p_jax.console import INTERRUPTED, MISTAKE, cache_compilations, complain,
 from ip2p_jax.data.check import check as check_data_set
 from ip2p_jax.data.latents import pack_latents
 from ip2p_jax.data.pack import pack as pack_pictures
+from ip2p_jax.data.shard_writing import parse_shard
 from ip2p_jax.data.sources import SPLITS, open_source
 from ip2p_jax.editor import MAX_SCALE, Editor, Sampling
 from ip2p_jax.errors import InputError
-from ip2p_jax.networks import fingerprint, networks_of, tokenizer_of
+from ip2p_jax.filtering import MOST, PAPER, draw_histograms, filter_pairs
+from ip2p_jax.networks import fingerprint, networks_of, params_of, tokenizer_of, weights_digest
+from ip2p_jax.pairs import RELEASED, Drawing, Generator, attention_sheet, draw_all, read_prompts
+from ip2p_jax.similarity import Clip, Scores
 from ip2p_jax.weights import to_params
 
 MAX_TEXT = 10_000  # characters; more would not fit into the metadata of a JPEG
@@ -321,6 +328,158 @@ def check(
   _say('nothing is broken')
 
 
+def pairs(
+  prompts: Annotated[
+    Path, typer.Argument(help='JSON lines with caption (or input), edit and output.')
+  ],
+  out: Annotated[Path, typer.Argument(help='A new folder; or one that an earlier try began.')],
+  ckpt: Annotated[Path, Option(help='A text-to-image checkpoint, as for `ip2p edit`.')],
+  clip: Annotated[Path, Option(help="A folder as transformers saves a CLIPModel (ViT-L/14's).")],
+  samples: Annotated[int, Option(min=1, help='Pairs to draw for each prompt.')] = 100,
+  steps: Annotated[int, Option(min=1, help='Steps of the sampler.')] = 100,
+  sampler: Annotated[
+    str, Option(help='euler_ancestral, euler, heun, ddim or dpmpp_2m.')
+  ] = 'euler_ancestral',
+  control: Annotated[
+    str,
+    Option(
+      help='share (as the released generator), replace or refine (as published), auto (the one of'
+      ' these that fits the captions), share+auto, or none.'
+    ),
+  ] = 'share',
+  threshold: Annotated[
+    tuple[float, float], Option(help='Range of the part of the steps that shares.')
+  ] = (0.1, 0.9),
+  guidance: Annotated[tuple[float, float], Option(help='Range of the guidance scale.')] = (7.5, 15),
+  cross_steps: Annotated[
+    float, Option(help='Part of the steps in which replace and refine act on words.')
+  ] = 0.8,
+  self_steps: Annotated[float, Option(help='The same, on coarse self-attention.')] = 0.4,
+  negative: Annotated[str, Option(help='What no picture should be.')] = '',
+  size: Annotated[
+    int | None, Option(min=8, help="Of the pictures, pixels; the checkpoint's if left out.")
+  ] = None,
+  seed: Annotated[int, Option(min=0, help='Of the whole run.')] = 0,
+  keep: Annotated[
+    str,
+    Option(help='Pictures to write: all, or those passing the released thresholds; numbers: all.'),
+  ] = 'all',
+  batch_size: Annotated[int, Option(min=1, help='Pairs at a time, on all devices together.')] = 8,
+  shard: Annotated[str, Option(help='i/n: this worker of n that share the prompts.')] = '0/1',
+  dtype: Annotated[
+    str | None, Option(help='float32 or bfloat16; by default float32 on a CPU only.')
+  ] = None,
+  show_attention: Annotated[
+    int, Option(min=0, help='Only draw so many prompts, once, and where each word looked.')
+  ] = 0,
+) -> None:
+  """Draws pairs of pictures for pairs of captions, with CLIP's numbers for each.
+
+  ip2p pairs prompts.jsonl raw --ckpt stable-diffusion-v1-5 --clip clip-vit-large-patch14
+
+  ip2p pairs prompts.jsonl raw --ckpt CKPT --clip CLIP --samples 4 --steps 25 --shard 3/8
+
+  ip2p pairs prompts.jsonl maps --ckpt CKPT --clip CLIP --control auto --show-attention 4
+
+  Killed, it goes on where it was, and ends with the very same files. `ip2p filter` keeps the good
+  pairs.
+  """
+  cache_compilations()
+  read = read_prompts(prompts)
+  number = parse_shard(shard)
+  settings = {
+    'samples': samples, 'steps': steps, 'sampler': sampler, 'control': control,
+    'threshold': threshold, 'guidance': guidance, 'cross': cross_steps, 'self': self_steps,
+    'negative': negative, 'seed': seed, 'keep': keep, 'batch_size': batch_size,
+  }  # fmt: skip
+  Drawing(**settings)  # refuses mistakes before loading
+  checkpoint = checkpoints.load(ckpt)
+  networks = networks_of(checkpoint)
+  dtype = dtype or ('float32' if jax.default_backend() == 'cpu' else 'bfloat16')
+  size = size or networks.unet_config.sample_size * networks.vae_config.factor
+  generator = Generator(
+    networks, params_of(checkpoint, networks, dtype), tokenizer_of(checkpoint, networks),
+    Clip.load(clip), Drawing(size=size, **settings),
+  )  # fmt: skip
+  if show_attention:
+    _show_attention(generator, read[:show_attention], out)
+    return
+  digest = lambda content: hashlib.blake2b(content, digest_size=8).hexdigest()
+  identity = {'dtype': dtype, 'prompts': digest(prompts.read_bytes())}
+  identity['weights'] = weights_digest(checkpoint.tensors['unet'])
+  with _progress('pair') as progress:
+    told = progress or (lambda done, total: None)
+    count = draw_all(generator, read, str(out), identity, number, told)
+  _say(f'{out}: {count} pairs; `ip2p filter {out} DST` keeps the good ones')
+
+
+def _show_attention(generator, prompts, out):
+  size = generator.drawing.batch_size
+  for start in range(0, len(prompts), size):
+    part = prompts[start : start + size]
+    samples = [generator.drawing.sample(prompt.index, 0) for prompt in part]
+    drawn, _, attention = generator.draw(part, samples, shows_attention=True)
+    for i, (prompt, sample) in enumerate(zip(part, samples, strict=True)):
+      sheet = attention_sheet(
+        generator.tokenizer, prompt, np.asarray(drawn)[:, i], np.asarray(attention)[:, i]
+      )
+      settings = {'caption': prompt.caption, 'output': prompt.edited_caption, **sample._asdict()}
+      out.mkdir(parents=True, exist_ok=True)
+      _save(sheet, out / f'{prompt.index:07d}_{sample.seed}.png', settings)
+
+
+def filter(
+  paths: Annotated[list[Path], typer.Argument(help='Folders of `ip2p pairs`, then a new one.')],
+  preset: Annotated[str, Option(help='paper or released: the thresholds below.')] = 'paper',
+  image: Annotated[
+    float | None, Option(help='Least likeness of both pictures.  [default: 0.75, released 0.7]')
+  ] = None,
+  caption: Annotated[
+    float, Option(help='Least likeness of each picture and its caption.')
+  ] = PAPER.clip_sim_0,
+  direction: Annotated[
+    float, Option(help='Least likeness of the ways that pictures and captions change.')
+  ] = PAPER.clip_sim_dir,
+  most: Annotated[int, Option(min=1, help='Pairs of a prompt, the best by direction.')] = MOST,
+  drop_duplicates: Annotated[
+    bool, Option('--drop-duplicates', help='Of pairs that look the same, keep the best.')
+  ] = False,
+) -> None:
+  """Keeps the good ones of the pairs that `ip2p pairs` drew, ready to pack or to train on.
+
+  ip2p filter raw pairs
+
+  ip2p filter raw-of-worker-0 raw-of-worker-1 pairs --preset released
+
+  ip2p filter raw stricter --image 0.8 --direction 0.25
+
+  Nothing is drawn again and the folders stay as they are, so other thresholds can be tried at will.
+  """
+  presets = {'paper': PAPER.clip_sim_image, 'released': RELEASED.clip_sim_image}
+  if preset not in presets:
+    raise InputError(f'--preset is {preset!r}; use one of {", ".join(presets)}.')
+  if len(paths) < 2:
+    raise InputError('give the folders of `ip2p pairs`, and then a new one to write to.')
+  thresholds = Scores(caption, caption, direction, presets[preset] if image is None else image)
+  *sources, out = paths
+  with _progress('prompt') as progress:
+    told = progress or (lambda done, total: None)
+    found = filter_pairs(sources, out, thresholds, most, drop_duplicates, told)
+  labels = ('picture and caption', 'edited picture and caption', 'direction', 'both pictures')
+  of_all = lambda count: f'{count} of {found.drawn} ({100 * count / max(found.drawn, 1):.1f}%)'
+  for name, least, label in zip(Scores._fields, thresholds, labels, strict=True):
+    _say(f'{name} >= {least:g} ({label}): {of_all(found.passed[name])}')
+  _say(f'all of these: {of_all(found.passed_all)}')
+  if drop_duplicates:
+    _say(f'look like a better one: {found.duplicates}')
+  try:
+    draw_histograms(found.scores, thresholds, out / 'histograms.png')
+    _say(f'wrote {out / "histograms.png"}')
+  except ImportError:
+    _say('no histograms: install matplotlib to have them')
+  _say(f'{out}: {found.kept} pairs of {found.prompts} prompts, at most {most} each')
+
+
 def main() -> None:
   """The `ip2p` command."""
   app = typer.Typer(add_completion=False, rich_markup_mode=None, help='InstructPix2Pix in JAX.')
@@ -328,6 +487,8 @@ def main() -> None:
   app.command()(convert)
   app.command()(check)
   app.command()(pack)
+  app.command()(pairs)
+  app.command()(filter)
   run(app, 'ip2p')
 
 

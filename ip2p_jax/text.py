@@ -4,6 +4,7 @@ Built on the `tokenizers` library alone, because importing transformers takes se
 torch where that is installed). Gives the ids of transformers' CLIPTokenizer.
 """
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 
@@ -58,6 +59,20 @@ class ClipTokenizer:
   def decode(self, token_ids: np.ndarray) -> str:
     """The text of ids [L], in lower case, without start, end and padding."""
     return self._bpe.decode(token_ids.tolist()).strip()
+
+  def words(self, text: str) -> list[tuple[str, range]]:
+    """The words that fit, in lower case, each with the places of its tokens in `self(texts)`.
+
+    Signs stand alone: 'A cat, asleep' has the words 'a', 'cat', ',' and 'asleep'.
+    """
+    encoding = self._bpe.encode(text)
+    fitting = range(min(len(encoding.ids), self.length - 2))
+    words = []
+    for _, group in itertools.groupby(fitting, lambda i: encoding.word_ids[i]):
+      tokens = list(group)
+      first, last = encoding.offsets[tokens[0]][0], encoding.offsets[tokens[-1]][1]
+      words.append((text[first:last].strip().lower(), range(tokens[0] + 1, tokens[-1] + 2)))
+    return words
 
   def cut_off(self, text: str) -> str:
     """The end of `text` that does not fit and is ignored; '' if all of it fits."""

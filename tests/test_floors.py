@@ -10,12 +10,13 @@ FLOORS = (
   ('errors',),
   ('attention', 'bundled', 'config', 'console', 'parameters', 'storage'),
   ('models', 'diffusion', 'weights', 'images', 'text'),
-  ('networks',),
+  ('networks', 'alignment', 'prompt_to_prompt', 'similarity'),
   ('optimizer', 'lora', 'loss', 'sharding', 'flops', 'metrics', 'data'),
-  ('checkpoints', 'edit_program', 'train_step'),
+  ('checkpoints', 'edit_program', 'inversion', 'pair_program', 'train_step'),
   ('editor',),
   ('edit_files', 'convert', 'previews', 'setup_run'),
-  ('training',),
+  ('training', 'pairs'),
+  ('filtering',),
   ('cli', 'launch'),
 )
 ANYONE = ('__init__', 'resources')  # the public names; scripts that travel with exports

@@ -11,12 +11,9 @@ import evaluate
 import numpy as np
 import plots
 import pytest
-import torch
 import torch_models as reference
 import world
-from clip_similarity import ClipSimilarity
 from sdedit import SDEdit
-from transformers import CLIPConfig, CLIPModel
 
 from ip2p_jax import weights
 from ip2p_jax.diffusion.noise import Schedule
@@ -33,17 +30,8 @@ SMALL = evaluate.Size(
 
 
 def checkpoint(channels):
-  """A checkpoint of random weights, in the layout of diffusers."""
-  models = {
-    'unet': reference.unet({**reference.TINY_UNET, 'in_channels': channels}),
-    'vae': reference.vae(reference.TINY_VAE),
-    'text_encoder': reference.text_encoder(reference.TINY_TEXT),
-  }
-  configs = {name: model.config.to_dict() if name == 'text_encoder' else dict(model.config)
-             for name, model in models.items()}  # fmt: skip
-  configs['scheduler'] = Schedule(prediction_type='v_prediction').to_json()
-  tensors = {name: reference.tensors(model) for name, model in models.items()}
-  return weights.Checkpoint(configs, tensors, reference.tokenizer_files(), 'test')
+  unet = reference.TINY_UNET | {'in_channels': channels}
+  return reference.checkpoint(unet, Schedule(prediction_type='v_prediction'))[0]
 
 
 def sdedit(channels=4):
@@ -51,17 +39,6 @@ def sdedit(channels=4):
   networks = networks_of(source)
   tokenizer = ClipTokenizer(source.tokenizer, 77, 600)
   return SDEdit(networks, params_of(source, networks, 'float32'), tokenizer, 'test')
-
-
-def write_clip(folder):
-  """A CLIP of random weights for 64 pixels, as transformers writes it; returns its model."""
-  text, vision = reference.TINY_TEXT, reference.TINY_VISION | {'image_size': 64}
-  config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=20)
-  model = reference.randomize(CLIPModel(config))
-  model.save_pretrained(folder)
-  for name, content in reference.tokenizer_files().items():
-    (folder / name).write_bytes(content)
-  return model
 
 
 @pytest.fixture(scope='module')
@@ -129,45 +106,6 @@ def test_sdedit_says_what_it_cannot_use(base, scenes):
     sdedit(channels=8)
   with pytest.raises(InputError, match=r'strength is 1.5; it goes from 0'):
     base.edit(*scenes, strength=1.5, text_guidance=4.0)
-
-
-# CLIP.
-
-
-def test_similarities_are_those_of_transformers(tmp_path, scenes):
-  model, clip = write_clip(tmp_path), ClipSimilarity(tmp_path)
-  examples = [world.example(seed, 'test') for seed in range(3)]
-  edits = np.stack([world.picture(one.edited_scene) for one in examples])
-  captions = [one.caption for one in examples], [one.edited_caption for one in examples]
-  direction, consistency = clip(scenes[0], edits, *captions)
-
-  mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-  unit = torch.nn.functional.normalize
-  with torch.no_grad():
-    pixels = [(x / 255 - mean) / std for x in (scenes[0], edits)]
-    ids = [torch.from_numpy(clip.tokenizer(texts)).long() for texts in captions]
-    out = [
-      model(input_ids=i, pixel_values=reference.nchw(np.float32(p)))
-      for i, p in zip(ids, pixels, strict=True)
-    ]
-    seen, said = ([unit(o[f'{tower}_embeds']) for o in out] for tower in ('image', 'text'))
-    cosine = torch.nn.functional.cosine_similarity
-    expected = cosine(seen[1] - seen[0], said[1] - said[0]), cosine(*seen)
-  np.testing.assert_allclose(direction, expected[0], atol=1e-4)
-  np.testing.assert_allclose(consistency, expected[1], atol=1e-5)
-
-
-def test_a_picture_that_did_not_change_went_nowhere(tmp_path, scenes):
-  write_clip(tmp_path)
-  captions = [f'a {word}' for word in ('star', 'ring', 'heart')]
-  direction, consistency = ClipSimilarity(tmp_path)(scenes[0], scenes[0], captions, captions[::-1])
-  np.testing.assert_array_equal(direction, 0)
-  np.testing.assert_allclose(consistency, 1, atol=1e-6)
-
-
-def test_a_missing_clip_is_a_sentence(tmp_path):
-  with pytest.raises(InputError, match='no CLIP here'):
-    ClipSimilarity(tmp_path)
 
 
 # Measuring.
@@ -315,7 +253,7 @@ def test_the_whole_evaluation_runs_on_any_checkpoint(tmp_path):
   for name, channels in (('editor', 8), ('base', 4)):
     weights.write(checkpoint(channels), tmp_path / name)
   (tmp_path / 'clip').mkdir()
-  write_clip(tmp_path / 'clip')
+  reference.write_clip(tmp_path / 'clip')
   places = {
     'ckpt': 'editor', 'base': 'base', 'clip': 'clip', 'run': 'run', 'out': 'out', 'figures': 'shown'
   }  # fmt: skip

@@ -15,6 +15,8 @@ from diffusers import (
   UNet2DConditionModel,
 )
 from transformers import (
+  CLIPConfig,
+  CLIPModel,
   CLIPTextConfig,
   CLIPTextModel,
   CLIPTextModelWithProjection,
@@ -23,8 +25,9 @@ from transformers import (
   CLIPVisionModelWithProjection,
 )
 
+from ip2p_jax.diffusion.noise import Schedule
 from ip2p_jax.models.layers import abstract
-from ip2p_jax.weights import clip_tokenizer, names
+from ip2p_jax.weights import Checkpoint, clip_tokenizer, names
 
 TINY_UNET = {
   'in_channels': 8,
@@ -193,3 +196,28 @@ def given_noise(step_noise):
     yield
   finally:
     module.randn_tensor = original
+
+
+def write_clip(folder, image_size=64):
+  """A CLIP of random weights, as transformers writes it; returns its model."""
+  text, vision = TINY_TEXT, TINY_VISION | {'image_size': image_size}
+  config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=20)
+  model = randomize(CLIPModel(config))
+  model.save_pretrained(folder)
+  for name, content in tokenizer_files().items():
+    (folder / name).write_bytes(content)
+  return model
+
+
+def checkpoint(unet_config, schedule=Schedule()):
+  """A small checkpoint of random weights, and the PyTorch models it is made of."""
+  models = {
+    'unet': unet(unet_config),
+    'vae': vae(TINY_VAE),
+    'text_encoder': text_encoder(TINY_TEXT),
+  }
+  configs = {name: model.config.to_dict() if name == 'text_encoder' else dict(model.config)
+             for name, model in models.items()}  # fmt: skip
+  configs['scheduler'] = schedule.to_json()
+  parts = {name: tensors(model) for name, model in models.items()}
+  return Checkpoint(configs, parts, tokenizer_files(), 'test'), models

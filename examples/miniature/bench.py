@@ -10,19 +10,19 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import oracle
 import world
-from clip_similarity import ClipSimilarity
 from plots import Estimate
 from sdedit import SDEdit
 from tqdm import tqdm
 
 from ip2p_jax import Editor, checkpoints
+from ip2p_jax.similarity import Clip
 
 HERE = Path(__file__).parent
 MEASURES = ('done', 'kept', 'direction', 'consistency')
@@ -96,8 +96,8 @@ class Bench:
     )  # fmt: skip
 
   @functools.cached_property
-  def clip(self) -> Callable[..., tuple[np.ndarray, np.ndarray]]:
-    return ClipSimilarity(self.paths['clip'])
+  def clip(self) -> Clip:
+    return Clip.load(self.paths['clip'])
 
   @functools.cached_property
   def _sdedit(self):
@@ -114,12 +114,12 @@ class Bench:
     examples = [self.examples[row] for row in rows]
     judged = [oracle.judge(*pair) for pair in zip(examples, edits, strict=True)]
     captions = [[getattr(one, name) for one in examples] for name in ('caption', 'edited_caption')]
-    direction, consistency = self.clip(self.scenes[list(rows)], edits, *captions)
+    scores = self.clip.scores(self.scenes[list(rows)], edits, *captions)
     return {
       'done': [int(verdict.is_done) for verdict in judged],
       'kept': [None if math.isnan(v.kept) else round(v.kept, 3) for v in judged],
-      'direction': np.round(direction, 5).tolist(),
-      'consistency': np.round(consistency, 5).tolist(),
+      'direction': np.round(scores.clip_sim_dir, 5).tolist(),
+      'consistency': np.round(scores.clip_sim_image, 5).tolist(),
     }
 
   @functools.cache  # noqa: B019

@@ -91,7 +91,7 @@ if __name__ == '__main__':
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument('out', type=Path)
-  parser.add_argument('--pairs', type=int, default=30_000, help='examples to train on')
+  parser.add_argument('--pairs', type=int, default=40_000, help='examples to train on')
   parser.add_argument('--install', type=Path, metavar='ASSETS', help='also write what is shipped')
   parser.add_argument('--only', help='a single part, by its name')
   arguments = parser.parse_args()

@@ -11,52 +11,77 @@ TRAINED = {
     'make {it} {word}', 'turn {it} {word}', 'change the colour of {it} to {word}',
     'paint {it} {word}', 'colour {it} {word}', 'let {it} be {word}', '{it} should be {word}',
     'give {it} a {word} colour',
+    'recolour {it} to {word}', 'show {it} in {word}', 'the colour of {it} should be {word}',
+    'let the colour of {it} be {word}', 'change {it} so that it is {word}',
   ),
   'reshape': (
     'turn {it} into {a_word}', 'replace {it} with {a_word}', 'change {it} into {a_word}',
     'make {it} {a_word}', 'swap {it} for {a_word}', '{it} becomes {a_word}',
     'put {a_word} in place of {it}',
+    'change the shape of {it} to {a_word}', 'draw {a_word} instead of {it}',
+    '{it} should become {a_word}', 'let {it} turn into {a_word}',
+    'show {a_word} in place of {it}',
   ),
   'grow': (
     'make {it} bigger', 'make {it} large', 'enlarge {it}', 'grow {it}', 'make {it} larger',
     '{it} should be bigger', 'increase the size of {it}',
+    'let {it} become bigger', 'give {it} a bigger size', 'let {it} be larger',
+    'turn {it} into a large one', 'change the size of {it} to large',
   ),
   'shrink': (
     'make {it} smaller', 'make {it} small', 'shrink {it}', 'let {it} shrink',
     '{it} should be smaller', 'decrease the size of {it}',
+    'let {it} become smaller', 'reduce the size of {it}', 'let {it} be smaller',
+    'turn {it} into a small one', 'change the size of {it} to small',
   ),
   'add': (
     'add {new} {at}', 'put {new} {at}', 'draw {new} {at}', 'place {new} {at}', '{at}, add {new}',
     'let there be {new} {at}',
+    '{at}, put {new}', '{at} there should be {new}', '{at}, draw {new}', 'show {new} {at}',
+    'give it {new} {at}', 'the picture with {new} {at}', '{at} draw {new}',
   ),
   'remove': (
     'remove {it}', 'delete {it}', 'take {it} away', 'erase {it}', 'get rid of {it}',
     'the picture without {it}', 'make {it} disappear',
+    'show it without {it}', 'let {it} go away', 'make {it} go', 'take {it} out', 'drop {it}',
   ),
   'background': (
     'make the background {word}', 'change the background to {word}', 'turn the background {word}',
     'use {a_word} background', 'paint the background {word}', 'put it on {a_word} background',
     'let the background be {word}',
+    'give the picture {a_word} background', 'the background becomes {word}',
+    'let the colour of the background be {word}', 'change the background colour to {word}',
+    'the colour of the background should be {word}', 'show it on {a_word} background',
   ),
   'night': (
     'make it night', 'turn day into night', 'at night', 'change it to night time',
     'let it be night', 'show it at night',
+    'turn it to night', 'it is night now', 'let night fall', 'change it into night',
+    'show the picture by night',
   ),
   'day': (
     'make it day', 'turn night into day', 'by day', 'change it to day time', 'let it be day',
     'show it in daylight',
+    'turn it to day', 'it is day now', 'let day break', 'change it into day',
+    'show the picture by day',
   ),
   'outline': (
     'make it an outline drawing', 'turn it into a line drawing', 'draw only the outlines',
     'as an outline drawing', 'make it a sketch',
+    'draw it as a sketch', 'change it into a sketch', 'turn the picture into an outline drawing',
+    'show it as outlines', 'only the outlines',
   ),
   'greyscale': (
     'make it black and white', 'turn it into greyscale', 'remove all colour',
     'as a black and white picture', 'make it greyscale',
+    'change it to greyscale', 'take the colours away', 'show it in black and white',
+    'without any colour', 'turn the picture black and white',
   ),
   'negative': (
     'invert the colours', 'make it a negative', 'turn it into a negative', 'as a negative',
     'invert the picture',
+    'change it to a negative', 'show the negative', 'let all colours be inverted',
+    'make the colours inverted', 'turn the picture into a negative',
   ),
 }  # fmt: skip
 NEW = {
@@ -76,7 +101,14 @@ NEW = {
   'greyscale': ('change it to black and white', 'take all colour away', 'in greyscale'),
   'negative': ('change it into a negative', 'all colours should invert', 'show it as a negative'),
 }  # fmt: skip
-JOINTS = ('{} and {}', '{}, then {}', '{} and then {}', '{}, and {}')
+JOINTS = (
+  '{} and {}',
+  '{}, then {}',
+  '{} and then {}',
+  '{}, and {}',
+  'first {}, then {}',
+  '{}; then {}',
+)
 BACKDROPS = {
   'plain': ('on {a} {colour} background', 'on {colour}', 'over {a} {colour} background',
             'on a plain {colour} background'),
@@ -137,7 +169,7 @@ def instruction(rng: np.random.Generator, scene, edits, is_new: bool) -> str:
 
 def reference(rng: np.random.Generator, scene, thing) -> str:
   """Words for one object of the scene: its shape tells it apart."""
-  colour = f'{thing.colour} ' if rng.random() < 0.5 else ''
+  colour = f'{thing.colour} ' if rng.random() < 0.75 else ''
   size = f'{thing.size} ' if rng.random() < 0.15 else ''
   return f'the {size}{colour}{thing.shape}'
 

@@ -21,13 +21,13 @@ from ip2p_jax.models.unet import UNet
 from ip2p_jax.weights import names
 
 UNET = UNetConfig(
-  block_out_channels=(32, 96),
+  block_out_channels=(48, 96, 128),
   layers_per_block=1,
   cross_attention_dim=128,
-  attention_head_dim=4,
+  attention_head_dim=2,  # heads, as in every checkpoint
   norm_num_groups=8,
-  down_block_types=('DownBlock2D', 'CrossAttnDownBlock2D'),
-  up_block_types=('CrossAttnUpBlock2D', 'UpBlock2D'),
+  down_block_types=('DownBlock2D', 'CrossAttnDownBlock2D', 'CrossAttnDownBlock2D'),
+  up_block_types=('CrossAttnUpBlock2D', 'CrossAttnUpBlock2D', 'UpBlock2D'),
   sample_size=16,
 )
 TOKENIZER = ('vocab.json', 'merges.txt', 'tokenizer_config.json', 'special_tokens_map.json')

@@ -26,6 +26,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 from ip2p_jax import weights
 from ip2p_jax.models.clip import TextEncoder, VisionEncoder
 from ip2p_jax.models.configs import TextConfig, VisionConfig
+from ip2p_jax.similarity import MEAN, STD
 from ip2p_jax.text import END, PIECES, START, ClipTokenizer
 from ip2p_jax.weights import names
 
@@ -49,8 +50,6 @@ VISION = VisionConfig(
   patch_size=8,
   projection_dim=SHARED,
 )
-MEAN = np.float32((0.48145466, 0.4578275, 0.40821073))  # CLIP's, of colours in 0..1
-STD = np.float32((0.26862954, 0.26130258, 0.27577711))
 
 
 def train_tokenizer(count: int = 10_000) -> dict[str, bytes]:

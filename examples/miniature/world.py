@@ -6,7 +6,7 @@ so the right result of every instruction is known to the pixel. `example(seed, s
 scene, an instruction and the edited scene; what the seed does not decide does not exist.
 
   python examples/miniature/world.py out/scenes.png            (a sheet to look at)
-  python examples/miniature/world.py out/pairs --train 25000   (a data set for ip2p and train.py)
+  python examples/miniature/world.py out/pairs --train 40000   (a data set for ip2p and train.py)
 """
 
 import argparse
@@ -45,9 +45,11 @@ PATTERNS = ('plain', 'gradient', 'striped')
 SHAPES = ('circle', 'square', 'triangle', 'star', 'heart', 'ring')
 SIZES = {'small': 8.0, 'large': 12.0}  # radius, pixels
 PLACES = {
-  f'{row} {column}'.strip() if row or column else 'middle': (x, y)
-  for row, y in (('top', 14), ('', 32), ('bottom', 50))
-  for column, x in (('left', 14), ('', 32), ('right', 50))
+  'top left': (14, 14),
+  'top right': (50, 14),
+  'middle': (32, 32),
+  'bottom left': (14, 50),
+  'bottom right': (50, 50),
 }
 STYLES = ('outline', 'greyscale', 'negative')
 INK = (0.1, 0.1, 0.1)  # of outlines
@@ -257,7 +259,7 @@ def random_scene(rng: np.random.Generator, jitter: float = 0.0) -> Scene:
   background = _choose(rng, BACKGROUNDS)
   pattern = _choose(rng, ('plain', 'plain', 'gradient', 'striped'))
   scene = Scene(background, pattern, rng.random() < 0.2, ())
-  for _ in range(rng.choice((1, 2, 3), p=(0.5, 0.35, 0.15))):
+  for _ in range(rng.choice((1, 2, 3), p=(0.55, 0.35, 0.1))):
     thing = random_object(rng, scene, jitter)
     scene = scene._replace(objects=(*scene.objects, thing)) if thing else scene
   return scene if scene.objects else random_scene(rng, jitter)
@@ -292,7 +294,7 @@ def random_edits(
 ) -> tuple[tuple[Edit, ...], Scene] | tuple[tuple[()], Scene]:
   """One edit, or two of different kinds and about different things; none if no try fits."""
   first, edited = random_edit(rng, scene, KINDS)
-  if first is None or first.kind == 'style' or rng.random() > 0.2:
+  if first is None or first.kind == 'style' or rng.random() > 0.12:
     return (first,) * (first is not None), edited
   kinds = [kind for kind in KINDS if kind not in (first.kind, 'style')]
   taken = (first.before, first.after)
@@ -439,7 +441,7 @@ if __name__ == '__main__':
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument('out', type=Path, help='a .png, or a folder for a data set')
-  parser.add_argument('--train', type=int, default=30_000, help='examples to train on')
+  parser.add_argument('--train', type=int, default=40_000, help='examples to train on')
   parser.add_argument('--validation', type=int, default=500)
   arguments = parser.parse_args()
   if arguments.out.suffix == '.png':

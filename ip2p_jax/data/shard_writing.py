@@ -66,7 +66,7 @@ def begin(folder: str | os.PathLike, plan: dict, part: str, max_corrupt: int) ->
   """
   if '://' in str(folder):
     raise InputError(f'{folder}: give a folder of this machine; buckets can be mounted as one.')
-  folder, (index, count) = Path(folder), _part(part)
+  folder, (index, count) = Path(folder), parse_shard(part)
   with _writing(folder):
     plan = _claim(folder, plan)
     wanted = shards_of(plan)
@@ -171,7 +171,7 @@ def finish(job: Job) -> Summary:
   return Summary(rows, tuple(_skipped(notes)), False)
 
 
-def _part(part):
+def parse_shard(part):
   index, slash, count = part.partition('/')
   if slash and index.isdecimal() and count.isdecimal() and int(index) < int(count):
     return int(index), int(count)

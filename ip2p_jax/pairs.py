@@ -1,0 +1,464 @@
+"""Draws pairs of pictures for pairs of captions, with CLIP's numbers for each.
+
+A sample is one pair of one prompt; S samples per prompt, B samples per call of the program. The
+folder is the original's, with all samples in it:
+
+  OUT/pairs.json                     the settings; another run with others is refused
+  OUT/0000007/prompt.json            line 7 of the prompts
+  OUT/0000007/scores.jsonl           a line per sample, in order
+  OUT/0000007/SEED_0.jpg, SEED_1.jpg
+  OUT/done-00000-of-00001.json       how many batches this worker finished
+
+Killed at any time and started again, a run ends with the very same bytes.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from PIL import Image
+
+from ip2p_jax import alignment, images, pair_program, sharding, storage
+from ip2p_jax import prompt_to_prompt as p2p
+from ip2p_jax.diffusion import samplers
+from ip2p_jax.diffusion.noise import Schedule
+from ip2p_jax.errors import InputError
+from ip2p_jax.networks import Networks
+from ip2p_jax.similarity import Clip, Scores
+from ip2p_jax.text import ClipTokenizer
+
+CONTROLS = ('none', 'share', 'replace', 'refine', 'auto', 'share+auto')
+KEEPS = ('all', 'passing')
+SETTINGS, PROMPT, SCORES = 'pairs.json', 'prompt.json', 'scores.jsonl'
+RELEASED = Scores(0.2, 0.2, 0.2, 0.7)  # the thresholds of the released data
+THREADS = 8  # that write JPEGs
+
+Progress = Callable[[int, int], None]  # called with (samples done, samples in all)
+
+
+class Prompt(NamedTuple):
+  """A line of the prompts. `index` counts lines from 0, in the whole file."""
+
+  index: int
+  line: str  # as it came
+  caption: str
+  edited_caption: str
+  weights: dict[str, float]  # of words of the edited caption
+  blend: tuple[list[str], list[str]] | None  # words of either caption, for a local blend
+
+
+class Sample(NamedTuple):
+  """What decides one pair of pictures, beside its captions and the settings."""
+
+  seed: int  # uint32, of the noise
+  threshold: float  # share of the steps that share self-attention
+  guidance: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+  """How pairs are drawn; the defaults are the paper's.
+
+  Attributes:
+    samples: per prompt.
+    control: 'share', the released generator's rule; 'replace' or 'refine', prompt-to-prompt as
+      published; 'auto', the one of the two that fits the captions; 'share+auto'; 'none'.
+    threshold, guidance: ranges to draw each sample's from, evenly.
+    cross, self: part of the steps that replace and refine act in, on words and on self-attention.
+    size: of the pictures, pixels.
+    seed: of the whole run.
+    keep: which pictures to write: 'all', or those 'passing' the thresholds of the released data.
+      The numbers of all are written.
+    batch_size: samples per call of the program.
+  """
+
+  samples: int = 100
+  steps: int = 100
+  sampler: str = 'euler_ancestral'
+  control: str = 'share'
+  threshold: tuple[float, float] = (0.1, 0.9)
+  guidance: tuple[float, float] = (7.5, 15.0)
+  cross: float = 0.8
+  self: float = 0.4
+  negative: str = ''
+  size: int = 512
+  seed: int = 0
+  keep: str = 'all'
+  batch_size: int = 8
+
+  def __post_init__(self):
+    samplers.noise_levels(Schedule(), self.sampler, self.steps)  # refuses unknown ones
+    for name, choices in (('control', CONTROLS), ('keep', KEEPS)):
+      if getattr(self, name) not in choices:
+        raise InputError(f'{name} is {getattr(self, name)!r}; use one of {", ".join(choices)}.')
+    for name in ('samples', 'batch_size', 'size'):
+      if getattr(self, name) < 1:
+        raise InputError(f'{name} is {getattr(self, name)}; use 1 or more.')
+    for name, most in (('threshold', 1), ('guidance', 100)):
+      low, high = getattr(self, name)
+      if not 0 <= low <= high <= most:
+        raise InputError(f'{name} is {low} to {high}; give two numbers of 0 to {most}, in order.')
+    for name in ('cross', 'self'):
+      alignment.step_window(getattr(self, name), self.steps)
+
+  def sample(self, prompt: int, number: int) -> Sample:
+    """Sample `number` of prompt `prompt`: by a hash, so that each can be drawn alone.
+
+    The original seeds each sample by the one before, and soon comes back to where it was.
+    """
+    return _samples(self.seed, prompt, self.samples, self.threshold, self.guidance)[number]
+
+
+@functools.lru_cache(maxsize=1024)
+def _samples(seed, prompt, count, threshold, guidance) -> list[Sample]:
+  """No two of a prompt have a seed in common, since files are named by it."""
+  found: dict[int, Sample] = {}
+  attempt = 0
+  while len(found) < count:
+    digest = hashlib.blake2b(f'{seed} {prompt} {attempt}'.encode(), digest_size=12).digest()
+    one, *parts = (int.from_bytes(digest[i : i + 4], 'little') for i in (0, 4, 8))
+    between = [low + (high - low) * part / 2**32
+               for part, (low, high) in zip(parts, (threshold, guidance), strict=True)]  # fmt: skip
+    found.setdefault(one, Sample(one, *between))
+    attempt += 1
+  return list(found.values())
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+  """JSON lines with 'caption' (or 'input') and 'output'; what else they have is kept.
+
+  'weights' {"word": 2.0} and 'blend' [["cat"], ["dog"]] are for prompt-to-prompt. InputError that
+  names the line for anything else.
+  """
+  try:
+    lines = path.read_text().splitlines()
+  except OSError as error:
+    raise InputError(f'{path}: cannot be read ({error.strerror or error}).') from None
+  prompts = []
+  for index, line in enumerate(lines):
+    if line.strip():
+      prompts.append(_parsed(f'{path}: line {index + 1}', index, line))
+  if not prompts:
+    raise InputError(f'{path}: has no prompt; write a JSON object per line.')
+  return prompts
+
+
+def _parsed(where, index, line) -> Prompt:
+  try:
+    value = json.loads(line)
+  except ValueError:
+    raise InputError(f'{where} is not JSON.') from None
+  if not isinstance(value, dict):
+    raise InputError(f'{where} is no JSON object.')
+  texts = [value.get('caption', value.get('input')), value.get('output')]
+  for key, text in zip(('caption', 'output'), texts, strict=True):
+    if not isinstance(text, str) or not text.strip():
+      raise InputError(f'{where} has no text {key!r}.')
+  weights, blend = value.get('weights') or {}, value.get('blend')
+  if not isinstance(weights, dict) or not all(isinstance(w, int | float) for w in weights.values()):
+    raise InputError(f'{where}: weights is no object of words and numbers.')
+  if blend is not None and not (
+    isinstance(blend, list) and len(blend) == 2 and all(isinstance(side, list) for side in blend)
+  ):
+    raise InputError(f'{where}: blend is not two lists of words, as in [["cat"], ["dog"]].')
+  return Prompt(index, line, *texts, weights, None if blend is None else tuple(blend))
+
+
+class Generator:
+  """Draws batches of pairs on all local devices."""
+
+  def __init__(
+    self,
+    networks: Networks,
+    params: dict[str, Any],
+    tokenizer: ClipTokenizer,
+    clip: Clip,
+    drawing: Drawing,
+    mesh: Mesh | None = None,
+  ):
+    """InputError if the checkpoint is no text-to-image model, or the settings do not fit it."""
+    channels, latents = networks.unet_config.in_channels, networks.vae_config.latent_channels
+    if channels != latents:
+      raise InputError(
+        f'the UNet has {channels} input channels where a text-to-image model has {latents}; pairs'
+        ' are drawn by a text-to-image checkpoint.'
+      )
+    factor = networks.vae_config.factor
+    if drawing.size % factor:
+      raise InputError(f'size is {drawing.size}; use a multiple of {factor}.')
+    self.mesh = mesh or sharding.make_mesh(devices=jax.local_devices())
+    if drawing.batch_size % self.mesh.size:
+      raise InputError(
+        f'batch_size is {drawing.batch_size}; use a multiple of the {self.mesh.size} devices.'
+      )
+    self.networks, self.drawing = networks, drawing
+    self.tokenizer, self.clip = tokenizer, clip
+    self.plan = pair_program.Plan(drawing.sampler, *[drawing.size // factor] * 2)
+    self.grid = samplers.noise_levels(networks.schedule, drawing.sampler, drawing.steps)
+    params = {**params, 'clip': clip.params}
+    self.params = jax.device_put(params, sharding.replicated(self.mesh))
+    self._negative = tokenizer([drawing.negative])
+    self._programs: dict[pair_program.Plan, Callable] = {}
+
+  def draw(
+    self, prompts: Sequence[Prompt], samples: Sequence[Sample], shows_attention: bool = False
+  ) -> tuple[np.ndarray, Scores, np.ndarray | None]:
+    """Draws at most B pairs; does not wait for the device.
+
+    Returns uint8 pictures [2, B, H, W, 3], the scores of each, and where each token looked (see
+    `pair_program.Pairs`); rows past those given are padding.
+    """
+    count = self.drawing.batch_size
+    padded = lambda rows: (list(rows) * count)[:count]
+    prompts, samples = padded(prompts), padded(samples)
+    texts = [p.caption for p in prompts], [p.edited_caption for p in prompts]
+    request = pair_program.Request(
+      token_ids=np.stack([self.tokenizer(side) for side in texts]),
+      negative_ids=self._negative,
+      guidance=np.float32([sample.guidance for sample in samples]),
+      seeds=np.uint32([sample.seed for sample in samples]),
+      grid=self.grid,
+      control=self._control(prompts, samples),
+    )
+    plan = self.plan._replace(shows_attention=shows_attention)
+    clip_ids = np.stack([self.clip.tokenizer(side) for side in texts])
+    return self._program(plan, request)(self.params, request, clip_ids)
+
+  def _program(self, plan, request):
+    """Each device draws its own pairs, and never talks to another."""
+    has_blend = request.control.blend is not None
+    key = plan, has_blend
+    if key not in self._programs:
+      rows, second = P(sharding.EVERYWHERE), P(None, sharding.EVERYWHERE)
+      specs = jax.tree.map(lambda _: rows, request)._replace(
+        token_ids=second, negative_ids=P(), grid=jax.tree.map(lambda _: P(), request.grid)
+      )
+
+      def program(params, request, clip_ids):
+        pairs, scores = pair_program.scored_pairs(
+          self.networks, self.clip.towers, plan, params, request, clip_ids
+        )
+        pictures = jax.numpy.round(pairs.images * 255).astype(np.uint8)
+        return pictures, scores, pairs.attention
+
+      self._programs[key] = jax.jit(
+        jax.shard_map(
+          program,
+          mesh=self.mesh,
+          in_specs=(P(), specs, second),
+          out_specs=(second, rows, second),
+          check_vma=False,
+        )
+      )
+    return self._programs[key]
+
+  def _control(self, prompts: Sequence[Prompt], samples: Sequence[Sample]) -> p2p.Control:
+    control, steps = self.drawing.control, self.drawing.steps
+    if control == 'none':
+      return p2p.Control()
+    until = None
+    if control.startswith('share'):
+      until = np.int32([shared_steps(sample.threshold, steps) for sample in samples])
+    if control == 'share':
+      return p2p.Control(until)
+    kind = control.removeprefix('share+')
+    injection = jax.tree.map(lambda *rows: np.stack(rows), *map(self._injection(kind), prompts))
+    blend = None
+    if any(prompt.blend for prompt in prompts):
+      blend = jax.tree.map(lambda *rows: np.stack(rows), *map(self._blend, prompts))
+    return p2p.Control(until, injection, blend)
+
+  def _injection(self, kind):
+    aligned = {
+      'auto': lambda *texts: alignment.align(*texts)[1],
+      'replace': alignment.replace,
+      'refine': alignment.refine,
+    }[kind]
+    steps = self.drawing.steps
+
+    def injection(prompt: Prompt) -> p2p.Injection:
+      with _naming(prompt):
+        found = aligned(self.tokenizer, prompt.caption, prompt.edited_caption)
+        text = prompt.edited_caption
+        return p2p.Injection(
+          np.int32(alignment.step_window(self.drawing.self, steps)),
+          alignment.windows(self.tokenizer, text, steps, self.drawing.cross, {}),
+          found.matrix,
+          found.has_source,
+          alignment.equalizer(self.tokenizer, text, prompt.weights),
+        )
+
+    return injection
+
+  def _blend(self, prompt: Prompt) -> p2p.Blend:
+    if prompt.blend is None:
+      nothing = np.zeros((2, self.tokenizer.length), np.float32)
+      return p2p.Blend(nothing, np.float32(0.3), np.int32(self.drawing.steps))
+    with _naming(prompt):
+      words = [
+        alignment.mask(self.tokenizer, text, side)
+        for text, side in zip((prompt.caption, prompt.edited_caption), prompt.blend, strict=True)
+      ]
+    return p2p.Blend(np.stack(words), np.float32(0.3), np.int32(0))
+
+
+def shared_steps(threshold: float, steps: int) -> int:
+  """How many steps share: those with threshold > i / (steps - 1), as the released generator has it.
+
+  Computed in double precision on the host, so that no rounding on a device moves the border.
+  """
+  return sum(threshold > i / max(steps - 1, 1) for i in range(steps))
+
+
+@contextlib.contextmanager
+def _naming(prompt: Prompt) -> Iterator[None]:
+  try:
+    yield
+  except InputError as error:
+    raise InputError(f'line {prompt.index + 1} of the prompts: {error}') from None
+
+
+def draw_all(
+  generator: Generator,
+  prompts: Sequence[Prompt],
+  out: str,
+  identity: dict[str, str],
+  shard: tuple[int, int] = (0, 1),
+  progress: Progress = lambda done, total: None,
+) -> int:
+  """Draws all samples of this worker's prompts, from where an earlier try stopped.
+
+  `identity` tells checkpoint and prompts apart, so that no run goes on with others; `shard` (i, n)
+  is worker i of n, which has every n-th prompt. Returns the number of samples there are now.
+  """
+  drawing, folder = generator.drawing, storage.folder(out)
+  _claim(folder, dataclasses.asdict(drawing) | identity)
+  mine = prompts[shard[0] :: shard[1]]
+  total, size = len(mine) * drawing.samples, drawing.batch_size
+  marker = folder / f'done-{shard[0]:05d}-of-{shard[1]:05d}.json'
+  batches = -(-total // size)
+  first = storage.read_json(marker)['batches'] if marker.exists() else 0
+
+  def rows_of(batch):
+    numbers = range(batch * size, min((batch + 1) * size, total))
+    return [(mine[i // drawing.samples], i % drawing.samples) for i in numbers]
+
+  with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+    waiting = None  # while one batch is written, the device draws the next
+    for batch in range(first, batches + 1):
+      drawn = None
+      if batch < batches:
+        rows = rows_of(batch)
+        samples = [drawing.sample(prompt.index, number) for prompt, number in rows]
+        drawn = rows, samples, generator.draw([prompt for prompt, _ in rows], samples)
+      if waiting is not None:
+        _write(folder, *waiting, drawing.keep, pool)
+        storage.write_json(marker, {'batches': batch})
+        progress(min(batch * size, total), total)
+      waiting = drawn
+  return total
+
+
+def _claim(folder, settings) -> None:
+  """Writes the settings, or refuses a folder that has others."""
+  file = folder / SETTINGS
+  settings = json.loads(json.dumps(settings))
+  if not file.exists():
+    folder.mkdir(parents=True, exist_ok=True)
+    storage.write_json(file, settings)
+    return
+  known = storage.read_json(file)
+  for name in sorted({*known, *settings}):
+    if known.get(name) != settings.get(name):
+      raise InputError(
+        f'{folder}: was drawn with {name} {known.get(name)!r}, not {settings.get(name)!r}; use'
+        ' another folder, or the same settings.'
+      )
+
+
+def _write(folder, rows, samples, drawn, keep, pool) -> None:
+  pictures, scores, _ = drawn
+  pictures, scores = np.asarray(pictures), Scores(*map(np.asarray, scores))
+  files, lines = [], {}
+  for i, ((prompt, number), sample) in enumerate(zip(rows, samples, strict=True)):
+    found = Scores(*(float(values[i]) for values in scores))
+    if not all(map(math.isfinite, found)):
+      raise InputError(
+        f'line {prompt.index + 1} of the prompts, sample {number}: the numbers overflowed; use'
+        ' --dtype bfloat16 or float32, or less guidance.'
+      )
+    place = folder / f'{prompt.index:07d}'
+    if keep == 'all' or passes(found, RELEASED):
+      files += [(place / f'{sample.seed}_{side}.jpg', pictures[side, i]) for side in (0, 1)]
+    line = {'sample': number, 'seed': sample.seed, 'p2p_threshold': sample.threshold}
+    line |= {'cfg_scale': sample.guidance}
+    line |= {name: round(value, 5) for name, value in found._asdict().items()}
+    lines.setdefault(prompt, []).append(line)
+  for prompt in lines:
+    place = folder / f'{prompt.index:07d}'
+    place.mkdir(parents=True, exist_ok=True)
+    storage.write_bytes(place / PROMPT, (prompt.line + '\n').encode())
+  list(pool.map(lambda file: storage.write_bytes(file[0], jpeg(file[1])), files))
+  for prompt, new in lines.items():
+    file = folder / f'{prompt.index:07d}' / SCORES
+    known = read_scores(file) if file.exists() else []
+    there = {line['sample'] for line in known}
+    known += [line for line in new if line['sample'] not in there]
+    storage.write_bytes(file, ''.join(json.dumps(line) + '\n' for line in known).encode())
+
+
+def read_scores(file) -> list[dict]:
+  """The lines of a scores.jsonl; InputError if it is damaged."""
+  try:
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    for line in lines:
+      [line[name] for name in ('sample', 'seed', *Scores._fields)]
+    return lines
+  except (ValueError, KeyError, TypeError) as error:
+    raise InputError(f'{file}: is damaged ({error}); delete its folder and draw again.') from None
+
+
+def passes(scores: Scores, thresholds: Scores) -> bool:
+  return all(value >= least for value, least in zip(scores, thresholds, strict=True))
+
+
+def jpeg(picture: np.ndarray) -> bytes:
+  """Of best quality, and colours at full resolution (the original halves it)."""
+  file = io.BytesIO()
+  Image.fromarray(picture).save(file, 'JPEG', quality=100, subsampling=0)
+  return file.getvalue()
+
+
+def attention_sheet(
+  tokenizer: ClipTokenizer, prompt: Prompt, pictures: np.ndarray, attention: np.ndarray
+) -> Image.Image:
+  """Where each word of both captions looked: uint8 [2, H, W, 3] and [2, a, b, L]."""
+  sheets = []
+  for caption, picture, maps in zip(
+    (prompt.caption, prompt.edited_caption), pictures, attention, strict=True
+  ):
+    shown, labels = [Image.fromarray(picture)], ['']
+    for word, places in tokenizer.words(caption):
+      seen = maps[..., list(places)].sum(-1)
+      grey = np.uint8(255 * seen / max(seen.max(), 1e-12))
+      size = shown[0].size
+      shown.append(Image.fromarray(grey).resize(size, Image.Resampling.BICUBIC).convert('RGB'))
+      labels.append(word)
+    sheets.append(images.grid([shown], [''], labels, caption))
+  width, height = max(sheet.width for sheet in sheets), sum(sheet.height for sheet in sheets)
+  both = Image.new('RGB', (width, height), 'white')
+  both.paste(sheets[0], (0, 0))
+  both.paste(sheets[1], (0, sheets[0].height))
+  return both
