@@ -13,7 +13,7 @@ def get_config():
     checkpoint='out/miniature/base',
     resolution=64,
     batch_size=32,
-    steps=6400,
+    steps=8000,
     dtype='float32',
     remat='none',
     data=DataConfig(path='out/miniature/edits', workers=0),

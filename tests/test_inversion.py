@@ -17,7 +17,7 @@ from ip2p_jax.diffusion.noise import Schedule
 from ip2p_jax.networks import networks_of, params_of, tokenizer_of
 
 UNET = reference.TINY_UNET | {'in_channels': 4}
-STEPS = 10
+STEPS = 5
 
 
 @pytest.fixture(scope='module', params=['epsilon', 'v_prediction'])
@@ -54,7 +54,68 @@ def test_the_way_up_is_that_of_diffusers(model, rng):
       np.testing.assert_allclose(ours, reference.nhwc(x), atol=1e-4, rtol=1e-4)
 
 
-def test_a_picture_comes_back_under_guidance(model, rng):
+def their_null_texts(unet, schedule, path, grid, context, nothing, scale):
+  """The optimisation of one picture as google/prompt-to-prompt's null_text notebook does it."""
+  sigmas = [float(sigma) for sigma in grid.sigmas]
+  unit = lambda x, sigma: x / (sigma**2 + 1) ** 0.5
+  x, nothing, texts = path[0], nothing.clone(), []
+  for i, t in enumerate(grid.timesteps):
+    sigma, below = sigmas[i], sigmas[i + 1]
+
+    def noise(text, x=x, sigma=sigma, t=float(t)):
+      out = unet(unit(x, sigma), t, text).sample
+      if schedule.prediction_type == 'v_prediction':
+        out = (out + sigma * unit(x, sigma)) / (sigma**2 + 1) ** 0.5
+      return out
+
+    def down(text, x=x, step=below - sigma, noise=noise, with_text=noise(context).detach()):
+      without_text = noise(text)
+      return x + step * (without_text + scale * (with_text - without_text))
+
+    nothing = nothing.detach().requires_grad_()
+    optimizer = torch.optim.Adam([nothing], lr=1e-2 * (1 - i / 100))
+    for _ in range(10):
+      loss = torch.nn.functional.mse_loss(unit(down(nothing), below), unit(path[i + 1], below))
+      optimizer.zero_grad()
+      loss.backward()
+      optimizer.step()
+      if loss.item() < 1e-5 + i * 2e-5:
+        break
+    texts.append(nothing.detach().clone())
+    with torch.no_grad():
+      x = down(nothing)
+  return texts, x
+
+
+def test_empty_texts_are_trained_as_published(model, rng):
+  networks, params, theirs, _ = model
+  steps, scales = 3, np.float32([1.5, 3.0])
+  grid = samplers.noise_levels(networks.schedule, 'ddim', steps)
+  latents = rng.standard_normal((2, 8, 8, 4), np.float32)
+  context, nothing = rng.standard_normal((2, 2, 77, 24), np.float32)
+
+  @jax.jit
+  def ours(params):
+    path = inversion.ddim_path(networks, params, latents, context, grid)
+    return path, inversion.null_texts(networks, params, path, context, nothing, scales, grid)
+
+  path, texts = ours(params)
+  for i in range(2):
+    to_torch = lambda x, i=i: torch.tensor(np.asarray(x[i : i + 1]))
+    their_path = [reference.nchw(np.asarray(x[i : i + 1])) for x in path]
+    expected, _ = their_null_texts(
+      theirs['unet'], networks.schedule, their_path, grid, to_torch(context), to_torch(nothing),
+      float(scales[i]),
+    )  # fmt: skip
+    for step in range(steps):
+      apart = np.abs(np.asarray(texts[step, i]) - expected[step][0].numpy())
+      # Adam's first updates have the sign of a gradient, and some gradients are nearly zero.
+      assert apart.mean() < 1e-4
+      assert np.abs(expected[step][0].numpy() - nothing[i]).mean() > 1e-2
+
+
+@pytest.mark.slow
+def test_a_picture_is_nearer_with_its_own_empty_texts(model, rng):
   networks, params, _, tokenizer = model
   images = rng.integers(0, 256, (2, 4, 4, 3), np.uint8).repeat(8, 1).repeat(8, 2)
   captions = ['a red star', 'two cats']
@@ -62,25 +123,22 @@ def test_a_picture_comes_back_under_guidance(model, rng):
   ids, nothing, scales = tokenizer(captions), tokenizer(['']), np.float32([3.0, 7.5])
   invert = jax.jit(functools.partial(inversion.invert, networks))
   found = invert(params, images, ids, nothing, scales, grid)
-
   request = pair_program.Request(
     token_ids=np.stack([ids, tokenizer(['a blue star', 'two dogs'])]),
     negative_ids=nothing,
     guidance=scales,
     seeds=np.uint32([0, 0]),
     grid=grid,
-    control=p2p.Control(share_until=np.int32([5, 5])),
+    control=p2p.Control(share_until=np.int32([3, 3])),
     init_noise=found.init_noise,
     null_contexts=found.null_contexts,
   )
   plan = pair_program.Plan('ddim', 8, 8)
   draw = jax.jit(functools.partial(pair_program.pair_program, networks, plan))
-  latents = draw(params, request).latents
-  plain = draw(params, request._replace(null_contexts=None)).latents
   truth = encoded(networks, params, images)
-  error = lambda x: np.square(np.asarray(x[0]) - truth).mean((1, 2, 3))
-  print(error(latents), error(plain))
-  assert (error(latents) < 0.2 * error(plain)).all()
+  error = lambda pairs: np.square(np.asarray(pairs.latents[0]) - truth).mean((1, 2, 3))
+  plain = error(draw(params, request._replace(null_contexts=None)))
+  assert (error(draw(params, request)) < 0.8 * plain).all()
 
 
 def encoded(networks, params, images):
