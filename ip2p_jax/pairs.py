@@ -391,7 +391,7 @@ def _claim(folder, settings) -> None:
 def _write(folder, rows, samples, drawn, keep, pool) -> None:
   pictures, scores, _ = drawn
   pictures, scores = np.asarray(pictures), Scores(*map(np.asarray, scores))
-  files, lines = [], {}
+  files, lines, prompts = [], {}, {}
   for i, ((prompt, number), sample) in enumerate(zip(rows, samples, strict=True)):
     found = Scores(*(float(values[i]) for values in scores))
     if not all(map(math.isfinite, found)):
@@ -405,14 +405,13 @@ def _write(folder, rows, samples, drawn, keep, pool) -> None:
     line = {'sample': number, 'seed': sample.seed, 'p2p_threshold': sample.threshold}
     line |= {'cfg_scale': sample.guidance}
     line |= {name: round(value, 5) for name, value in found._asdict().items()}
-    lines.setdefault(prompt, []).append(line)
-  for prompt in lines:
-    place = folder / f'{prompt.index:07d}'
-    place.mkdir(parents=True, exist_ok=True)
-    storage.write_bytes(place / PROMPT, (prompt.line + '\n').encode())
+    lines.setdefault(place, []).append(line)
+    prompts[place] = (prompt.line + '\n').encode()
+  for place, content in prompts.items():
+    storage.write_bytes(place / PROMPT, content)
   list(pool.map(lambda file: storage.write_bytes(file[0], jpeg(file[1])), files))
-  for prompt, new in lines.items():
-    file = folder / f'{prompt.index:07d}' / SCORES
+  for place, new in lines.items():
+    file = place / SCORES
     known = read_scores(file) if file.exists() else []
     there = {line['sample'] for line in known}
     known += [line for line in new if line['sample'] not in there]
