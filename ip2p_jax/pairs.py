@@ -20,8 +20,9 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +31,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from PIL import Image
 
-from ip2p_jax import alignment, images, pair_program, sharding, storage
+from ip2p_jax import alignment, images, inversion, pair_program, sharding, storage
 from ip2p_jax import prompt_to_prompt as p2p
 from ip2p_jax.diffusion import samplers
 from ip2p_jax.diffusion.noise import Schedule
@@ -55,8 +56,9 @@ class Prompt(NamedTuple):
   line: str  # as it came
   caption: str
   edited_caption: str
-  weights: dict[str, float]  # of words of the edited caption
-  blend: tuple[list[str], list[str]] | None  # words of either caption, for a local blend
+  weights: Mapping[str, float] = MappingProxyType({})  # of words of the edited caption
+  blend: tuple[list[str], list[str]] | None = None  # words of either caption, for a local blend
+  image: Path | None = None  # a picture to begin with, instead of noise
 
 
 class Sample(NamedTuple):
@@ -139,8 +141,9 @@ def _samples(seed, prompt, count, threshold, guidance) -> list[Sample]:
 def read_prompts(path: Path) -> list[Prompt]:
   """JSON lines with 'caption' (or 'input') and 'output'; what else they have is kept.
 
-  'weights' {"word": 2.0} and 'blend' [["cat"], ["dog"]] are for prompt-to-prompt. InputError that
-  names the line for anything else.
+  'weights' {"word": 2.0} and 'blend' [["cat"], ["dog"]] are for prompt-to-prompt; 'image' names a
+  picture, beside the file, that the first of the pair shall be. InputError that names the line for
+  anything else.
   """
   try:
     lines = path.read_text().splitlines()
@@ -149,13 +152,15 @@ def read_prompts(path: Path) -> list[Prompt]:
   prompts = []
   for index, line in enumerate(lines):
     if line.strip():
-      prompts.append(_parsed(f'{path}: line {index + 1}', index, line))
+      prompts.append(_parsed(f'{path}: line {index + 1}', index, line, path.parent))
   if not prompts:
     raise InputError(f'{path}: has no prompt; write a JSON object per line.')
+  if len({prompt.image is None for prompt in prompts}) > 1:
+    raise InputError(f'{path}: some lines have an image and some have none; use a file for each.')
   return prompts
 
 
-def _parsed(where, index, line) -> Prompt:
+def _parsed(where, index, line, folder) -> Prompt:
   try:
     value = json.loads(line)
   except ValueError:
@@ -173,7 +178,10 @@ def _parsed(where, index, line) -> Prompt:
     isinstance(blend, list) and len(blend) == 2 and all(isinstance(side, list) for side in blend)
   ):
     raise InputError(f'{where}: blend is not two lists of words, as in [["cat"], ["dog"]].')
-  return Prompt(index, line, *texts, weights, None if blend is None else tuple(blend))
+  image = value.get('image')
+  if image is not None and not (folder / str(image)).is_file():
+    raise InputError(f'{where}: there is no picture {folder / str(image)}.')
+  return Prompt(index, line, *texts, weights, blend and tuple(blend), image and folder / str(image))
 
 
 class Generator:
@@ -234,9 +242,14 @@ class Generator:
     )
     plan = self.plan._replace(shows_attention=shows_attention)
     clip_ids = np.stack([self.clip.tokenizer(side) for side in texts])
-    return self._program(plan, request)(self.params, request, clip_ids)
+    pictures = None
+    if prompts[0].image is not None:
+      if self.drawing.sampler != inversion.SAMPLER:
+        raise InputError(f'pairs of given pictures are drawn by the sampler {inversion.SAMPLER}.')
+      pictures = np.stack([_square(prompt.image, self.drawing.size) for prompt in prompts])
+    return self._program(plan, request, pictures)(self.params, request, clip_ids, pictures)
 
-  def _program(self, plan, request):
+  def _program(self, plan, request, pictures):
     """Each device draws its own pairs, and never talks to another."""
     has_blend = request.control.blend is not None
     key = plan, has_blend
@@ -246,7 +259,13 @@ class Generator:
         token_ids=second, negative_ids=P(), grid=jax.tree.map(lambda _: P(), request.grid)
       )
 
-      def program(params, request, clip_ids):
+      def program(params, request, clip_ids, pictures):
+        if pictures is not None:
+          found = inversion.invert(
+            self.networks, params, pictures, request.token_ids[0], request.negative_ids,
+            request.guidance, request.grid,
+          )  # fmt: skip
+          request = request._replace(**found._asdict())
         pairs, scores = pair_program.scored_pairs(
           self.networks, self.clip.towers, plan, params, request, clip_ids
         )
@@ -257,7 +276,7 @@ class Generator:
         jax.shard_map(
           program,
           mesh=self.mesh,
-          in_specs=(P(), specs, second),
+          in_specs=(P(), specs, second, rows),
           out_specs=(second, rows, second),
           check_vma=False,
         )
@@ -312,6 +331,14 @@ class Generator:
         for text, side in zip((prompt.caption, prompt.edited_caption), prompt.blend, strict=True)
       ]
     return p2p.Blend(np.stack(words), np.float32(0.3), np.int32(0))
+
+
+def _square(path: Path, size: int) -> np.ndarray:
+  """The middle of a picture, uint8 [size, size, 3]."""
+  picture = images.read(path)
+  side = min(picture.size)
+  left, top = ((length - side) // 2 for length in picture.size)
+  return images.to_array(picture.crop((left, top, left + side, top + side)), (size, size))
 
 
 def shared_steps(threshold: float, steps: int) -> int:

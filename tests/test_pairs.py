@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 import torch_models as reference
+from flax import nnx
 from PIL import Image
 
 from ip2p_jax import pairs, sharding
@@ -224,6 +225,27 @@ def test_attention_to_words_is_drawn(parts, prompts):
   assert sheet.width > 4 * 32  # the picture and three words
 
 
+@pytest.mark.slow
+def test_a_pair_can_begin_with_a_photograph(parts, tmp_path, rng):
+  photo = rng.integers(0, 256, (4, 6, 3), np.uint8).repeat(20, 0).repeat(20, 1)
+  Image.fromarray(photo).save(tmp_path / 'photo.png')
+  line = {'caption': 'a red star', 'output': 'a blue star', 'image': 'photo.png'}
+  (tmp_path / 'prompts.jsonl').write_text(json.dumps(line))
+  prompts = pairs.read_prompts(tmp_path / 'prompts.jsonl')
+  with pytest.raises(InputError, match='by the sampler ddim'):
+    Generator(*parts, DRAWING).draw(prompts, [DRAWING.sample(0, 0)])
+  generator = Generator(*parts, Drawing(steps=10, size=32, sampler='ddim', guidance=(1.0, 1.0)))
+  sample = generator.drawing.sample(0, 0)
+  begun, _, _ = generator.draw(prompts, [sample])
+  free, _, _ = generator.draw([prompts[0]._replace(image=None)], [sample])
+  middle = Image.fromarray(photo[:, 20:100]).resize((32, 32), Image.Resampling.LANCZOS)
+  networks, params = parts[:2]
+  vae = nnx.merge(networks.vae_def, params['vae'])
+  seen = vae.decode(vae.encode(np.float32(middle)[None] / 127.5 - 1).mode())[0]
+  error = lambda drawn: np.abs(np.asarray(drawn)[0, 0] / 127.5 - 1 - np.clip(seen, -1, 1)).mean()
+  assert error(begun) < 0.5 * error(free)
+
+
 # Mistakes.
 
 
@@ -236,6 +258,7 @@ def test_attention_to_words_is_drawn(parts, prompts):
     ('{"edit": "b", "output": "c"}', "line 2 has no text 'caption'"),
     ('{"caption": "a", "output": "c", "weights": [1]}', 'weights is no object'),
     ('{"caption": "a", "output": "c", "blend": ["a"]}', 'blend is not two lists'),
+    ('{"caption": "a", "output": "c", "image": "no.png"}', 'there is no picture'),
   ],
 )
 def test_a_broken_line_is_named(line, message, tmp_path):

@@ -92,7 +92,7 @@ def mean(values: list) -> str:
 def main(base: Path, clip: Path, out: Path, count: int, steps: int, guidance: float) -> None:
   some = examples(count)
   prompts = [
-    Prompt(i, '', full_caption(one.scene), full_caption(one.edited_scene), {}, None)
+    Prompt(i, '', full_caption(one.scene), full_caption(one.edited_scene))
     for i, one in enumerate(some)
   ]
   checkpoint = checkpoints.load(base)

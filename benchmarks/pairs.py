@@ -1,0 +1,129 @@
+"""Pairs of one call of the program, beside one pair at a time.
+
+  python benchmarks/pairs.py --small          (two minutes on two CPU cores)
+  python benchmarks/pairs.py --batch 16       (SD 1.5 at 512 pixels; wants an accelerator)
+
+The original draws one pair per call: a batch of four through the UNet. Ours draws many pairs at
+once, each with its own threshold and scale. Random weights; the time does not depend on them.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from ip2p_jax import pair_program
+from ip2p_jax import prompt_to_prompt as p2p
+from ip2p_jax.diffusion import samplers
+from ip2p_jax.diffusion.noise import Schedule
+from ip2p_jax.models.clip import TextEncoder
+from ip2p_jax.models.configs import TextConfig, UNetConfig, VAEConfig
+from ip2p_jax.models.layers import abstract
+from ip2p_jax.models.unet import UNet
+from ip2p_jax.models.vae import VAE
+from ip2p_jax.networks import Networks
+
+SMALL_UNET = UNetConfig(
+  block_out_channels=(48, 96, 128),
+  layers_per_block=1,
+  cross_attention_dim=128,
+  attention_head_dim=2,
+  norm_num_groups=8,
+  down_block_types=('DownBlock2D', 'CrossAttnDownBlock2D', 'CrossAttnDownBlock2D'),
+  up_block_types=('CrossAttnUpBlock2D', 'CrossAttnUpBlock2D', 'UpBlock2D'),
+  sample_size=16,
+)
+SMALL_VAE = VAEConfig(
+  block_out_channels=(16, 32, 64),
+  layers_per_block=1,
+  norm_num_groups=8,
+  down_block_types=('DownEncoderBlock2D',) * 3,
+  up_block_types=('UpDecoderBlock2D',) * 3,
+)
+SMALL_TEXT = TextConfig(
+  vocab_size=768,
+  hidden_size=128,
+  intermediate_size=512,
+  num_hidden_layers=3,
+  num_attention_heads=4,
+  max_position_embeddings=40,
+)
+
+
+def networks_of(is_small: bool) -> Networks:
+  configs = (
+    (SMALL_UNET, SMALL_VAE, SMALL_TEXT) if is_small else (UNetConfig(), VAEConfig(), TextConfig())
+  )
+  kinds = (UNet, VAE, TextEncoder)
+  made = [
+    abstract(lambda keys, kind=kind, config=config: kind(config, rngs=keys))
+    for kind, config in zip(kinds, configs, strict=True)
+  ]
+  names = ('unet', 'vae', 'text_encoder')
+  shapes = {name: shapes for name, (_, shapes) in zip(names, made, strict=True)}
+  return Networks(*configs, Schedule(), *(graph for graph, _ in made), shapes)
+
+
+def random_params(networks: Networks, dtype: str):
+  rng = np.random.default_rng(0)
+  fill = lambda leaf: jax.numpy.asarray(0.02 * rng.standard_normal(leaf.shape, np.float32), dtype)
+  return jax.tree.map(fill, networks.shapes)
+
+
+def request_of(networks: Networks, pairs: int, steps: int) -> pair_program.Request:
+  length = networks.text_config.max_position_embeddings
+  return pair_program.Request(
+    token_ids=np.ones((2, pairs, length), np.int32),
+    negative_ids=np.ones((1, length), np.int32),
+    guidance=np.linspace(7.5, 15, pairs, dtype=np.float32),
+    seeds=np.arange(pairs, dtype=np.uint32),
+    grid=samplers.noise_levels(networks.schedule, 'euler_ancestral', steps),
+    control=p2p.Control(np.linspace(0.1 * steps, 0.9 * steps, pairs).astype(np.int32)),
+  )
+
+
+def main(is_small: bool, batch: int, steps: int, rounds: int, out: Path | None) -> None:
+  networks = networks_of(is_small)
+  dtype = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+  params = random_params(networks, dtype)
+  side = networks.unet_config.sample_size
+  plan = pair_program.Plan('euler_ancestral', side, side)
+  program = jax.jit(
+    lambda params, request: pair_program.pair_program(networks, plan, params, request).images
+  )
+  sizes, times = (1, batch), {1: [], batch: []}
+  requests = {size: request_of(networks, size, steps) for size in sizes}
+  for size in sizes:
+    jax.block_until_ready(program(params, requests[size]))  # compiles
+  for _ in range(rounds):  # in turns, so that a busy machine slows both
+    for size in sizes:
+      began = time.perf_counter()
+      jax.block_until_ready(program(params, requests[size]))
+      times[size].append(time.perf_counter() - began)
+  rates = {size: size / statistics.median(times[size]) for size in sizes}
+  device = jax.devices()[0].device_kind
+  print(f'{device}, {dtype}, {steps} steps, {side} x {side} latents, jax {jax.__version__}')
+  for size in sizes:
+    print(f'  {size:3d} pairs a call: {rates[size]:.3f} pairs/s')
+  print(f'  ratio {rates[batch] / rates[1]:.2f}')
+  if out:
+    line = {'benchmark': 'pairs', 'device': device, 'dtype': dtype, 'steps': steps, 'side': side}
+    with out.open('a') as file:
+      file.write(json.dumps(line | {'pairs_per_second': rates}) + '\n')
+
+
+if __name__ == '__main__':
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--small', action='store_true', help="the miniature's sizes")
+  parser.add_argument('--batch', type=int, default=16)
+  parser.add_argument('--steps', type=int, default=20)
+  parser.add_argument('--rounds', type=int, default=5)
+  parser.add_argument('--out', type=Path, help='a file to append a JSON line to')
+  arguments = parser.parse_args()
+  main(arguments.small, arguments.batch, arguments.steps, arguments.rounds, arguments.out)
