@@ -20,12 +20,8 @@ from ip2p_jax import pair_program
 from ip2p_jax import prompt_to_prompt as p2p
 from ip2p_jax.diffusion import samplers
 from ip2p_jax.diffusion.noise import Schedule
-from ip2p_jax.models.clip import TextEncoder
 from ip2p_jax.models.configs import TextConfig, UNetConfig, VAEConfig
-from ip2p_jax.models.layers import abstract
-from ip2p_jax.models.unet import UNet
-from ip2p_jax.models.vae import VAE
-from ip2p_jax.networks import Networks
+from ip2p_jax.networks import Networks, networks_of_configs
 
 SMALL_UNET = UNetConfig(
   block_out_channels=(48, 96, 128),
@@ -54,18 +50,10 @@ SMALL_TEXT = TextConfig(
 )
 
 
-def networks_of(is_small: bool) -> Networks:
-  configs = (
-    (SMALL_UNET, SMALL_VAE, SMALL_TEXT) if is_small else (UNetConfig(), VAEConfig(), TextConfig())
-  )
-  kinds = (UNet, VAE, TextEncoder)
-  made = [
-    abstract(lambda keys, kind=kind, config=config: kind(config, rngs=keys))
-    for kind, config in zip(kinds, configs, strict=True)
-  ]
-  names = ('unet', 'vae', 'text_encoder')
-  shapes = {name: shapes for name, (_, shapes) in zip(names, made, strict=True)}
-  return Networks(*configs, Schedule(), *(graph for graph, _ in made), shapes)
+def architecture(is_small: bool) -> Networks:
+  small = SMALL_UNET, SMALL_VAE, SMALL_TEXT
+  configs = small if is_small else (UNetConfig(), VAEConfig(), TextConfig())
+  return networks_of_configs(*configs, Schedule())
 
 
 def random_params(networks: Networks, dtype: str):
@@ -87,7 +75,7 @@ def request_of(networks: Networks, pairs: int, steps: int) -> pair_program.Reque
 
 
 def main(is_small: bool, batch: int, steps: int, rounds: int, out: Path | None) -> None:
-  networks = networks_of(is_small)
+  networks = architecture(is_small)
   dtype = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
   params = random_params(networks, dtype)
   side = networks.unet_config.sample_size

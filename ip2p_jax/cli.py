@@ -20,7 +20,15 @@ from typer import Option
 from ip2p_jax import bundled, checkpoints, edit_files
 from ip2p_jax import convert as conversion
 from ip2p_jax import images as pictures
-from ip2p_jax.console import INTERRUPTED, MISTAKE, cache_compilations, complain, one_line
+from ip2p_jax.config import load as load_config
+from ip2p_jax.console import (
+  INTERRUPTED,
+  MISTAKE,
+  cache_compilations,
+  complain,
+  one_line,
+  ticking,
+)
 from ip2p_jax.data.check import check as check_data_set
 from ip2p_jax.data.latents import pack_latents
 from ip2p_jax.data.pack import pack as pack_pictures
@@ -31,6 +39,8 @@ from ip2p_jax.errors import InputError
 from ip2p_jax.filtering import MOST, PAPER, draw_histograms, filter_pairs
 from ip2p_jax.networks import fingerprint, networks_of, params_of, tokenizer_of, weights_digest
 from ip2p_jax.pairs import RELEASED, Drawing, Generator, attention_sheet, draw_all, read_prompts
+from ip2p_jax.plan import describe, report, stable_diffusion
+from ip2p_jax.plan import plan as make_plan
 from ip2p_jax.similarity import Clip, Scores
 from ip2p_jax.weights import to_params
 
@@ -480,6 +490,47 @@ def filter(
   _say(f'{out}: {found.kept} pairs of {found.prompts} prompts, at most {most} each')
 
 
+def plan(
+  topology: Annotated[
+    list[str], Option(help='A slice such as v5e-16, or a shape such as v5e:4x4; may be repeated.')
+  ],
+  config: Annotated[Path, Option(help='Of the training run, as for train.py.')] = Path(
+    'configs/train_256.py'
+  ),
+  change: Annotated[
+    list[str] | None,
+    Option('--set', help='A setting of the config: accumulation=4, mesh.fsdp=4; may be repeated.'),
+  ] = None,
+  ckpt: Annotated[
+    Path | None, Option(help='Whose architecture to plan for; Stable Diffusion 1.5 if left out.')
+  ] = None,
+  from_pictures: Annotated[
+    bool, Option('--from-pictures', help='Not from latents: the VAE runs in every step.')
+  ] = False,
+) -> None:
+  """Tells what a training run needs on TPUs: does it fit, what does it cost. No TPU is needed.
+
+  ip2p plan --topology v5e-16
+
+  ip2p plan --topology v6e-8 --topology v4-8 --config configs/train_512.py --set accumulation=4
+
+  The real compiler compiles the real step, which takes minutes (6 to 35 at full size on two cores).
+  It comes with `pip install libtpu`.
+  """
+  settings = load_config(config, change or [])
+  networks = stable_diffusion(settings) if ckpt is None else networks_of(checkpoints.load(ckpt))
+  for name in topology:
+    describe(name)  # refuses mistakes before the first long compile
+  failed = 0
+  for name in topology:
+    with ticking('compiling'):
+      found = make_plan(settings, networks, name, not from_pictures, _say)
+    print(report(found, settings))
+    failed += not found.fits
+  if failed:
+    sys.exit(1)
+
+
 def main() -> None:
   """The `ip2p` command."""
   app = typer.Typer(add_completion=False, rich_markup_mode=None, help='InstructPix2Pix in JAX.')
@@ -489,6 +540,7 @@ def main() -> None:
   app.command()(pack)
   app.command()(pairs)
   app.command()(filter)
+  app.command()(plan)
   run(app, 'ip2p')
 
 

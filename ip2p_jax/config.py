@@ -5,9 +5,13 @@ keeps them as `config.json`. Rules are ((pattern, value), ...) over dotted param
 'down_blocks.0.attentions.1.transformer_blocks.0.attn2.to_k.kernel'; `re.search`, first match wins.
 """
 
+import ast
 import dataclasses
 import difflib
+import functools
 import math
+import os
+import runpy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -229,6 +233,33 @@ def check_overrides(argv: Sequence[str]) -> None:
       near = _nearest(name, known)
       hint = f'did you mean --config.{near}?' if near else 'ip2p_jax/config.py lists them all.'
       raise InputError(f'--config.{name} is no setting of a training run; {hint}')
+
+
+def load(path: str | os.PathLike, changes: Sequence[str] = ()) -> TrainConfig:
+  """What `get_config()` of a file gives, with changes such as 'optimizer.learning_rate=3e-5'.
+
+  InputError for a file that has none, a name that is no knob, or a value of another type.
+  """
+  if not os.path.isfile(path):
+    raise InputError(f'{path}: no such file; see configs/.')
+  config = runpy.run_path(os.fspath(path)).get('get_config', lambda: None)()
+  if not isinstance(config, TrainConfig):
+    raise InputError(f'{path}: is no config, a file whose get_config() gives a TrainConfig.')
+  check_overrides([f'--config.{change}' for change in changes])
+  for change in changes:
+    name, is_given, text = change.partition('=')
+    *sections, knob = name.split('.')
+    owner = functools.reduce(getattr, sections, config)
+    known = getattr(owner, knob)
+    try:
+      value = text if isinstance(known, str) else ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+      value = None
+    value = float(value) if isinstance(known, float) and isinstance(value, int) else value
+    if not is_given or type(value) is not type(known):
+      raise InputError(f'{change}: {name} takes a {type(known).__name__}, as in {name}={known}.')
+    setattr(owner, knob, value)
+  return config
 
 
 def _nearest(name, known):

@@ -3,6 +3,8 @@
 import contextlib
 import os
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,3 +43,21 @@ def cache_compilations() -> None:
     with contextlib.suppress(OSError):  # then we go without
       folder.mkdir(parents=True, exist_ok=True)
       jax.config.update('jax_compilation_cache_dir', str(folder))
+
+
+@contextlib.contextmanager
+def ticking(name: str, every: float = 30.0) -> Iterator[None]:
+  """Tells on stderr, from time to time, how long something has taken that cannot tell itself."""
+  done, began = threading.Event(), time.monotonic()
+
+  def tell():
+    while not done.wait(every):
+      print(f'{name}, {(time.monotonic() - began) / 60:.1f} min', file=sys.stderr, flush=True)
+
+  teller = threading.Thread(target=tell, daemon=True)
+  teller.start()
+  try:
+    yield
+  finally:
+    done.set()
+    teller.join()

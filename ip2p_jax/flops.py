@@ -105,8 +105,13 @@ def text_flops(networks: Networks) -> int:
 
 def peak(device: jax.Device) -> float | None:
   """What the device could do at best, FLOP/s with bfloat16 products; None if it is not known."""
+  return peak_of_kind(device.device_kind)
+
+
+def peak_of_kind(kind: str) -> float | None:
+  """The same by `device_kind`."""
   for pattern, tera in PEAKS:
-    if re.fullmatch(pattern, device.device_kind):
+    if re.fullmatch(pattern, kind):
       return tera * 1e12
   return None
 

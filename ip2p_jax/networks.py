@@ -45,6 +45,13 @@ def networks_of(checkpoint: Checkpoint) -> Networks:
   vae_config = VAEConfig.from_json(configs['vae'], f'{where}: vae config')
   text_config = TextConfig.from_json(configs['text_encoder'], f'{where}: text_encoder config')
   schedule = Schedule.from_json(configs['scheduler'], f'{where}: scheduler config')
+  return networks_of_configs(unet_config, vae_config, text_config, schedule)
+
+
+def networks_of_configs(
+  unet_config: UNetConfig, vae_config: VAEConfig, text_config: TextConfig, schedule: Schedule
+) -> Networks:
+  """The networks of an architecture that no checkpoint need exist of."""
   unet_def, unet = abstract(lambda keys: UNet(unet_config, rngs=keys))
   vae_def, vae = abstract(lambda keys: VAE(vae_config, rngs=keys))
   text_def, text = abstract(lambda keys: TextEncoder(text_config, rngs=keys))

@@ -171,7 +171,7 @@ def prepare(
   tokenizer = tokenizer_of(checkpoint, networks)
   check_latents(config, checkpoint, tokenizer)
   shapes = parameters.flatten(networks.shapes['unet'])
-  trained, initial = _trained(config, shapes)
+  trained, initial = trained_shapes(config, shapes)
   transform = optimizer.adamw(config.optimizer, {*shapes, *trained}, config.steps)
   recipe = Recipe(networks, config, transform)
   abstract = jax.eval_shape(functools.partial(train_step.initial_state, recipe), trained)
@@ -220,7 +220,7 @@ def _check_unchanged(config, old, say):
     say('checkpoint is not read again: this workdir goes on from its own weights')
 
 
-def _trained(config, shapes):
+def trained_shapes(config, shapes):
   """({name: shape} of what learns, {name: array} of adapters, which no checkpoint has yet)."""
   if config.lora.rank:
     rng = np.random.default_rng(config.seed)

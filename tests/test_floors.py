@@ -15,7 +15,7 @@ FLOORS = (
   ('checkpoints', 'edit_program', 'inversion', 'pair_program', 'train_step'),
   ('editor',),
   ('edit_files', 'convert', 'previews', 'setup_run'),
-  ('training', 'pairs'),
+  ('training', 'pairs', 'plan'),
   ('filtering',),
   ('cli', 'launch'),
 )

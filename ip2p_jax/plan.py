@@ -1,0 +1,351 @@
+"""What a training run will cost on a TPU, told by the real TPU compiler on a machine without one.
+
+The compiler comes with `pip install libtpu`. It is given the very step that `train.py` runs, on the
+shapes of the config, for a described slice of TPUs; memory is what it will allocate, FLOPs, bytes
+and cycles are its own cost model, collectives are read from the program it made. Nothing is timed.
+"""
+
+import collections
+import functools
+import math
+import os
+import re
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from ip2p_jax import flops, optimizer, parameters, sharding, train_step
+from ip2p_jax.config import TrainConfig
+from ip2p_jax.diffusion.noise import Schedule
+from ip2p_jax.errors import InputError
+from ip2p_jax.models.configs import TextConfig, UNetConfig, VAEConfig
+from ip2p_jax.networks import Networks, networks_of_configs
+from ip2p_jax.setup_run import trained_shapes
+from ip2p_jax.train_step import Recipe
+
+GIB = 1 << 30
+
+
+class Chip(NamedTuple):
+  """Of one JAX device: memory in bytes, bandwidth in bytes/s, clock in Hz; system pages of Google.
+
+  The clock turns the compiler's cycles into time, and is an assumption.
+  """
+
+  memory: float
+  bandwidth: float
+  clock: float
+
+
+CHIPS = {
+  'v3': Chip(16 * GIB, 450e9, 0.94e9),
+  'v4': Chip(32 * GIB, 1228e9, 1.05e9),
+  'v5e': Chip(16 * GIB, 819e9, 1.5e9),
+  'v5p': Chip(95 * GIB, 2765e9, 1.75e9),
+  'v6e': Chip(32 * GIB, 1640e9, 1.75e9),
+}
+# A slice is sold by its number of cores (v3, v4, v5p: two to a chip) or of chips (v5e, v6e).
+SLICES = {
+  'v3-8': 'v3:2x2', 'v3-32': 'v3:4x4', 'v3-128': 'v3:8x8',
+  'v4-8': 'v4:2x2x1', 'v4-16': 'v4:2x2x2', 'v4-32': 'v4:2x2x4', 'v4-64': 'v4:2x4x4',
+  'v5e-4': 'v5e:2x2', 'v5e-8': 'v5e:2x4', 'v5e-16': 'v5e:4x4', 'v5e-32': 'v5e:4x8',
+  'v5e-64': 'v5e:8x8', 'v5e-128': 'v5e:8x16', 'v5e-256': 'v5e:16x16',
+  'v5p-8': 'v5p:2x2x1', 'v5p-16': 'v5p:2x2x2', 'v5p-32': 'v5p:2x2x4', 'v5p-64': 'v5p:2x4x4',
+  'v6e-4': 'v6e:2x2', 'v6e-8': 'v6e:2x4', 'v6e-16': 'v6e:4x4', 'v6e-32': 'v6e:4x8',
+  'v6e-64': 'v6e:8x8', 'v6e-256': 'v6e:16x16',
+}  # fmt: skip
+COLLECTIVES = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'collective-permute')
+_WIDTHS = {'pred': 1, 's8': 1, 'u8': 1, 'bf16': 2, 'f16': 2, 's16': 2, 'u16': 2,
+           's32': 4, 'u32': 4, 'f32': 4, 's64': 8, 'u64': 8, 'f64': 8}  # fmt: skip
+
+
+class Collective(NamedTuple):
+  """One exchange between devices: its kind, the bytes of its result on a device, whence it came."""
+
+  kind: str
+  bytes: int
+  times: int
+  source: str
+
+
+class Plan(NamedTuple):
+  """What the compiler says of one step. Bytes, FLOPs and cycles are of one device.
+
+  `fits` is whether it compiled; then the rest is known, else only what `problem` says.
+  """
+
+  topology: str
+  devices: int
+  device_batch: int
+  parameters: int
+  state_bytes: int
+  frozen_bytes: int
+  analytic_flops: float
+  fits: bool
+  problem: str = ''
+  argument_bytes: int = 0
+  alias_bytes: int = 0
+  temporary_bytes: int = 0
+  flops: float = 0.0
+  bytes_accessed: float = 0.0
+  cycles: float = 0.0
+  collectives: tuple[Collective, ...] = ()
+  seconds: float = 0.0  # of compiling
+
+
+def describe(topology: str) -> list[Any]:
+  """Devices of a slice ('v5e-16') or shape ('v5e:4x4') that need not exist.
+
+  InputError for a name that is unknown, or where libtpu is not installed.
+  """
+  name = SLICES.get(topology, topology)
+  if not re.fullmatch(rf'({"|".join(CHIPS)}):\d+x\d+(x\d+)?', name):
+    raise InputError(
+      f'topology is {topology!r}; use a slice such as v5e-16, or a shape such as v5e:4x4'
+      f' (of {", ".join(CHIPS)}).'
+    )
+  # Else libtpu asks Google's network who it is, and a second process may not load it.
+  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
+  os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
+  try:
+    return list(topologies.get_topology_desc(platform='tpu', topology_name=name).devices)
+  except Exception as error:
+    if 'libtpu' in str(error).lower() and 'topology' not in str(error).lower():
+      raise InputError('the TPU compiler is missing: pip install libtpu') from None
+    raise InputError(f'topology {topology!r}: {str(error).splitlines()[0][:200]}') from None
+
+
+def generation(topology: str) -> str:
+  """'v5e' of 'v5e-16' or 'v5e:4x4'."""
+  return re.split('[-:]', topology)[0]
+
+
+def chip_of(topology: str) -> Chip:
+  return CHIPS[generation(topology)]
+
+
+def stable_diffusion(config: TrainConfig) -> Networks:
+  """Stable Diffusion 1.5, with input channels as the config's task wants them."""
+  unet = UNetConfig(in_channels=8 if config.task == 'edit' else 4)
+  return networks_of_configs(unet, VAEConfig(), TextConfig(), Schedule())
+
+
+def lower_step(config: TrainConfig, networks: Networks, mesh: Mesh, from_latents: bool = True):
+  """The training step of a config on shapes alone: (lowered, state, shardings, frozen)."""
+  shapes = parameters.flatten(networks.shapes['unet'])
+  trained, _ = trained_shapes(config, shapes)
+  transform = optimizer.adamw(config.optimizer, {*shapes, *trained}, config.steps)
+  recipe = Recipe(networks, config, transform)
+  state = jax.eval_shape(functools.partial(train_step.initial_state, recipe), trained)
+  shardings = sharding.of_state(mesh, state, config.mesh.zero1)
+  placed = lambda x, where, dtype=None: jax.ShapeDtypeStruct(
+    x.shape, dtype or x.dtype, sharding=where
+  )
+  everywhere, rows = sharding.replicated(mesh), sharding.of_batch(mesh)
+  length = networks.text_config.max_position_embeddings
+  frozen = {
+    part: jax.tree.map(lambda x: placed(x, everywhere, config.dtype), networks.shapes[part])
+    for part in ('vae', 'text_encoder')
+  }
+  frozen['null_ids'] = jax.ShapeDtypeStruct((length,), jnp.int32, sharding=everywhere)
+  frozen['unet'] = {
+    name: placed(x, sharding.split(mesh, x.shape, ('fsdp',)), config.dtype)
+    for name, x in shapes.items()
+    if name not in trained
+  }
+  of = lambda shape, dtype: jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=rows)
+  batch = {'token_ids': of((length,), jnp.int32), 'weight': of((), jnp.float32)}
+  batch['index'] = of((), jnp.int32)
+  edits = ('edited_', 'input_') if config.task == 'edit' else ('edited_',)
+  if from_latents:
+    side = config.resolution // networks.vae_config.factor
+    latents = (side, side, networks.vae_config.latent_channels)
+    batch |= {f'{of_one}mean': of(latents, jnp.float16) for of_one in edits}
+    batch['edited_log_variance'] = of(latents, jnp.float16)
+  else:
+    pixels = (config.resolution, config.resolution, 3)
+    batch |= {f'{of_one}image': of(pixels, jnp.uint8) for of_one in edits}
+  state = jax.tree.map(placed, state, shardings)
+  step = train_step.jitted(recipe, mesh, shardings)
+  return step.lower(state, frozen, batch), state, shardings, frozen
+
+
+def plan(
+  config: TrainConfig,
+  networks: Networks,
+  topology: str,
+  from_latents: bool = True,
+  say: Callable[[str], None] = lambda text: None,
+) -> Plan:
+  """Compiles the step for a topology; takes 6 to 35 minutes at full size on two cores."""
+  devices = describe(topology)
+  mesh = sharding.make_mesh(config.mesh.fsdp, devices)
+  device_batch = sharding.check_batch(mesh, config.batch_size, config.accumulation)
+  lowered, state, shardings, frozen = lower_step(config, networks, mesh, from_latents)
+  per_example = flops.training_flops(networks, config.resolution, latents=from_latents)
+  known = {
+    'topology': topology,
+    'devices': len(devices),
+    'device_batch': device_batch,
+    'parameters': sum(math.prod(x.shape) for x in jax.tree.leaves(state['params'])),
+    'state_bytes': sharding.bytes_per_device(state, shardings),
+    'frozen_bytes': sharding.bytes_per_device(frozen, jax.tree.map(lambda x: x.sharding, frozen)),
+    'analytic_flops': per_example * config.batch_size / len(devices),
+  }
+  say(f'{topology}: {len(devices)} devices, {device_batch} examples at a time each; compiling')
+  began = time.time()
+  try:
+    compiled = lowered.compile()
+  except Exception as error:
+    found = re.search(r'Used ([\d.]+)([MG]) of ([\d.]+)([MG]) hbm', str(error))
+    if found is None and 'RESOURCE_EXHAUSTED' not in str(error):
+      raise
+    problem = 'needs more memory than there is'
+    if found:
+      problem = f'needs {found[1]}{found[2]}iB of {found[3]}{found[4]}iB'
+    return Plan(**known, fits=False, problem=problem, seconds=time.time() - began)
+  memory, cost, program = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
+  return Plan(
+    **known,
+    fits=True,
+    argument_bytes=memory.argument_size_in_bytes,
+    alias_bytes=memory.alias_size_in_bytes,
+    temporary_bytes=memory.temp_size_in_bytes,
+    flops=cost.get('flops', 0.0),
+    bytes_accessed=cost.get('bytes accessed', 0.0),
+    cycles=cycles_of(program),
+    collectives=tuple(collectives_of(program)),
+    seconds=time.time() - began,
+  )
+
+
+# Reading the compiled program.
+
+
+def _computations(program: str) -> tuple[dict[str, list[str]], str]:
+  """Lines of every computation by name, and the name of the entry."""
+  found, entry, name = {}, '', None
+  for line in program.splitlines():
+    opened = re.match(r'(ENTRY )?%?([\w.\-]+) .*\{$', line)
+    if opened and not line.startswith(' '):
+      name = opened[2]
+      found[name] = []
+      entry = name if opened[1] else entry
+    elif name is not None and line.startswith(' '):
+      found[name].append(line)
+  return found, entry
+
+
+def _walk(program: str):
+  """Every line that runs by itself, and how often: bodies of loops as often as these go round."""
+  computations, entry = _computations(program)
+  waiting = [(entry, 1)]
+  while waiting:
+    name, times = waiting.pop()
+    for line in computations.get(name, ()):
+      yield line, times
+      body = re.search(r'\bwhile\(.*body=%?([\w.\-]+)', line)
+      if body:
+        rounds = re.search(r'known_trip_count\D+(\d+)', line)
+        waiting.append((body[1], times * int(rounds[1]) if rounds else times))
+      for called in re.findall(r'(?:branch_computations=\{|true_computation=)%?([\w.\-]+)', line):
+        waiting.append((called, times))
+
+
+def cycles_of(program: str) -> float:
+  """The compiler's estimate for one run; custom kernels count as nothing."""
+  total = 0.0
+  for line, times in _walk(program):
+    if found := re.search(r'"estimated_cycles":"(\d+)"', line):
+      total += times * int(found[1])
+  return total
+
+
+def collectives_of(program: str) -> list[Collective]:
+  """What devices exchange, equal ones together, the largest first."""
+  found = collections.Counter()
+  pattern = re.compile(rf'= (.*?) ({"|".join(COLLECTIVES)})(-start)?\(')
+  for line, times in _walk(program):
+    match = pattern.search(line)
+    if not match:
+      continue
+    size = _bytes(match[1]) // (2 if match[3] and match[2] != 'all-reduce' else 1)
+    source = re.search(r'op_name="([^"]*)"', line)
+    found[match[2], size, source[1] if source else ''] += times
+  return sorted(
+    (Collective(kind, size, times, source) for (kind, size, source), times in found.items()),
+    key=lambda one: -one.bytes * one.times,
+  )
+
+
+def _bytes(shapes: str) -> int:
+  return sum(
+    _WIDTHS.get(kind, 0) * math.prod(map(int, sides.split(','))) if sides else _WIDTHS.get(kind, 0)
+    for kind, sides in re.findall(r'\b([a-z]+\d*)\[([\d,]*)\]', shapes)
+  )
+
+
+# For people.
+
+
+def report(found: Plan, config: TrainConfig) -> str:
+  """A table of one plan, and what to do."""
+  chip = chip_of(found.topology)
+  gib = lambda count: f'{count / GIB:.2f} GiB'
+  rows = [
+    ('devices', f'{found.devices} of {gib(chip.memory)}'),
+    ('examples', f'{config.batch_size} a step, {found.device_batch} at a time on a device'),
+    ('parameters learnt', f'{found.parameters:,}'),
+    ('state on a device', gib(found.state_bytes)),
+    ('frozen on a device', gib(found.frozen_bytes)),
+  ]
+  if found.fits:
+    needed = found.argument_bytes + found.temporary_bytes
+    peak = flops.peak_of_kind(f'TPU {generation(found.topology)}')
+    at_best = max(found.analytic_flops / peak, found.bytes_accessed / chip.bandwidth)
+    estimated = found.cycles / chip.clock
+    rows += [
+      ('temporary', gib(found.temporary_bytes)),
+      ('memory in all', f'{gib(needed)}, {needed / chip.memory:.0%}'),
+      ('reused for the new state', gib(found.alias_bytes)),
+      (
+        'FLOPs',
+        f'{found.flops / 1e12:.2f} T compiled, {found.analytic_flops / 1e12:.2f} T asked for',
+      ),
+      ('bytes moved', f'{found.bytes_accessed / 1e9:.1f} GB'),
+      ('time at best', f'{1e3 * at_best:.0f} ms, by FLOPs or bytes'),
+      (
+        'time as scheduled',
+        f'{1e3 * estimated:.0f} ms at {chip.clock / 1e9:g} GHz, no collectives',
+      ),
+    ]
+    sums = collections.Counter()
+    for one in found.collectives:
+      sums[one.kind] += one.bytes * one.times
+    rows += [(f'{kind}', f'{size / 1e6:.1f} MB a device') for kind, size in sums.most_common()]
+  rows.append(('compiled in', f'{found.seconds:.0f} s'))
+  width = max(len(name) for name, _ in rows)
+  lines = [f'{found.topology}: ' + ('fits' if found.fits else f'DOES NOT FIT: {found.problem}')]
+  lines += [f'  {name:{width}}  {value}' for name, value in rows]
+  return '\n'.join(lines + [f'  {line}' for line in advice(found, config)])
+
+
+def advice(found: Plan, config: TrainConfig) -> list[str]:
+  """What to change, most effective first; nothing if it fits with room."""
+  if found.fits:
+    share = (found.argument_bytes + found.temporary_bytes) / chip_of(found.topology).memory
+    return ['Tight: accumulate more if it fails.'] if share > 0.95 else []
+  told = []
+  if found.device_batch > 1:
+    told.append(f'Try --config.accumulation={2 * config.accumulation}: half as many at a time.')
+  if found.state_bytes > 0.5 * chip_of(found.topology).memory and found.devices > config.mesh.fsdp:
+    ways = min(found.devices, max(4, 2 * config.mesh.fsdp))
+    told.append(f'Try --config.mesh.fsdp={ways}: weights split over {ways} devices.')
+  if config.remat != 'full':
+    told.append('Try --config.remat=full: more is computed twice.')
+  return told or ['It will not fit on these devices; use larger ones, or more.']

@@ -1,0 +1,153 @@
+"""The step as compiled: memory reused, types kept, what devices exchange; and how it is told."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+import torch_models as reference
+
+from ip2p_jax import config as configuration
+from ip2p_jax import plan, sharding
+from ip2p_jax.config import DataConfig, MeshConfig, TrainConfig
+from ip2p_jax.errors import InputError
+from ip2p_jax.networks import networks_of
+
+PROGRAM = """\
+HloModule jit_step
+
+%body (arg: f32[4]) -> f32[4] {
+  %part = f32[8]{0} all-gather(%arg), dimensions={0}, metadata={op_name="gather"}
+  %x = f32[4]{0} fusion(%part), backend_config={"estimated_cycles":"10"}
+}
+
+ENTRY %main (p: f32[4]) -> f32[4] {
+  %loop = f32[4]{0} while(%p), body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %sum = (bf16[10,2]{1,0}, bf16[4]{0}) all-reduce(%a, %b), metadata={op_name="gradients"}
+  %y = f32[4]{0} fusion(%loop), backend_config={"estimated_cycles":"7"}
+}
+"""
+
+
+@pytest.fixture(scope='module')
+def networks():
+  return networks_of(reference.checkpoint(reference.TINY_UNET)[0])
+
+
+def settings(**changes):
+  return TrainConfig(
+    checkpoint='x', resolution=32, batch_size=16, data=DataConfig(path='x'), **changes
+  )
+
+
+@pytest.fixture(scope='module')
+def lowered(networks):
+  config = settings(mesh=MeshConfig(zero1=False))
+  return plan.lower_step(config, networks, sharding.make_mesh(devices=jax.devices()[:1]))
+
+
+def test_the_new_state_takes_the_memory_of_the_old_one(lowered):
+  step, state, shardings, _ = lowered
+  memory = step.compile().memory_analysis()
+  held = sharding.bytes_per_device(state, shardings)
+  assert memory.alias_size_in_bytes == held
+
+
+def test_products_are_in_bfloat16(lowered):
+  operands = re.findall(
+    r'stablehlo\.(?:convolution|dot_general).*: \((tensor<[^>]*>), (tensor<[^>]*>)\)',
+    lowered[0].as_text(),
+  )
+  assert len(operands) > 100
+  wide = [types for types in operands if 'f32' in types[0].replace('bf16', '')]
+  assert wide == []
+
+
+def test_activations_are_never_transposed(lowered):
+  """Weights of linear layers are, in their gradients; heads move within attention."""
+  found = re.findall(
+    r'stablehlo\.transpose.*dims = \[([\d, ]+)\].*tensor<([\dx]+)x', lowered[0].as_text()
+  )
+  pictures = [dims for dims, sides in found if sides.startswith('16x') and sides.count('x') == 3]
+  assert all(dims.split(', ')[0] == '0' for dims in pictures)
+
+
+def test_one_compilation_serves_all_steps(networks):
+  """The learning rate and the step are traced: no Python number of the schedule is baked in."""
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  texts = [
+    plan.lower_step(settings(steps=steps), networks, mesh)[0].as_text() for steps in (50, 50)
+  ]
+  assert texts[0] == texts[1]
+
+
+def test_collectives_and_cycles_are_read_with_their_loops():
+  reduce, gather = plan.collectives_of(PROGRAM)
+  assert gather == ('all-gather', 32, 5, 'gather')
+  assert reduce == ('all-reduce', 48, 1, 'gradients')
+  assert plan.cycles_of(PROGRAM) == 57
+
+
+def test_devices_exchange_gradients_and_weights_alone(networks):
+  mesh = sharding.make_mesh(devices=jax.devices()[:4])
+  config = settings(mesh=MeshConfig(zero1=True))
+  step, state, *_ = plan.lower_step(config, networks, mesh)
+  found = plan.collectives_of(step.compile().as_text())
+  weights = sum(x.size * 4 for x in jax.tree.leaves(state['params']))
+  gathered = sum(one.bytes * one.times for one in found if one.kind == 'all-gather')
+  assert gathered <= weights
+  assert {one.kind for one in found} <= {'all-reduce', 'all-gather', 'reduce-scatter'}
+
+
+def told(**changes):
+  known = {
+    'topology': 'v5e-16', 'devices': 16, 'device_batch': 64, 'parameters': 10**9,
+    'state_bytes': 13 * plan.GIB, 'frozen_bytes': plan.GIB, 'analytic_flops': 35e12, 'fits': True,
+    'argument_bytes': 14 * plan.GIB, 'temporary_bytes': plan.GIB, 'bytes_accessed': 4e11,
+  }  # fmt: skip
+  return plan.report(plan.Plan(**known | changes), settings())
+
+
+def test_a_report_says_whether_it_fits_and_how_long_it_takes_at_best():
+  text = told()
+  assert text.startswith('v5e-16: fits') and '15.00 GiB, 94%' in text
+  assert '488 ms' in text  # 4e11 bytes at 819 GB/s
+
+
+def test_a_report_says_what_to_do_where_it_does_not_fit():
+  text = told(fits=False, problem='needs 20.0GiB of 15.7GiB')
+  assert 'DOES NOT FIT: needs 20.0GiB' in text
+  assert 'accumulation=2' in text and 'mesh.fsdp=4' in text and 'remat=full' in text
+
+
+@pytest.mark.parametrize('name', ['v5e', 'v9-8', 'v5e:4', 'gpu'])
+def test_an_unknown_topology_is_named(name):
+  with pytest.raises(InputError, match='use a slice such as v5e-16'):
+    plan.describe(name)
+
+
+def test_a_config_is_read_with_changes(tmp_path):
+  file = tmp_path / 'config.py'
+  file.write_text(
+    'from ip2p_jax.config import TrainConfig\n\n\ndef get_config():\n  return TrainConfig()\n'
+  )
+  changes = ['mesh.fsdp=4', 'optimizer.learning_rate=1', 'dtype=float32', 'mesh.zero1=False']
+  config = configuration.load(file, changes)
+  assert (config.mesh.fsdp, config.optimizer.learning_rate) == (4, 1.0)
+  assert (config.dtype, config.mesh.zero1) == ('float32', False)
+  for change, message in (
+    ('steps=3.5', 'steps takes a int'), ('mesh.fsdp', 'mesh.fsdp takes'), ('stepz=1', 'stepz'),
+  ):  # fmt: skip
+    with pytest.raises(InputError, match=message):
+      configuration.load(file, [change])
+  with pytest.raises(InputError, match='no such file'):
+    configuration.load(tmp_path / 'none.py')
+
+
+@pytest.mark.slow
+def test_the_tpu_compiler_compiles_the_step(networks):
+  pytest.importorskip('libtpu')
+  found = plan.plan(settings(), networks, 'v5e-4')
+  assert found.fits and found.devices == 4 and found.device_batch == 4
+  assert found.flops > 0 and found.cycles > 0 and found.collectives
+  assert jnp.isfinite(found.bytes_accessed)
