@@ -47,17 +47,17 @@ class Setting(NamedTuple):
 
 
 class Bench:
-  """Held-out examples 0 to `count`, and whatever edits them, loaded when first asked for."""
+  """Held-out examples `first` to `first + count`, and what edits them, loaded when asked for."""
 
-  def __init__(self, paths: dict[str, Path], out: Path, count: int, batch: int):
+  def __init__(self, paths: dict[str, Path], out: Path, count: int, batch: int, first: int = 0):
     """`paths` has 'editor', 'base', 'clip' and 'run' (a workdir)."""
-    self.paths, self.out, self.batch = paths, out, batch
-    self.examples = [world.example(seed, 'test') for seed in range(count)]
+    self.paths, self.out, self.batch, self.first = paths, out, batch, first
+    self.examples = [world.example(seed, 'test') for seed in range(first, first + count)]
     self.scenes = np.stack([world.picture(one.scene) for one in self.examples])
 
   def measure(self, setting: Setting, count: int) -> dict:
     """The point of the first `count` examples, from the file if it holds as many."""
-    known = setting._asdict() | {'of': self._fingerprint(setting.method)}
+    known = setting._asdict() | {'of': self._fingerprint(setting.method), 'first': self.first}
     for point in self._points():
       if all(point[name] == value for name, value in known.items()) and len(point['done']) >= count:
         return point | {name: point[name][:count] for name in MEASURES}

@@ -2,7 +2,7 @@
 
   python examples/miniature/evaluate.py                      (about 20 minutes on 2 CPU cores)
   python examples/miniature/evaluate.py --size full          (more examples and seeds: an hour)
-  python examples/miniature/evaluate.py --only sweep
+  python examples/miniature/evaluate.py --only sweep --first 100000   (other held-out examples)
 
 Every measured point is a line of OUT/points.jsonl and not measured again, unless the weights, the
 world or the oracle are others. Tables go to OUT/tables.md, figures beside this file.
@@ -239,6 +239,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Bench, Size, Path, st
   parser.add_argument('--figures', type=Path, default=HERE / 'figures')
   parser.add_argument('--size', choices=SIZES, default='short', help='how much to measure')
   parser.add_argument('--quick', action='store_const', const='quick', dest='size')
+  parser.add_argument('--first', type=int, default=0, help='seed of the first example')
   parser.add_argument('--count', type=int, help='examples at the default settings (500)')
   parser.add_argument('--only', choices=PARTS, help='a single part')
   given = parser.parse_args(arguments)
@@ -248,7 +249,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Bench, Size, Path, st
       raise InputError(f'--count is {given.count}; give 2 or more.')
     size = size._replace(count=given.count)
   paths = {'editor': given.ckpt, 'base': given.base, 'clip': given.clip, 'run': given.run}
-  bench = Bench(paths, given.out, max(size.count, size.sdedit), size.batch)
+  bench = Bench(paths, given.out, max(size.count, size.sdedit), size.batch, given.first)
   return bench, size, given.figures, given.only
 
 
