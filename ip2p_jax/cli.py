@@ -38,9 +38,10 @@ from ip2p_jax.editor import MAX_SCALE, Editor, Sampling
 from ip2p_jax.errors import InputError
 from ip2p_jax.filtering import MOST, PAPER, draw_histograms, filter_pairs
 from ip2p_jax.networks import fingerprint, networks_of, params_of, tokenizer_of, weights_digest
-from ip2p_jax.pairs import RELEASED, Drawing, Generator, attention_sheet, draw_all, read_prompts
+from ip2p_jax.pairs import RELEASED, Drawing, Generator, attention_sheet, draw_all
 from ip2p_jax.plan import describe, report, stable_diffusion
 from ip2p_jax.plan import plan as make_plan
+from ip2p_jax.prompts import read_prompts
 from ip2p_jax.similarity import Clip, Scores
 from ip2p_jax.weights import to_params
 

@@ -20,9 +20,8 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -37,28 +36,18 @@ from ip2p_jax.diffusion import samplers
 from ip2p_jax.diffusion.noise import Schedule
 from ip2p_jax.errors import InputError
 from ip2p_jax.networks import Networks
+from ip2p_jax.prompts import Prompt
 from ip2p_jax.similarity import Clip, Scores
 from ip2p_jax.text import ClipTokenizer
 
-CONTROLS = ('none', 'share', 'replace', 'refine', 'auto', 'share+auto')
+INJECTIONS = ('replace', 'refine', 'auto')
+CONTROLS = ('none', 'share', *INJECTIONS, *(f'share+{name}' for name in INJECTIONS))
 KEEPS = ('all', 'passing')
 SETTINGS, PROMPT, SCORES = 'pairs.json', 'prompt.json', 'scores.jsonl'
 RELEASED = Scores(0.2, 0.2, 0.2, 0.7)  # the thresholds of the released data
 THREADS = 8  # that write JPEGs
 
 Progress = Callable[[int, int], None]  # called with (samples done, samples in all)
-
-
-class Prompt(NamedTuple):
-  """A line of the prompts. `index` counts lines from 0, in the whole file."""
-
-  index: int
-  line: str  # as it came
-  caption: str
-  edited_caption: str
-  weights: Mapping[str, float] = MappingProxyType({})  # of words of the edited caption
-  blend: tuple[list[str], list[str]] | None = None  # words of either caption, for a local blend
-  image: Path | None = None  # a picture to begin with, instead of noise
 
 
 class Sample(NamedTuple):
@@ -76,7 +65,8 @@ class Drawing:
   Attributes:
     samples: per prompt.
     control: 'share', the released generator's rule; 'replace' or 'refine', prompt-to-prompt as
-      published; 'auto', the one of the two that fits the captions; 'share+auto'; 'none'.
+      published; 'auto', the one of the two that fits the captions; 'share+auto' and the like; or
+      'none'.
     threshold, guidance: ranges to draw each sample's from, evenly.
     cross, self: part of the steps that replace and refine act in, on words and on self-attention.
     size: of the pictures, pixels.
@@ -136,52 +126,6 @@ def _samples(seed, prompt, count, threshold, guidance) -> list[Sample]:
     found.setdefault(one, Sample(one, *between))
     attempt += 1
   return list(found.values())
-
-
-def read_prompts(path: Path) -> list[Prompt]:
-  """JSON lines with 'caption' (or 'input') and 'output'; what else they have is kept.
-
-  'weights' {"word": 2.0} and 'blend' [["cat"], ["dog"]] are for prompt-to-prompt; 'image' names a
-  picture, beside the file, that the first of the pair shall be. InputError that names the line for
-  anything else.
-  """
-  try:
-    lines = path.read_text().splitlines()
-  except OSError as error:
-    raise InputError(f'{path}: cannot be read ({error.strerror or error}).') from None
-  prompts = []
-  for index, line in enumerate(lines):
-    if line.strip():
-      prompts.append(_parsed(f'{path}: line {index + 1}', index, line, path.parent))
-  if not prompts:
-    raise InputError(f'{path}: has no prompt; write a JSON object per line.')
-  if len({prompt.image is None for prompt in prompts}) > 1:
-    raise InputError(f'{path}: some lines have an image and some have none; use a file for each.')
-  return prompts
-
-
-def _parsed(where, index, line, folder) -> Prompt:
-  try:
-    value = json.loads(line)
-  except ValueError:
-    raise InputError(f'{where} is not JSON.') from None
-  if not isinstance(value, dict):
-    raise InputError(f'{where} is no JSON object.')
-  texts = [value.get('caption', value.get('input')), value.get('output')]
-  for key, text in zip(('caption', 'output'), texts, strict=True):
-    if not isinstance(text, str) or not text.strip():
-      raise InputError(f'{where} has no text {key!r}.')
-  weights, blend = value.get('weights') or {}, value.get('blend')
-  if not isinstance(weights, dict) or not all(isinstance(w, int | float) for w in weights.values()):
-    raise InputError(f'{where}: weights is no object of words and numbers.')
-  if blend is not None and not (
-    isinstance(blend, list) and len(blend) == 2 and all(isinstance(side, list) for side in blend)
-  ):
-    raise InputError(f'{where}: blend is not two lists of words, as in [["cat"], ["dog"]].')
-  image = value.get('image')
-  if image is not None and not (folder / str(image)).is_file():
-    raise InputError(f'{where}: there is no picture {folder / str(image)}.')
-  return Prompt(index, line, *texts, weights, blend and tuple(blend), image and folder / str(image))
 
 
 class Generator:
@@ -313,7 +257,7 @@ class Generator:
         text = prompt.edited_caption
         return p2p.Injection(
           np.int32(alignment.step_window(self.drawing.self, steps)),
-          alignment.windows(self.tokenizer, text, steps, self.drawing.cross, {}),
+          alignment.windows(self.tokenizer, text, steps, self.drawing.cross, prompt.spans),
           found.matrix,
           found.has_source,
           alignment.equalizer(self.tokenizer, text, prompt.weights),

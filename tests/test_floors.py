@@ -11,6 +11,7 @@ FLOORS = (
   ('attention', 'bundled', 'config', 'console', 'parameters', 'storage'),
   ('models', 'diffusion', 'weights', 'images', 'text'),
   ('networks', 'alignment', 'prompt_to_prompt', 'similarity'),
+  ('prompts',),
   ('optimizer', 'lora', 'loss', 'sharding', 'flops', 'metrics', 'data'),
   ('checkpoints', 'edit_program', 'inversion', 'pair_program', 'train_step'),
   ('editor',),

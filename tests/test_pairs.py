@@ -13,7 +13,8 @@ from ip2p_jax import inversion, pair_program, pairs, sharding
 from ip2p_jax import prompt_to_prompt as p2p
 from ip2p_jax.errors import InputError
 from ip2p_jax.networks import networks_of, params_of, tokenizer_of
-from ip2p_jax.pairs import Drawing, Generator, draw_all
+from ip2p_jax.pairs import Drawing, Generator, Sample, draw_all
+from ip2p_jax.prompts import read_prompts
 from ip2p_jax.similarity import Clip
 
 UNET = reference.TINY_UNET | {'in_channels': 4}
@@ -33,7 +34,7 @@ def prompt_lines():
 def prompts(tmp_path_factory):
   file = tmp_path_factory.mktemp('prompts') / 'prompts.jsonl'
   file.write_text('\n'.join(prompt_lines()) + '\n')
-  return pairs.read_prompts(file)
+  return read_prompts(file)
 
 
 @pytest.fixture(scope='module')
@@ -231,7 +232,7 @@ def test_a_pair_can_begin_with_a_photograph(parts, tmp_path, rng):
   Image.fromarray(photo).save(tmp_path / 'photo.png')
   line = {'caption': 'a red star', 'output': 'a blue star', 'image': 'photo.png'}
   (tmp_path / 'prompts.jsonl').write_text(json.dumps(line))
-  prompts = pairs.read_prompts(tmp_path / 'prompts.jsonl')
+  prompts = read_prompts(tmp_path / 'prompts.jsonl')
   with pytest.raises(InputError, match='by the sampler ddim'):
     Generator(*parts, DRAWING).draw(prompts, [DRAWING.sample(0, 0)])
   generator = Generator(*parts, Drawing(steps=2, size=32, sampler='ddim'))
@@ -265,6 +266,7 @@ def test_a_pair_can_begin_with_a_photograph(parts, tmp_path, rng):
     ('{"caption": "a", "edit": "b"}', "line 2 has no text 'output'"),
     ('{"edit": "b", "output": "c"}', "line 2 has no text 'caption'"),
     ('{"caption": "a", "output": "c", "weights": [1]}', 'weights is no object'),
+    ('{"caption": "a", "output": "c", "cross_steps": {"c": "x"}}', 'cross_steps is no object'),
     ('{"caption": "a", "output": "c", "blend": ["a"]}', 'blend is not two lists'),
     ('{"caption": "a", "output": "c", "image": "no.png"}', 'there is no picture'),
   ],
@@ -273,13 +275,13 @@ def test_a_broken_line_is_named(line, message, tmp_path):
   file = tmp_path / 'prompts.jsonl'
   file.write_text(prompt_lines()[0] + '\n' + line + '\n')
   with pytest.raises(InputError, match=message):
-    pairs.read_prompts(file)
+    read_prompts(file)
 
 
 def test_the_key_of_the_released_prompts_is_known(tmp_path):
   file = tmp_path / 'prompts.jsonl'
   file.write_text('{"input": "a cat", "edit": "make it a dog", "output": "a dog"}\n')
-  assert pairs.read_prompts(file)[0].caption == 'a cat'
+  assert read_prompts(file)[0].caption == 'a cat'
 
 
 @pytest.mark.parametrize(
@@ -306,6 +308,14 @@ def test_what_does_not_fit_is_told_before_drawing(parts):
   editor = networks_of(reference.checkpoint(reference.TINY_UNET)[0])
   with pytest.raises(InputError, match='text-to-image checkpoint'):
     Generator(editor, *parts[1:], DRAWING)
+
+
+def test_words_may_have_steps_of_their_own(parts, prompts, tmp_path):
+  line = {'caption': 'a cat', 'output': 'a dog', 'cross_steps': {'dog': [0.5, 1]}}
+  (tmp_path / 'prompts.jsonl').write_text(json.dumps(line))
+  generator = Generator(*parts, Drawing(steps=10, size=32, control='share+replace'))
+  control = generator._control(read_prompts(tmp_path / 'prompts.jsonl'), [Sample(0, 0.5, 7.5)])
+  assert control.injection.cross_window[0, :, :4].tolist() == [[0, 0, 5, 0], [8, 8, 10, 8]]
 
 
 def test_words_that_are_not_in_the_caption_are_named(parts, prompts):

@@ -26,7 +26,8 @@ from PIL import Image
 
 from ip2p_jax import checkpoints, filtering, images
 from ip2p_jax.networks import networks_of, params_of, tokenizer_of
-from ip2p_jax.pairs import Drawing, Generator, Prompt, passes
+from ip2p_jax.pairs import Drawing, Generator, passes
+from ip2p_jax.prompts import Prompt
 from ip2p_jax.similarity import Clip, Scores
 
 ASSETS = Path(__file__).parent.parent.parent / 'assets'
