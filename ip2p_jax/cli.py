@@ -46,11 +46,12 @@ from ip2p_jax.similarity import Clip, Scores
 from ip2p_jax.weights import to_params
 
 MAX_TEXT = 10_000  # characters; more would not fit into the metadata of a JPEG
-STEPS, CFG_TEXT, CFG_IMAGE = 100, 7.5, 1.5  # the paper's; the bundled miniature has its own
+# The paper's; the bundled miniature has its own.
+STEPS, CFG_TEXT, CFG_IMAGE, SAMPLER = 100, 7.5, 1.5, 'euler_ancestral'
 
 
-def _default(usual: float, miniature: float) -> str:
-  return f'  [default: {usual:g}, with the miniature {miniature:g}]'
+def _default(usual: float | str, miniature: float | str) -> str:
+  return f'  [default: {usual}, with the miniature {miniature}]'
 
 
 def edit(
@@ -101,8 +102,12 @@ def edit(
   grid_text: Annotated[str, Option(help='The text scales of --grid.')] = '3,5,7.5,10',
   grid_image: Annotated[str, Option(help='The image scales of --grid.')] = '1,1.2,1.5,1.8',
   sampler: Annotated[
-    str, Option(help='euler_ancestral, euler, heun, ddim, dpmpp_2m or lcm.')
-  ] = 'euler_ancestral',
+    str | None,
+    Option(
+      help='euler_ancestral, euler, heun, ddim, dpmpp_2m or lcm.'
+      + _default(SAMPLER, bundled.SAMPLER)
+    ),
+  ] = None,
   spacing: Annotated[
     str | None, Option(help="linspace, leading or trailing; the sampler's own if left out.")
   ] = None,
@@ -141,11 +146,11 @@ def edit(
   if len(edit) + len(negative) > MAX_TEXT:
     raise InputError(f'--edit and --negative are over {MAX_TEXT:,} characters; 77 tokens are read.')
   seed = secrets.randbelow(2**31) if seed is None else seed
-  own = (bundled.STEPS, bundled.TEXT_GUIDANCE, bundled.IMAGE_GUIDANCE)
-  defaults = own if bundled.is_it(ckpt) else (STEPS, CFG_TEXT, CFG_IMAGE)
-  steps, cfg_text, cfg_image = (
+  own = (bundled.STEPS, bundled.TEXT_GUIDANCE, bundled.IMAGE_GUIDANCE, bundled.SAMPLER)
+  defaults = own if bundled.is_it(ckpt) else (STEPS, CFG_TEXT, CFG_IMAGE, SAMPLER)
+  steps, cfg_text, cfg_image, sampler = (
     default if given is None else given
-    for given, default in zip((steps, cfg_text, cfg_image), defaults, strict=True)
+    for given, default in zip((steps, cfg_text, cfg_image, sampler), defaults, strict=True)
   )
   scales = edit_files.parse_scales(grid_text, grid_image) if grid else [(cfg_text, cfg_image)]
   jobs = edit_files.plan_jobs(

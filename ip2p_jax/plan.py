@@ -253,14 +253,17 @@ def _walk(program: str):
       if body:
         rounds = re.search(r'known_trip_count\D+(\d+)', line)
         waiting.append((body[1], times * int(rounds[1]) if rounds else times))
-      for called in re.findall(r'(?:branch_computations=\{|true_computation=)%?([\w.\-]+)', line):
+      # Branches; and what is fused with an exchange between devices, or waits for one.
+      for called in re.findall(
+        r'(?:branch_computations=\{|_computation=|calls=)%?([\w.\-]+)', line
+      ):
         waiting.append((called, times))
 
 
 def cycles_of(program: str) -> float:
   """The compiler's estimate for one run; custom kernels count as nothing."""
   total = 0.0
-  for line, times in _walk(program):
+  for line, times in _walk(program):  # only whole fusions have an estimate, nothing within them
     if found := re.search(r'"estimated_cycles":"(\d+)"', line):
       total += times * int(found[1])
   return total

@@ -68,11 +68,12 @@ def test_an_edit_has_the_size_of_its_picture_and_holds_its_settings(edit, photo,
 
 @pytest.fixture
 def asked(monkeypatch):
-  """What a run that makes nothing was asked for: steps, text scale, image scale, resolution."""
+  """What a run that makes nothing was asked for: steps, text scale, image scale, sampler, resolution."""
   found = []
 
   def note(editor, jobs, instruction, *, resolution, options, **_):
-    found[:] = options['steps'], jobs[0].cfg_text, jobs[0].cfg_image, resolution
+    scales = jobs[0].cfg_text, jobs[0].cfg_image
+    found[:] = options['steps'], *scales, options['sampler'], resolution
     return iter(())
 
   monkeypatch.setattr(edit_files, 'run_jobs', note)
@@ -84,20 +85,20 @@ NOTHING = {'steps': None, 'resolution': None}
 
 def test_a_checkpoint_works_at_its_own_size_and_the_papers_settings(edit, asked):
   assert edit(**NOTHING) == (0, '')
-  assert asked == [100, 7.5, 1.5, 16 * 4]
+  assert asked == [100, 7.5, 1.5, 'euler_ancestral', 16 * 4]
 
 
 def test_without_a_checkpoint_the_bundled_one_edits_at_its_settings(
   edit, asked, checkpoint, monkeypatch
 ):
   monkeypatch.setattr(bundled, 'FOLDERS', (checkpoint.parent / 'none', checkpoint))
-  own = [bundled.STEPS, bundled.TEXT_GUIDANCE, bundled.IMAGE_GUIDANCE, 16 * 4]
+  own = [bundled.STEPS, bundled.TEXT_GUIDANCE, bundled.IMAGE_GUIDANCE, bundled.SAMPLER, 16 * 4]
   status, text = edit(**NOTHING, ckpt=None)
   assert (status, asked) == (0, own)
   assert str(checkpoint) in text and '--ckpt' in text and text.count('\n') == 1
   assert edit(**NOTHING) == (0, '') and asked == own  # the same, named
-  edit(ckpt=None, steps=7, cfg_text=1, resolution=32)
-  assert asked == [7, 1, bundled.IMAGE_GUIDANCE, 32]
+  edit(ckpt=None, steps=7, cfg_text=1, resolution=32, sampler='heun')
+  assert asked == [7, 1, bundled.IMAGE_GUIDANCE, 'heun', 32]
 
 
 def test_a_bundled_checkpoint_that_did_not_come_along_is_a_mistake(edit, monkeypatch, tmp_path):

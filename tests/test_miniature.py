@@ -43,15 +43,17 @@ def held_out(count):
   return examples, np.stack([world.picture(one.scene) for one in examples])
 
 
-def test_of_32_held_out_edits_at_least_a_quarter_are_done_in_90_seconds_of_two_cores():
+def test_of_32_held_out_edits_80_percent_are_done_in_90_seconds_of_two_cores():
   examples, scenes = held_out(32)
   instructions = [one.instruction for one in examples]
   began = time.process_time()  # of all threads
-  edited = Editor.load().edit(scenes, instructions, steps=bundled.STEPS, seed=0, **SCALES)
+  edited = Editor.load().edit(
+    scenes, instructions, steps=bundled.STEPS, sampler=bundled.SAMPLER, seed=0, **SCALES
+  )
   seconds = time.process_time() - began
   verdicts = [oracle.judge(*pair) for pair in zip(examples, edited, strict=True)]
   found = oracle.summary(verdicts)
-  assert found['done'] >= 0.25
+  assert found['done'] >= 0.8
   assert found['kept'] >= 25
   assert seconds <= 2 * 90
 
@@ -80,7 +82,7 @@ def test_sample_py_edits_a_scene_without_naming_a_checkpoint(tmp_path):
   one = next(
     one
     for one in held_out(32)[0]
-    if not one.is_new_phrasing and [edit.kind for edit in one.edits] == ['background']
+    if not one.is_new_phrasing and [edit.kind for edit in one.edits] == ['recolour']
   )
   Image.fromarray(world.picture(one.scene)).save(tmp_path / 'scene.png')
   command = [sys.executable, str(ROOT / 'sample.py'), '--input', 'scene.png', '--seed', '0']
@@ -90,8 +92,7 @@ def test_sample_py_edits_a_scene_without_naming_a_checkpoint(tmp_path):
   assert done.returncode == 0, done.stderr
   assert str(EDITOR) in done.stderr and '64 pixels' in done.stderr
   edited = np.asarray(Image.open(tmp_path / 'edited.png'))
-  before, target = oracle.seen(one.scene), oracle.seen(one.edited_scene)
-  assert oracle.way(edited / 255, before, target) > 0.8
+  assert oracle.judge(one, edited).is_done
 
 
 def test_transformers_finds_a_captions_picture_among_64_9_times_of_10():

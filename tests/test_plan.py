@@ -64,7 +64,7 @@ def test_products_are_in_bfloat16(lowered):
 
 
 def test_collectives_and_cycles_are_read_with_their_loops():
-  reduce, gather = plan.collectives_of(PROGRAM)
+  gather, reduce = plan.collectives_of(PROGRAM)
   assert gather == ('all-gather', 32, 5, 'gather')
   assert reduce == ('all-reduce', 48, 1, 'gradients')
   assert plan.cycles_of(PROGRAM) == 57

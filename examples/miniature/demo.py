@@ -43,6 +43,7 @@ def edit(editor: Editor, examples: Sequence[world.Example]) -> np.ndarray:
     steps=bundled.STEPS,
     text_guidance=bundled.TEXT_GUIDANCE,
     image_guidance=bundled.IMAGE_GUIDANCE,
+    sampler=bundled.SAMPLER,
     seed=0,
     batch_size=SCORED,
   )

@@ -30,7 +30,7 @@ DEFAULTS = {
   'text_guidance': bundled.TEXT_GUIDANCE,
   'image_guidance': bundled.IMAGE_GUIDANCE,
 }
-DEFAULT = Setting('editor', **DEFAULTS)
+DEFAULT = Setting('editor', **DEFAULTS, sampler=bundled.SAMPLER)
 SAMPLERS = ('euler_ancestral', 'euler', 'heun', 'ddim', 'dpmpp_2m')
 SHOWN = 16  # examples of the gallery
 HERE = Path(__file__).parent
@@ -94,7 +94,7 @@ def part_defaults(bench: Bench, size: Size, figures: Path) -> str:
   ])  # fmt: skip
   settings = ', '.join(f'{name.replace("_", " ")} {value:g}' for name, value in DEFAULTS.items())
   return (
-    f'At the defaults ({settings}), with 95% intervals:\n\n'
+    f'At the defaults ({settings}, {bundled.SAMPLER}), with 95% intervals:\n\n'
     + plots.table(['edit', 'examples', 'done', 'kept'], rows)
     + f'\nCLIP direction {plots.text("direction", found["direction"])},'
     f' CLIP image {plots.text("consistency", found["consistency"])}.\n'

@@ -67,8 +67,11 @@ class TextEmbeddings(nnx.Module):
     )
 
   def __call__(self, token_ids):  # [B, L]
-    positions = self.position_embedding(jnp.arange(token_ids.shape[1]))  # [L, C]
-    return self.token_embedding(token_ids) + positions[None]
+    # Not by calling nnx.Embed, which answers in float32 whatever its weights are.
+    tokens, positions = (
+      embed.embedding[...] for embed in (self.token_embedding, self.position_embedding)
+    )
+    return tokens[token_ids] + positions[None, : token_ids.shape[1]]
 
 
 class VisionTransformer(nnx.Module):
@@ -98,7 +101,7 @@ class VisionEmbeddings(nnx.Module):
     B, _, _, C = patches.shape
     first = jnp.broadcast_to(self.class_embedding[...][None, None], (B, 1, C))
     x = jnp.concatenate([first, patches.reshape(B, -1, C)], 1)  # [B, N, C]
-    return x + self.position_embedding(jnp.arange(x.shape[1]))[None]
+    return x + self.position_embedding.embedding[...][None]
 
 
 class Encoder(nnx.Module):
