@@ -68,7 +68,7 @@ def test_an_edit_has_the_size_of_its_picture_and_holds_its_settings(edit, photo,
 
 @pytest.fixture
 def asked(monkeypatch):
-  """What a run that makes nothing was asked for: steps, text scale, image scale, sampler, resolution."""
+  """What a run that makes nothing was asked: steps, text and image scale, sampler, resolution."""
   found = []
 
   def note(editor, jobs, instruction, *, resolution, options, **_):
