@@ -315,7 +315,7 @@ def test_words_may_have_steps_of_their_own(parts, prompts, tmp_path):
   (tmp_path / 'prompts.jsonl').write_text(json.dumps(line))
   generator = Generator(*parts, Drawing(steps=10, size=32, control='share+replace'))
   control = generator._control(read_prompts(tmp_path / 'prompts.jsonl'), [Sample(0, 0.5, 7.5)])
-  assert control.injection.cross_window[0, :, :4].tolist() == [[0, 0, 5, 0], [8, 8, 10, 8]]
+  assert control.injection.cross_window[0, :, 1:3].tolist() == [[0, 5], [8, 10]]  # a, dog
 
 
 def test_words_that_are_not_in_the_caption_are_named(parts, prompts):

@@ -18,6 +18,7 @@ import oracle
 import plots
 import world
 from bench import Bench, Setting, oracle_summary, summary, verdicts
+from sdedit import SAMPLER
 
 from ip2p_jax import bundled, console
 from ip2p_jax.checkpoints import is_workdir
@@ -139,7 +140,7 @@ def scale_grid(bench: Bench, size: Size, path: Path, row: int = 0) -> None:
 
 
 def part_sdedit(bench: Bench, size: Size, figures: Path) -> str:
-  setting = DEFAULT._replace(method='sdedit', image_guidance=1.0, strength=0.6)
+  setting = DEFAULT._replace(method='sdedit', sampler=SAMPLER, image_guidance=1.0, strength=0.6)
   tried = [
     (scale, bench.summary(setting._replace(text_guidance=scale), min(size.sweep, size.sdedit)))
     for scale in size.sdedit_scales
