@@ -1,4 +1,4 @@
-"""The miniature's text-to-image base: a UNet of 2.1 M parameters learns to draw captions.
+"""The miniature's text-to-image base: a UNet of 5.3 M parameters learns to draw captions.
 
   python train.py --config=configs/mini_base.py --workdir=out/miniature/base-run
 
