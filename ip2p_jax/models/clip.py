@@ -69,7 +69,7 @@ class TextEmbeddings(nnx.Module):
   def __call__(self, token_ids):  # [B, L]
     # Not by calling nnx.Embed, which answers in float32 whatever its weights are.
     tokens, positions = (
-      embed.embedding[...] for embed in (self.token_embedding, self.position_embedding)
+      jnp.asarray(table.embedding[...]) for table in (self.token_embedding, self.position_embedding)
     )
     return tokens[token_ids] + positions[None, : token_ids.shape[1]]
 
