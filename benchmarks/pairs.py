@@ -16,44 +16,20 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from ip2p_jax import pair_program
+from ip2p_jax import checkpoints, pair_program
 from ip2p_jax import prompt_to_prompt as p2p
 from ip2p_jax.diffusion import samplers
 from ip2p_jax.diffusion.noise import Schedule
 from ip2p_jax.models.configs import TextConfig, UNetConfig, VAEConfig
-from ip2p_jax.networks import Networks, networks_of_configs
+from ip2p_jax.networks import Networks, networks_of, networks_of_configs
 
-SMALL_UNET = UNetConfig(
-  block_out_channels=(48, 96, 128),
-  layers_per_block=1,
-  cross_attention_dim=128,
-  attention_head_dim=2,
-  norm_num_groups=8,
-  down_block_types=('DownBlock2D', 'CrossAttnDownBlock2D', 'CrossAttnDownBlock2D'),
-  up_block_types=('CrossAttnUpBlock2D', 'CrossAttnUpBlock2D', 'UpBlock2D'),
-  sample_size=16,
-)
-SMALL_VAE = VAEConfig(
-  block_out_channels=(16, 32, 64),
-  layers_per_block=1,
-  norm_num_groups=8,
-  down_block_types=('DownEncoderBlock2D',) * 3,
-  up_block_types=('UpDecoderBlock2D',) * 3,
-)
-SMALL_TEXT = TextConfig(
-  vocab_size=768,
-  hidden_size=128,
-  intermediate_size=512,
-  num_hidden_layers=3,
-  num_attention_heads=4,
-  max_position_embeddings=40,
-)
+MINIATURE = Path(__file__).parent.parent / 'assets' / 'miniature-base'
 
 
 def architecture(is_small: bool) -> Networks:
-  small = SMALL_UNET, SMALL_VAE, SMALL_TEXT
-  configs = small if is_small else (UNetConfig(), VAEConfig(), TextConfig())
-  return networks_of_configs(*configs, Schedule())
+  if is_small:
+    return networks_of(checkpoints.load(MINIATURE))
+  return networks_of_configs(UNetConfig(), VAEConfig(), TextConfig(), Schedule())
 
 
 def random_params(networks: Networks, dtype: str):

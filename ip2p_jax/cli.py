@@ -36,7 +36,7 @@ from ip2p_jax.data.shard_writing import parse_shard
 from ip2p_jax.data.sources import SPLITS, open_source
 from ip2p_jax.editor import MAX_SCALE, Editor, Sampling
 from ip2p_jax.errors import InputError
-from ip2p_jax.filtering import MOST, PAPER, draw_histograms, filter_pairs
+from ip2p_jax.filtering import LABELS, MOST, PAPER, draw_histograms, filter_pairs
 from ip2p_jax.networks import fingerprint, networks_of, params_of, tokenizer_of, weights_digest
 from ip2p_jax.pairs import RELEASED, Drawing, Generator, attention_sheet, draw_all
 from ip2p_jax.plan import describe, report, stable_diffusion
@@ -481,9 +481,8 @@ def filter(
   with _progress('prompt') as progress:
     told = progress or (lambda done, total: None)
     found = filter_pairs(sources, out, thresholds, most, drop_duplicates, told)
-  labels = ('picture and caption', 'edited picture and caption', 'direction', 'both pictures')
   of_all = lambda count: f'{count} of {found.drawn} ({100 * count / max(found.drawn, 1):.1f}%)'
-  for name, least, label in zip(Scores._fields, thresholds, labels, strict=True):
+  for name, least, label in zip(Scores._fields, thresholds, LABELS, strict=True):
     _say(f'{name} >= {least:g} ({label}): {of_all(found.passed[name])}')
   _say(f'all of these: {of_all(found.passed_all)}')
   if drop_duplicates:

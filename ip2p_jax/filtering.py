@@ -24,6 +24,7 @@ from ip2p_jax.similarity import Scores
 
 PAPER = Scores(0.2, 0.2, 0.2, 0.75)
 MOST = 4  # pairs of a prompt
+LABELS = Scores('picture and caption', 'edited picture and caption', 'direction', 'both pictures')
 SAME = 4  # bits of 64 in which two pictures differ that look the same
 UNKEPT = ('sample',)  # of a line of scores, not in the original's metadata
 
@@ -95,8 +96,7 @@ def draw_histograms(scores: np.ndarray, thresholds: Scores, file: Path) -> None:
   from matplotlib.figure import Figure  # only plots need it
 
   figure = Figure(figsize=(12, 3), layout='constrained')
-  titles = ('picture and caption', 'edited picture and caption', 'direction', 'both pictures')
-  for i, (axes, title) in enumerate(zip(figure.subplots(1, 4), titles, strict=True)):
+  for i, (axes, title) in enumerate(zip(figure.subplots(1, 4), LABELS, strict=True)):
     axes.hist(scores[:, i], bins=40, color='tab:blue')
     axes.axvline(thresholds[i], color='tab:red')
     share = (scores[:, i] >= thresholds[i]).mean()

@@ -80,6 +80,16 @@ def check_is_editor(networks: Networks, source: str) -> None:
   )
 
 
+def check_is_text_to_image(networks: Networks, source: str) -> None:
+  """Raises an InputError if the checkpoint cannot draw from a caption alone."""
+  channels, latents = networks.unet_config.in_channels, networks.vae_config.latent_channels
+  if channels != latents:
+    raise InputError(
+      f'{source}: the UNet has {channels} input channels where a text-to-image model has {latents};'
+      ' this needs a text-to-image checkpoint.'
+    )
+
+
 def fingerprint(checkpoint: Checkpoint, tokenizer: ClipTokenizer) -> str:
   """Tells VAE encoders and tokenizers apart, whatever files they come in: 16 hexadecimal digits."""
   tensors = checkpoint.tensors['vae']

@@ -35,7 +35,7 @@ from ip2p_jax import prompt_to_prompt as p2p
 from ip2p_jax.diffusion import samplers
 from ip2p_jax.diffusion.noise import Schedule
 from ip2p_jax.errors import InputError
-from ip2p_jax.networks import Networks
+from ip2p_jax.networks import Networks, check_is_text_to_image
 from ip2p_jax.prompts import Prompt
 from ip2p_jax.similarity import Clip, Scores
 from ip2p_jax.text import ClipTokenizer
@@ -141,12 +141,7 @@ class Generator:
     mesh: Mesh | None = None,
   ):
     """InputError if the checkpoint is no text-to-image model, or the settings do not fit it."""
-    channels, latents = networks.unet_config.in_channels, networks.vae_config.latent_channels
-    if channels != latents:
-      raise InputError(
-        f'the UNet has {channels} input channels where a text-to-image model has {latents}; pairs'
-        ' are drawn by a text-to-image checkpoint.'
-      )
+    check_is_text_to_image(networks, 'the checkpoint')
     factor = networks.vae_config.factor
     if drawing.size % factor:
       raise InputError(f'size is {drawing.size}; use a multiple of {factor}.')

@@ -19,7 +19,7 @@ from ip2p_jax import checkpoints
 from ip2p_jax.diffusion import guidance, noise, samplers
 from ip2p_jax.diffusion.denoiser import denoiser
 from ip2p_jax.errors import InputError
-from ip2p_jax.networks import Networks, networks_of, params_of, tokenizer_of
+from ip2p_jax.networks import Networks, check_is_text_to_image, networks_of, params_of, tokenizer_of
 from ip2p_jax.text import ClipTokenizer
 
 SAMPLER = 'euler_ancestral'
@@ -31,12 +31,7 @@ class SDEdit:
 
   def __init__(self, networks: Networks, params, tokenizer: ClipTokenizer, source: str = 'base'):
     """`params` holds a parameter tree each for 'unet', 'vae' and 'text_encoder'."""
-    channels, latents = networks.unet_config.in_channels, networks.vae_config.latent_channels
-    if channels != latents:
-      raise InputError(
-        f'{source}: the UNet has {channels} input channels where a text-to-image model has'
-        f' {latents}; SDEdit needs a text-to-image checkpoint.'
-      )
+    check_is_text_to_image(networks, source)
     self.networks, self.params, self.tokenizer = networks, params, tokenizer
     self._program = jax.jit(functools.partial(program, networks))
 
