@@ -7,12 +7,17 @@ B batch, N query tokens, M key tokens, C channels of one head: q [B, N, heads, C
 functions of the type; they close over whatever traced arrays they need.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from ip2p_jax.errors import InputError
 
 
 class Site(NamedTuple):
@@ -32,6 +37,149 @@ class Site(NamedTuple):
 
 
 Attention = Callable[[Array, Array, Array, Site | None], Array]
+
+
+# What an attention's results are named, so that a remat policy can keep them.
+ATTENTION_OUT = 'attention_out'
+
+
+class Row(NamedTuple):
+  """Where a kernel can run, and from how many queries on it pays.
+
+  Attributes:
+    capability: least compute capability of a GPU (9.0 is Hopper); 0 on a TPU.
+    width: largest number of channels of a head; `multiple` divides it.
+    tokens: least number of queries; a choice of ours, the rest is the kernel's.
+    block: divides the numbers of queries and keys.
+    types: dtypes it computes in.
+  """
+
+  kernel: str
+  platform: str
+  capability: float
+  width: int
+  multiple: int
+  tokens: int
+  block: int
+  types: tuple[str, ...]
+
+
+HALVES = ('bfloat16', 'float16')
+# The first row that holds is taken; XLA's own attention where none does. XLA writes all scores to
+# memory, which is what long attentions spend their time on; below these lengths they are few.
+KERNELS = (
+  Row('splash', 'tpu', 0.0, 256, 8, 1024, 128, ('bfloat16', 'float32')),
+  Row('cudnn', 'gpu', 9.0, 256, 8, 256, 1, HALVES),
+  Row('cudnn', 'gpu', 8.0, 128, 8, 256, 1, HALVES),
+)
+CHOICES = ('auto', 'xla', 'splash', 'cudnn')
+
+
+def dispatch(choice: str = 'auto', mesh: Mesh | None = None) -> Attention:
+  """The attention for the devices of a mesh; without one, for jax's default device.
+
+  Args:
+    choice: 'auto' follows KERNELS; 'xla' uses no kernel; 'splash' and 'cudnn' are used wherever
+      they can run, however short the attention.
+    mesh: batches are split over all its axes. A TPU's kernel needs to be told; XLA finds out.
+
+  Raises InputError for a kernel that the devices do not have.
+  """
+  device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+  platform = 'gpu' if device.platform in ('cuda', 'rocm') else device.platform
+  capability = float(getattr(device, 'compute_capability', 0) or 0) if platform == 'gpu' else 0.0
+  if choice not in CHOICES:
+    raise InputError(f'attention is {choice!r}; use one of {", ".join(CHOICES)}.')
+  if choice not in ('auto', 'xla') and not any(
+    row.kernel == choice and row.platform == platform and row.capability <= capability
+    for row in KERNELS
+  ):
+    raise InputError(
+      f"attention is {choice!r}, which {device.device_kind} does not have; use 'auto'."
+    )
+  if choice == 'xla' or platform not in {row.platform for row in KERNELS}:
+    return attend
+  kernels = {'splash': functools.partial(splash, mesh=mesh), 'cudnn': _cudnn, 'xla': attend}
+
+  def attention(q, k, v, site=None):
+    shape = (q.shape[1], k.shape[1], q.shape[-1])
+    return kernels[kernel_for(platform, capability, *shape, str(q.dtype), choice)](q, k, v)
+
+  return attention
+
+
+def kernel_for(
+  platform: str,
+  capability: float,
+  queries: int,
+  keys: int,
+  width: int,
+  dtype: str,
+  choice: str = 'auto',
+) -> str:
+  """'splash', 'cudnn' or 'xla', by KERNELS."""
+  for row in KERNELS:
+    if (
+      (row.platform, choice) in ((platform, 'auto'), (platform, row.kernel))
+      and capability >= row.capability
+      and width <= row.width
+      and width % row.multiple == 0
+      and (choice != 'auto' or queries >= row.tokens)
+      and queries % row.block == keys % row.block == 0
+      and dtype in row.types
+    ):
+      return row.kernel
+  return 'xla'
+
+
+def _cudnn(q, k, v):
+  return jax.nn.dot_product_attention(q, k, v, implementation='cudnn')
+
+
+def splash(
+  q: Array, k: Array, v: Array, *, mesh: Mesh | None = None, interpret: bool = False
+) -> Array:
+  """A TPU's attention, a tile of scores at a time (jax's own kernel); `interpret` runs anywhere.
+
+  Numbers of queries and keys must be multiples of 128. Heads are not padded to 128 lanes, which
+  would cost more than the kernel saves.
+  """
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+  queries, keys, heads = q.shape[1], k.shape[1], q.shape[2]
+  rows, columns = _tile(queries), _tile(keys)
+  kernel = kernels.make_splash_mha(
+    masks.MultiHeadMask([masks.FullMask((queries, keys))] * heads),
+    block_sizes=kernels.BlockSizes(
+      block_q=rows,
+      block_kv=columns,
+      block_q_dkv=rows,
+      block_kv_dkv=columns,
+      block_q_dq=rows,
+      block_kv_dq=columns,
+    ),
+    head_shards=1,
+    q_seq_shards=1,
+    residual_checkpoint_name=ATTENTION_OUT,
+    interpret=interpret,
+  )
+
+  def heads_first(q, k, v):
+    q, k, v = (x.swapaxes(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
+    return jax.vmap(kernel)(q, k, v).swapaxes(1, 2)
+
+  if mesh is not None and mesh.size > 1:
+    # XLA cannot split a kernel by itself. A batch that cannot be shared is done whole by each.
+    rows = P(mesh.axis_names) if q.shape[0] % mesh.size == 0 else P()
+    heads_first = jax.shard_map(
+      heads_first, mesh=mesh, in_specs=(rows,) * 3, out_specs=rows, check_vma=False
+    )
+  return heads_first(q, k, v)
+
+
+def _tile(length):
+  return next(size for size in (512, 256, 128) if length % size == 0)
 
 
 # On a CPU, scores of one head and this many queries stay in the cache. Below so many scores the

@@ -144,6 +144,8 @@ class TrainConfig:
     dtype: of arithmetic, 'bfloat16' or 'float32'; master weights are float32.
     remat: what is computed twice to save memory: 'none', 'convdot' (all but convolutions, matrix
       products and attention), 'full'.
+    attention: 'auto' uses the fastest kernel for the devices, see `attention.KERNELS`; 'xla' none;
+      'splash' (TPU) and 'cudnn' (NVIDIA) wherever they can run.
     seed: of order, noise, timesteps, dropout, flips.
   """
 
@@ -159,6 +161,7 @@ class TrainConfig:
   min_snr_gamma: float = 0.0
   dtype: str = 'bfloat16'
   remat: str = 'convdot'
+  attention: str = 'auto'
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
   optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
   lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
@@ -172,6 +175,7 @@ CHOICES = {
   'prediction_type': ('', 'epsilon', 'v_prediction'),
   'dtype': ('bfloat16', 'float32'),
   'remat': ('none', 'convdot', 'full'),
+  'attention': ('auto', 'xla', 'splash', 'cudnn'),
   'data.resize': ('crop', 'squash'),
 }
 AT_LEAST_ONE = ('resolution', 'batch_size', 'accumulation', 'steps', 'data.prefetch', 'log.every',

@@ -151,5 +151,7 @@ def predict_branches(networks: Networks, params, conditions: Conditions, branche
   image_latents, contexts = zip(*(told[branch] for branch in branches), strict=True)
   latents = [jnp.concatenate([x, image], -1) for image in image_latents]
   unet = nnx.merge(networks.unet_def, params['unet'])
-  predictions = unet(jnp.concatenate(latents), timestep, jnp.concatenate(contexts))
+  predictions = unet(
+    jnp.concatenate(latents), timestep, jnp.concatenate(contexts), networks.attention
+  )
   return predictions.reshape(len(branches), *x.shape)

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from ip2p_jax import bundled, checkpoints, weights
+from ip2p_jax import attention, bundled, checkpoints, weights
 from ip2p_jax import edit_program as program
 from ip2p_jax import images as pictures
 from ip2p_jax.diffusion import guidance, samplers
@@ -112,7 +112,7 @@ class Editor:
     dtype = dtype or ('float32' if jax.default_backend() == 'cpu' else 'bfloat16')
     if dtype not in DTYPES:
       raise InputError(f'dtype is {dtype!r}; use one of {", ".join(DTYPES)}.')
-    networks = networks_of(checkpoint)
+    networks = networks_of(checkpoint)._replace(attention=attention.dispatch())
     check_is_editor(networks, checkpoint.source)  # before reading gigabytes
     tokenizer = tokenizer_of(checkpoint, networks)
     return cls(networks, params_of(checkpoint, networks, dtype), tokenizer, checkpoint.source)

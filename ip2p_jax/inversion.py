@@ -6,6 +6,7 @@ text of every step is trained until the guided path stays on it (Mokady et al. 2
 of a pair drawn from the result by the sampler 'ddim' begin as the photograph.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -69,7 +70,7 @@ def ddim_path(
   Each step takes the noise that the network sees at the timestep where the step ends, in latents of
   the level where it begins, as diffusers' DDIMInverseScheduler does.
   """
-  unet = nnx.merge(networks.unet_def, params['unet'])
+  unet = _unet(networks, params)
   sigmas, timesteps = jnp.asarray(grid.sigmas), jnp.asarray(grid.timesteps)
 
   def up(x, i):
@@ -100,7 +101,7 @@ def null_texts(
   Each step begins with the text of the one before, and ends at the first update that finds the
   error good enough, for each picture alone.
   """
-  unet = nnx.merge(networks.unet_def, params['unet'])
+  unet = _unet(networks, params)
   sigmas, scale = jnp.asarray(grid.sigmas), guidance[:, None, None, None]
   optimizer = optax.scale_by_adam()
 
@@ -134,6 +135,11 @@ def null_texts(
 
   _, texts = jax.lax.scan(step, (path[0], null_context), jnp.arange(len(grid.timesteps)))
   return texts
+
+
+def _unet(networks, params):
+  unet = nnx.merge(networks.unet_def, params['unet'])
+  return functools.partial(unet, attention=networks.attention)
 
 
 def _noise(unet, schedule, x, sigma, context):

@@ -19,7 +19,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from ip2p_jax.attention import Attention, attend
 from ip2p_jax.diffusion.noise import Schedule, add_noise, velocity
 from ip2p_jax.models.layers import Params, Remat
 from ip2p_jax.models.vae import Posterior
@@ -127,7 +126,6 @@ def example_losses(
   *,
   min_snr_gamma: float = 0.0,
   remat: Remat = lambda layer: layer,
-  attention: Attention = attend,
 ) -> Array:
   """Mean squared error of each example's prediction of noise (or velocity), [B] float32.
 
@@ -139,7 +137,7 @@ def example_losses(
   if inputs.image_latents is not None:
     noisy_latents = jnp.concatenate([noisy_latents, inputs.image_latents], -1)
   unet = nnx.merge(networks.unet_def, unet_params)
-  predicted = unet(noisy_latents, draws.timesteps, inputs.context, attention, remat)
+  predicted = unet(noisy_latents, draws.timesteps, inputs.context, networks.attention, remat)
   if schedule.prediction_type == 'epsilon':
     target = draws.noise
   else:

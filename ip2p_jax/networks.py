@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from ip2p_jax.attention import Attention, attend
 from ip2p_jax.diffusion.noise import Schedule
 from ip2p_jax.errors import InputError
 from ip2p_jax.models.clip import TextEncoder
@@ -26,7 +27,12 @@ COMPONENTS = ('unet', 'vae', 'text_encoder')
 
 
 class Networks(NamedTuple):
-  """The static half of a checkpoint. `shapes` has a tree of ShapeDtypeStructs per component."""
+  """The static half of a checkpoint.
+
+  Attributes:
+    shapes: a tree of ShapeDtypeStructs per component.
+    attention: the UNet's; `_replace(attention=attention.dispatch(...))` for the devices at hand.
+  """
 
   unet_config: UNetConfig
   vae_config: VAEConfig
@@ -36,6 +42,7 @@ class Networks(NamedTuple):
   vae_def: nnx.GraphDef
   text_encoder_def: nnx.GraphDef
   shapes: dict[str, Params]
+  attention: Attention = attend
 
 
 def networks_of(checkpoint: Checkpoint) -> Networks:

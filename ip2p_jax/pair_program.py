@@ -78,7 +78,9 @@ def pair_program(networks: Networks, plan: Plan, params, request: Request) -> Pa
         maps.append(probabilities)
 
     wants_maps = blend is not None or plan.shows_attention
-    attend = p2p.controlled(control, i, level, record if wants_maps else None)
+    attend = p2p.controlled(
+      control, i, level, record if wants_maps else None, inner=networks.attention
+    )
 
     def predict(x, timestep):
       nothing = null_context if request.null_contexts is None else request.null_contexts[i]

@@ -30,7 +30,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from PIL import Image
 
-from ip2p_jax import alignment, images, inversion, pair_program, sharding, storage
+from ip2p_jax import alignment, attention, images, inversion, pair_program, sharding, storage
 from ip2p_jax import prompt_to_prompt as p2p
 from ip2p_jax.diffusion import samplers
 from ip2p_jax.diffusion.noise import Schedule
@@ -150,7 +150,8 @@ class Generator:
       raise InputError(
         f'batch_size is {drawing.batch_size}; use a multiple of the {self.mesh.size} devices.'
       )
-    self.networks, self.drawing = networks, drawing
+    self.networks = networks._replace(attention=attention.dispatch(mesh=self.mesh))
+    self.drawing = drawing
     self.tokenizer, self.clip = tokenizer, clip
     self.plan = pair_program.Plan(drawing.sampler, *[drawing.size // factor] * 2)
     self.grid = samplers.noise_levels(networks.schedule, drawing.sampler, drawing.steps)
@@ -407,16 +408,15 @@ def jpeg(picture: np.ndarray) -> bytes:
 
 
 def attention_sheet(
-  tokenizer: ClipTokenizer, prompt: Prompt, pictures: np.ndarray, attention: np.ndarray
+  tokenizer: ClipTokenizer, prompt: Prompt, pictures: np.ndarray, maps: np.ndarray
 ) -> Image.Image:
   """Where each word of both captions looked: uint8 [2, H, W, 3] and [2, a, b, L]."""
   sheets = []
-  for caption, picture, maps in zip(
-    (prompt.caption, prompt.edited_caption), pictures, attention, strict=True
-  ):
+  captions = (prompt.caption, prompt.edited_caption)
+  for caption, picture, looks in zip(captions, pictures, maps, strict=True):
     shown, labels = [Image.fromarray(picture)], ['']
     for word, places in tokenizer.words(caption):
-      seen = maps[..., list(places)].sum(-1)
+      seen = looks[..., list(places)].sum(-1)
       grey = np.uint8(255 * seen / max(seen.max(), 1e-12))
       size = shown[0].size
       shown.append(Image.fromarray(grey).resize(size, Image.Resampling.BICUBIC).convert('RGB'))

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from ip2p_jax import flops, optimizer, parameters, sharding, train_step
+from ip2p_jax import attention, flops, optimizer, parameters, sharding, train_step
 from ip2p_jax.config import TrainConfig
 from ip2p_jax.diffusion.noise import Schedule
 from ip2p_jax.errors import InputError
@@ -137,6 +137,7 @@ def stable_diffusion(config: TrainConfig) -> Networks:
 
 def lower_step(config: TrainConfig, networks: Networks, mesh: Mesh, from_latents: bool = True):
   """The training step of a config on shapes alone: (lowered, state, shardings, frozen)."""
+  networks = networks._replace(attention=attention.dispatch(config.attention, mesh))
   shapes = parameters.flatten(networks.shapes['unet'])
   trained, _ = trained_shapes(config, shapes)
   transform = optimizer.adamw(config.optimizer, {*shapes, *trained}, config.steps)

@@ -120,7 +120,8 @@ def sample_program(
   branches = (guidance.TEXT_AND_IMAGE, guidance.UNCONDITIONAL)
 
   def predict(x, timestep):
-    predictions = unet(jnp.concatenate([x, x]), timestep, contexts).reshape(2, *x.shape)
+    predictions = unet(jnp.concatenate([x, x]), timestep, contexts, networks.attention)
+    predictions = predictions.reshape(2, *x.shape)
     # With equal scales the branch between the two, which here does not exist, has no weight.
     return guidance.combine(predictions, branches, text_guidance, text_guidance)
 

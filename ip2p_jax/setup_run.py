@@ -10,8 +10,18 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from ip2p_jax import (
+  attention,
+  lora,
+  metrics,
+  optimizer,
+  parameters,
+  sharding,
+  storage,
+  train_step,
+  weights,
+)
 from ip2p_jax import checkpoints as workdirs
-from ip2p_jax import lora, metrics, optimizer, parameters, sharding, storage, train_step, weights
 from ip2p_jax.checkpoints import Checkpoints
 from ip2p_jax.config import TrainConfig
 from ip2p_jax.data import shards, sources
@@ -167,6 +177,7 @@ def prepare(
   if checkpoint is None:
     raise InputError(f'{workdir}: has checkpoints but no {workdirs.BASE}; use a new workdir.')
   networks = networks_of(checkpoint)
+  networks = networks._replace(attention=attention.dispatch(config.attention, mesh))
   _check_resolution(config, networks)
   tokenizer = tokenizer_of(checkpoint, networks)
   check_latents(config, checkpoint, tokenizer)

@@ -1,12 +1,17 @@
 """Attention: the same numbers as PyTorch, whichever way they are computed."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from jax.ad_checkpoint import print_saved_residuals
 from torch_models import relative_error
 
-from ip2p_jax.attention import attend
+from ip2p_jax import config, sharding
+from ip2p_jax.attention import CHOICES, attend, dispatch, kernel_for, splash
+from ip2p_jax.errors import InputError
+from ip2p_jax.models.layers import REMATS
 
 
 @pytest.mark.parametrize(
@@ -36,3 +41,80 @@ def test_a_large_attention_never_holds_all_its_scores_on_a_cpu(rng):
   shape = jax.ShapeDtypeStruct((1, 4096, 8, 40), np.float32)
   memory = jax.jit(attend).lower(shape, shape, shape).compile().memory_analysis()
   assert memory.temp_size_in_bytes < 4096 * 4096 * 4  # one head's scores; all are eight times that
+
+
+# Kernels, by platform.
+
+
+@pytest.mark.parametrize(
+  ('device', 'queries', 'keys', 'width', 'dtype', 'kernel'),
+  [
+    (('tpu', 0.0), 1024, 1024, 40, 'bfloat16', 'splash'),
+    (('tpu', 0.0), 4096, 4096, 80, 'float32', 'splash'),
+    (('tpu', 0.0), 256, 256, 80, 'bfloat16', 'xla'),  # too short to pay
+    (('tpu', 0.0), 1024, 77, 40, 'bfloat16', 'xla'),  # no whole block of keys
+    (('tpu', 0.0), 1000, 1000, 40, 'bfloat16', 'xla'),
+    (('gpu', 9.0), 1024, 77, 40, 'bfloat16', 'cudnn'),
+    (('gpu', 9.0), 256, 256, 160, 'float16', 'cudnn'),
+    (('gpu', 8.0), 256, 256, 128, 'bfloat16', 'cudnn'),
+    (('gpu', 8.0), 256, 256, 160, 'bfloat16', 'xla'),  # too wide before Hopper
+    (('gpu', 9.0), 1024, 1024, 36, 'bfloat16', 'xla'),
+    (('gpu', 9.0), 1024, 1024, 40, 'float32', 'xla'),
+    (('gpu', 9.0), 64, 64, 160, 'bfloat16', 'xla'),
+    (('gpu', 7.5), 1024, 1024, 40, 'float16', 'xla'),
+    (('cpu', 0.0), 4096, 4096, 40, 'bfloat16', 'xla'),
+  ],
+)
+def test_the_table_picks_a_kernel_that_can_run(device, queries, keys, width, dtype, kernel):
+  assert kernel_for(*device, queries, keys, width, dtype) == kernel
+
+
+def test_a_named_kernel_is_used_however_short_the_attention_but_only_where_it_can_run():
+  assert kernel_for('gpu', 9.0, 64, 77, 40, 'bfloat16', 'cudnn') == 'cudnn'
+  assert kernel_for('tpu', 0.0, 256, 256, 40, 'bfloat16', 'splash') == 'splash'
+  assert kernel_for('tpu', 0.0, 256, 77, 40, 'bfloat16', 'splash') == 'xla'
+
+
+def test_a_kernel_that_the_devices_lack_is_one_sentence():
+  with pytest.raises(InputError, match="'splash', which cpu does not have; use 'auto'"):
+    dispatch('splash')
+  with pytest.raises(InputError, match='use one of auto, xla, splash, cudnn'):
+    dispatch('flash')
+  assert dispatch('auto') is dispatch('xla') is attend
+  assert config.CHOICES['attention'] == CHOICES
+
+
+def qkv(rng, shape, dtype):
+  return [jnp.asarray(rng.standard_normal(shape, np.float32), dtype) for _ in range(3)]
+
+
+def both_ways(rng, dtype, shape=(2, 256, 2, 40), mesh=None):
+  """Outputs and gradients, of the TPU's kernel and of XLA in float32."""
+  q, k, v = qkv(rng, shape, dtype)
+  kernel = lambda *args: splash(*args, mesh=mesh, interpret=True)
+  loss = lambda f: lambda *args: (f(*args).astype(jnp.float32) ** 2).sum()
+  run = lambda f, *args: (jax.jit(f)(*args), *jax.jit(jax.grad(loss(f), (0, 1, 2)))(*args))
+  exact = run(attend, *(x.astype(jnp.float32) for x in (q, k, v)))
+  return run(kernel, q, k, v), exact
+
+
+@pytest.mark.parametrize(('dtype', 'tolerance'), [('float32', 1e-5), ('bfloat16', 2e-2)])
+def test_the_tpu_kernel_gives_the_same_numbers(dtype, tolerance, rng):
+  for ours, exact in zip(*both_ways(rng, dtype), strict=True):
+    assert ours.dtype == dtype
+    assert relative_error(ours.astype(jnp.float32), exact) <= tolerance
+
+
+@pytest.mark.parametrize('batch', [8, 3], ids=['shared', 'whole'])
+def test_the_tpu_kernel_runs_over_a_mesh(batch, rng):
+  mesh = sharding.make_mesh(2)
+  for ours, exact in zip(*both_ways(rng, 'float32', (batch, 128, 1, 16), mesh), strict=True):
+    assert relative_error(ours, exact) <= 1e-5
+
+
+def test_what_the_tpu_kernel_needs_backwards_is_kept(rng, capsys):
+  q, k, v = qkv(rng, (1, 128, 1, 16), 'float32')
+  layer = REMATS['convdot'](lambda q, k, v: splash(jnp.sin(q), k, v))
+  print_saved_residuals(lambda *args: layer(*args).sum(), q, k, v)
+  kept = [line.split()[0] for line in capsys.readouterr().out.splitlines() if 'output of' in line]
+  assert kept == ['f32[1,1,128,16]', 'f32[1,1,128]']  # the result, and the sums of its softmax

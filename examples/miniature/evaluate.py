@@ -74,9 +74,9 @@ def part_defaults(bench: Bench, size: Size, figures: Path) -> str:
   point = bench.measure(DEFAULT, size.count)
   judged, examples = verdicts(point), bench.examples[: size.count]
   found = summary([point])
-  groups = {kind: [] for kind in (*world.KINDS, 'two steps', 'trained phrasings', 'new phrasings')}
+  groups = {kind: [] for kind in (*world.KINDS, world.TWO_STEPS, 'trained phrasings', 'new phrasings')}
   for example, verdict in zip(examples, judged, strict=True):
-    groups[oracle.kind_of(example)].append(verdict)
+    groups[world.kind_of(example)].append(verdict)
     groups['new phrasings' if example.is_new_phrasing else 'trained phrasings'].append(verdict)
   rows = [['**all**', len(judged), *(plots.text(name, found[name]) for name in ('done', 'kept'))]]
   for name, group in groups.items():

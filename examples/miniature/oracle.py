@@ -100,14 +100,10 @@ def summary(verdicts: Sequence[Verdict]) -> dict[str, float | int | tuple[float,
 
 def by_kind(examples: Sequence[Example], verdicts: Sequence[Verdict]) -> dict[str, dict]:
   """A summary per kind of edit that occurs; edits in two steps are a kind of their own."""
-  groups = {kind: [] for kind in (*world.KINDS, 'two steps')}
+  groups = {kind: [] for kind in (*world.KINDS, world.TWO_STEPS)}
   for example, verdict in zip(examples, verdicts, strict=True):
-    groups[kind_of(example)].append(verdict)
+    groups[world.kind_of(example)].append(verdict)
   return {kind: summary(group) for kind, group in groups.items() if group}
-
-
-def kind_of(example: Example) -> str:
-  return example.edits[0].kind if len(example.edits) == 1 else 'two steps'
 
 
 def wilson(share: float, count: int) -> tuple[float, float]:

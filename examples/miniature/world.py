@@ -11,8 +11,9 @@ scene, an instruction and the edited scene; what the seed does not decide does n
 
 import argparse
 import io
+import itertools
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -373,6 +374,7 @@ _EDITS: dict[str, Callable] = {
   'style': _style,
 }
 KINDS = tuple(_EDITS)
+TWO_STEPS = 'two steps'
 
 
 def _choose(rng, values):
@@ -405,22 +407,46 @@ def png(scene: Scene) -> bytes:
   return file.getvalue()
 
 
-def write_pairs(folder: Path, train: int, validation: int) -> None:
+def kind_of(example: Example) -> str:
+  """One of KINDS, or TWO_STEPS."""
+  return example.edits[0].kind if len(example.edits) == 1 else TWO_STEPS
+
+
+def seeds(count: int, first: int = 0, kinds: Sequence[str] = ()) -> list[int]:
+  """The `count` seeds from `first` on; of examples of `kinds` alone, as many of each, if given."""
+  if not kinds:
+    return list(range(first, first + count))
+  wanted = {kind: count // len(kinds) + (i < count % len(kinds)) for i, kind in enumerate(kinds)}
+  found = []
+  for seed in itertools.count(first):
+    if len(found) == count:
+      return found
+    kind = kind_of(example(seed))
+    if wanted.get(kind):
+      wanted[kind] -= 1
+      found.append(seed)
+
+
+def write_pairs(
+  folder: Path, train: int, validation: int, first: int = 0, kinds: Sequence[str] = ()
+) -> None:
   """A data set in the layout of timbrooks/instructpix2pix-clip-filtered: Parquet files by split.
 
-  The validation examples are the last of the split 'train': 'test' stays unseen.
+  The validation examples are the last of the split 'train': 'test' stays unseen. `first` and
+  `kinds` as of `seeds`.
   """
   import pyarrow  # only data sets need it
   from pyarrow import parquet
   from tqdm import tqdm
 
   folder.mkdir(parents=True, exist_ok=True)
-  for name, seeds in (('train', range(train)), ('validation', range(train, train + validation))):
+  chosen = seeds(train + validation, first, kinds)
+  for name, part in (('train', chosen[:train]), ('validation', chosen[train:])):
     file = folder / f'{name}-00000-of-00001.parquet'
-    if file.exists() and parquet.read_metadata(file).num_rows == len(seeds):
+    if file.exists() and parquet.read_metadata(file).num_rows == len(part):
       continue
     rows = []
-    for seed in tqdm(seeds, name):
+    for seed in tqdm(part, name):
       one = example(seed)
       rows.append(
         {
@@ -443,10 +469,17 @@ if __name__ == '__main__':
   parser.add_argument('out', type=Path, help='a .png, or a folder for a data set')
   parser.add_argument('--train', type=int, default=40_000, help='examples to train on')
   parser.add_argument('--validation', type=int, default=500)
+  parser.add_argument('--first', type=int, default=0, metavar='SEED', help='seeds count from here')
+  parser.add_argument(
+    '--kinds', nargs='*', choices=(*KINDS, TWO_STEPS), help='only such edits, as many of each'
+  )
   arguments = parser.parse_args()
   if arguments.out.suffix == '.png':
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     sheet().save(arguments.out)
   else:
-    write_pairs(arguments.out, arguments.train, arguments.validation)
+    write_pairs(
+      *(arguments.out, arguments.train, arguments.validation),
+      *(arguments.first, arguments.kinds or ()),
+    )
   print(f'wrote {arguments.out}')

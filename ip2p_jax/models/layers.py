@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from ip2p_jax.attention import ATTENTION_OUT
+
 Params = Any  # a nested dict of arrays, as nnx.to_pure_dict gives
 
 
@@ -77,7 +79,6 @@ def _product(x, kernel, bias):
 
 
 Remat = Callable[[Callable], Callable]
-ATTENTION_OUT = 'attention_out'  # what an attention is named for the policy below
 
 
 def _is_costly(primitive, *args, **params) -> bool:
@@ -87,6 +88,7 @@ def _is_costly(primitive, *args, **params) -> bool:
     primitive.name == 'conv_general_dilated'
     or policies.dots_with_no_batch_dims_saveable(primitive, *args, **params)  # no attention scores
     or policies.save_only_these_names(ATTENTION_OUT)(primitive, *args, **params)
+    or primitive.name.startswith('dot_product_attention')  # cuDNN's
   )
 
 
