@@ -74,7 +74,8 @@ def part_defaults(bench: Bench, size: Size, figures: Path) -> str:
   point = bench.measure(DEFAULT, size.count)
   judged, examples = verdicts(point), bench.examples[: size.count]
   found = summary([point])
-  groups = {kind: [] for kind in (*world.KINDS, world.TWO_STEPS, 'trained phrasings', 'new phrasings')}
+  names = (*world.KINDS, world.TWO_STEPS, 'trained phrasings', 'new phrasings')
+  groups = {name: [] for name in names}
   for example, verdict in zip(examples, judged, strict=True):
     groups[world.kind_of(example)].append(verdict)
     groups['new phrasings' if example.is_new_phrasing else 'trained phrasings'].append(verdict)
