@@ -13,7 +13,7 @@ FLOORS = (
   ('networks', 'alignment', 'prompt_to_prompt', 'similarity'),
   ('prompts',),
   ('optimizer', 'lora', 'loss', 'sharding', 'flops', 'metrics', 'data'),
-  ('checkpoints', 'edit_program', 'inversion', 'pair_program', 'train_step'),
+  ('checkpoints', 'edit_program', 'inversion', 'pair_program', 'train_step', 'triplets'),
   ('editor',),
   ('edit_files', 'convert', 'previews', 'setup_run'),
   ('training', 'pairs', 'plan'),
