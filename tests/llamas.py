@@ -1,0 +1,85 @@
+"""Language models as transformers builds them, tiny, random normal weights, one of each kind."""
+
+from pathlib import Path
+
+import torch_models as reference
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+TEXT = (
+  'a photograph of a girl riding a horse, make it a dragon, have her ride a dragon, winter, snow, '
+  'oil painting of mountains at sunset; add a rainbow to the sky. swap sunflowers with roses '
+)
+VOCABULARY = 320
+END = '<|endoftext|>'
+SIZES = {
+  'vocab_size': VOCABULARY,
+  'hidden_size': 48,
+  'intermediate_size': 80,
+  'num_hidden_layers': 2,
+  'num_attention_heads': 6,
+  'num_key_value_heads': 2,
+  'max_position_embeddings': 256,
+  'bos_token_id': None,
+  'eos_token_id': 0,
+  'pad_token_id': None,
+}
+_LLAMA3 = {
+  'rope_type': 'llama3',
+  'rope_theta': 10000.0,
+  'factor': 8.0,
+  'low_freq_factor': 1.0,
+  'high_freq_factor': 4.0,
+  'original_max_position_embeddings': 48,
+}
+CONFIGS = {
+  'llama3': {'model_type': 'llama', 'rope_parameters': _LLAMA3},
+  'llama-linear': {
+    'model_type': 'llama',
+    'rope_parameters': {'rope_type': 'linear', 'rope_theta': 500.0, 'factor': 3.0},
+    'attention_bias': True,
+    'mlp_bias': True,
+    'head_dim': 16,
+  },
+  'smollm2': {
+    'model_type': 'llama',
+    'num_attention_heads': 3,
+    'num_key_value_heads': 1,
+    'rope_parameters': {'rope_type': 'default', 'rope_theta': 100000.0},
+    'tie_word_embeddings': True,
+    'rms_norm_eps': 1e-5,
+  },
+  'qwen2': {'model_type': 'qwen2'},
+  'qwen3': {'model_type': 'qwen3', 'head_dim': 16, 'tie_word_embeddings': True},
+}
+
+
+def build(kind: str, **changes):
+  """transformers' model of one of CONFIGS, for instance with `num_hidden_layers=3`."""
+  config = transformers.AutoConfig.for_model(**{**SIZES, **CONFIGS[kind], **changes})
+  model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation='eager')
+  return reference.randomize(model)
+
+
+def tokenizer() -> Tokenizer:
+  """A byte-level BPE of VOCABULARY tokens, its end-of-text being token 0, as SmolLM2's."""
+  made = Tokenizer(models.BPE())
+  made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  made.decoder = decoders.ByteLevel()
+  trainer = trainers.BpeTrainer(
+    vocab_size=VOCABULARY,
+    special_tokens=[END],
+    initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    show_progress=False,
+  )
+  made.train_from_iterator([TEXT] * 4, trainer)
+  assert made.get_vocab_size() == VOCABULARY
+  return made
+
+
+def write(folder: Path, kind: str = 'smollm2', shard_size: str = '1GB', **changes):
+  """Saves such a model and tokenizer as a hub does; returns transformers' model."""
+  model = build(kind, **changes)
+  model.save_pretrained(folder, max_shard_size=shard_size)
+  tokenizer().save(str(folder / 'tokenizer.json'))
+  return model
