@@ -22,7 +22,7 @@ $(VENV)/.installed: setup.cfg constraints.txt
 demo: setup
 	$(RUN) examples/miniature/demo.py $(OUT)
 
-# Everything of the miniature from nothing, as what is shipped in assets/ was made: about two hours.
+# Everything of the miniature from nothing, as what is shipped in assets/ was made: about six hours.
 # Killed, it goes on where it was.
 miniature: setup
 	$(RUN) examples/miniature/make.py out/miniature

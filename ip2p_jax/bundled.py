@@ -12,7 +12,7 @@ from pathlib import Path
 from ip2p_jax.errors import InputError
 
 # Its own best, where `Editor.edit` has those of Stable Diffusion's size.
-STEPS, TEXT_GUIDANCE, IMAGE_GUIDANCE, SAMPLER = 30, 1.5, 1.2, 'euler'
+STEPS, TEXT_GUIDANCE, IMAGE_GUIDANCE, SAMPLER = 30, 2.0, 1.2, 'euler'
 
 SHARE = Path('share', 'ip2p-jax', 'miniature')
 FOLDERS = (

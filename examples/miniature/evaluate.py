@@ -236,7 +236,9 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Bench, Size, Path, st
   parser.add_argument('--ckpt', type=Path, default=Path('assets/miniature'), help='the editor')
   parser.add_argument('--base', type=Path, default=Path('assets/miniature-base'), help='of SDEdit')
   parser.add_argument('--clip', type=Path, default=Path('assets/miniature-clip'))
-  parser.add_argument('--run', type=Path, default=Path('out/miniature/run'), help='for raw weights')
+  parser.add_argument(
+    '--run', type=Path, default=Path('out/miniature/run-2'), help='for raw weights'
+  )
   parser.add_argument('--out', type=Path, default=Path('out/miniature/evaluation'))
   parser.add_argument('--figures', type=Path, default=HERE / 'figures')
   parser.add_argument('--size', choices=SIZES, default='short', help='how much to measure')

@@ -4,7 +4,7 @@
   python examples/miniature/make.py out/miniature --install assets   (also writes what is shipped)
 
 Every part is a command that can be run alone; killed and called again, it goes on where it was.
-About two hours on two CPU cores. Times are kept in OUT/times.jsonl.
+About six hours on two CPU cores. Times are kept in OUT/times.jsonl.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import jax
+import world
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -27,26 +28,39 @@ def commands(out: Path, pairs: int) -> dict[str, list[str]]:
   """What is run, by name, in order."""
   script = lambda name, *args: [sys.executable, str(HERE / name), *map(str, args)]
   ip2p = lambda *args: [sys.executable, '-m', 'ip2p_jax.cli', *map(str, args)]
-  train = lambda config, workdir, start, data: [
+  train = lambda config, workdir, start, data, *more: [
     *(sys.executable, str(ROOT / 'train.py'), f'--config={ROOT / "configs" / config}'),
     *(f'--workdir={out / workdir}', f'--config.checkpoint={out / start}'),
-    f'--config.data.path={out / data}',
+    *(f'--config.data.path={data}', *more),
   ]
-  pack = lambda name, task: ip2p(
-    *('pack', out / 'pairs', out / name, '--latents', '--ckpt', out / 'start'),
+  pack = lambda pairs, name, task: ip2p(
+    *('pack', out / pairs, out / name, '--latents', '--ckpt', out / 'start'),
     *('--size', 64, '--batch-size', 64, '--task', task),
   )
+  export = lambda workdir, name: ip2p('convert', out / workdir, out / name, '--overwrite')
+  again = lambda steps: (f'--config.steps={steps}', '--config.optimizer.learning_rate=6e-4')
+  hard = ('--first', 1_000_000, '--kinds', world.TWO_STEPS, 'style')
+  mixture = f'{out / "edits"}=2,{out / "more-edits"}=1'
   return {
     'pairs': script('world.py', out / 'pairs', '--train', pairs),
     'autoencoder': script('train_vae.py', out / 'vae'),
     'clip': script('train_clip.py', out / 'clip'),
     'start': script('start.py', out / 'start', '--vae', out / 'vae', '--clip', out / 'clip'),
-    'captions': pack('captions', 'text_to_image'),
-    'base': train('mini_base.py', 'base-run', 'start', 'captions'),
-    'base export': ip2p('convert', out / 'base-run', out / 'base', '--overwrite'),
-    'edits': pack('edits', 'edit'),
-    'editor': train('mini.py', 'run', 'base', 'edits'),
-    'editor export': ip2p('convert', out / 'run', out / 'editor', '--overwrite'),
+    'captions': pack('pairs', 'captions', 'text_to_image'),
+    'base': train('mini_base.py', 'base-run', 'start', out / 'captions'),
+    'base export': export('base-run', 'base-1'),
+    'edits': pack('pairs', 'edits', 'edit'),
+    'editor': train('mini.py', 'run', 'base-1', out / 'edits'),
+    'editor export': export('run', 'editor-1'),
+    # What the editor found hardest, a third of every batch from here on.
+    'more pairs': script(
+      *('world.py', out / 'more-pairs', '--train', 3 * pairs // 10, '--validation', 16, *hard)
+    ),
+    'more edits': pack('more-pairs', 'more-edits', 'edit'),
+    'editor again': train('mini.py', 'run-2', 'editor-1', mixture, *again(9000)),
+    'editor again, export': export('run-2', 'editor'),
+    'base again': train('mini_base.py', 'base-run-2', 'base-1', out / 'captions', *again(4000)),
+    'base again, export': export('base-run-2', 'base'),
   }
 
 
