@@ -1,11 +1,13 @@
 """The `ip2p` command. Each subcommand is a function; its docstring and options are its --help."""
 
 import contextlib
+import functools
 import hashlib
 import os
 import secrets
 import signal
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -460,12 +462,18 @@ def filter(
   drop_duplicates: Annotated[
     bool, Option('--drop-duplicates', help='Of pairs that look the same, keep the best.')
   ] = False,
+  shards: Annotated[
+    bool, Option('--shards', help='Write packed shards, as `ip2p pack` would of the folder.')
+  ] = False,
+  holdout: Annotated[
+    float, Option(min=0, max=0.5, help='With --shards: share of the rows kept for validation.')
+  ] = 0.0,
 ) -> None:
   """Keeps the good ones of the pairs that `ip2p pairs` drew, ready to pack or to train on.
 
   ip2p filter raw pairs
 
-  ip2p filter raw-of-worker-0 raw-of-worker-1 pairs --preset released
+  ip2p filter raw-of-worker-0 raw-of-worker-1 shards --shards --preset released
 
   ip2p filter raw stricter --image 0.8 --direction 0.25
 
@@ -477,10 +485,13 @@ def filter(
   if len(paths) < 2:
     raise InputError('give the folders of `ip2p pairs`, and then a new one to write to.')
   thresholds = Scores(caption, caption, direction, presets[preset] if image is None else image)
+  if holdout and not shards:
+    raise InputError('--holdout is only for --shards; add that, or leave --holdout out.')
   *sources, out = paths
+  write = functools.partial(_filter_to_shards, holdout=holdout) if shards else filter_pairs
   with _progress('prompt') as progress:
     told = progress or (lambda done, total: None)
-    found = filter_pairs(sources, out, thresholds, most, drop_duplicates, told)
+    found = write(sources, out, thresholds, most, drop_duplicates, told)
   of_all = lambda count: f'{count} of {found.drawn} ({100 * count / max(found.drawn, 1):.1f}%)'
   for name, least, label in zip(Scores._fields, thresholds, LABELS, strict=True):
     _say(f'{name} >= {least:g} ({label}): {of_all(found.passed[name])}')
@@ -493,6 +504,22 @@ def filter(
   except ImportError:
     _say('no histograms: install matplotlib to have them')
   _say(f'{out}: {found.kept} pairs of {found.prompts} prompts, at most {most} each')
+
+
+def _filter_to_shards(sources, out, *how, holdout):
+  """`filter_pairs`, whose folder (of hard links) is packed; whole or not at all."""
+  if out.exists():
+    raise InputError(f'{out} exists; give a new folder, or delete it.')
+  out.parent.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryDirectory(dir=out.parent, prefix=f'.{out.name}.') as place:
+    pairs, packed = Path(place, 'pairs'), Path(place, 'shards')
+    found = filter_pairs(sources, pairs, *how)
+    if not found.kept:
+      raise InputError('no pair passes all thresholds, so there is nothing to pack; lower them.')
+    rows = {split: open_source(str(pairs), split) for split in SPLITS}
+    pack_pictures(rows, packed, holdout=holdout, workers=0, say=_say)
+    packed.rename(out)
+  return found
 
 
 def plan(

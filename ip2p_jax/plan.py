@@ -242,7 +242,7 @@ def _computations(program: str) -> tuple[dict[str, list[str]], str]:
   return found, entry
 
 
-def _walk(program: str):
+def walk(program: str):
   """Every line that runs by itself, and how often: bodies of loops as often as these go round."""
   computations, entry = _computations(program)
   waiting = [(entry, 1)]
@@ -264,7 +264,7 @@ def _walk(program: str):
 def cycles_of(program: str) -> float:
   """The compiler's estimate for one run; custom kernels count as nothing."""
   total = 0.0
-  for line, times in _walk(program):  # only whole fusions have an estimate, nothing within them
+  for line, times in walk(program):  # only whole fusions have an estimate, nothing within them
     if found := re.search(r'"estimated_cycles":"(\d+)"', line):
       total += times * int(found[1])
   return total
@@ -274,7 +274,7 @@ def collectives_of(program: str) -> list[Collective]:
   """What devices exchange, equal ones together, the largest first."""
   found = collections.Counter()
   pattern = re.compile(rf'= (.*?) ({"|".join(COLLECTIVES)})(-start)?\(')
-  for line, times in _walk(program):
+  for line, times in walk(program):
     match = pattern.search(line)
     if not match:
       continue

@@ -1,5 +1,6 @@
 """The whole edit: against diffusers' pipeline, and what must hold of it whatever the weights."""
 
+import re
 import warnings
 
 import jax
@@ -9,9 +10,10 @@ import torch
 import torch_models as reference
 from PIL import Image
 
-from ip2p_jax import Editor
+from ip2p_jax import Editor, plan
 from ip2p_jax.editor import Sampling
 from ip2p_jax.errors import InputError
+from ip2p_jax.parameters import flatten
 
 
 @pytest.fixture(scope='module')
@@ -53,6 +55,27 @@ def run_torch(pipeline, photo, instruction, init_noise, step_noise, **options):
     ).images
     decoded = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
   return reference.nhwc(latents), 255 * (reference.nhwc(decoded) / 2 + 0.5).clip(0, 1)
+
+
+def test_keys_and_values_of_the_text_are_computed_once_and_not_in_every_step(editor, photo):
+  """XLA moves out of the loop what no step changes."""
+  seen = []
+  program, editor._program = editor._program, lambda *inputs: seen.extend(inputs)
+  try:
+    editor.edit_arrays(photo, ['make it winter'], Sampling(7))
+  finally:
+    editor._program = program
+  compiled = program.lower(*seen).compile().as_text()
+  tokens = 3 * editor.tokenizer.length  # of the three branches
+  products = rf'= f32\[{tokens},\d+\]\S* (dot|custom-call)\('
+  times = [count for line, count in plan.walk(compiled) if re.search(products, line)]
+  layers = sum('attn2.to_k' in name or 'attn2.to_v' in name for name in kernels(editor))
+  assert times == [1] * layers and layers
+  assert 7 in [count for _, count in plan.walk(compiled)]
+
+
+def kernels(editor):
+  return [name for name in flatten(editor.params['unet']) if name.endswith('kernel')]
 
 
 def test_the_whole_edit_agrees_with_diffusers(editor, pipeline, photo, rng):

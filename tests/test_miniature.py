@@ -43,7 +43,7 @@ def held_out(count):
   return examples, np.stack([world.picture(one.scene) for one in examples])
 
 
-def test_of_32_held_out_edits_70_percent_are_done_in_90_seconds_of_two_cores():
+def test_of_32_held_out_edits_80_percent_are_done_in_90_seconds_of_two_cores():
   examples, scenes = held_out(32)
   instructions = [one.instruction for one in examples]
   began = time.process_time()  # of all threads
@@ -53,7 +53,7 @@ def test_of_32_held_out_edits_70_percent_are_done_in_90_seconds_of_two_cores():
   seconds = time.process_time() - began
   verdicts = [oracle.judge(*pair) for pair in zip(examples, edited, strict=True)]
   found = oracle.summary(verdicts)
-  assert found['done'] >= 0.7
+  assert found['done'] >= 0.8
   assert found['kept'] >= 25
   assert seconds <= 2 * 90
 

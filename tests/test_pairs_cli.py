@@ -7,6 +7,7 @@ import pytest
 import torch_models as reference
 
 from ip2p_jax import cli, weights
+from ip2p_jax.data.sources import open_source
 from ip2p_jax.images import read_settings
 
 COARSE = reference.TINY_UNET | {
@@ -64,6 +65,20 @@ def test_from_prompts_to_a_data_set(ip2p, folder, tmp_path):
   assert ip2p('check', tmp_path / 'pairs')[0] == 0
   status, said = ip2p('pack', tmp_path / 'pairs', tmp_path / 'shards', '--size', 32, '--workers', 0)
   assert status == 0 and '10 train' in said
+  status, said = ip2p('filter', tmp_path / 'raw', tmp_path / 'straight', *loose, '--shards')
+  assert status == 0 and '12 pairs of 12 prompts' in said
+  rows = [[row.edited_caption for row in open_source(str(tmp_path / name), 'train')]
+          for name in ('shards', 'straight')]  # fmt: skip
+  assert rows[0] == rows[1] and len(rows[0]) == 10
+  status, said = ip2p('filter', tmp_path / 'raw', tmp_path / 'empty', '--image', '1.1', '--shards')
+  assert status == 2 and 'nothing to pack' in said
+  assert {file.name for file in tmp_path.iterdir()} == {
+    'raw',
+    'none',
+    'pairs',
+    'shards',
+    'straight',
+  }
 
   status, said = ip2p(*drawing(folder, tmp_path / 'raw', '--seed', 1))
   assert status == 2 and 'was drawn with seed 0, not 1' in said
