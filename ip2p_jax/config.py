@@ -169,6 +169,77 @@ class TrainConfig:
   log: LogConfig = dataclasses.field(default_factory=LogConfig)
 
 
+@dataclasses.dataclass
+class TripletsConfig:
+  """Where (caption, instruction, edited caption) come from.
+
+  Attributes:
+    path: a file of triplets, JSON lines, CSV or Parquet.
+    holdout: part of the rows, spread evenly, that only the validation loss is over; 0 none.
+    max_tokens: longest triplet, in tokens; one that is longer stops the run before it starts.
+  """
+
+  path: str = ''
+  holdout: float = 0.05
+  max_tokens: int = 512
+
+
+@dataclasses.dataclass
+class LanguageLogConfig:
+  """What is written, and how often, in steps.
+
+  Attributes:
+    every: metrics, the only time the host waits for the devices.
+    checkpoint_every, keep: checkpoints, and how many stay.
+    validate_every: loss of the held-out triplets; 0 never.
+    profile: steps (first, number) that the profiler records into the workdir.
+  """
+
+  every: int = 10
+  checkpoint_every: int = 50
+  keep: int = 3
+  validate_every: int = 25
+  profile: tuple[int, int] = (0, 0)
+
+
+@dataclasses.dataclass
+class LanguageConfig:
+  """One run of a language model that learns to write instructions (the paper's first stage).
+
+  Attributes:
+    checkpoint: Hugging Face folder of a Llama, Qwen2 or Qwen3 to start from.
+    batch_size: triplets per optimizer step, over all devices and accumulation steps.
+    accumulation: parts a batch is worked through in; gradients travel once for each.
+    steps: optimizer steps; 700 triplets, 5 % of them held out, come once in 21 steps of 32.
+    dtype: of arithmetic, 'bfloat16' or 'float32'; master weights are float32. With LoRA it is also
+      that of the weights that stay as they are.
+    remat: what is computed twice to save memory: 'none', 'convdot' (all but matrix products and
+      attention), 'full' (all of a layer but its input).
+    seed: of the order, and of new adapters.
+  """
+
+  checkpoint: str = ''
+  batch_size: int = 32
+  accumulation: int = 1
+  steps: int = 63
+  seed: int = 0
+  dtype: str = 'bfloat16'
+  remat: str = 'full'
+  data: TripletsConfig = dataclasses.field(default_factory=TripletsConfig)
+  optimizer: OptimizerConfig = dataclasses.field(
+    default_factory=lambda: OptimizerConfig(
+      learning_rate=1e-5, schedule='cosine', warmup_steps=6, clip_norm=1.0, decays=(('', 0.0),),
+    )
+  )  # fmt: skip
+  lora: LoraConfig = dataclasses.field(
+    default_factory=lambda: LoraConfig(
+      alpha=32.0, targets=r'\.(q|k|v|o|gate|up|down)_proj\.kernel$'
+    )
+  )
+  mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+  log: LanguageLogConfig = dataclasses.field(default_factory=LanguageLogConfig)
+
+
 MAX_SEED = 2**32 - 1
 CHOICES = {
   'task': ('edit', 'text_to_image'),
@@ -178,8 +249,9 @@ CHOICES = {
   'attention': ('auto', 'xla', 'splash', 'cudnn'),
   'data.resize': ('crop', 'squash'),
 }
-AT_LEAST_ONE = ('resolution', 'batch_size', 'accumulation', 'steps', 'data.prefetch', 'log.every',
-                'log.checkpoint_every', 'log.keep', 'log.preview_steps')  # fmt: skip
+AT_LEAST_ONE = ('resolution', 'batch_size', 'accumulation', 'steps', 'data.prefetch',
+                'data.max_tokens', 'log.every', 'log.checkpoint_every', 'log.keep',
+                'log.preview_steps')  # fmt: skip
 AT_LEAST_ZERO = ('seed', 'min_snr_gamma', 'lora.rank', 'data.workers', 'data.max_corrupt',
                  'data.largest_resize', 'log.validate_every', 'log.validation_examples',
                  'log.previews')  # fmt: skip
@@ -187,20 +259,7 @@ AT_LEAST_ZERO = ('seed', 'min_snr_gamma', 'lora.rank', 'data.workers', 'data.max
 
 def check(config: TrainConfig) -> None:
   """Raises an InputError that names the first knob whose value makes no sense."""
-  values = dict(knobs(config))
-  for name, choices in CHOICES.items():
-    if values[name] not in choices:
-      raise InputError(
-        f'{name} is {values[name]!r}; use one of {", ".join(filter(None, choices))}.'
-      )
-  for names, least in ((AT_LEAST_ONE, 1), (AT_LEAST_ZERO, 0)):
-    for name in names:
-      if not least <= values[name] < math.inf:  # and not nan
-        raise InputError(f'{name} is {values[name]}; use {least} or more.')
-  if config.seed > MAX_SEED:
-    raise InputError(f'seed is {config.seed}; use at most {MAX_SEED}.')
-  if config.lora.rank and not 0 < config.lora.alpha < math.inf:
-    raise InputError(f'lora.alpha is {config.lora.alpha}; use a number above 0.')
+  _check_common(config)
   if not 0 <= config.conditioning_dropout <= 1 / 3:
     raise InputError(
       f'conditioning_dropout is {config.conditioning_dropout}; it is the rate of each of three'
@@ -213,8 +272,37 @@ def check(config: TrainConfig) -> None:
       f'data.largest_resize is {config.data.largest_resize}, smaller than the resolution'
       f' {config.resolution}; use 0 for no random crop.'
     )
-  for name in ('checkpoint', 'data.path'):
-    if not values[name]:
+  _check_paths(config)
+
+
+def check_language(config: LanguageConfig) -> None:
+  """The same for a run of a language model."""
+  _check_common(config)
+  if not 0 <= config.data.holdout < 1:
+    raise InputError(f'data.holdout is {config.data.holdout}; use 0 to below 1.')
+  _check_paths(config)
+
+
+def _check_common(config):
+  values = dict(knobs(config))
+  for name, choices in CHOICES.items():
+    if name in values and values[name] not in choices:
+      raise InputError(
+        f'{name} is {values[name]!r}; use one of {", ".join(filter(None, choices))}.'
+      )
+  for names, least in ((AT_LEAST_ONE, 1), (AT_LEAST_ZERO, 0)):
+    for name in names:
+      if name in values and not least <= values[name] < math.inf:  # and not nan
+        raise InputError(f'{name} is {values[name]}; use {least} or more.')
+  if config.seed > MAX_SEED:
+    raise InputError(f'seed is {config.seed}; use at most {MAX_SEED}.')
+  if config.lora.rank and not 0 < config.lora.alpha < math.inf:
+    raise InputError(f'lora.alpha is {config.lora.alpha}; use a number above 0.')
+
+
+def _check_paths(config):
+  for name, path in (('checkpoint', config.checkpoint), ('data.path', config.data.path)):
+    if not path:
       raise InputError(f'{name} is empty; say where it is: --config.{name}=PATH.')
 
 
@@ -228,9 +316,9 @@ def knobs(config: Any, prefix: str = '') -> Iterator[tuple[str, Any]]:
       yield prefix + field.name, value
 
 
-def check_overrides(argv: Sequence[str]) -> None:
-  """Raises an InputError for a `--config.KEY` that is no knob, naming the nearest one."""
-  known = [name for name, _ in knobs(TrainConfig())]
+def check_overrides(argv: Sequence[str], kinds: Sequence[type] = (TrainConfig,)) -> None:
+  """Raises an InputError for a `--config.KEY` that is no knob of any, naming the nearest one."""
+  known = [name for kind in kinds for name, _ in knobs(kind())]
   for argument in argv:
     name = argument.lstrip('-').partition('=')[0].removeprefix('config.')
     if argument.startswith(('--config.', '-config.')) and name not in known:
@@ -239,17 +327,20 @@ def check_overrides(argv: Sequence[str]) -> None:
       raise InputError(f'--config.{name} is no setting of a training run; {hint}')
 
 
-def load(path: str | os.PathLike, changes: Sequence[str] = ()) -> TrainConfig:
+def load(path: str | os.PathLike, changes: Sequence[str] = (), kind: type = TrainConfig) -> Any:
   """What `get_config()` of a file gives, with changes such as 'optimizer.learning_rate=3e-5'.
 
-  InputError for a file that has none, a name that is no knob, or a value of another type.
+  `kind` is what it is to give: `TrainConfig` or `LanguageConfig`. InputError for a file that gives
+  something else, a name that is no knob, or a value of another type.
   """
   if not os.path.isfile(path):
     raise InputError(f'{path}: no such file; see configs/.')
   config = runpy.run_path(os.fspath(path)).get('get_config', lambda: None)()
-  if not isinstance(config, TrainConfig):
-    raise InputError(f'{path}: is no config, a file whose get_config() gives a TrainConfig.')
-  check_overrides([f'--config.{change}' for change in changes])
+  if not isinstance(config, kind):
+    raise InputError(
+      f'{path}: is no config for this, a file whose get_config() gives a {kind.__name__}.'
+    )
+  check_overrides([f'--config.{change}' for change in changes], [kind])
   for change in changes:
     name, is_given, text = change.partition('=')
     *sections, knob = name.split('.')
