@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ip2p_jax import bundled
 from ip2p_jax.data import tables
 from ip2p_jax.data.columns import ALIASES, texts
 from ip2p_jax.errors import InputError
@@ -95,9 +96,19 @@ class Rows:
     return place, Triplet(*(text(values.get(column)) for column in self._columns))
 
 
+def bundled_file() -> Path:
+  """The triplets that come along; InputError if they did not."""
+  files = [folder.parent / 'triplets.jsonl' for folder in bundled.FOLDERS]
+  found = next((file for file in files if file.is_file()), None)
+  if found is None:
+    raise InputError('the triplets of this project are not installed; give your own (--triplets).')
+  return found
+
+
 def open_table(path: str | Path) -> tables.JsonLines | tables.Csv | tables.Parquet:
   """A table of texts; InputError if it is none, or has no row."""
   path = Path(path).expanduser()
+  kind = path.suffix.lower()
   if path.is_dir():
     files = sorted(map(str, path.rglob('*.parquet')))
     if not files:
@@ -105,14 +116,14 @@ def open_table(path: str | Path) -> tables.JsonLines | tables.Csv | tables.Parqu
     reader = tables.Parquet(files, str(path))
   elif not path.is_file():
     raise InputError(f'{path}: no such file.')
-  elif path.suffix.lower() == '.jsonl':
-    reader = tables.JsonLines(str(path))
-  elif path.suffix.lower() == '.csv':
-    reader = tables.Csv(str(path))
-  elif path.suffix.lower() == '.parquet':
+  elif kind == '.parquet':
     reader = tables.Parquet([str(path)], str(path.parent))
+  elif kind in ('.jsonl', '.csv'):
+    reader = (tables.JsonLines if kind == '.jsonl' else tables.Csv)(str(path))
   else:
-    raise InputError(f'{path}: of unknown kind; give .jsonl, .csv or .parquet.')
+    raise InputError(
+      f'{path}: of unknown kind; give .jsonl, .csv or .parquet (of captions also .txt, one a line).'
+    )
   if not len(reader):
     raise InputError(f'{path}: is empty.')
   return reader
@@ -125,4 +136,9 @@ def pick(names: Sequence[str], groups: Sequence[Sequence[str]]) -> str | None:
 
 def text(cell: Any) -> str:
   """The first text of a cell that holds one or a list; '' if it holds none."""
-  return next(iter(texts(cell)), '')
+  return clean(next(iter(texts(cell)), ''))
+
+
+def clean(text: str) -> str:
+  """Without halves of UTF-16 pairs, which JSON can hold and UTF-8 cannot."""
+  return text.encode(errors='replace').decode()

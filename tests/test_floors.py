@@ -10,14 +10,14 @@ FLOORS = (
   ('errors',),
   ('attention', 'bundled', 'config', 'console', 'parameters', 'storage'),
   ('models', 'diffusion', 'weights', 'images', 'text'),
-  ('networks', 'alignment', 'prompt_to_prompt', 'similarity'),
+  ('networks', 'alignment', 'prompt_to_prompt', 'similarity', 'language'),
   ('prompts',),
   ('optimizer', 'lora', 'loss', 'sharding', 'flops', 'metrics', 'data'),
   ('checkpoints', 'edit_program', 'inversion', 'pair_program', 'train_step', 'triplets'),
   ('editor',),
-  ('edit_files', 'convert', 'previews', 'setup_run'),
-  ('training', 'pairs', 'plan'),
-  ('filtering',),
+  ('edit_files', 'convert', 'previews', 'setup_run', 'captions'),
+  ('training', 'pairs', 'plan', 'caption_server', 'triplet_check'),
+  ('filtering', 'captions_cli'),
   ('cli', 'launch'),
 )
 ANYONE = ('__init__', 'resources')  # the public names; scripts that travel with exports

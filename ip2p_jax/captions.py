@@ -1,0 +1,435 @@
+"""Writes an instruction and an edited caption for each of many captions, by a language model.
+
+  OUT/captions.json                  the settings; another run with others is refused
+  OUT/answers-00000-of-00001.jsonl   all that this worker was answered, in the order it came
+  OUT/part-00000-of-00001.jsonl      what it kept, in the order of the captions
+  OUT/prompts.jsonl                  all parts, once they are all there: `ip2p pairs` reads it
+
+An answer is on disk before the next one is asked for. Killed at any time and started again, a run
+asks only for what is missing, and ends with the very same parts and prompts.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import heapq
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ip2p_jax import storage, triplets
+from ip2p_jax.data.columns import ALIASES
+from ip2p_jax.errors import InputError
+from ip2p_jax.text import ClipTokenizer
+from ip2p_jax.weights import clip_tokenizer
+
+SETTINGS, PROMPTS = 'captions.json', 'prompts.jsonl'
+COLUMNS = (*ALIASES['caption'], *ALIASES['text'])  # groups; LAION's 'TEXT' is among them
+LINES = ('', '.txt')  # suffixes of files with a caption per line
+CHUNK = 4096  # captions per call of a backend, which runs half empty at the end of each
+# Why an answer is refused.
+REASONS = {
+  'empty': 'no answer',
+  'unfinished': 'not written to the end',
+  'parts': 'not an instruction and a caption',
+  'unchanged': 'the caption unchanged',
+  'long': 'too long',
+  'flagged': 'flagged by moderation',
+}
+FLAGGED_CAPTION = 'flagged caption'  # which is not asked for at all
+
+# (captions, seeds) -> (index, text) of each, in any order. The text is what follows
+# `triplets.prompt(caption)`, with `triplets.STOP` if it was written to its end.
+Complete = Callable[[Sequence[str], Sequence[int]], Iterator[tuple[int, str]]]
+Moderate = Callable[[str], bool]  # whether a text must not be used
+Progress = Callable[[int, int], None]  # called with (captions done, captions in all)
+Task = tuple['Caption', int]  # a caption, and which attempt at it is next
+
+
+class Caption(NamedTuple):
+  row: int  # of its file, from 0
+  text: str
+  url: str = ''
+
+
+@dataclasses.dataclass(frozen=True)
+class Writing:
+  """How texts are written; the defaults are the original's.
+
+  Attributes:
+    seed: of the whole run.
+    attempts: answers to ask for, each with another seed, until one is kept.
+    max_tokens: of an answer.
+    max_words: of an instruction. Captions and instructions must fit into CLIP's 77 tokens, too.
+  """
+
+  seed: int = 0
+  attempts: int = 4
+  temperature: float = 0.7
+  top_p: float = 1.0
+  frequency_penalty: float = 0.1
+  max_tokens: int = 256
+  max_words: int = 25
+
+  def __post_init__(self):
+    for name in ('attempts', 'max_tokens', 'max_words'):
+      if getattr(self, name) < 1:
+        raise InputError(f'{name} is {getattr(self, name)}; use 1 or more.')
+    for name, low, high in (('temperature', 0, 2), ('top_p', 0, 1), ('frequency_penalty', -2, 2)):
+      if not low <= getattr(self, name) <= high:
+        raise InputError(f'{name} is {getattr(self, name)}; use {low} to {high}.')
+
+  def seed_of(self, caption: str, attempt: int) -> int:
+    """31 bits, by a hash, so that no answer depends on what else was asked for."""
+    digest = hashlib.blake2b(f'{self.seed} {attempt} {caption}'.encode(), digest_size=4).digest()
+    return int.from_bytes(digest, 'little') >> 1
+
+
+class Captions(NamedTuple):
+  """Those to write for, and how many more there were."""
+
+  kept: list[Caption]
+  left_out: dict[str, int]  # by reason: 'empty', 'duplicate', 'long'
+
+
+def read_captions(path: Path, column: str = '', limit: int | None = None) -> Captions:
+  """Captions of a .jsonl, .csv or .parquet file, a folder of .parquet, or one per line of a text.
+
+  Of captions that are the same but for case, white space and a last stop, or that have the same
+  URL, the first stays. InputError for a file or row that cannot be read.
+  """
+  fits = Fits()
+  left_out, kept, seen = collections.Counter(), [], set()
+  for row, (text, url) in enumerate(_texts(path, column)):
+    text = ' '.join(text.split())
+    keys = {plain(text)} | ({f'url {url}'} if url else set())
+    if not text:
+      left_out['empty'] += 1
+    elif keys & seen:
+      left_out['duplicate'] += 1
+    elif not fits(text):
+      left_out['long'] += 1
+    elif limit is None or len(kept) < limit:
+      kept.append(Caption(row, text, url))
+      seen |= keys
+    else:
+      break
+  if not kept:
+    raise InputError(f'{path}: has no caption that could be used.')
+  return Captions(kept, dict(left_out))
+
+
+def _texts(path: Path, column: str) -> Iterator[tuple[str, str]]:
+  """(caption, URL or '') of every row."""
+  if path.suffix.lower() in LINES and not path.is_dir():
+    try:
+      lines = path.read_bytes().decode().split('\n')  # no other sign ends a line
+    except (OSError, UnicodeDecodeError) as error:
+      reason = getattr(error, 'strerror', None) or 'is not UTF-8'
+      raise InputError(f'{path}: cannot be read as a text ({reason}).') from None
+    yield from ((line, '') for line in lines)
+    return
+  reader = triplets.open_table(path)
+  name = column if column in reader.names else None if column else triplets.pick(
+    reader.names, COLUMNS
+  )  # fmt: skip
+  if name is None:
+    raise InputError(
+      f'{path}: has no column {column or "caption"}; the columns are {", ".join(reader.names)}; say'
+      ' which by --column.'
+    )
+  url = triplets.pick(reader.names, (('url', 'image_url'),))
+  wanted = tuple(filter(None, (name, url)))
+  for i in range(len(reader)):
+    values = reader.read(i, wanted)[2]
+    yield triplets.text(values.get(name)), triplets.text(values.get(url))
+
+
+class Fits:
+  """`fits(text)`: whether the 77 tokens that CLIP reads hold all of it."""
+
+  def __init__(self):
+    self._tokenizer = ClipTokenizer(clip_tokenizer())
+
+  def __call__(self, text: str) -> bool:
+    return not self._tokenizer.cut_off(text)
+
+
+def plain(text: str) -> str:
+  """What makes two captions the same: not case, white space, or a stop at the end."""
+  return ' '.join(text.split()).strip('.!?').lower()
+
+
+def judge(
+  caption: str, answer: str, writing: Writing, fits: Fits, is_flagged: Moderate | None
+) -> tuple[str, tuple[str, str] | None]:
+  """Why an answer is refused, of REASONS, and None; or '' and (instruction, edited caption)."""
+  if not answer:
+    return 'empty', None
+  if triplets.STOP not in answer:
+    return 'unfinished', None
+  parts = triplets.parse(answer)
+  if parts is None or any('\n' in part for part in parts):
+    return 'parts', None
+  instruction, edited = parts
+  if plain(edited) == plain(caption):
+    return 'unchanged', None
+  if len(instruction.split()) > writing.max_words or not all(map(fits, parts)):
+    return 'long', None
+  if is_flagged and any(map(is_flagged, parts)):
+    return 'flagged', None
+  return '', parts
+
+
+def write_all(
+  captions: Sequence[Caption],
+  out: str | Path,
+  complete: Complete,
+  writing: Writing,
+  identity: Mapping[str, Any],
+  shard: tuple[int, int] = (0, 1),
+  is_flagged: Moderate | None = None,
+  progress: Progress = lambda done, total: None,
+) -> bool:
+  """Writes for all captions of this worker, from where an earlier try stopped.
+
+  `identity` tells models apart, so that no run goes on with another; its 'model' stands in every
+  line. `shard` (i, n) is worker i of n, which has every n-th caption. Returns whether all workers
+  are done, and the prompts written.
+  """
+  folder = local_folder(out)
+  digest = hashlib.blake2b(json.dumps(captions).encode(), digest_size=8).hexdigest()
+  settings = dataclasses.asdict(writing) | dict(identity)
+  _claim(folder, settings | {'captions': digest, 'shards': shard[1]}, shard)
+  mine = captions[shard[0] :: shard[1]]
+  with _journal(answers_file(folder, shard)) as record:
+    todo = collections.deque(remaining(folder, captions, writing, shard))
+    fits, done = Fits(), len(mine) - len(todo)
+    progress(done, len(mine))
+    while todo:
+      tasks = [todo.popleft() for _ in range(min(CHUNK, len(todo)))]
+      asked = []
+      for caption, attempt in tasks:
+        if attempt == 0 and is_flagged and is_flagged(caption.text):
+          record({'row': caption.row, 'attempt': 0, 'refused': FLAGGED_CAPTION})
+        else:
+          asked.append((caption, attempt))
+      done += len(tasks) - len(asked)
+      again = []
+      for task, answer in _answers(complete, asked, writing):
+        caption, attempt = task
+        refused, parts = judge(caption.text, answer, writing, fits, is_flagged)
+        line = {'row': caption.row, 'attempt': attempt}
+        if refused:
+          record(line | {'refused': refused, 'answer': answer})
+        else:
+          record(line | {'edit': parts[0], 'output': parts[1]})
+        if refused and attempt + 1 < writing.attempts:
+          again.append((caption, attempt + 1))
+        else:
+          done += 1
+          progress(done, len(mine))
+      todo.extendleft(reversed(again))  # so that the next call is full, and the last one short
+    _write_part(folder, mine, writing, identity['model'], shard)
+  return _gather(folder, shard)
+
+
+def _answers(complete, asked, writing) -> Iterator[tuple[Task, str]]:
+  if not asked:
+    return
+  seeds = [writing.seed_of(caption.text, attempt) for caption, attempt in asked]
+  missing = set(range(len(asked)))
+  for index, answer in complete([caption.text for caption, _ in asked], seeds):
+    missing.remove(index)  # a KeyError if a backend answers twice
+    yield asked[index], answer
+  if missing:
+    raise RuntimeError(f'the backend left out {len(missing)} of {len(asked)} captions')
+
+
+def remaining(
+  folder: str | Path, captions: Sequence[Caption], writing: Writing, shard: tuple[int, int]
+) -> list[Task]:
+  """What is still to be asked for: a caption without a kept answer, and its next attempt."""
+  made, done = collections.Counter(), set()
+  for line in read_answers(answers_file(Path(folder), shard)):
+    made[line['row']] = max(made[line['row']], line['attempt'] + 1)
+    if line.get('refused') in (None, FLAGGED_CAPTION):
+      done.add(line['row'])
+  mine = captions[shard[0] :: shard[1]]
+  return [
+    (caption, made[caption.row])
+    for caption in mine
+    if caption.row not in done and made[caption.row] < writing.attempts
+  ]
+
+
+def answers_file(folder: Path, shard: tuple[int, int]) -> Path:
+  return folder / f'answers-{shard[0]:05d}-of-{shard[1]:05d}.jsonl'
+
+
+def part_file(folder: Path, shard: tuple[int, int]) -> Path:
+  return folder / f'part-{shard[0]:05d}-of-{shard[1]:05d}.jsonl'
+
+
+def read_answers(file: Path) -> Iterator[dict[str, Any]]:
+  """Lines of a file of answers, but for a last one that was cut short; none if there is no file."""
+  if not file.exists():
+    return
+  with file.open('rb') as opened:
+    for number, line in enumerate(opened, 1):
+      if not line.endswith(b'\n'):
+        return
+      try:
+        found = json.loads(line)
+        found['row'], found['attempt']
+      except (ValueError, KeyError, TypeError):
+        raise InputError(
+          f'{file}: line {number} is damaged; delete it, and that answer is asked for again.'
+        ) from None
+      yield found
+
+
+@contextlib.contextmanager
+def _journal(file: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+  """A function that adds a line to the file at once; no other process can at the same time."""
+  with file.open('a+b') as opened:
+    try:
+      fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that dies
+    except BlockingIOError:
+      raise InputError(
+        f'{file}: another process writes it; wait for that, or give it another --shard.'
+      ) from None
+    except OSError:  # a disk without locks
+      pass
+    opened.seek(0)
+    whole = 0
+    for line in opened:
+      whole += len(line) if line.endswith(b'\n') else 0
+    opened.truncate(whole)
+
+    def record(line):
+      opened.write(json.dumps(line).encode() + b'\n')
+      opened.flush()
+
+    yield record
+
+
+def _write_part(folder, mine, writing, model, shard) -> None:
+  """The answers that were kept, in the order of the captions."""
+  kept = {line['row']: line for line in read_answers(answers_file(folder, shard)) if 'edit' in line}
+  sampling = {name: getattr(writing, name)
+              for name in ('temperature', 'top_p', 'frequency_penalty', 'max_tokens')}  # fmt: skip
+  lines = []
+  for caption in mine:
+    if answer := kept.get(caption.row):
+      line = {'caption': caption.text, 'edit': answer['edit'], 'output': answer['output']}
+      line |= {'url': caption.url} if caption.url else {}
+      line |= {'row': caption.row, 'model': model, 'attempt': answer['attempt']}
+      line |= {'seed': writing.seed_of(caption.text, answer['attempt'])}
+      lines.append(json.dumps(line | sampling) + '\n')
+  _write(part_file(folder, shard), ''.join(lines).encode(), shard)
+
+
+def _gather(folder, shard) -> bool:
+  """Writes the prompts if all parts are there."""
+  parts = [part_file(folder, (i, shard[1])) for i in range(shard[1])]
+  if not all(part.exists() for part in parts):
+    return False
+  with contextlib.ExitStack() as stack:
+    opened = [stack.enter_context(part.open()) for part in parts]
+    lines = heapq.merge(*opened, key=lambda line: json.loads(line)['row'])
+    _write(folder / PROMPTS, ''.join(lines).encode(), shard)
+  return True
+
+
+def _claim(folder, settings, shard) -> None:
+  """Writes the settings, or refuses a folder that has others."""
+  file = folder / SETTINGS
+  folder.mkdir(parents=True, exist_ok=True)
+  if not file.exists():
+    _write(file, (json.dumps(settings, indent=2) + '\n').encode(), shard)
+  known, settings = storage.read_json(file), json.loads(json.dumps(settings))
+  for name in sorted({*known, *settings}):
+    if known.get(name) != settings.get(name):
+      raise InputError(
+        f'{folder}: was begun with {name} {known.get(name)!r}, not {settings.get(name)!r}; use'
+        ' another folder, or the same settings.'
+      )
+
+
+def _write(file, content, shard) -> None:
+  """At once or not at all. All workers may do it at the same time."""
+  temporary = file.with_name(f'.{file.name}.{shard[0]}.tmp')
+  temporary.write_bytes(content)
+  temporary.replace(file)
+
+
+def local_folder(out: str | Path) -> Path:
+  if not storage.is_local(out):
+    raise InputError(f'{out}: give a folder of this machine; answers are added to files there.')
+  return Path(storage.folder(out))
+
+
+class Yield(NamedTuple):
+  """What the workers of a folder were answered so far."""
+
+  captions: int  # asked for, or flagged
+  answers: int
+  refused: dict[str, int]  # answers, by reason
+  flagged: int  # captions
+  instructions: list[str]  # that were kept
+
+
+def read_yield(folder: str | Path) -> Yield:
+  rows, refused, instructions = set(), collections.Counter(), []
+  for file in sorted(Path(folder).glob('answers-*.jsonl')):
+    for line in read_answers(file):
+      rows.add(line['row'])
+      if 'refused' in line:
+        refused[line['refused']] += 1
+      else:
+        instructions.append(line['edit'])
+  flagged = refused.pop(FLAGGED_CAPTION, 0)
+  answers = len(instructions) + sum(refused.values())
+  return Yield(len(rows), answers, dict(refused), flagged, instructions)
+
+
+def describe(found: Yield) -> Iterator[str]:
+  """Lines for people."""
+  part = lambda count, whole: f'{count:,} of {whole:,} ({100 * count / max(whole, 1):.1f}%)'
+  kept = len(found.instructions)
+  yield f'captions with an edit: {part(kept, found.captions)}'
+  yield f'answers kept: {part(kept, found.answers)}'
+  for reason, count in sorted(found.refused.items(), key=lambda item: -item[1]):
+    yield f'answers refused, {REASONS.get(reason, reason)}: {part(count, found.answers)}'
+  if found.flagged:
+    yield f'captions flagged by moderation: {part(found.flagged, found.captions)}'
+
+
+def merge(files: Sequence[Path], out: Path) -> tuple[int, int]:
+  """Writes the lines of all files that were not there before: (lines written, duplicates).
+
+  Duplicates have the same caption, but for case, white space and a last stop, or the same URL.
+  """
+  if out.exists():
+    raise InputError(f'{out} exists; give a new file, or delete it.')
+  seen, lines, duplicates = set(), [], 0
+  for file in files:
+    reader = triplets.open_table(file)
+    caption = triplets.pick(reader.names, triplets.NAMES['caption'])
+    for i in range(len(reader)):
+      place, _, values = reader.read(i, tuple(reader.names))
+      text, url = triplets.text(values.get(caption)), triplets.text(values.get('url'))
+      if not text:
+        raise InputError(f'{place}: has no caption; mend it or take it out.')
+      keys = {plain(text)} | ({f'url {url}'} if url else set())
+      if keys & seen:
+        duplicates += 1
+      else:
+        seen |= keys
+        lines.append(json.dumps(values) + '\n')
+  storage.write_bytes(storage.folder(out), ''.join(lines).encode())
+  return len(lines), duplicates

@@ -1,0 +1,348 @@
+"""`ip2p captions`: a language model learns to write edits, and writes them for many captions."""
+
+import hashlib
+import importlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import typer
+from tqdm import tqdm
+from typer import Argument, Option
+
+from ip2p_jax import caption_server, captions, language, triplet_check, triplets
+from ip2p_jax import config as configuration
+from ip2p_jax.captions import Complete, Writing
+from ip2p_jax.console import cache_compilations
+from ip2p_jax.data.shard_writing import parse_shard
+from ip2p_jax.errors import InputError
+from ip2p_jax.networks import weights_digest
+from ip2p_jax.weights.language_folder import read_language
+
+app = typer.Typer(
+  rich_markup_mode=None,
+  no_args_is_help=True,
+  help='Captions and how to edit them: what pairs of pictures are drawn from.',
+)
+
+
+@app.command(context_settings={'allow_extra_args': True, 'ignore_unknown_options': True})
+def train(
+  context: typer.Context,
+  workdir: Annotated[str, Option(help='Folder for checkpoints and metrics; may be gs://.')],
+  config: Annotated[Path, Option(help='Its settings change by --config.KEY=V.')] = Path(
+    'configs/captions.py'
+  ),
+) -> None:
+  """Trains a language model on triplets: caption, instruction, edited caption.
+
+  ip2p captions train --workdir W --config.checkpoint=SmolLM2-360M
+  --config.data.path=my-triplets.jsonl
+
+  ip2p captions train --config configs/captions.py --workdir W --config.checkpoint=CKPT
+  --config.data.path=my-triplets.jsonl --config.lora.rank=16
+
+  Run the same command again to resume. docs/captions.md tells how to write triplets.
+  """
+  from ip2p_jax import language_training
+
+  changes = []
+  for word in context.args:
+    name, equals, _ = word.partition('=')
+    if not name.startswith('--config.') or not equals:
+      raise InputError(f'does not know {word!r}; settings change by --config.KEY=VALUE.')
+    changes.append(word.removeprefix('--config.'))
+  settings = configuration.load(config, changes, configuration.LanguageConfig)
+  cache_compilations()
+  raise typer.Exit(language_training.train_language(settings, workdir))
+
+
+@app.command()
+def write(
+  source: Annotated[
+    Path,
+    Argument(
+      metavar='CAPTIONS',
+      help='A .jsonl, .csv or .parquet file, a folder of .parquet, or a .txt of one per line.',
+    ),
+  ],
+  out: Annotated[Path, Argument(help='A new folder; or one that an earlier try began.')],
+  model: Annotated[
+    Path | None, Option(help='A folder as transformers saves a model, trained on triplets.')
+  ] = None,
+  server: Annotated[
+    str | None, Option(help="Instead: a server's URL, as in http://localhost:8000/v1.")
+  ] = None,
+  server_model: Annotated[str | None, Option(help="The model's name on the server.")] = None,
+  column: Annotated[str, Option(help='Of captions; caption, input, TEXT and such are found.')] = '',
+  limit: Annotated[int | None, Option(min=1, help='Captions to take, from the first.')] = None,
+  attempts: Annotated[int, Option(min=1, help='Answers to ask for until one is good.')] = 4,
+  temperature: Annotated[float, Option(help='0 always takes the likeliest token.')] = 0.7,
+  top_p: Annotated[float, Option(help='Part of the probability that tokens are drawn from.')] = 1.0,
+  frequency_penalty: Annotated[float, Option(help='Per time that a token was written.')] = 0.1,
+  max_tokens: Annotated[int, Option(min=1, help='Of an answer.')] = 256,
+  max_words: Annotated[int, Option(min=1, help='Of an instruction.')] = 25,
+  seed: Annotated[int, Option(min=0, help='Of the whole run.')] = 0,
+  moderate: Annotated[
+    str | None,
+    Option(
+      metavar='MODULE:FUNCTION',
+      help='Your Python function (text) -> bool, True for texts that must not be used.',
+    ),
+  ] = None,
+  shard: Annotated[str, Option(help='i/n: this worker of n that share the captions.')] = '0/1',
+  slots: Annotated[int, Option(min=1, help='With --model: captions at a time.')] = 64,
+  dtype: Annotated[
+    str | None, Option(help='With --model: float32 or bfloat16; by default float32 on a CPU only.')
+  ] = None,
+  api: Annotated[str, Option(help='With --server: chat, or completions.')] = 'chat',
+  key_variable: Annotated[
+    str | None, Option(metavar='NAME', help='With --server: environment variable with the key.')
+  ] = None,
+  examples: Annotated[
+    int, Option(min=0, help='With --server: triplets to show; 0 for a model trained on them.')
+  ] = 8,
+  from_triplets: Annotated[
+    Path | None, Option('--triplets', help='With --server: to show; those of this project if none.')
+  ] = None,
+  body: Annotated[
+    str, Option(help='With --server: more of the request, as JSON; null takes a key out.')
+  ] = '{}',
+  concurrency: Annotated[int, Option(min=1, help='With --server: requests at a time.')] = 16,
+  timeout: Annotated[float, Option(min=0.1, help='With --server: seconds for an answer.')] = 120.0,
+  retries: Annotated[int, Option(min=0, help='With --server: of a request that fails.')] = 8,
+  prompt_price: Annotated[
+    float | None, Option(min=0, help='With --server: dollars per million tokens of requests.')
+  ] = None,
+  completion_price: Annotated[
+    float | None, Option(min=0, help='With --server: dollars per million tokens of answers.')
+  ] = None,
+  yes: Annotated[bool, Option('--yes', '-y', help='With --server: do not ask first.')] = False,
+) -> None:
+  """Writes an instruction and an edited caption for each caption, ready for `ip2p pairs`.
+
+  ip2p captions write captions.parquet edits --model writer
+
+  ip2p captions write captions.txt edits --model writer --shard 3/8
+
+  ip2p captions write captions.jsonl edits --server http://localhost:8000/v1 --server-model qwen
+  --limit 100
+
+  ip2p captions write captions.jsonl edits --server https://api.example.com/v1 --server-model NAME
+  --key-variable API_KEY --prompt-price 0.15 --completion-price 0.6
+
+  Killed, it goes on where it was. The result is OUT/prompts.jsonl, once all workers are done.
+  """
+  writing = Writing(
+    seed, attempts, temperature, top_p, frequency_penalty, max_tokens, max_words
+  )  # refuses mistakes before reading
+  number = parse_shard(shard)
+  if (model is None) == (server is None):
+    raise InputError('give either --model FOLDER or --server URL.')
+  folder, is_flagged = captions.local_folder(out), moderate and _hook(moderate)
+  asked = None
+  if server is not None:
+    if not server_model:
+      raise InputError("--server-model is missing: the model's name on the server.")
+    shown = triplets.read(from_triplets or triplets.bundled_file()) if examples else []
+    asked = caption_server.Server(
+      server, server_model, api, caption_server.read_key(key_variable) if key_variable else None,
+      shown, examples, _json(body), concurrency, timeout, retries,
+    )  # fmt: skip
+  found = captions.read_captions(source, column, limit)
+  left_out = ', '.join(f'{count:,} {reason}' for reason, count in found.left_out.items())
+  tqdm.write(f'{source}: {len(found.kept):,} captions; left out: {left_out or "none"}')
+  todo = captions.remaining(folder, found.kept, writing, number)
+  usage = caption_server.Usage()
+  if asked:
+    identity = {'model': server_model, 'api': api, 'shown': examples, 'body': asked.body}
+    identity['examples'] = hashlib.blake2b(json.dumps(shown).encode(), digest_size=8).hexdigest()
+    if todo:
+      _confirm(asked, writing, [caption.text for caption, _ in todo],
+               prompt_price, completion_price, yes)  # fmt: skip
+    complete = caption_server.backend(asked, writing, usage, _once(tqdm.write))
+  else:
+    loaded, identity = _load(model, dtype)
+    complete = local(loaded, writing, slots)
+  mine = found.kept[number[0] :: number[1]]
+  with tqdm(
+    total=len(mine), initial=len(mine) - len(todo), unit='caption', dynamic_ncols=True, disable=None
+  ) as bar:
+    is_complete = captions.write_all(
+      found.kept, folder, complete, writing, identity | {'moderate': moderate}, number, is_flagged,
+      lambda done, total: bar.update(done - bar.n),
+    )  # fmt: skip
+  if asked and todo:
+    _tell_usage(usage, prompt_price, completion_price)
+  _report(folder, is_complete)
+
+
+@app.command()
+def check(
+  file: Annotated[Path, Argument(help='Triplets, or OUT/prompts.jsonl: .jsonl, .csv, .parquet.')],
+) -> None:
+  """Looks at every triplet: the same twice or nearly, faults of form, edits that cannot be drawn.
+
+  ip2p captions check my-triplets.jsonl
+
+  A line per finding, and how varied the instructions are. Exit status 1 if anything was found.
+  """
+  with tqdm(unit='row', dynamic_ncols=True, disable=None) as bar:
+
+    def progress(done, total):
+      bar.total = total
+      bar.update(done - bar.n)
+
+    read, findings = triplet_check.check(file, tqdm.write, progress)
+  for line in triplet_check.diversity([triplet.instruction for triplet in read]):
+    tqdm.write(line)
+  tqdm.write(f'{file}: {len(read):,} triplets, {findings:,} findings')
+  if findings:
+    raise typer.Exit(1)
+
+
+@app.command()
+def merge(
+  files: Annotated[
+    list[Path], Argument(metavar='FILES... OUT', help='Files of `write`, then a new one.')
+  ],
+) -> None:
+  """Puts the prompts of several runs into one file, each caption once.
+
+  ip2p captions merge edits-a/prompts.jsonl edits-b/prompts.jsonl prompts.jsonl
+
+  Workers of one run (--shard) need none of this.
+  """
+  *sources, out = files
+  if not sources:
+    raise InputError('give the files to merge, and then a new one to write to.')
+  count, duplicates = captions.merge(sources, out)
+  tqdm.write(f'{out}: {count:,} prompts; {duplicates:,} left out, whose caption was there before')
+
+
+def _load(folder, dtype):
+  """A model of this machine, and what tells it apart."""
+  cache_compilations()
+  dtype = dtype or ('float32' if jax.default_backend() == 'cpu' else 'bfloat16')
+  checkpoint = read_language(folder)
+  identity = {
+    'model': folder.resolve().name,
+    'dtype': dtype,
+    'weights': weights_digest(checkpoint.tensors),
+  }
+  return language.Language.of(checkpoint, dtype), identity
+
+
+def local(model: language.Language, writing: Writing, slots: int) -> Complete:
+  """Asks a model on the devices of this machine, `slots` captions at a time."""
+
+  def complete(captions, seeds):
+    written = language.write(
+      model,
+      [triplets.prompt(caption) for caption in captions],
+      seeds=seeds,
+      temperature=writing.temperature,
+      top_p=writing.top_p,
+      frequency_penalty=writing.frequency_penalty,
+      stop=triplets.STOP,
+      max_tokens=writing.max_tokens,
+      slots=slots,
+    )
+    for answer in written:
+      text = triplets.clean(answer.text)
+      yield answer.index, text + (triplets.STOP if answer.is_finished else '')
+
+  return complete
+
+
+def _hook(spec: str) -> Callable[[str], bool]:
+  """A function of the user's, which may lie beside where the command runs."""
+  module, _, name = spec.partition(':')
+  sys.path.insert(0, str(Path.cwd()))
+  try:
+    function = getattr(importlib.import_module(module), name)
+  except Exception as error:  # whatever happens in there
+    raise InputError(
+      f'--moderate {spec}: cannot be imported ({error}); write MODULE:FUNCTION.'
+    ) from error
+  finally:
+    sys.path.pop(0)
+
+  def is_flagged(text):
+    try:
+      return bool(function(text))
+    except Exception as error:
+      raise InputError(
+        f'--moderate {spec}: failed on {text[:80]!r} ({type(error).__name__}: {error}).'
+      ) from error
+
+  return is_flagged
+
+
+def _json(text: str) -> dict:
+  try:
+    found = json.loads(text)
+  except ValueError:
+    found = None
+  if not isinstance(found, dict):
+    raise InputError('--body is no JSON object, as in \'{"seed": null, "min_p": 0.1}\'.')
+  return found
+
+
+def _confirm(server, writing, texts, prompt_price, completion_price, yes) -> None:
+  """Tells what a run may cost, and asks."""
+  least = caption_server.estimate(server, writing, texts)
+  tqdm.write(
+    f'{least.requests:,} captions for {server.model} at {server.url}: about'
+    f' {least.prompt_tokens:,} tokens of requests and {least.completion_tokens:,} of answers'
+    f'{_dollars(least, prompt_price, completion_price)} if every first answer is good, and up to'
+    f' {writing.attempts} times as much'
+  )
+  if yes:
+    return
+  if not sys.stdin.isatty():
+    raise InputError('nobody is there to be asked whether to start; say --yes.')
+  typer.confirm('Start?', abort=True)
+
+
+def _tell_usage(usage, prompt_price, completion_price) -> None:
+  if usage.prompt_tokens:
+    tqdm.write(
+      f'the server counted {usage.prompt_tokens:,} tokens of requests and'
+      f' {usage.completion_tokens:,} of answers{_dollars(usage, prompt_price, completion_price)}'
+    )
+
+
+def _dollars(tokens, prompt_price, completion_price) -> str:
+  if prompt_price is None and completion_price is None:
+    return ''
+  cost = tokens.prompt_tokens * (prompt_price or 0)
+  cost += tokens.completion_tokens * (completion_price or 0)
+  return f' (${cost / 1e6:,.2f})'
+
+
+def _once(say):
+  """Says each line once."""
+  said = set()
+
+  def tell(line):
+    if line not in said:
+      said.add(line)
+      say(line)
+
+  return tell
+
+
+def _report(folder, is_complete) -> None:
+  found = captions.read_yield(folder)
+  for line in (*captions.describe(found), *triplet_check.diversity(found.instructions)):
+    tqdm.write(line)
+  if is_complete:
+    tqdm.write(f'wrote {folder / captions.PROMPTS}; `ip2p pairs` draws pictures of it')
+  else:
+    tqdm.write(
+      f'{folder}: other shards are still missing: it is complete when all workers are done'
+    )
