@@ -1,0 +1,111 @@
+"""What the miniature's caption writer starts from: a language model that knows nothing, and texts.
+
+  python examples/miniature/start_writer.py out/miniature/writer-start
+
+  OUT/model               a Llama of random weights with a tokenizer made for the world's sentences
+  OUT/triplets.jsonl      what it learns from: caption, instruction, edited caption
+  OUT/captions.txt        captions of other scenes, to write edits for
+
+A real writer starts from a language model that has read the web, and needs 700 triplets; this one
+learns its language from them, too, and so gets many.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import world
+from flax import nnx
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from ip2p_jax import triplets
+from ip2p_jax.models.llama import Llama, LlamaConfig
+from ip2p_jax.weights import names
+from ip2p_jax.weights.language_folder import LanguageCheckpoint, write_language
+
+END = '<|end|>'
+FIRST = 2_000_000  # seed of the first scene, far from those of the pairs
+CONFIG = {
+  'model_type': 'llama',
+  'hidden_size': 160,
+  'intermediate_size': 448,
+  'num_hidden_layers': 4,
+  'num_attention_heads': 5,
+  'num_key_value_heads': 5,
+  'max_position_embeddings': 256,
+  'rms_norm_eps': 1e-6,
+  'rope_theta': 10000.0,
+  'hidden_act': 'silu',
+  'tie_word_embeddings': True,
+  'attention_bias': False,
+  'mlp_bias': False,
+}
+VOCABULARY = 512
+
+
+def triplet(seed: int, split: str = 'train') -> triplets.Triplet:
+  one = world.example(seed, split)
+  return triplets.Triplet(one.caption, one.instruction, one.edited_caption)
+
+
+def tokenizer_of(texts: list[str]) -> Tokenizer:
+  """Byte-level BPE; words keep the space before them, as in every Llama since the third."""
+  bpe = Tokenizer(models.BPE())
+  bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  bpe.decoder = decoders.ByteLevel()
+  trainer = trainers.BpeTrainer(
+    vocab_size=VOCABULARY,
+    special_tokens=[END],
+    initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    show_progress=False,
+  )
+  bpe.train_from_iterator(texts, trainer)
+  return bpe
+
+
+def start(texts: list[str]) -> LanguageCheckpoint:
+  """A model of random weights (standard deviation 0.02, less where layers add up)."""
+  tokenizer = tokenizer_of(texts)
+  end = tokenizer.token_to_id(END)
+  config = CONFIG | {
+    'vocab_size': tokenizer.get_vocab_size(), 'bos_token_id': end, 'eos_token_id': end,
+  }  # fmt: skip
+  params = nnx.to_pure_dict(nnx.split(Llama(LlamaConfig.from_json(config), rngs=nnx.Rngs(0)))[1])
+  tensors, rng = names.to_tensors(params), np.random.default_rng(0)
+  for name in sorted(tensors):
+    if tensors[name].ndim == 2:
+      is_last = name.endswith(('o_proj.weight', 'down_proj.weight'))
+      spread = 0.02 / (2 * CONFIG['num_hidden_layers']) ** 0.5 if is_last else 0.02
+      tensors[name] = rng.normal(0, spread, tensors[name].shape).astype(np.float32)
+  return LanguageCheckpoint(config, tensors, tokenizer.to_str().encode(), 'the miniature')
+
+
+def main(folder: Path, count: int, captions: int) -> None:
+  folder.mkdir(parents=True, exist_ok=True)
+  learned = [triplet(seed) for seed in range(FIRST, FIRST + count)]
+  texts = [triplets.prompt(one.caption) + triplets.completion(one) for one in learned]
+  write_language(start(texts), folder / 'model', overwrite=True)
+  rows = [{'input': one.caption, 'edit': one.instruction, 'output': one.edited} for one in learned]
+  _write(folder / 'triplets.jsonl', map(json.dumps, rows))
+  others = (triplet(seed, 'test').caption for seed in range(FIRST, FIRST + captions))
+  _write(folder / 'captions.txt', dict.fromkeys(others))
+  print(f'wrote {folder}: {count:,} triplets, {captions:,} captions')
+
+
+def _write(file, lines):
+  unfinished = file.with_suffix('.tmp')
+  unfinished.write_text(''.join(f'{line}\n' for line in lines))
+  os.replace(unfinished, file)
+
+
+if __name__ == '__main__':
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('folder', type=Path)
+  parser.add_argument('--triplets', type=int, default=20_000)
+  parser.add_argument('--captions', type=int, default=2_000)
+  arguments = parser.parse_args()
+  main(arguments.folder, arguments.triplets, arguments.captions)
