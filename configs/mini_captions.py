@@ -1,0 +1,29 @@
+"""The miniature's caption writer: learns the drawn world's sentences, and to edit them.
+
+  ip2p captions train --config configs/mini_captions.py --workdir out/miniature/writer-run
+
+`python examples/miniature/start_writer.py out/miniature/writer-start` makes what it starts from.
+"""
+
+from ip2p_jax.config import LanguageConfig, LanguageLogConfig, OptimizerConfig, TripletsConfig
+
+
+def get_config():
+  return LanguageConfig(
+    checkpoint='out/miniature/writer-start/model',
+    batch_size=64,
+    steps=3000,
+    dtype='float32',
+    remat='none',
+    data=TripletsConfig(path='out/miniature/writer-start/triplets.jsonl', holdout=0.02),
+    optimizer=OptimizerConfig(
+      learning_rate=2e-3,
+      schedule='cosine',
+      warmup_steps=100,
+      final_rate=0.05,
+      b2=0.98,
+      clip_norm=1.0,
+      ema=0.99,
+    ),
+    log=LanguageLogConfig(every=25, checkpoint_every=250, validate_every=250),
+  )
