@@ -1,0 +1,392 @@
+"""Texts from a language model: many rows at once, each continuing a prompt of its own.
+
+A batch has a fixed number of slots. A row that ends leaves its slot to the next prompt while its
+neighbours go on, so that the weights, which every step has to read whole, always serve a full
+batch. S slots, R prompts read at once, P tokens of a prompt, V vocabulary, M places of the cache.
+"""
+
+import functools
+import itertools
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from tokenizers import Tokenizer
+
+from ip2p_jax.errors import InputError
+from ip2p_jax.models import llama
+from ip2p_jax.models.layers import Params, abstract
+from ip2p_jax.models.llama import Cache, Llama, LlamaConfig
+from ip2p_jax.weights import names
+from ip2p_jax.weights.files import float_dtype
+from ip2p_jax.weights.language_folder import LanguageCheckpoint, read_language
+
+STEPS = 8  # between two looks of the host; a row that ended waits for half of them
+READ_AT_ONCE = 8  # prompts
+LEAST_PROMPT = 16  # lengths of prompts are filled up to powers of two, ...
+CACHE_BLOCK = 128  # ... and those of the cache to multiples of this: one program for each
+
+
+class Completion(NamedTuple):
+  """What followed a prompt.
+
+  Attributes:
+    index: of the prompt.
+    text: without the stop.
+    tokens: up to the one that completed the stop or ended the text, which is included.
+    is_finished: whether it came to the stop or an end; else it ran out of tokens.
+  """
+
+  index: int
+  text: str
+  tokens: tuple[int, ...]
+  is_finished: bool
+
+
+class Language(NamedTuple):
+  """A language model ready to run; `nnx.merge(definition, params)` is the module."""
+
+  config: LlamaConfig
+  definition: nnx.GraphDef
+  params: Params
+  tokenizer: Tokenizer
+  source: str
+
+  @classmethod
+  def load(cls, path: str | os.PathLike, dtype: str = 'float32') -> Self:
+    """Reads a folder of transformers; `dtype` is the weights' and so the arithmetic's.
+
+    Raises InputError naming the file, key or tensor that is amiss.
+    """
+    return cls.of(read_language(path), dtype)
+
+  @classmethod
+  def of(cls, checkpoint: LanguageCheckpoint, dtype: str = 'float32') -> Self:
+    kind, source = float_dtype(dtype), checkpoint.source
+    config = LlamaConfig.from_json(checkpoint.config, f'{source}/config.json')
+    tokenizer = tokenizer_of(checkpoint)
+    definition, shapes = abstract(lambda keys: Llama(config, rngs=keys))
+    target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, kind), shapes)
+    params = names.to_params(
+      checkpoint.tensors, target, 'language', source=source, place=_on_device
+    )
+    return cls(config, definition, params, tokenizer, source)
+
+
+def tokenizer_of(checkpoint: LanguageCheckpoint) -> Tokenizer:
+  """Raises InputError if tokenizer.json is damaged, or knows tokens that the model does not."""
+  where = f'{checkpoint.source}/tokenizer.json'
+  try:
+    tokenizer = Tokenizer.from_str(checkpoint.tokenizer.decode())
+  except Exception as error:  # the library raises bare Exceptions
+    raise InputError(f'{where}: cannot be read ({error}); fetch the file again.') from None
+  tokenizer.no_truncation()
+  tokenizer.no_padding()
+  size, known = checkpoint.config.get('vocab_size', 0), tokenizer.get_vocab_size()
+  if known > size:
+    raise InputError(f'{where}: has {known} tokens where the model knows {size}; take the '
+                     'tokenizer that belongs to it.')  # fmt: skip
+  return tokenizer
+
+
+def write(
+  language: Language,
+  prompts: Sequence[str],
+  *,
+  seeds: Sequence[int],
+  temperature: float = 0.7,
+  top_p: float = 1.0,
+  frequency_penalty: float = 0.0,
+  stop: str | None = '\nEND',
+  max_tokens: int = 256,
+  slots: int = 64,
+) -> Iterator[Completion]:
+  """Continues every prompt; yields as rows end, in whatever order.
+
+  A text depends on its prompt and its seed, not on the other prompts, their order or `slots` (but
+  for rounding, should two tokens be equally likely to the last digit).
+
+  Args:
+    language: the model.
+    prompts: any number; texts as the model was trained with, no chat template is applied.
+    seeds: one per prompt, 0 to 2 ** 64 - 1.
+    temperature: the logits are divided by it; 0 always takes the likeliest token.
+    top_p: only the likeliest tokens that together have this probability are drawn from.
+    frequency_penalty: taken off a token's logit for each time that the row has it already.
+    stop: a text ends before it; None for no stop.
+    max_tokens: a text has no more; nor more than the model's context has room for.
+    slots: rows at a time; more of them are faster in all and take more memory.
+
+  Raises:
+    InputError: an argument is out of range, or a prompt is empty or too long for the model.
+  """
+  knobs = _knobs(temperature, top_p, frequency_penalty)
+  for name, count in (('max_tokens', max_tokens), ('slots', slots)):
+    if not 1 <= count < 2**15:
+      raise InputError(f'{name} is {count}; it has to be from 1 to {2**15 - 1}.')
+  if len(seeds) != len(prompts):
+    raise InputError(f'seeds: {len(seeds)} for {len(prompts)} prompts; give one for each.')
+  if any(not 0 <= seed < 2**64 for seed in seeds):
+    raise InputError('seeds: each has to be a whole number from 0 to 2 ** 64 - 1.')
+  if stop == '':
+    raise InputError('stop is empty, so that every text would be; give None for no stop.')
+  tokens = _encoded(language, prompts)
+  slots = Slots(language, min(slots, _power_of_two(len(prompts))), max_tokens)
+  return _write(slots, list(zip(tokens, map(int, seeds), strict=True)), knobs, stop)
+
+
+class Knobs(NamedTuple):
+  """Scalars, traced: other values run the same program."""
+
+  temperature: np.float32
+  top_p: np.float32
+  frequency_penalty: np.float32
+
+
+class Rows(NamedTuple):
+  """What each slot is at, int32 [S] but for `seeds`.
+
+  Attributes:
+    token: the last one, which the model has not read.
+    position: its place in the row; -1 in a free slot.
+    last: the place of the last token that the row may have.
+    seeds: uint32 [S, 2], high and low half.
+  """
+
+  token: np.ndarray
+  position: np.ndarray
+  last: np.ndarray
+  seeds: np.ndarray
+
+
+class Slots:
+  """A batch of rows: their caches on the device, where they are at on the host."""
+
+  def __init__(self, language: Language, count: int, max_tokens: int):
+    self.language, self.max_tokens = language, max_tokens
+    config, params = language.config, language.params
+    dtype = jax.tree.leaves(params)[0].dtype
+    self.cache = llama.empty_cache(config, count, CACHE_BLOCK, dtype)
+    self.counts = jnp.zeros((count, config.vocab_size), jnp.int16)  # of each token in each row
+    self.rows = Rows(*np.full((3, count), -1, np.int32), np.zeros((count, 2), np.uint32))
+    self.read, self.step = programs(language.definition, config)
+
+  def fill(self, prompts: Mapping[int, tuple[np.ndarray, int]]):
+    """Begins rows: slot -> prompt's tokens and seed; READ_AT_ONCE of them at most."""
+    longest = max(len(tokens) for tokens, _ in prompts.values())
+    shape = READ_AT_ONCE, max(LEAST_PROMPT, _power_of_two(longest))
+    slots = np.full(READ_AT_ONCE, len(self.rows.token), np.int32)  # no slot at all
+    tokens, positions = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
+    for i, (slot, (prompt, seed)) in enumerate(prompts.items()):
+      slots[i], known = slot, len(prompt) - 1  # the last token is read when the row goes on
+      tokens[i, :known], positions[i, :known] = prompt[:-1], np.arange(known)
+      room = min(self.max_tokens, self.language.config.max_position_embeddings - len(prompt))
+      self.rows.token[slot], self.rows.position[slot] = prompt[-1], known
+      self.rows.last[slot], self.rows.seeds[slot] = known + room, divmod(seed, 2**32)
+    self._make_room()
+    self.cache, self.counts = self.read(
+      self.language.params, self.cache, self.counts, slots, tokens, positions
+    )
+
+  def go_on(self, knobs: Knobs) -> np.ndarray:
+    """STEPS more tokens of each row, int32 [S, STEPS]; -1 once a row is at its end."""
+    rows = self.rows
+    busy = rows.position >= 0
+    self._make_room()
+    self.cache, self.counts, new = self.step(
+      self.language.params, self.cache, self.counts, rows, knobs
+    )
+    new = np.asarray(new)
+    grown = (new >= 0).sum(1)
+    rows.position[busy] += grown[busy]
+    rows.token[busy] = new[busy, grown[busy] - 1]
+    return new
+
+  def is_full(self, slot: int) -> bool:
+    return self.rows.position[slot] == self.rows.last[slot]
+
+  def free(self, slot: int):
+    self.rows.position[slot] = -1
+
+  def _make_room(self):
+    read = np.minimum(self.rows.position + STEPS, self.rows.last)[self.rows.position >= 0]
+    length = -(-int(read.max()) // CACHE_BLOCK) * CACHE_BLOCK
+    if length != self.cache[0].keys.shape[2]:
+      self.cache = _resized(self.cache, length)
+
+
+def _write(slots, prompts, knobs, stop):
+  tokenizer, ends = slots.language.tokenizer, slots.language.config.eos_token_id
+  waiting, texts = iter(enumerate(prompts)), {}  # slot -> index of the prompt, tokens so far
+  while True:
+    free = (slot for slot in range(len(slots.rows.token)) if slot not in texts)
+    while begun := list(itertools.islice(zip(free, waiting, strict=False), READ_AT_ONCE)):
+      slots.fill({slot: prompt for slot, (_, prompt) in begun})
+      texts |= {slot: (index, []) for slot, (index, _) in begun}
+    if not texts:
+      return
+    for slot, new in enumerate(slots.go_on(knobs)):
+      if slot not in texts:
+        continue
+      index, tokens = texts[slot]
+      known = len(tokens)
+      tokens.extend(new[new >= 0].tolist())
+      found = _ended(tokenizer, tokens, known, stop, ends)
+      if found is None and slots.is_full(slot):
+        found = tokenizer.decode(tokens), len(tokens), False
+      if found is not None:
+        text, length, is_finished = found
+        slots.free(slot)
+        del texts[slot]
+        yield Completion(index, text, tuple(tokens[:length]), is_finished)
+
+
+def _ended(tokenizer, tokens, known, stop, ends):
+  """(text, number of tokens, True) if one of tokens[known:] ended the row; None if it goes on."""
+  text = tokenizer.decode(tokens)
+  at = text.find(stop) if stop else -1
+  if at >= 0:
+    lengths = range(known + 1, len(tokens))
+    length = next((n for n in lengths if stop in tokenizer.decode(tokens[:n])), len(tokens))
+    return text[:at], length, True
+  if tokens[-1] in ends:
+    return tokenizer.decode(tokens[:-1]), len(tokens), True
+  return None
+
+
+@functools.lru_cache(maxsize=4)
+def programs(definition: nnx.GraphDef, config: LlamaConfig) -> tuple[Callable, Callable]:
+  """`read` and `step` of `Slots`, jitted; cache and counts are donated."""
+
+  def read(params, cache, counts, slots, tokens, positions):
+    """Fills the caches of `slots` [R] from tokens and positions [R, P]."""
+    model = nnx.merge(definition, params)
+    fresh = llama.empty_cache(config, *tokens.shape, cache[0].keys.dtype)
+    _, fresh = model.model(tokens, positions, fresh)
+    P = min(tokens.shape[1], cache[0].keys.shape[2])
+    put = lambda old, new: old.at[slots, :, :P].set(new[:, :, :P], mode='drop')
+    return jax.tree.map(put, cache, fresh), counts.at[slots].set(0, mode='drop')
+
+  def step(params, cache, counts, rows, knobs):
+    """STEPS tokens of each row, fewer at its end -> cache, counts, int32 [S, STEPS]."""
+    model = nnx.merge(definition, params)
+    seeds = jax.random.wrap_key_data(rows.seeds, impl='threefry2x32')
+    ends = jnp.array(config.eos_token_id, jnp.int32)[None]
+
+    def is_on(state):
+      return (state[0] < STEPS) & (state[4] >= 0).any()
+
+    def go_on(state):
+      i, cache, counts, token, position, new = state
+      states, cache = model.model(token[:, None], position[:, None], cache)
+      logits = model.logits(states)[:, 0]
+      token = choose(logits, counts, jax.vmap(jax.random.fold_in)(seeds, position), knobs)
+      is_row = position >= 0
+      counts = counts.at[jnp.arange(len(token)), token].add(is_row.astype(counts.dtype))
+      new = new.at[:, i].set(jnp.where(is_row, token, -1))
+      goes_on = is_row & (position + 1 < rows.last) & ~(token[:, None] == ends).any(-1)
+      return i + 1, cache, counts, token, jnp.where(goes_on, position + 1, -1), new
+
+    new = jnp.full((len(rows.token), STEPS), -1, jnp.int32)
+    state = jax.lax.while_loop(is_on, go_on, (0, cache, counts, rows.token, rows.position, new))
+    return state[1], state[2], state[5]
+
+  return (
+    jax.jit(read, donate_argnames=('cache', 'counts')),
+    jax.jit(step, donate_argnames=('cache', 'counts')),
+  )
+
+
+def choose(logits: Array, counts: Array, keys: Array, knobs: Knobs) -> Array:
+  """The next token of each row, int32 [S].
+
+  Args:
+    logits: float32 [S, V].
+    counts: int [S, V], how often each row has each token already.
+    keys: [S].
+    knobs: float32 scalars.
+  """
+  logits = logits - knobs.frequency_penalty * counts.astype(jnp.float32)
+
+  def sample():
+    scaled = logits / knobs.temperature
+    kept = jax.lax.cond(knobs.top_p < 1, nucleus, lambda logits, _: logits, scaled, knobs.top_p)
+    return draw(kept, jax.vmap(jax.random.uniform)(keys))
+
+  greedy = lambda: logits.argmax(-1).astype(jnp.int32)
+  return jax.lax.cond(knobs.temperature > 0, sample, greedy)
+
+
+def nucleus(logits: Array, top_p: Array) -> Array:
+  """[S, V] with -inf for all but the fewest likeliest that have `top_p` (Holtzman et al. 2020)."""
+  probabilities = jax.nn.softmax(logits)
+  falling = -jnp.sort(-probabilities)
+  is_kept = falling.cumsum(-1) - falling < top_p
+  least = jnp.where(is_kept, falling, jnp.inf).min(-1, keepdims=True)
+  return jnp.where(probabilities >= least, logits, -jnp.inf)
+
+
+def draw(logits: Array, uniform: Array) -> Array:
+  """Indices int32 [S] with the probabilities softmax(logits) [S, V]; `uniform` [S] is in [0, 1).
+
+  Finds where the sum of probabilities passes that number. jax.random.categorical would need V
+  numbers for each row, which can take longer than all the rest of a small model.
+  """
+  S, V = logits.shape
+  weights = jnp.exp(logits - logits.max(-1, keepdims=True))
+  blocks = jnp.pad(weights, ((0, 0), (0, -V % 128))).reshape(S, -1, 128)
+  sums = blocks.sum(-1)
+  passed = sums.cumsum(-1)
+  target = uniform * passed[:, -1]
+  block = (passed <= target[:, None]).sum(-1)
+  rows = jnp.arange(S)
+  before = jnp.where(block > 0, passed[rows, block - 1], 0)
+  inside = blocks[rows, block]
+  is_past = before[:, None] + inside.cumsum(-1) > target[:, None]
+  # A sum in another order may end just short of the target.
+  place = jnp.where(is_past.any(-1), is_past.argmax(-1), inside.argmax(-1))
+  return (128 * block + place).astype(jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnames='length')
+def _resized(cache: Cache, length: int) -> Cache:
+  """With room for `length` tokens a row."""
+  now = cache[0].keys.shape[2]
+  widths = ((0, 0), (0, 0), (0, max(0, length - now)), (0, 0))
+  return jax.tree.map(lambda x: jnp.pad(x[:, :, :length], widths), cache)
+
+
+def _power_of_two(count):
+  return 1 << max(0, count - 1).bit_length()
+
+
+def _knobs(temperature, top_p, frequency_penalty):
+  if not 0 <= temperature < float('inf'):
+    raise InputError(f'temperature is {temperature}; it has to be 0 or more.')
+  if not 0 < top_p <= 1:
+    raise InputError(f'top_p is {top_p}; it has to be above 0 and at most 1.')
+  if not -2 <= frequency_penalty <= 2:
+    raise InputError(f'frequency_penalty is {frequency_penalty}; it has to be from -2 to 2.')
+  return Knobs(*map(np.float32, (temperature, top_p, frequency_penalty)))
+
+
+def _encoded(language, prompts) -> list[np.ndarray]:
+  room, encoded = language.config.max_position_embeddings, []
+  for begin in range(0, len(prompts), 1024):  # what the library returns is large
+    for i, found in enumerate(language.tokenizer.encode_batch(list(prompts[begin : begin + 1024]))):
+      if not 0 < len(found.ids) < room:
+        wrong = f'has {len(found.ids)} tokens, and the model reads fewer than {room}'
+        raise InputError(f'prompt {begin + i} {wrong if found.ids else "is empty"}: '
+                         f'{prompts[begin + i][:60]!r}.')  # fmt: skip
+      encoded.append(np.array(found.ids, np.int32))
+  return encoded
+
+
+def _on_device(view):
+  # Waits, so that no more than one array is in memory twice.
+  return jax.block_until_ready(jax.device_put(np.asarray(view, order='C')))
