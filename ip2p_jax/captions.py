@@ -13,6 +13,7 @@ import collections
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import heapq
 import json
@@ -101,7 +102,6 @@ def read_captions(path: Path, column: str = '', limit: int | None = None) -> Cap
   Of captions that are the same but for case, white space and a last stop, or that have the same
   URL, the first stays. InputError for a file or row that cannot be read.
   """
-  fits = Fits()
   left_out, kept, seen = collections.Counter(), [], set()
   for row, (text, url) in enumerate(_texts(path, column)):
     text = ' '.join(text.split())
@@ -148,14 +148,14 @@ def _texts(path: Path, column: str) -> Iterator[tuple[str, str]]:
     yield triplets.text(values.get(name)), triplets.text(values.get(url))
 
 
-class Fits:
-  """`fits(text)`: whether the 77 tokens that CLIP reads hold all of it."""
+def fits(text: str) -> bool:
+  """Whether the 77 tokens that CLIP reads hold all of it."""
+  return not _clip_tokenizer().cut_off(text)
 
-  def __init__(self):
-    self._tokenizer = ClipTokenizer(clip_tokenizer())
 
-  def __call__(self, text: str) -> bool:
-    return not self._tokenizer.cut_off(text)
+@functools.cache
+def _clip_tokenizer() -> ClipTokenizer:
+  return ClipTokenizer(clip_tokenizer())
 
 
 def plain(text: str) -> str:
@@ -164,7 +164,7 @@ def plain(text: str) -> str:
 
 
 def judge(
-  caption: str, answer: str, writing: Writing, fits: Fits, is_flagged: Moderate | None
+  caption: str, answer: str, writing: Writing, is_flagged: Moderate | None
 ) -> tuple[str, tuple[str, str] | None]:
   """Why an answer is refused, of REASONS, and None; or '' and (instruction, edited caption)."""
   if not answer:
@@ -207,7 +207,7 @@ def write_all(
   mine = captions[shard[0] :: shard[1]]
   with _journal(answers_file(folder, shard)) as record:
     todo = collections.deque(remaining(folder, captions, writing, shard))
-    fits, done = Fits(), len(mine) - len(todo)
+    done = len(mine) - len(todo)
     progress(done, len(mine))
     while todo:
       tasks = [todo.popleft() for _ in range(min(CHUNK, len(todo)))]
@@ -221,7 +221,7 @@ def write_all(
       again = []
       for task, answer in _answers(complete, asked, writing):
         caption, attempt = task
-        refused, parts = judge(caption.text, answer, writing, fits, is_flagged)
+        refused, parts = judge(caption.text, answer, writing, is_flagged)
         line = {'row': caption.row, 'attempt': attempt}
         if refused:
           record(line | {'refused': refused, 'answer': answer})

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ip2p_jax import triplets
-from ip2p_jax.captions import Fits, plain
+from ip2p_jax.captions import fits, plain
 from ip2p_jax.errors import InputError
 from ip2p_jax.triplets import Triplet
 
@@ -47,7 +47,7 @@ def check(
   edits that change nothing or everything, texts that are too long, and edits that the method cannot
   do: of places, of numbers, of the camera. InputError for a file that cannot be opened.
   """
-  rows, fits = triplets.Rows(path), Fits()
+  rows = triplets.Rows(path)
   places, read, findings = [], [], 0
   for i in range(len(rows)):
     try:
@@ -58,7 +58,7 @@ def check(
     else:
       places.append(place)
       read.append(triplet)
-      for problem in problems(triplet, fits):
+      for problem in problems(triplet):
         report(f'{place}: {problem}')
         findings += 1
     progress(i + 1, len(rows))
@@ -69,7 +69,7 @@ def check(
   return read, findings
 
 
-def problems(triplet: Triplet, fits: Callable[[str], bool]) -> Iterator[str]:
+def problems(triplet: Triplet) -> Iterator[str]:
   """Of a triplet by itself."""
   if fault := triplets.fault(triplet):
     yield fault
@@ -112,6 +112,8 @@ def repeated(captions: Sequence[str]) -> Iterator[tuple[int, int, bool]]:
   same: dict[str, int] = {}
   by_word: Mapping[str, list[int]] = collections.defaultdict(list)
   for i, (caption, own) in enumerate(zip(captions, sets, strict=True)):
+    if not own:
+      continue
     earlier = same.setdefault(plain(caption), i)
     if earlier != i:
       yield i, earlier, True

@@ -7,7 +7,6 @@ import pytest
 from pyarrow import parquet
 
 from ip2p_jax import triplet_check, triplets
-from ip2p_jax.captions import Fits
 from ip2p_jax.errors import InputError
 from ip2p_jax.triplets import Triplet
 
@@ -156,7 +155,7 @@ def test_a_finding_has_its_line(tmp_path, triplet, finding):
   ],
 )  # fmt: skip
 def test_what_the_method_can_do_is_no_finding(instruction):
-  assert not list(triplet_check.problems(CAT._replace(instruction=instruction), Fits()))
+  assert not list(triplet_check.problems(CAT._replace(instruction=instruction)))
 
 
 def test_a_row_that_cannot_be_read_is_a_finding_and_the_rest_is_read(tmp_path):
