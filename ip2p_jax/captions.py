@@ -96,7 +96,7 @@ class Captions(NamedTuple):
   left_out: dict[str, int]  # by reason: 'empty', 'duplicate', 'long'
 
 
-def read_captions(path: Path, column: str = '', limit: int | None = None) -> Captions:
+def read_captions(path: Path, column: str = '') -> Captions:
   """Captions of a .jsonl, .csv or .parquet file, a folder of .parquet, or one per line of a text.
 
   Of captions that are the same but for case, white space and a last stop, or that have the same
@@ -112,11 +112,9 @@ def read_captions(path: Path, column: str = '', limit: int | None = None) -> Cap
       left_out['duplicate'] += 1
     elif not fits(text):
       left_out['long'] += 1
-    elif limit is None or len(kept) < limit:
+    else:
       kept.append(Caption(row, text, url))
       seen |= keys
-    else:
-      break
   if not kept:
     raise InputError(f'{path}: has no caption that could be used.')
   return Captions(kept, dict(left_out))
@@ -191,19 +189,21 @@ def write_all(
   writing: Writing,
   identity: Mapping[str, Any],
   shard: tuple[int, int] = (0, 1),
+  limit: int | None = None,
   is_flagged: Moderate | None = None,
   progress: Progress = lambda done, total: None,
 ) -> bool:
   """Writes for all captions of this worker, from where an earlier try stopped.
 
   `identity` tells models apart, so that no run goes on with another; its 'model' stands in every
-  line. `shard` (i, n) is worker i of n, which has every n-th caption. Returns whether all workers
-  are done, and the prompts written.
+  line. `shard` (i, n) is worker i of n, which has every n-th caption. `limit` is of captions, the
+  first; a later run may have more. Returns whether all workers are done, and the prompts written.
   """
   folder = local_folder(out)
   digest = hashlib.blake2b(json.dumps(captions).encode(), digest_size=8).hexdigest()
   settings = dataclasses.asdict(writing) | dict(identity)
   _claim(folder, settings | {'captions': digest, 'shards': shard[1]}, shard)
+  captions = captions[:limit]
   mine = captions[shard[0] :: shard[1]]
   with _journal(answers_file(folder, shard)) as record:
     todo = collections.deque(remaining(folder, captions, writing, shard))

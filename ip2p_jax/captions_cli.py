@@ -78,7 +78,9 @@ def write(
   ] = None,
   server_model: Annotated[str | None, Option(help="The model's name on the server.")] = None,
   column: Annotated[str, Option(help='Of captions; caption, input, TEXT and such are found.')] = '',
-  limit: Annotated[int | None, Option(min=1, help='Captions to take, from the first.')] = None,
+  limit: Annotated[
+    int | None, Option(min=1, help='Captions to take, from the first; more of them later.')
+  ] = None,
   attempts: Annotated[int, Option(min=1, help='Answers to ask for until one is good.')] = 4,
   temperature: Annotated[float, Option(help='0 always takes the likeliest token.')] = 0.7,
   top_p: Annotated[float, Option(help='Part of the probability that tokens are drawn from.')] = 1.0,
@@ -152,10 +154,11 @@ def write(
       server, server_model, api, caption_server.read_key(key_variable) if key_variable else None,
       shown, examples, _json(body), concurrency, timeout, retries,
     )  # fmt: skip
-  found = captions.read_captions(source, column, limit)
+  found = captions.read_captions(source, column)
+  chosen = found.kept[:limit]
   left_out = ', '.join(f'{count:,} {reason}' for reason, count in found.left_out.items())
   tqdm.write(f'{source}: {len(found.kept):,} captions; left out: {left_out or "none"}')
-  todo = captions.remaining(folder, found.kept, writing, number)
+  todo = captions.remaining(folder, chosen, writing, number)
   usage = caption_server.Usage()
   if asked:
     identity = {'model': server_model, 'api': api, 'shown': examples, 'body': asked.body}
@@ -167,13 +170,13 @@ def write(
   else:
     loaded, identity = _load(model, dtype)
     complete = local(loaded, writing, slots)
-  mine = found.kept[number[0] :: number[1]]
+  mine = chosen[number[0] :: number[1]]
   with tqdm(
     total=len(mine), initial=len(mine) - len(todo), unit='caption', dynamic_ncols=True, disable=None
   ) as bar:
     is_complete = captions.write_all(
-      found.kept, folder, complete, writing, identity | {'moderate': moderate}, number, is_flagged,
-      lambda done, total: bar.update(done - bar.n),
+      found.kept, folder, complete, writing, identity | {'moderate': moderate}, number, limit,
+      is_flagged, lambda done, total: bar.update(done - bar.n),
     )  # fmt: skip
   if asked and todo:
     _tell_usage(usage, prompt_price, completion_price)
@@ -303,9 +306,13 @@ def _confirm(server, writing, texts, prompt_price, completion_price, yes) -> Non
   )
   if yes:
     return
-  if not sys.stdin.isatty():
+  if not _is_attended():
     raise InputError('nobody is there to be asked whether to start; say --yes.')
   typer.confirm('Start?', abort=True)
+
+
+def _is_attended() -> bool:
+  return sys.stdin.isatty()
 
 
 def _tell_usage(usage, prompt_price, completion_price) -> None:
