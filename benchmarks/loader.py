@@ -1,101 +1,260 @@
-"""Measures how fast training examples are made, from rows in memory.
+"""Measures how fast training examples are made from files, beside a torch DataLoader.
 
-  python benchmarks/loader.py
+  python benchmarks/loader.py --small                (under two minutes on two CPU cores)
+  python benchmarks/loader.py --out loader.jsonl
   python benchmarks/loader.py --size 512 --resolution 256 --workers 8
 
-Prints pairs per second: of one thread, which is what a core can do, then of whole batches through
-threads and through worker processes. A training step of B examples in T seconds needs B / T.
+Pairs per second, median of turns: of one thread without any loader, which is what a core can do;
+then of whole batches through the loader's threads, through its processes, and through a torch
+DataLoader of as many processes that makes the same arrays of the same files. JPEGs are read from a
+folder with metadata.jsonl; PIL alone, which only decodes, is the ceiling of one core. Latents, as
+large as Stable Diffusion's, are read from packed shards, by the package's reader on both sides.
+All files have been read before. A training step of B examples in T seconds needs B / T.
 """
 
 import argparse
 import contextlib
+import datetime
 import functools
 import io
+import json
 import os
+import statistics
+import tempfile
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
+from bench_turns import machine
 from PIL import Image
 
-from ip2p_jax import weights
+from ip2p_jax import checkpoints, weights
 from ip2p_jax.config import DataConfig, TrainConfig
-from ip2p_jax.data import examples, loader
-from ip2p_jax.data.rows import LatentRow, Pair, Row
+from ip2p_jax.data import examples, loader, shards
+from ip2p_jax.data.latents import pack_latents
+from ip2p_jax.data.rows import LatentRow
+from ip2p_jax.data.sources import open_source
+from ip2p_jax.networks import networks_of, params_of, tokenizer_of
 from ip2p_jax.text import ClipTokenizer
 
+MINIATURE = Path(__file__).parent.parent / 'assets' / 'miniature'
 INSTRUCTION = 'make it look like a watercolour painting of a winter evening'
+LATENT_SIDE = 32  # Stable Diffusion's at 256 px
 
 
-def image_rows(size: int, count: int = 16) -> list[Row]:
-  """Pairs of JPEGs of about a photo's weight: waves and some grain."""
+def write_pictures(folder: Path, size: int, count: int) -> None:
+  """Pairs of JPEGs of about a photo's weight, waves and some grain, with metadata.jsonl."""
   y, x = np.mgrid[:size, :size][..., None] / size
-  rng, rows = np.random.default_rng(0), []
+  rng, lines = np.random.default_rng(0), []
+  folder.mkdir()
   for i in range(count):
-    files = []
-    for shift in range(2):
+    names = [f'{i}_input.jpg', f'{i}_edited.jpg']
+    for shift, name in enumerate(names):
       waves = np.sin((20 + i) * x + shift + np.arange(3)) * np.cos((14 + i) * y)
       array = 127 + 90 * waves + rng.normal(0, 8, (size, size, 3))
-      file = io.BytesIO()
-      Image.fromarray(array.clip(0, 255).astype(np.uint8)).save(file, 'JPEG', quality=90)
-      files.append(file.getvalue())
-    rows.append(Row(f'row {i}', (INSTRUCTION,), (Pair(*files),)))
-  return rows
+      Image.fromarray(array.clip(0, 255).astype(np.uint8)).save(folder / name, quality=90)
+    line = dict(zip(('input_image', 'edited_image'), names, strict=True))
+    lines.append(json.dumps(line | {'instruction': INSTRUCTION}) + '\n')
+  (folder / 'metadata.jsonl').write_text(''.join(lines))
 
 
-def latent_rows(resolution: int, count: int = 16) -> list[LatentRow]:
-  side = resolution // 8
-  values = np.random.default_rng(0).normal(size=(count, 1, 2, side, side, 4)).astype(np.float16)
-  ids = np.zeros((1, 77), np.int32)
-  return [LatentRow(f'row {i}', ids, array, array, array) for i, array in enumerate(values)]
+def write_latents(pictures: Path, folder: Path) -> None:
+  """Shards of the pictures' latents by the miniature's VAE, `LATENT_SIDE` wide."""
+  checkpoint = checkpoints.load(MINIATURE)
+  networks = networks_of(checkpoint)
+  pack_latents(
+    {'train': open_source(str(pictures))}, folder, networks=networks,
+    params=params_of(checkpoint, networks, 'float32')['vae'],
+    tokenizer=tokenizer_of(checkpoint, networks), fingerprint='benchmark',
+    resolution=LATENT_SIDE * networks.vae_config.factor, say=lambda text: None,
+  )  # fmt: skip
 
 
-def of_one_thread(rows, config, tokenizer, seconds: float) -> float:
-  """Pairs per second without any loader."""
-  make = functools.partial(examples.example, tokenizer=tokenizer)
-  if isinstance(rows[0], LatentRow):
-    make = examples.latent_example
-  rng, start, made = np.random.default_rng(0), time.perf_counter(), 0
+class Pictures:
+  """The same examples as a torch Dataset would have them: files in, arrays out, by PIL."""
+
+  def __init__(self, folder: Path, resolution: int, tokenizer: ClipTokenizer):
+    lines = (folder / 'metadata.jsonl').read_text().splitlines()
+    self.rows = [json.loads(line) for line in lines]
+    self.folder, self.resolution, self.tokenizer = folder, resolution, tokenizer
+
+  def __len__(self):
+    return len(self.rows)
+
+  def __getitem__(self, i, is_mirrored=None):
+    if is_mirrored is None:
+      is_mirrored = np.random.random() < 0.5
+    row = self.rows[i]
+    example = {key: self._picture(row[key], is_mirrored) for key in ('input_image', 'edited_image')}
+    return example | {'token_ids': self.tokenizer([row['instruction']])[0]}
+
+  def _picture(self, name, is_mirrored):
+    image = Image.open(self.folder / name).convert('RGB')
+    short = min(image.size)  # the centre, its short side at the resolution
+    left, top = ((side - short) / 2 for side in image.size)
+    box = (left, top, left + short, top + short)
+    image = image.resize((self.resolution,) * 2, Image.Resampling.LANCZOS, box)
+    array = np.array(image)
+    return np.ascontiguousarray(array[:, ::-1]) if is_mirrored else array
+
+
+class Latents:
+  """The same rows as a torch Dataset, from the same shards."""
+
+  def __init__(self, folder: Path):
+    self.source = shards.open_shards(folder, 'train')
+
+  def __len__(self):
+    return len(self.source)
+
+  def __getitem__(self, i, is_mirrored=None):
+    row = self.source[i]
+    side = int(np.random.random() < 0.5 if is_mirrored is None else is_mirrored)
+    keys = ('input_mean', 'edited_mean', 'edited_log_variance')
+    example = {key: np.array(getattr(row, key)[0, side]) for key in keys}
+    return example | {'token_ids': row.token_ids[0]}
+
+
+def check_same(source, dataset, config, tokenizer) -> None:
+  """Both sides make the same arrays of a row, or nothing is timed."""
+  row = source[0]
+  ours = (
+    examples.latent_example(row, None, config)
+    if isinstance(row, LatentRow)
+    else examples.example(row, None, config, tokenizer)
+  )
+  for key, value in dataset.__getitem__(0, is_mirrored=False).items():
+    np.testing.assert_array_equal(value, ours[key], key)
+
+
+def of_one_thread(make: Callable[[int], object], seconds: float) -> float:
+  """Calls of `make(i)` per second."""
+  start, made = time.perf_counter(), 0
   while time.perf_counter() - start < seconds:
-    make(rows[made % len(rows)], rng, config)
+    make(made)
     made += 1
   return made / (time.perf_counter() - start)
 
 
-def of_batches(rows, config, tokenizer, workers: int, batch_size: int, seconds: float) -> float:
-  """Pairs per second of the loader, once it runs."""
+def of_batches(batches, size: int, seconds: float) -> float:
+  """Pairs per second of batches, once they run."""
+  for _ in range(4):  # what was made ahead while processes started
+    next(batches)
+  start, made = time.perf_counter(), 0
+  while time.perf_counter() - start < seconds:
+    next(batches)
+    made += size
+  return made / (time.perf_counter() - start)
+
+
+def ours(source, config, tokenizer, workers: int, size: int, seconds: float) -> float:
   batches = loader.batches(
-    [rows], [1.0], seed=0, batch_size=batch_size, rows=np.arange(batch_size), start_step=0,
+    [source], [1.0], seed=0, batch_size=size, rows=np.arange(size), start_step=0,
     config=config, tokenizer=tokenizer, workers=workers,
   )  # fmt: skip
   with contextlib.closing(batches):
-    for _ in range(4):  # what was made ahead while processes started
-      next(batches)
-    start, made = time.perf_counter(), 0
-    while time.perf_counter() - start < seconds:
-      made += len(next(batches)['weight'])
-    return made / (time.perf_counter() - start)
+    return of_batches(batches, size, seconds)
 
 
-def main():
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('--size', type=int, default=512, help='side of the JPEGs, pixels')
-  parser.add_argument('--resolution', type=int, default=256, help='of training, pixels')
-  parser.add_argument('--workers', type=int, default=os.cpu_count(), help='processes')
-  parser.add_argument('--batch-size', type=int, default=256)
-  parser.add_argument('--seconds', type=float, default=5.0, help='per measurement')
-  args = parser.parse_args()
+def torchs(dataset, workers: int, size: int, seconds: float) -> float:
+  from torch.utils.data import DataLoader, RandomSampler
+
+  sampler = RandomSampler(dataset, replacement=True, num_samples=2**40)
+  batches = iter(
+    DataLoader(dataset, size, sampler=sampler, num_workers=workers, multiprocessing_context='spawn')
+  )
+  return of_batches(batches, size, seconds)  # whose end is its workers'
+
+
+def decode(rows, i: int) -> None:
+  """What PIL needs for both files of a row, and nothing more."""
+  pair = rows[i % len(rows)].pairs[0]
+  for encoded in (pair.input_image, pair.edited_image):
+    Image.open(io.BytesIO(encoded)).load()
+
+
+def sides_of(source, dataset, config, tokenizer, args) -> dict[str, Callable[[float], float]]:
+  """Everything that is measured of one kind of files, by name: `side(seconds)` -> pairs/s."""
+  rng, count = np.random.default_rng(0), len(source)
+  if isinstance(source[0], LatentRow):
+    make = lambda i: examples.latent_example(source[i % count], rng, config)
+    sides = {}
+  else:
+    rows = [source[i] for i in range(count)]
+    make = lambda i: examples.example(source[i % count], rng, config, tokenizer)
+    sides = {'one thread, PIL decodes': lambda s: of_one_thread(lambda i: decode(rows, i), s)}
+  sides['one thread'] = functools.partial(of_one_thread, make)
+  sides['one thread, torch Dataset'] = functools.partial(
+    of_one_thread, lambda i: dataset[i % count]
+  )
+  for workers in (0, args.workers):
+    name = f'loader, {workers} processes' if workers else 'loader, threads'
+    sides[name] = functools.partial(ours, source, config, tokenizer, workers, args.batch_size)
+  sides[f'torch DataLoader, {args.workers} processes'] = functools.partial(
+    torchs, dataset, args.workers, args.batch_size
+  )
+  return sides
+
+
+def main() -> None:
+  args = arguments()
   config = TrainConfig(resolution=args.resolution, data=DataConfig())
   tokenizer = ClipTokenizer(weights.clip_tokenizer())
-  print(f'pairs per second, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}')
-  kinds = {
-    f'JPEG {args.size} px -> {args.resolution} px': image_rows(args.size),
-    f'latents of {args.resolution} px': latent_rows(args.resolution),
-  }
-  for kind, rows in kinds.items():
-    print(f'{kind}: one thread {of_one_thread(rows, config, tokenizer, args.seconds):,.0f}')
-    for workers in (0, args.workers):
-      speed = of_batches(rows, config, tokenizer, workers, args.batch_size, args.seconds)
-      print(f'{kind}: {f"{workers} processes" if workers else "threads"} {speed:,.0f}')
+  head, found = machine(), {}
+  with tempfile.TemporaryDirectory() as scratch:
+    pictures, latents = Path(scratch) / 'pictures', Path(scratch) / 'latents'
+    write_pictures(pictures, args.size, args.rows)
+    write_latents(pictures, latents)
+    kinds = {
+      f'JPEG {args.size} px -> {args.resolution} px': (
+        open_source(str(pictures)), Pictures(pictures, args.resolution, tokenizer)
+      ),
+      f'latents, {LATENT_SIDE} x {LATENT_SIDE}': (
+        shards.open_shards(latents, 'train'), Latents(latents)
+      ),
+    }  # fmt: skip
+    for kind, (source, dataset) in kinds.items():
+      check_same(source, dataset, config, tokenizer)
+      sides = sides_of(source, dataset, config, tokenizer, args)
+      times = {name: [] for name in sides}
+      for number in range(args.rounds):
+        for name in sides if number % 2 == 0 else reversed(sides):
+          times[name].append(sides[name](args.seconds))
+      found[kind] = times
+  print(f'pairs per second, median of {args.rounds} (range); {head}')
+  for kind, times in found.items():
+    for name, rates in times.items():
+      shown = f'{statistics.median(rates):,.0f} ({min(rates):,.0f}-{max(rates):,.0f})'
+      print(f'  {kind:26}{name:36}{shown}')
+  if args.out:
+    line = {
+      'benchmark': 'loader', 'machine': head, 'batch_size': args.batch_size,
+      'date': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
+      'pairs_per_second': found,
+    }  # fmt: skip
+    with args.out.open('a', encoding='utf-8') as file:
+      file.write(json.dumps(line) + '\n')
+
+
+def arguments() -> argparse.Namespace:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--small', action='store_true', help='short turns, small batches')
+  parser.add_argument('--size', type=int, default=512, help='side of the JPEGs, pixels')
+  parser.add_argument('--resolution', type=int, default=256, help='of training, pixels')
+  parser.add_argument('--rows', type=int, default=64, help='pairs of files')
+  parser.add_argument('--workers', type=int, default=os.cpu_count(), help='processes')
+  parser.add_argument('--batch-size', type=int, help='of a loader; 256 by default')
+  parser.add_argument('--seconds', type=float, help='of a turn; 5 by default')
+  parser.add_argument('--rounds', type=int, help='turns of each; 5 by default')
+  parser.add_argument('--out', type=Path, help='a file to append a JSON line to')
+  args = parser.parse_args()
+  args.batch_size = args.batch_size or (64 if args.small else 256)
+  args.seconds = args.seconds or (1.0 if args.small else 5.0)
+  args.rounds = args.rounds or (2 if args.small else 5)
+  return args
 
 
 if __name__ == '__main__':
