@@ -123,8 +123,10 @@ def read_captions(path: Path, column: str = '') -> Captions:
 def _texts(path: Path, column: str) -> Iterator[tuple[str, str]]:
   """(caption, URL or '') of every row."""
   if path.suffix.lower() in LINES and not path.is_dir():
+    if column:
+      raise InputError(f'{path}: is a text without columns; leave out --column {column}.')
     try:
-      lines = path.read_bytes().decode().split('\n')  # no other sign ends a line
+      lines = path.read_bytes().decode().removesuffix('\n').split('\n')  # no other sign ends a line
     except (OSError, UnicodeDecodeError) as error:
       reason = getattr(error, 'strerror', None) or 'is not UTF-8'
       raise InputError(f'{path}: cannot be read as a text ({reason}).') from None

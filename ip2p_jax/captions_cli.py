@@ -306,13 +306,9 @@ def _confirm(server, writing, texts, prompt_price, completion_price, yes) -> Non
   )
   if yes:
     return
-  if not _is_attended():
+  if not sys.stdin.isatty():
     raise InputError('nobody is there to be asked whether to start; say --yes.')
   typer.confirm('Start?', abort=True)
-
-
-def _is_attended() -> bool:
-  return sys.stdin.isatty()
 
 
 def _tell_usage(usage, prompt_price, completion_price) -> None:

@@ -19,7 +19,7 @@ import typer
 from tqdm import tqdm
 from typer import Option
 
-from ip2p_jax import bundled, checkpoints, edit_files
+from ip2p_jax import bundled, captions_cli, checkpoints, edit_files
 from ip2p_jax import convert as conversion
 from ip2p_jax import images as pictures
 from ip2p_jax.config import load as load_config
@@ -570,6 +570,7 @@ def main() -> None:
   app.command()(convert)
   app.command()(check)
   app.command()(pack)
+  app.add_typer(captions_cli.app, name='captions')
   app.command()(pairs)
   app.command()(filter)
   app.command()(plan)
