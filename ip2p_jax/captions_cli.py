@@ -24,7 +24,6 @@ from ip2p_jax.weights.language_folder import read_language
 
 app = typer.Typer(
   rich_markup_mode=None,
-  no_args_is_help=True,
   help='Captions and how to edit them: what pairs of pictures are drawn from.',
 )
 
@@ -45,10 +44,9 @@ def train(
   ip2p captions train --config configs/captions.py --workdir W --config.checkpoint=CKPT
   --config.data.path=my-triplets.jsonl --config.lora.rank=16
 
-  Run the same command again to resume. docs/captions.md tells how to write triplets.
+  Run the same command again to resume. On several hosts: python train.py --multihost
+  --config=configs/captions.py. docs/captions.md tells how to write triplets.
   """
-  from ip2p_jax import language_training
-
   changes = []
   for word in context.args:
     name, equals, _ = word.partition('=')
@@ -56,6 +54,8 @@ def train(
       raise InputError(f'does not know {word!r}; settings change by --config.KEY=VALUE.')
     changes.append(word.removeprefix('--config.'))
   settings = configuration.load(config, changes, configuration.LanguageConfig)
+  from ip2p_jax import language_training
+
   cache_compilations()
   raise typer.Exit(language_training.train_language(settings, workdir))
 
@@ -69,7 +69,9 @@ def write(
       help='A .jsonl, .csv or .parquet file, a folder of .parquet, or a .txt of one per line.',
     ),
   ],
-  out: Annotated[Path, Argument(help='A new folder; or one that an earlier try began.')],
+  out: Annotated[
+    Path, Argument(metavar='OUT', help='A new folder; or one that an earlier try began.')
+  ],
   model: Annotated[
     Path | None, Option(help='A folder as transformers saves a model, trained on triplets.')
   ] = None,
@@ -79,7 +81,7 @@ def write(
   server_model: Annotated[str | None, Option(help="The model's name on the server.")] = None,
   column: Annotated[str, Option(help='Of captions; caption, input, TEXT and such are found.')] = '',
   limit: Annotated[
-    int | None, Option(min=1, help='Captions to take, from the first; more of them later.')
+    int | None, Option(min=1, help='Only the first captions; run again for more of them.')
   ] = None,
   attempts: Annotated[int, Option(min=1, help='Answers to ask for until one is good.')] = 4,
   temperature: Annotated[float, Option(help='0 always takes the likeliest token.')] = 0.7,
@@ -185,7 +187,9 @@ def write(
 
 @app.command()
 def check(
-  file: Annotated[Path, Argument(help='Triplets, or OUT/prompts.jsonl: .jsonl, .csv, .parquet.')],
+  file: Annotated[
+    Path, Argument(metavar='FILE', help='Triplets, or OUT/prompts.jsonl: .jsonl, .csv, .parquet.')
+  ],
 ) -> None:
   """Looks at every triplet: the same twice or nearly, faults of form, edits that cannot be drawn.
 

@@ -264,6 +264,26 @@ def test_a_mistake_is_one_line_and_status_2(ip2p, source, tmp_path, words, messa
   assert 'Traceback' not in said and not (tmp_path / 'edits').exists()
 
 
+@pytest.mark.parametrize(
+  ('words', 'message'),
+  [
+    (('--config', 'none.py'), 'none.py: no such file'),
+    (('--config', 'configs/mini.py'), 'gives a LanguageConfig'),
+    (('--config.stepz=3',), 'did you mean --config.steps?'),
+    (('--config.steps', '3'), "does not know '--config.steps'"),
+    (('--steps=3',), "does not know '--steps=3'"),
+  ],
+)
+def test_a_mistake_in_the_settings_of_training_is_one_line(ip2p, tmp_path, words, message):
+  config = tmp_path / 'captions.py'
+  config.write_text(
+    'from ip2p_jax.config import LanguageConfig\n\ndef get_config():\n  return LanguageConfig()\n'
+  )
+  code, said = ip2p('train', '--workdir', tmp_path / 'W', '--config', config, *words)
+  assert code == 2 and message in said and 'Traceback' not in said
+  assert not (tmp_path / 'W').exists()
+
+
 def test_check_tells_by_its_status(ip2p, tmp_path):
   good = {'input': 'a cat on a mat', 'edit': 'make it a dog', 'output': 'a dog on a mat'}
   file = tmp_path / 'some.jsonl'
