@@ -188,7 +188,7 @@ def write(
 @app.command()
 def check(
   file: Annotated[
-    Path, Argument(metavar='FILE', help='Triplets, or OUT/prompts.jsonl: .jsonl, .csv, .parquet.')
+    Path, Argument(metavar='FILE', help='Triplets, or prompts: .jsonl, .csv or .parquet.')
   ],
 ) -> None:
   """Looks at every triplet: the same twice or nearly, faults of form, edits that cannot be drawn.
