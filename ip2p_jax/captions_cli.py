@@ -163,8 +163,8 @@ def write(
   todo = captions.remaining(folder, chosen, writing, number)
   usage = caption_server.Usage()
   if asked:
-    identity = {'model': server_model, 'api': api, 'shown': examples, 'body': asked.body}
-    identity['examples'] = hashlib.blake2b(json.dumps(shown).encode(), digest_size=8).hexdigest()
+    identity = {'model': server_model, 'api': api, 'shown': examples}
+    identity |= {'examples': _digest(shown), 'body': _digest(asked.body)}  # that may hold secrets
     if todo:
       _confirm(asked, writing, [caption.text for caption, _ in todo],
                prompt_price, completion_price, yes)  # fmt: skip
@@ -263,6 +263,10 @@ def local(model: language.Language, writing: Writing, slots: int) -> Complete:
       yield answer.index, text + (triplets.STOP if answer.is_finished else '')
 
   return complete
+
+
+def _digest(value) -> str:
+  return hashlib.blake2b(json.dumps(value).encode(), digest_size=8).hexdigest()
 
 
 def _hook(spec: str) -> Callable[[str], bool]:
