@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from ip2p_jax.errors import InputError
 from ip2p_jax.models import llama
 from ip2p_jax.models.layers import Params, abstract
-from ip2p_jax.models.llama import Cache, Llama, LlamaConfig
+from ip2p_jax.models.llama import Llama, LlamaConfig
 from ip2p_jax.weights import names
 from ip2p_jax.weights.files import float_dtype
 from ip2p_jax.weights.language_folder import LanguageCheckpoint, read_language
@@ -29,7 +29,7 @@ from ip2p_jax.weights.language_folder import LanguageCheckpoint, read_language
 STEPS = 8  # between two looks of the host; a row that ended waits for half of them
 READ_AT_ONCE = 8  # prompts
 LEAST_PROMPT = 16  # lengths of prompts are filled up to powers of two, ...
-CACHE_BLOCK = 128  # ... and those of the cache to multiples of this: one program for each
+CACHE_BLOCK = 64  # ... and those of the cache to multiples of this: one program for each
 
 
 class Completion(NamedTuple):
@@ -216,7 +216,7 @@ class Slots:
   def _make_room(self):
     read = np.minimum(self.rows.position + STEPS, self.rows.last)[self.rows.position >= 0]
     length = -(-int(read.max()) // CACHE_BLOCK) * CACHE_BLOCK
-    if length != self.cache[0].keys.shape[2]:
+    if length != llama.cache_length(self.cache):
       self.cache = _resized(self.cache, length)
 
 
@@ -266,11 +266,9 @@ def programs(definition: nnx.GraphDef, config: LlamaConfig) -> tuple[Callable, C
   def read(params, cache, counts, slots, tokens, positions):
     """Fills the caches of `slots` [R] from tokens and positions [R, P]."""
     model = nnx.merge(definition, params)
-    fresh = llama.empty_cache(config, *tokens.shape, cache[0].keys.dtype)
-    _, fresh = model.model(tokens, positions, fresh)
-    P = min(tokens.shape[1], cache[0].keys.shape[2])
-    put = lambda old, new: old.at[slots, :, :P].set(new[:, :, :P], mode='drop')
-    return jax.tree.map(put, cache, fresh), counts.at[slots].set(0, mode='drop')
+    _, part = model.model(tokens, positions, jax.tree.map(lambda x: x[slots], cache))
+    put = lambda old, new: old.at[slots].set(new, mode='drop')
+    return jax.tree.map(put, cache, part), counts.at[slots].set(0, mode='drop')
 
   def step(params, cache, counts, rows, knobs):
     """STEPS tokens of each row, fewer at its end -> cache, counts, int32 [S, STEPS]."""
@@ -353,12 +351,7 @@ def draw(logits: Array, uniform: Array) -> Array:
   return (128 * block + place).astype(jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnames='length')
-def _resized(cache: Cache, length: int) -> Cache:
-  """With room for `length` tokens a row."""
-  now = cache[0].keys.shape[2]
-  widths = ((0, 0), (0, 0), (0, max(0, length - now)), (0, 0))
-  return jax.tree.map(lambda x: jnp.pad(x[:, :, :length], widths), cache)
+_resized = jax.jit(llama.resized, static_argnames='length')
 
 
 def _power_of_two(count):

@@ -232,10 +232,14 @@ def _rope(config, name):
 
 
 class Entry(NamedTuple):
-  """Keys and values that one layer has seen, each [B, K, M, C]; place m is position m."""
+  """What one layer has seen; place m is position m.
 
-  keys: Array
-  values: Array
+  Places are the minor axis of the keys: then scores are a product without a transposition, which on
+  a CPU takes a tenth of the time, and no lanes of a TPU lie idle for heads of 64 channels.
+  """
+
+  keys: Array  # [B, K, C, M]
+  values: Array  # [B, K, M, C]
 
 
 Cache = tuple[Entry, ...]  # one per layer
@@ -247,11 +251,23 @@ def empty_cache(config: LlamaConfig, batch: int, length: int, dtype: Any) -> Cac
   A row sees the places up to its token's position, so what an older row left behind needs no
   cleaning as long as positions start at 0 and go up by one.
   """
-  # Heads before places: the two minor axes are then those of a matrix product, whole.
-  shape = (batch, config.num_key_value_heads, length, config.head_dim)
-  return tuple(
-    Entry(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_hidden_layers)
-  )
+  B, K, C, M = batch, config.num_key_value_heads, config.head_dim, length
+  entry = lambda: Entry(jnp.zeros((B, K, C, M), dtype), jnp.zeros((B, K, M, C), dtype))
+  return tuple(entry() for _ in range(config.num_hidden_layers))
+
+
+def cache_length(cache: Cache) -> int:
+  """M."""
+  return cache[0].values.shape[2]
+
+
+def resized(cache: Cache, length: int) -> Cache:
+  """The same with room for `length` tokens; places beyond are lost."""
+  more = (0, max(0, length - cache_length(cache)))
+  none = (0, 0)
+  keys = lambda x: jnp.pad(x[..., :length], (none, none, none, more))
+  values = lambda x: jnp.pad(x[:, :, :length], (none, none, more, none))
+  return tuple(Entry(keys(entry.keys), values(entry.values)) for entry in cache)
 
 
 class Llama(nnx.Module):
@@ -313,7 +329,7 @@ class Decoder(nnx.Module):
     angles = (
       positions[..., None].astype(jnp.float32) * self.rope.frequencies(self.head_dim)[None, None]
     )
-    places = positions if cache is None else jnp.arange(cache[0].keys.shape[2])[None]
+    places = positions if cache is None else jnp.arange(cache_length(cache))[None]
     seen = (places[:, None] <= positions[..., None]) & (places[:, None] >= 0)  # [B, N, M]
     entries = []
     for i, layer in enumerate(self.layers):
@@ -361,10 +377,9 @@ class SelfAttention(nnx.Module):
       q, k = self.q_norm(q), self.k_norm(k)
     q, k = rotate(q, angles), rotate(k, angles)
     if entry is None:
-      keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, N, C]
+      keys, values = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
     else:
-      entry = Entry(*(_put(old, new, positions) for old, new in zip(entry, (k, v), strict=True)))
-      keys, values = entry
+      keys, values = entry = _put(entry, k, v, positions)
     out = attend(q, keys, values, seen)
     return self.o_proj(out.reshape(B, N, -1)), entry
 
@@ -402,14 +417,14 @@ def rotate(x: Array, angles: Array) -> Array:
 
 
 def attend(q: Array, keys: Array, values: Array, seen: Array) -> Array:
-  """q [B, N, H, C], keys and values [B, K, M, C], seen bool [B, N, M] -> [B, N, H, C].
+  """q [B, N, H, C], keys [B, K, C, M], values [B, K, M, C], seen [B, N, M] -> [B, N, H, C].
 
   Scores and softmax in float32. A query that sees nothing gets a mean of all values, not NaN.
   """
   B, N, H, C = q.shape
   K = keys.shape[1]
   q = q.reshape(B, N, K, H // K, C).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, C)  # [B, K, G N, C]
-  scores = jnp.einsum('bkqc,bkmc->bkqm', q, keys, preferred_element_type=jnp.float32)
+  scores = jnp.einsum('bkqc,bkcm->bkqm', q, keys, preferred_element_type=jnp.float32)
   scores = (scores * C**-0.5).reshape(B, K, H // K, N, -1)
   scores = jnp.where(seen[:, None, None], scores, jnp.finfo(jnp.float32).min)
   weights = jax.nn.softmax(scores).astype(values.dtype).reshape(B, K, H // K * N, -1)
@@ -417,8 +432,13 @@ def attend(q: Array, keys: Array, values: Array, seen: Array) -> Array:
   return out.reshape(B, K, H // K, N, C).transpose(0, 3, 1, 2, 4).reshape(B, N, H, C)
 
 
-def _put(old, new, positions):
-  """[B, K, M, C] with new [B, N, K, C] at the places `positions` [B, N]."""
-  places = jnp.where(positions < 0, old.shape[2], positions)  # padding falls outside, is dropped
-  rows = jnp.arange(old.shape[0])[:, None]
-  return old.at[rows, :, places].set(new.astype(old.dtype), mode='drop')
+def _put(entry, k, v, positions):
+  """The entry with k and v [B, N, K, C] at the places `positions` [B, N]."""
+  # Padding falls outside, and is dropped.
+  places = jnp.where(positions < 0, entry.values.shape[2], positions)
+  rows = jnp.arange(len(places))[:, None]
+  k, v = k.astype(entry.keys.dtype), v.astype(entry.values.dtype)
+  return Entry(
+    entry.keys.at[rows, :, :, places].set(k, mode='drop'),
+    entry.values.at[rows, :, places].set(v, mode='drop'),
+  )
