@@ -17,7 +17,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -150,11 +150,11 @@ def read(workdir: Workdir, ema: bool = True, step: int | None = None) -> weights
   base = load_base(workdir)
   if base is None:
     raise InputError(f'{workdir}: has no complete {BASE} folder; start the run again to write it.')
-  step, trained = _trained(workdir, 'ema' if ema else 'params', step)
-  config = _lora_config(workdir)
+  step, trained = read_part(workdir, 'ema' if ema else 'params', step)
+  config = lora_config(workdir)
   trained = _merged(base, trained, config) if config.rank else trained
   fixed = base.tensors['unet']
-  makers = {name: lambda name=name: fixed[name] for name in fixed} | _makers(trained)
+  makers = {name: lambda name=name: fixed[name] for name in fixed} | tensor_makers(trained)
   tensors = base.tensors | {'unet': weights.Tensors(makers)}
   return dataclasses.replace(base, tensors=tensors, source=f'{workdir} (step {step})')
 
@@ -163,11 +163,11 @@ def read_adapters(
   workdir: Workdir, ema: bool = True, step: int | None = None
 ) -> tuple[dict[str, np.ndarray], LoraConfig]:
   """The adapters of a LoRA run, {dotted name: float32}, and their settings; as `read` otherwise."""
-  config = _lora_config(workdir)
+  config = lora_config(workdir)
   if not config.rank:
     raise InputError(f'{workdir}: trained the weights themselves (lora.rank is 0), so it has no '
                      'adapters; convert it to diffusers or ldm.')  # fmt: skip
-  return _trained(workdir, 'ema' if ema else 'params', step)[1], config
+  return read_part(workdir, 'ema' if ema else 'params', step)[1], config
 
 
 def save_base(workdir: Workdir, checkpoint: weights.Checkpoint, trained: Collection[str]) -> None:
@@ -183,7 +183,7 @@ def save_base(workdir: Workdir, checkpoint: weights.Checkpoint, trained: Collect
   folder = storage.folder(workdir)
   is_there = (folder / BASE / BASE_CONFIGS).exists() and steps(workdir)
   if jax.process_index() == 0 and not is_there:
-    _write_base(folder / BASE, checkpoint, {_tensor_name(name) for name in trained})
+    _write_base(folder / BASE, checkpoint, {tensor_name(name) for name in trained})
   multihost_utils.sync_global_devices('ip2p_jax base')
 
 
@@ -207,7 +207,7 @@ def read_unet(checkpoint: weights.Checkpoint, shapes: Mapping[str, Any]) -> dict
   Raises InputError naming tensors that are missing, misshapen or not finite.
   """
   tensors = checkpoint.tensors['unet']
-  found = [name for name in map(_tensor_name, shapes) if name in tensors]
+  found = [name for name in map(tensor_name, shapes) if name in tensors]
   chosen = weights.Tensors({name: lambda name=name: tensors[name] for name in found})
   tree = names.to_params(chosen, parameters.unflatten(shapes), 'unet', source=checkpoint.source)
   return parameters.flatten(tree)
@@ -242,8 +242,13 @@ def steps(workdir: Workdir) -> list[int]:
   return sorted(ocp.utils.checkpoint_steps(storage.folder(workdir) / CHECKPOINTS))
 
 
-def _trained(workdir, part, step):
-  """(step, {dotted name: array}) of one part of the state: 'ema' or 'params'."""
+def read_part(
+  workdir: Workdir, part: str, step: int | None = None
+) -> tuple[int, dict[str, np.ndarray]]:
+  """(step, {dotted name: array}) of one part of the state: 'ema' or 'params'; None is the latest.
+
+  Raises InputError if there is no such checkpoint, or if it is damaged.
+  """
   found = steps(workdir)
   if not found:
     raise InputError(f'{workdir}: has no checkpoint yet; let the run write one.')
@@ -258,6 +263,25 @@ def _trained(workdir, part, step):
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
     arguments = ocp.args.PyTreeRestore(tree, restore_args=as_numpy, partial_restore=True)
     return step, handler.restore(folder / 'state', args=arguments)[part]
+
+
+def tensor_makers(params: Mapping[str, np.ndarray]) -> dict[str, Callable[[], np.ndarray]]:
+  """Torch names -> functions that make the tensor, so that no more than one is there twice."""
+  one = lambda name: names.to_tensors(parameters.unflatten({name: params[name]}))
+  return {tensor_name(name): lambda name=name: one(name)[tensor_name(name)] for name in params}
+
+
+def tensor_name(name: str) -> str:
+  """The torch name of a parameter's dotted name."""
+  return names.tensor_name(tuple(name.split('.')))
+
+
+def lora_config(workdir: Workdir) -> LoraConfig:
+  """The run's; InputError if it has no config.json."""
+  config = read_config(workdir)
+  if config is None or 'lora' not in config:
+    raise InputError(f'{workdir}: has no {CONFIG} of a training run; give the workdir of one.')
+  return LoraConfig(**config['lora'])
 
 
 def _state_handler():
@@ -277,23 +301,6 @@ def _merged(base, adapters, config):
   has_adapter = lambda name: name.removesuffix('kernel') + 'lora_down' in adapters
   kernels = {name: shape for name, shape in shapes.items() if has_adapter(name)}
   return lora.merged(read_unet(base, kernels), adapters, config)
-
-
-def _makers(params):
-  """Torch names -> functions that make the tensor, so that no more than one is there twice."""
-  one = lambda name: names.to_tensors(parameters.unflatten({name: params[name]}))
-  return {_tensor_name(name): lambda name=name: one(name)[_tensor_name(name)] for name in params}
-
-
-def _tensor_name(name):
-  return names.tensor_name(tuple(name.split('.')))
-
-
-def _lora_config(workdir):
-  config = read_config(workdir)
-  if config is None or 'lora' not in config:
-    raise InputError(f'{workdir}: has no {CONFIG} of a training run; give the workdir of one.')
-  return LoraConfig(**config['lora'])
 
 
 def _check_same(folder, saved, target):

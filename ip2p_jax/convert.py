@@ -14,6 +14,7 @@ import numpy as np
 from ip2p_jax import checkpoints, lora, weights
 from ip2p_jax.editor import Editor, Sampling
 from ip2p_jax.errors import InputError
+from ip2p_jax.language_workdir import export_language, is_language_run
 from ip2p_jax.networks import COMPONENTS, Networks, is_editor, networks_of
 from ip2p_jax.weights import diffusers_folder, names
 
@@ -38,7 +39,8 @@ def convert(
   """Reads SRC, checks every tensor against its architecture, writes DST and reads it back.
 
   Args:
-    src: a diffusers folder, a single file, or the workdir of a training run (local or gs://).
+    src: a diffusers folder, a single file, or the workdir of a training run (local or gs://). That
+      of a language model is written as a folder of transformers.
     dst: a folder for `to='diffusers'`, a `.safetensors` file for `to='ldm'`, either for 'lora':
       the adapters alone of a LoRA run, for diffusers' `load_lora_weights`.
     to: None goes by the name of `dst`.
@@ -51,6 +53,13 @@ def convert(
   Raises InputError for anything wrong with SRC or DST.
   """
   dst = Path(dst)
+  if is_language_run(src):
+    if to is not None:
+      raise InputError(
+        f'{src}: trained a language model, which is written for transformers; leave out to={to!r}.'
+      )
+    say(f'wrote {dst} in {dtype}, from {export_language(src, dst, dtype, ema, overwrite)}')
+    return
   if to == 'lora':
     adapters, config = checkpoints.read_adapters(src, ema)
     say(f'wrote {lora.write(adapters, config, dst, dtype, overwrite)} in {dtype}')

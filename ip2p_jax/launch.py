@@ -12,12 +12,13 @@ from ip2p_jax.console import cache_compilations, one_line
 from ip2p_jax.errors import InputError
 
 NAME = 'train.py'
+KINDS = (configuration.TrainConfig, configuration.LanguageConfig)
 
 
 def parse(argv: Sequence[str]) -> list[str]:
   """absl's flags, with one line for a mistake."""
   with one_line(NAME, ''):
-    configuration.check_overrides(argv)
+    configuration.check_overrides(argv, KINDS)
     for path in (flag.partition('=')[2] for flag in argv if flag.startswith('--config=')):
       if not Path(path).is_file():
         raise InputError(f'--config={path}: no such file; see configs/.')
@@ -38,15 +39,18 @@ def train(argv: Sequence[str]) -> None:
   with one_line(NAME, ''):
     if not values.workdir:
       raise InputError('--workdir=FOLDER is missing: where checkpoints and metrics go.')
-    if not isinstance(values.config, configuration.TrainConfig):
+    if not isinstance(values.config, KINDS):
       raise InputError('--config=FILE is missing: a file whose get_config() gives a TrainConfig.')
   with one_line(NAME, 'lower the batch per device: raise --config.accumulation, or mesh.fsdp.'):
     if values.multihost or values.coordinator:
       _join(values)
-    from ip2p_jax import training  # after joining, so that nothing has touched the devices
+    # After joining, so that nothing has touched the devices.
+    from ip2p_jax import language_training, training
 
     cache_compilations()
-    sys.exit(training.train(values.config, values.workdir))
+    is_language = isinstance(values.config, configuration.LanguageConfig)
+    run = language_training.train_language if is_language else training.train
+    sys.exit(run(values.config, values.workdir))
 
 
 def _join(values) -> None:

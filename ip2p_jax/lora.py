@@ -13,13 +13,14 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax import Array
 
 from ip2p_jax import weights
@@ -57,7 +58,8 @@ def adapters(
   kernels = sorted(name for name in shapes if name.endswith('.kernel') and search(name))
   if not kernels:
     raise InputError(
-      f'lora.targets: {config.targets!r} matches no kernel; try {LoraConfig.targets!r}.'
+      f'lora.targets: {config.targets!r} matches no kernel; they are called, for instance,'
+      f' {next((name for name in shapes if name.endswith(".kernel")), "to_q.kernel")}.'
     )
   found = {}
   for kernel in kernels:
@@ -86,12 +88,44 @@ def merged(
     down, up = (adapters[name].astype(jnp.float32) for name in _names(kernel))
     up = up.reshape(up.shape[-2:])  # [R, out]
     if kernel not in fixed or fixed[kernel].shape != (*down.shape[:-1], up.shape[-1]):
-      raise InputError(f'lora: the UNet has no {kernel} of the shape the adapter was made for; '
+      raise InputError(f'lora: the network has no {kernel} of the shape the adapter was made for; '
                        'use the checkpoint it was trained on.')  # fmt: skip
     product = jnp.einsum('...r,ro->...o', down, up, precision=jax.lax.Precision.HIGHEST)
     base = fixed[kernel]
     result[kernel] = (base.astype(jnp.float32) + scale * product).astype(base.dtype)
   return result
+
+
+class Branched(nnx.Module):
+  """A Linear with its adapter as a second, narrow branch: x W + alpha / R * (x down) up.
+
+  For large layers: W stays in the type it came in and gets no gradient, and no change is too small
+  for its last digit. The branch is in the type of x.
+  """
+
+  def __init__(self, linear: Callable, down: Array, up: Array, scale: float):
+    self.linear, self.scale = linear, scale
+    self.lora_down, self.lora_up = nnx.Param(down), nnx.Param(up)
+
+  def __call__(self, x):  # [..., in]
+    rows = x.reshape(-1, x.shape[-1])
+    narrow = rows @ self.lora_down[...].astype(x.dtype)
+    branch = self.scale * (narrow @ self.lora_up[...].astype(x.dtype))
+    return self.linear(x) + branch.reshape(*x.shape[:-1], -1)
+
+
+def attach(model: nnx.Module, adapters: Mapping[str, Array], config: LoraConfig) -> None:
+  """Gives those Linear layers of `model` that have an adapter their `Branched`, in place.
+
+  Names are as in `merged`, which gives the same function of x.
+  """
+  for kernel in _kernels(adapters):
+    *path, layer = kernel.removesuffix('.kernel').split('.')
+    owner = model
+    for key in path:
+      owner = owner[int(key)] if key.isdecimal() else getattr(owner, key)
+    down, up = (adapters[name] for name in _names(kernel))
+    setattr(owner, layer, Branched(getattr(owner, layer), down, up, config.alpha / config.rank))
 
 
 def to_diffusers(adapters: Mapping[str, Array], config: LoraConfig) -> dict[str, np.ndarray]:

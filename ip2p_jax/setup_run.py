@@ -3,7 +3,7 @@
 import contextlib
 import fcntl
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +23,7 @@ from ip2p_jax import (
 )
 from ip2p_jax import checkpoints as workdirs
 from ip2p_jax.checkpoints import Checkpoints
-from ip2p_jax.config import TrainConfig
+from ip2p_jax.config import TrainConfig, knobs
 from ip2p_jax.data import shards, sources
 from ip2p_jax.data.rows import Source
 from ip2p_jax.errors import InputError
@@ -172,7 +172,7 @@ def prepare(
   microbatch = sharding.check_batch(mesh, config.batch_size, config.accumulation)
   is_resumed = manager.latest_step() is not None
   if is_resumed:
-    _check_unchanged(config, workdirs.read_config(workdir) or {}, say)
+    check_unchanged(config, ('task', 'lora.alpha'), workdir, say)
   checkpoint = workdirs.load_base(workdir) if is_resumed else starting_checkpoint(config)
   if checkpoint is None:
     raise InputError(f'{workdir}: has checkpoints but no {workdirs.BASE}; use a new workdir.')
@@ -192,46 +192,45 @@ def prepare(
   in_base = [name for name in shapes if name not in trained]
   frozen = _frozen(config, checkpoint, networks, in_base, trained, tokenizer, mesh)
   run = Run(config, mesh, tokenizer, recipe, shardings, frozen, microbatch)
-  say(_sizes(run, abstract))
+  say(sizes(run, abstract, f'at {config.resolution} px'))
   if is_resumed:
-    target = jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
-    )
-    state, extras = manager.restore(target)
-    return run, state, extras
+    return run, *resumed(manager, abstract, shardings)
   workdirs.save_base(workdir, checkpoint, set(trained) - set(initial or ()))
   values = initial or workdirs.read_unet(checkpoint, {name: shapes[name] for name in trained})
-  params = {name: _put(value, shardings['params'][name]) for name, value in values.items()}
-  start = jax.jit(
-    functools.partial(train_step.initial_state, recipe), out_shardings=shardings, donate_argnums=0
+  return run, started(recipe, values, shardings), {'examples': 0, 'rows': None}
+
+
+def resumed(manager: Checkpoints, abstract: State, shardings: State) -> tuple[State, dict]:
+  """The latest checkpoint, on the devices."""
+  target = jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
   )
-  return run, start(params), {'examples': 0, 'rows': None}
+  return manager.restore(target)
 
 
-def check_placed(state: State, shardings: State) -> None:
-  """Raises if an array does not lie where it should: a bug that only costs, and so would stay."""
-  for (path, leaf), wanted in zip(
-    jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(shardings), strict=True
-  ):
-    if not leaf.sharding.is_equivalent_to(wanted, leaf.ndim):
-      name = jax.tree_util.keystr(path)
-      raise AssertionError(f'{name} is placed as {leaf.sharding}, which should be {wanted}')
+def started(recipe: Any, values: Mapping[str, np.ndarray], shardings: State) -> State:
+  """The state before the first step, on the devices."""
+  params = {name: sharding.put(values[name], where) for name, where in shardings['params'].items()}
+  start = functools.partial(train_step.initial_state, recipe)
+  return jax.jit(start, out_shardings=shardings, donate_argnums=0)(params)
 
 
-def _check_unchanged(config, old, say):
-  """Refuses what would give the saved weights another meaning."""
-  alpha = old.get('lora', {}).get('alpha', config.lora.alpha)
-  for knob, was, now in (
-    ('task', old.get('task', config.task), config.task),
-    ('lora.alpha', alpha, config.lora.alpha),
-  ):
+def check_unchanged(
+  config: Any, fixed: Collection[str], workdir: str, say: Callable[[str], None]
+) -> None:
+  """Refuses to go on with another value of a knob that gives the saved weights their meaning."""
+  old, new = parameters.flatten(workdirs.read_config(workdir) or {}), dict(knobs(config))
+  for knob in fixed:
+    was, now = old.get(knob, new[knob]), new[knob]
     if was != now:
       raise InputError(f'{knob} was {was!r} in this workdir; set it so, or use a new workdir.')
   if old.get('checkpoint', config.checkpoint) != config.checkpoint:
     say('checkpoint is not read again: this workdir goes on from its own weights')
 
 
-def trained_shapes(config, shapes):
+def trained_shapes(
+  config: Any, shapes: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, np.ndarray] | None]:
   """({name: shape} of what learns, {name: array} of adapters, which no checkpoint has yet)."""
   if config.lora.rank:
     rng = np.random.default_rng(config.seed)
@@ -250,24 +249,18 @@ def _frozen(config, checkpoint, networks, in_base, trained, tokenizer, mesh):
   everywhere, shapes = sharding.replicated(mesh), parameters.flatten(networks.shapes['unet'])
   # A kernel that an adapter is added to keeps its digits until then.
   adapted = {name.rpartition('.')[0] for name in trained if '.lora_' in name}
-  frozen = {'unet': {}, 'null_ids': _put(tokenizer([''])[0], everywhere)}
+  frozen = {'unet': {}, 'null_ids': sharding.put(tokenizer([''])[0], everywhere)}
   fixed = workdirs.read_unet(checkpoint, {name: shapes[name] for name in in_base})
   for name, value in fixed.items():
     dtype = np.float32 if name.rpartition('.')[0] in adapted else config.dtype
     where = sharding.split(mesh, value.shape, ('fsdp',))
-    frozen['unet'][name] = _put(value.astype(dtype), where)
+    frozen['unet'][name] = sharding.put(value.astype(dtype), where)
   for part in ('vae', 'text_encoder'):
-    place = lambda x: _put(np.asarray(x).astype(config.dtype), everywhere)
+    place = lambda x: sharding.put(np.asarray(x).astype(config.dtype), everywhere)
     frozen[part] = names.to_params(
       checkpoint.tensors[part], networks.shapes[part], part, source=checkpoint.source, place=place
     )
   return frozen
-
-
-def _put(value, where):
-  # From a callback, since every process has the whole array and needs only its part placed.
-  value = np.asarray(value, order='C')
-  return jax.make_array_from_callback(value.shape, where, lambda index: value[index])
 
 
 def _check_resolution(config, networks):
@@ -279,8 +272,13 @@ def _check_resolution(config, networks):
     )
 
 
-def _sizes(run, abstract) -> str:
-  """Lines for people: who computes what, and how many bytes each device holds."""
+def sizes(run: Any, abstract: State, each: str) -> str:
+  """Lines for people: who computes what, and how many bytes each device holds.
+
+  Args:
+    run: a `Run`, or what has the same of it.
+    each: how large an example is.
+  """
   config, mesh = run.config, run.mesh
   kind = mesh.devices.flat[0].device_kind
   held = lambda part: _bytes(sharding.bytes_per_device(abstract[part], run.shardings[part]))
@@ -290,7 +288,7 @@ def _sizes(run, abstract) -> str:
     f'devices   {mesh.size} ({kind}) as data {mesh.shape["data"]} x fsdp {mesh.shape["fsdp"]},'
     f' in {jax.process_count()} process{"es" if jax.process_count() > 1 else ""}',
     f'batch     {config.batch_size} = {mesh.size} devices x {run.microbatch} examples'
-    f' x {config.accumulation} accumulation steps, at {config.resolution} px',
+    f' x {config.accumulation} accumulation steps, {each}',
     f'training  {trained:,} parameters in float32, arithmetic in {config.dtype}',
     f'memory    on each device: parameters {held("params")}, optimizer {held("opt_state")},'
     f' average {held("ema")}, frozen networks {_bytes(frozen)}',

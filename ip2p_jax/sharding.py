@@ -66,6 +66,22 @@ def of_state(mesh: Mesh, state: dict[str, Any], zero1: bool) -> dict[str, Any]:
   return {part: over(by_part.get(part, ()), tree) for part, tree in state.items()}
 
 
+def check_placed(state: dict[str, Any], shardings: dict[str, Any]) -> None:
+  """Raises if an array does not lie where it should: a bug that only costs, and so would stay."""
+  for (path, leaf), wanted in zip(
+    jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(shardings), strict=True
+  ):
+    if not leaf.sharding.is_equivalent_to(wanted, leaf.ndim):
+      name = jax.tree_util.keystr(path)
+      raise AssertionError(f'{name} is placed as {leaf.sharding}, which should be {wanted}')
+
+
+def put(value: Any, where: NamedSharding) -> jax.Array:
+  """On the devices; every process has the whole array, and only its part is placed."""
+  value = np.asarray(value, order='C')
+  return jax.make_array_from_callback(value.shape, where, lambda index: value[index])
+
+
 def bytes_per_device(tree: Any, shardings: Any) -> int:
   """How much of `tree` (arrays or ShapeDtypeStructs) each device holds."""
   sizes = jax.tree.map(

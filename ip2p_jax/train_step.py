@@ -34,7 +34,7 @@ class Recipe(NamedTuple):
   transform: optax.GradientTransformation
 
 
-def initial_state(recipe: Recipe, params: dict[str, Array]) -> State:
+def initial_state(recipe: Any, params: dict[str, Array]) -> State:
   """The state before the first step."""
   return {
     'step': jnp.int32(0),
@@ -50,16 +50,7 @@ def unet_params(recipe: Recipe, fixed: dict[str, Array], trained: dict[str, Arra
   """The UNet's whole parameter tree in the dtype of arithmetic."""
   rank = recipe.config.lora.rank
   flat = lora.merged(fixed, trained, recipe.config.lora) if rank else {**fixed, **trained}
-  return parameters.unflatten(_cast(flat, recipe.config.dtype))
-
-
-def jitted(recipe: Recipe, mesh: Mesh, shardings: State) -> Callable:
-  """`train_step(state, frozen, batch)`, compiled once; it takes the memory of the old state."""
-  return jax.jit(
-    functools.partial(train_step, recipe, shardings),
-    out_shardings=(shardings, sharding.replicated(mesh)),
-    donate_argnums=0,
-  )
+  return parameters.unflatten(cast(flat, recipe.config.dtype))
 
 
 def train_step(
@@ -75,8 +66,32 @@ def train_step(
 
   Returns the new state and {'loss', 'grad_norm', 'learning_rate', 'skipped', 'bad_step'}.
   """
+  loss, grads = _mean_gradients(
+    recipe, shardings['ema'], state['params'], frozen, batch, state['step']
+  )
+  skipped = (batch['weight'] == 0).sum(dtype=jnp.int32)
+  return updated(recipe, shardings, state, loss, grads, skipped)
+
+
+def jitted(recipe: Any, mesh: Mesh, shardings: State, step: Callable = train_step) -> Callable:
+  """`step(state, frozen, batch)`, compiled once; it takes the memory of the old state."""
+  return jax.jit(
+    functools.partial(step, recipe, shardings),
+    out_shardings=(shardings, sharding.replicated(mesh)),
+    donate_argnums=0,
+  )
+
+
+def updated(
+  recipe: Any, shardings: State, state: State, loss: Array, grads: Params, skipped: Array | int = 0
+) -> tuple[State, dict[str, Array]]:
+  """What `train_step` returns, once loss and gradients are known; `skipped` examples are added.
+
+  Args:
+    recipe: anything with `config.optimizer`, `config.steps` and `transform`.
+    grads: {dotted name: float32}, as the state's `params`.
+  """
   config, step = recipe.config, state['step']
-  loss, grads = _mean_gradients(recipe, shardings['ema'], state['params'], frozen, batch, step)
   # ZeRO: each device updates its part, then the parts are gathered.
   grads, params = (
     jax.lax.with_sharding_constraint(tree, shardings['ema']) for tree in (grads, state['params'])
@@ -90,7 +105,7 @@ def train_step(
     'params': params,
     'ema': optimizer.ema_update(state['ema'], params, decay),
     'opt_state': opt_state,
-    'skipped': state['skipped'] + (batch['weight'] == 0).sum(dtype=jnp.int32),
+    'skipped': state['skipped'] + skipped,
     'bad_step': state['bad_step'],
   }
   is_fine = (state['bad_step'] < 0) & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
@@ -142,7 +157,7 @@ def _mean_gradients(recipe, where, params, frozen, batch, step):
   total = jnp.maximum(batch['weight'].sum(), 1.0)
   # Cast once, and differentiated by the copy: then gradients travel in the smaller type, too.
   # Adapters are few, and their product is formed in float32.
-  copy = params if config.lora.rank else _cast(params, config.dtype)
+  copy = params if config.lora.rank else cast(params, config.dtype)
 
   def loss_of(params, part):
     unet = unet_params(recipe, frozen['unet'], params)
@@ -150,20 +165,30 @@ def _mean_gradients(recipe, where, params, frozen, batch, step):
     losses = _losses(recipe, unet, frozen, part, draws, config.conditioning_dropout)
     return (losses * part['weight']).sum() / total
 
+  return sum_gradients(loss_of, copy, batch, config.accumulation, where)
+
+
+def sum_gradients(
+  loss_of: Callable[[Params, Batch], Array], params: Params, batch: Batch, count: int, where: State
+) -> tuple[Array, Params]:
+  """Sum of `loss_of(params, part)` over `count` parts of the batch, and its float32 gradients.
+
+  `where` are the gradients' shardings while they are summed.
+  """
   value_and_grad = jax.value_and_grad(loss_of)
-  if config.accumulation == 1:
-    loss, grads = value_and_grad(copy, batch)
-    return loss, _cast(grads, jnp.float32)
+  if count == 1:
+    loss, grads = value_and_grad(params, batch)
+    return loss, cast(grads, jnp.float32)
 
   def accumulate(sums, part):
     loss, grads = sums
-    more_loss, more_grads = value_and_grad(copy, part)
+    more_loss, more_grads = value_and_grad(params, part)
     grads = jax.tree.map(lambda total, x: total + x.astype(jnp.float32), grads, more_grads)
     return (loss + more_loss, jax.lax.with_sharding_constraint(grads, where)), None
 
-  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), copy)
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
   zeros = jnp.float32(0), jax.lax.with_sharding_constraint(zeros, where)
-  return jax.lax.scan(accumulate, zeros, _parts(batch, config.accumulation))[0]
+  return jax.lax.scan(accumulate, zeros, _parts(batch, count))[0]
 
 
 def _parts(batch, count):
@@ -189,5 +214,5 @@ def _shape(recipe, batch):
   return latents_shape(recipe.networks, batch), recipe.networks.schedule
 
 
-def _cast(tree, dtype):
+def cast(tree: Any, dtype: Any) -> Any:
   return jax.tree.map(lambda x: x.astype(dtype), tree)

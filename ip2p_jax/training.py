@@ -1,11 +1,9 @@
-"""The training loop: batches in; metrics, validation, previews and checkpoints out."""
+"""Training an editor: batches in; metrics, validation, previews and checkpoints out."""
 
-import collections
 import contextlib
 import dataclasses
 import functools
 import io
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,9 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 
-from ip2p_jax import checkpoints as workdirs
 from ip2p_jax import config as configuration
 from ip2p_jax import flops, metrics, previews, sharding, storage, train_step
 from ip2p_jax.checkpoints import Checkpoints
@@ -23,10 +19,8 @@ from ip2p_jax.config import TrainConfig
 from ip2p_jax.data import examples, loader
 from ip2p_jax.data.rows import LatentRow
 from ip2p_jax.errors import InputError
-from ip2p_jax.setup_run import Data, Run, check_placed, claimed, open_data, prepare
-
-IN_FLIGHT = 2  # steps that the host may be ahead; more only cost the memory of their batches
-STOPPED = 143  # exit status, so that whoever watches the job knows to start it again
+from ip2p_jax.setup_run import Data, Run, claimed, open_data, prepare
+from ip2p_jax.training_loop import Job, describe_params, keep_config, loop, say, signals
 
 
 def train(config: TrainConfig, workdir: str) -> int:
@@ -43,83 +37,48 @@ def train(config: TrainConfig, workdir: str) -> int:
   with contextlib.ExitStack() as stack:
     stack.enter_context(claimed(workdir))
     manager = stack.enter_context(contextlib.closing(Checkpoints(workdir, config.log.keep)))
-    run, state, extras = prepare(config, workdir, mesh, manager, _say)
-    check_placed(state, run.shardings)
+    run, state, extras = prepare(config, workdir, mesh, manager, say)
+    sharding.check_placed(state, run.shardings)
     step = int(state['step'])
     if step:
-      _say(f'resumed   from the checkpoint of step {step:,}')
+      say(f'resumed   from the checkpoint of step {step:,}')
     if step >= config.steps:
-      _say(f'done: already at step {step:,} of {config.steps:,}')
+      say(f'done: already at step {step:,} of {config.steps:,}')
       return 0
-    _keep_config(config, workdir)
+    keep_config(config, workdir)
     if extras['rows'] not in (None, _rows(data)):
-      _say(
+      say(
         f'the data set had {extras["rows"]} rows, and now has {_rows(data)}: the order is another'
       )
     writer = stack.enter_context(metrics.Writer(workdir, step))
-    _describe(run, data, state, writer)
-    must_stop = stack.enter_context(_signals())
-    return _loop(run, data, state, extras['examples'], manager, writer, must_stop, workdir)
+    _describe(data)
+    describe_params(state, writer)
+    must_stop = stack.enter_context(signals())
+    # Counted in batches of today's size, in case that has changed; no example comes twice.
+    ahead = -(-extras['examples'] // config.batch_size) - step
+    job = _job(run, data, manager, workdir, ahead, step)
+    status = loop(job, config, state, workdir, manager, writer, _meter(run, data), must_stop)
+  if status == 0:
+    say(f'done: {config.steps:,} steps, pictures in {workdir}/previews')
+    say(f'ip2p convert {workdir} DST exports the averaged weights')
+  return status
 
 
-def _loop(run: Run, data: Data, state, seen, manager, writer, must_stop, workdir) -> int:
-  config, log = run.config, run.config.log
-  first = int(state['step'])
-  # Counted in batches of today's size, in case that has changed; no example comes twice.
-  ahead = -(-seen // config.batch_size) - first
-  step_of = train_step.jitted(run.recipe, run.mesh, run.shardings)
-  validate, preview = _validation(run, data), _preview(run, data)
-  meter, recent = _meter(run, data), collections.deque()
-  losses: list[jax.Array] = []
+def _job(run: Run, data: Data, manager, workdir, ahead, first) -> Job:
+  """The batch of a step is that of place step + ahead; `first` steps are taken."""
   save = functools.partial(_save, manager, run, data, ahead)
-  with contextlib.ExitStack() as stack:
-    batches = stack.enter_context(contextlib.closing(_batches(run, data, first + ahead)))
-    profile = stack.enter_context(_profiler(log.profile, first, workdir, meter))
-    for step in range(first + 1, config.steps + 1):  # steps are counted when taken
-      profile(step, recent)
-      state, values = step_of(state, run.frozen, next(batches))  # dispatched, not awaited
-      losses.append(values['loss'])
-      recent.append(values['loss'])
-      if len(recent) > IN_FLIGHT:
-        recent.popleft().block_until_ready()
-      if step == first + 1:
-        loss = float(values['loss'])  # waits
-        check_placed(state, run.shardings)
-        _say(f'step {step:,}/{config.steps:,}  loss {loss:.4f}  ready after {meter.age():.0f} s')
-        meter.start(step)
-      is_stopped, is_last = must_stop(step), step == config.steps
-      is_checkpoint = step % log.checkpoint_every == 0 or is_last or is_stopped
-      is_validation = validate and not is_stopped and (step % log.validate_every == 0 or is_last)
-      if step % log.every and not is_checkpoint and not is_validation:
-        continue
-
-      values = jax.device_get(values)
-      _check_finite(run, data, values, state, ahead, save, workdir)
-      mean = float(np.mean(jax.device_get(losses)))
-      losses.clear()
-      values = {name: float(values[name]) for name in ('grad_norm', 'learning_rate', 'skipped')}
-      values = {'loss': mean} | values | meter.read(step) | metrics.memory()
-      _say(metrics.progress_line(step, config.steps, values))
-      with meter.paused(state):
-        if is_checkpoint:
-          save(step, state)
-        if is_validation:
-          values['validation_loss'] = validate(state['ema'], run.frozen)
-          _say(f'validation loss {values["validation_loss"]:.4f}')
-        writer.scalars(step, values)
-        if preview and is_checkpoint and not is_stopped:
-          writer.image(step, 'preview', preview(state['ema']))
-      _check_skipped(
-        run, data, values['skipped'], step + ahead, functools.partial(save, step, state)
-      )
-      if is_stopped and not is_last:
-        manager.wait()
-        _say(f'stopped at step {step:,}, and saved; run the same command to go on')
-        return STOPPED
-  manager.wait()
-  _say(f'done: {config.steps:,} steps, pictures in {workdir}/previews')
-  _say(f'ip2p convert {workdir} DST exports the averaged weights')
-  return 0
+  step_of = train_step.jitted(run.recipe, run.mesh, run.shardings)
+  validate = _validation(run, data)
+  return Job(
+    step=lambda state, batch: step_of(state, run.frozen, batch),
+    batches=_batches(run, data, first + ahead),
+    shardings=run.shardings,
+    save=save,
+    check=functools.partial(_check_finite, run, data, ahead, save, workdir),
+    validate=validate and (lambda ema: validate(ema, run.frozen)),
+    preview=_preview(run, data),
+    check_log=functools.partial(_check_skipped, run, data, ahead, save),
+  )
 
 
 def _save(manager: Checkpoints, run: Run, data: Data, ahead: int, step: int, state) -> None:
@@ -223,7 +182,7 @@ def _meter(run: Run, data: Data) -> metrics.Meter:
   return metrics.Meter(run.config.batch_size, work, run.mesh.size, flops.peak(devices[0]))
 
 
-def _check_finite(run: Run, data: Data, values, state, ahead, save, workdir) -> None:
+def _check_finite(run: Run, data: Data, ahead, save, workdir, values, state) -> None:
   """Stops at a loss that is not finite, and keeps what is needed to look into it.
 
   The state is still that before the step; it becomes a checkpoint, so that the run, started again,
@@ -260,12 +219,12 @@ def _check_finite(run: Run, data: Data, values, state, ahead, save, workdir) -> 
   )
 
 
-def _check_skipped(run: Run, data: Data, skipped: float, step: int, save) -> None:
+def _check_skipped(run: Run, data: Data, ahead, save, step, values, state) -> None:
   """Stops at too many broken examples, saved first. Each is met again in every pass of the data."""
-  config = run.config
-  passes = max(1.0, step * config.batch_size / sum(_rows(data)))
+  config, skipped = run.config, values['skipped']
+  passes = max(1.0, (step + ahead) * config.batch_size / sum(_rows(data)))
   if skipped > config.data.max_corrupt * passes:
-    save()
+    save(step, state)
     raise InputError(
       f'{int(skipped)} broken examples were met in {passes:.1f} passes of the data, more than'
       f' data.max_corrupt ({config.data.max_corrupt}) in each; ip2p check names them all. Mend'
@@ -273,78 +232,10 @@ def _check_skipped(run: Run, data: Data, skipped: float, step: int, save) -> Non
     )
 
 
-def _keep_config(config: TrainConfig, workdir: str) -> None:
-  """Writes config.json; says what differs if the run was begun with another."""
-  new = dataclasses.asdict(config)
-  for line in workdirs.differences(workdirs.read_config(workdir) or new, new):
-    _say(f'changed since the last start: {line}')
-  workdirs.write_config(workdir, new)
-
-
-def _describe(run: Run, data: Data, state, writer: metrics.Writer) -> None:
+def _describe(data: Data) -> None:
   rows = ' + '.join(f'{len(source):,}' for source in data.train)
   kind = 'latents' if data.is_latents else 'pictures'
   none = (
     '' if len(data.validation) else ' (so no validation loss; previews are of training examples)'
   )
-  _say(
-    f'data      {rows} training examples ({kind}), {len(data.validation):,} for validation{none}'
-  )
-  table = metrics.overview(state['params'])
-  writer.text(int(state['step']), 'parameters', table)
-  for line in table.splitlines()[-len({name.split('.')[0] for name in state['params']}) - 1 :]:
-    _say(line)
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[Callable[[int], bool]]:
-  """`must_stop(step)`: whether a signal or a preemption notice has come; all processes agree."""
-  if jax.process_count() > 1:  # jax.distributed listens, and makes all processes agree on a step
-    yield multihost_utils.reached_preemption_sync_point
-    return
-  received = []
-
-  def note(number, _frame):
-    if received and number == signal.SIGINT:
-      raise KeyboardInterrupt
-    received.append(number)
-    print('stopping after this step, to save (Ctrl-C again: at once)', file=sys.stderr)
-
-  before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-  try:
-    yield lambda step: bool(received)
-  finally:
-    for number, handler in before.items():
-      signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _profiler(window, first, workdir, meter) -> Iterator[Callable]:
-  """`profile(step, pending)` before each step: records those of the window, once in a run."""
-  start, count = window
-  begin = max(start, first + 2)  # the first step compiles
-  is_due, is_on = count and first < start + count, []
-
-  def stop():
-    if is_on:
-      is_on.clear()
-      jax.profiler.stop_trace()
-
-  def profile(step, pending):
-    if is_due and step in (begin, begin + count):
-      with meter.paused(list(pending)):
-        if step == begin:
-          jax.profiler.start_trace(str(epath.Path(workdir) / 'profile'))
-          is_on.append(True)
-        else:
-          stop()
-
-  try:
-    yield profile
-  finally:
-    stop()
-
-
-def _say(text: str) -> None:
-  if jax.process_index() == 0:
-    print(text, flush=True)
+  say(f'data      {rows} training examples ({kind}), {len(data.validation):,} for validation{none}')

@@ -14,9 +14,9 @@ FLOORS = (
   ('prompts',),
   ('optimizer', 'lora', 'loss', 'sharding', 'flops', 'metrics', 'data'),
   ('checkpoints', 'edit_program', 'inversion', 'pair_program', 'train_step', 'triplets'),
-  ('editor',),
-  ('edit_files', 'convert', 'previews', 'setup_run', 'captions'),
-  ('training', 'pairs', 'plan', 'caption_server', 'triplet_check'),
+  ('editor', 'language_step', 'language_workdir'),
+  ('edit_files', 'convert', 'previews', 'setup_run', 'captions', 'training_loop'),
+  ('training', 'language_training', 'pairs', 'plan', 'caption_server', 'triplet_check'),
   ('filtering', 'captions_cli'),
   ('cli', 'launch'),
 )

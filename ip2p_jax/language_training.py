@@ -1,0 +1,273 @@
+"""Fine-tuning a language model on triplets: the paper's first stage.
+
+Of each triplet the model sees the caption and learns the rest: the loss is over the completion's
+tokens alone. Triplets are few, so all are tokenized once, to one length, and stay in memory.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from ip2p_jax import config as configuration
+from ip2p_jax import (
+  flops,
+  language_step,
+  language_workdir,
+  metrics,
+  optimizer,
+  parameters,
+  sharding,
+  storage,
+  train_step,
+  triplets,
+)
+from ip2p_jax.checkpoints import Checkpoints
+from ip2p_jax.config import LanguageConfig
+from ip2p_jax.data import loader
+from ip2p_jax.errors import InputError
+from ip2p_jax.language import tokenizer_of
+from ip2p_jax.language_step import Recipe
+from ip2p_jax.setup_run import check_unchanged, claimed, resumed, sizes, started, trained_shapes
+from ip2p_jax.train_step import State
+from ip2p_jax.training_loop import Job, describe_params, keep_config, loop, say, signals
+from ip2p_jax.triplets import Triplet
+from ip2p_jax.weights.language_folder import LanguageCheckpoint, read_language
+
+ROUND = 64  # lengths are multiples of it, so that few programs serve all data sets
+
+Rows = dict[str, np.ndarray]  # a batch of `language_step`, or a whole data set like one
+
+
+class Run(NamedTuple):
+  """What stays the same from step to step; see `setup_run.Run`."""
+
+  config: LanguageConfig
+  mesh: Mesh
+  recipe: Recipe
+  shapes: dict[str, Any]
+  shardings: State
+  frozen: dict[str, jax.Array]
+  microbatch: int
+
+
+def train_language(config: LanguageConfig, workdir: str) -> int:
+  """Trains until `config.steps`, or until a signal; called again, goes on where it was.
+
+  Returns the exit status: 0 when done, 143 when stopped by a signal (a checkpoint is written
+  first). Raises InputError for anything wrong with config, triplets, checkpoint or workdir, and for
+  a loss that is not finite.
+  """
+  configuration.check_language(config)
+  workdir = str(storage.folder(workdir))
+  learnt, held_out = split(triplets.read(config.data.path), config.data.holdout)
+  mesh = sharding.make_mesh(config.mesh.fsdp)
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(claimed(workdir))
+    manager = stack.enter_context(contextlib.closing(Checkpoints(workdir, config.log.keep)))
+    checkpoint = _starting_point(config, workdir, manager)
+    rows = tokenized(learnt + held_out, checkpoint, config)
+    data, validation = (
+      {name: array[part] for name, array in rows.items()}
+      for part in (slice(len(learnt)), slice(len(learnt), None))
+    )
+    run, state, extras = _prepare(config, workdir, mesh, manager, checkpoint, _length(rows))
+    sharding.check_placed(state, run.shardings)
+    step = int(state['step'])
+    if step:
+      say(f'resumed   from the checkpoint of step {step:,}')
+    if step >= config.steps:
+      say(f'done: already at step {step:,} of {config.steps:,}')
+      return 0
+    keep_config(config, workdir)
+    if extras['rows'] not in (None, len(learnt)):
+      say(f'there were {extras["rows"]} triplets, and now are {len(learnt)}: the order is another')
+    writer = stack.enter_context(metrics.Writer(workdir, step))
+    none = '' if held_out else ' (so no validation loss)'
+    say(f'data      {len(learnt):,} triplets, {len(held_out):,} held out{none}')
+    describe_params(state, writer)
+    must_stop = stack.enter_context(signals())
+    # Counted in batches of today's size, in case that has changed; no triplet comes twice.
+    ahead = -(-extras['examples'] // config.batch_size) - step
+    job = _job(run, data, validation, manager, ahead, step)
+    status = loop(job, config, state, workdir, manager, writer, _meter(run, rows), must_stop)
+  if status == 0:
+    say(f'done: {config.steps:,} steps')
+    say(f'ip2p convert {workdir} DST exports the averaged weights')
+  return status
+
+
+def split(rows: Sequence[Triplet], holdout: float) -> tuple[list[Triplet], list[Triplet]]:
+  """Those to learn and those to hold out, a part `holdout` of them, spread evenly."""
+  is_held = [int((i + 1) * holdout) > int(i * holdout) for i in range(len(rows))]
+  pick = lambda which: [row for row, held in zip(rows, is_held, strict=True) if held == which]
+  return pick(False), pick(True)
+
+
+def tokenized(
+  rows: Sequence[Triplet], checkpoint: LanguageCheckpoint, config: LanguageConfig
+) -> Rows:
+  """All triplets as one batch of `language_step`, padded to a multiple of 64 tokens.
+
+  Prompt and completion are tokenized apart, as a prompt is when the model writes.
+  InputError for a triplet that is longer than the model, or the config, allows.
+  """
+  tokenizer = tokenizer_of(checkpoint)
+  room = checkpoint.config['max_position_embeddings']
+  limit = min(config.data.max_tokens, room)
+  prompts, completions = [], []
+  for i, row in enumerate(rows):
+    prompts.append(tokenizer.encode(triplets.prompt(row.caption)).ids)
+    completions.append(tokenizer.encode(triplets.completion(row), add_special_tokens=False).ids)
+    count = len(prompts[i]) + len(completions[i])
+    if count > limit:
+      raise InputError(
+        f'{config.data.path}: the triplet of {row.caption[:40]!r} takes {count} tokens, more than'
+        f' {limit}; shorten it, or raise data.max_tokens (the model has room for {room}).'
+      )
+  longest = max(len(a) + len(b) for a, b in zip(prompts, completions, strict=True))
+  shape = len(rows), -(-longest // ROUND) * ROUND
+  found = {
+    'tokens': np.zeros(shape, np.int32),
+    'positions': np.full(shape, -1, np.int32),
+    'weight': np.zeros(shape, np.float32),
+  }
+  for i, (first, second) in enumerate(zip(prompts, completions, strict=True)):
+    end = len(first) + len(second)
+    found['tokens'][i, :end] = first + second
+    found['positions'][i, :end] = np.arange(end)
+    found['weight'][i, len(first) : end] = 1
+  return found
+
+
+def batches(rows: Rows, config: LanguageConfig, mesh: Mesh, start: int) -> Iterator[dict]:
+  """The batch of every step from `start` on, on the devices.
+
+  What stands at place step x batch_size + row follows from the seed: all rows once, in an order of
+  their own for each epoch, and again.
+  """
+  order = loader.order([len(rows['tokens'])], [1.0], config.seed)
+  local = sharding.local_rows(mesh, config.batch_size)
+  for step in itertools.count(start):
+    chosen = [order[step * config.batch_size + int(row)][1] for row in local]
+    host = {name: array[chosen] for name, array in rows.items()}
+    yield loader.globally(host, sharding.of_batch(mesh), config.batch_size)
+
+
+def _starting_point(config, workdir, manager) -> LanguageCheckpoint:
+  if manager.latest_step() is None:
+    return read_language(config.checkpoint)
+  check_unchanged(config, ('lora.alpha',), workdir, say)
+  checkpoint = language_workdir.load_base(workdir)
+  if checkpoint is None:
+    raise InputError(f'{workdir}: has checkpoints of no language model; use a new workdir.')
+  return checkpoint
+
+
+def _prepare(config, workdir, mesh, manager, checkpoint, length):
+  """Starts or resumes: (run, state, {'examples': seen so far, 'rows': number of triplets})."""
+  microbatch = sharding.check_batch(mesh, config.batch_size, config.accumulation)
+  model_def, shapes = language_workdir.shapes_of(checkpoint)
+  trained, adapters = trained_shapes(config, shapes)
+  transform = optimizer.adamw(config.optimizer, {*shapes, *trained}, config.steps)
+  recipe = Recipe(model_def, config, transform)
+  abstract = jax.eval_shape(functools.partial(train_step.initial_state, recipe), trained)
+  shardings = sharding.of_state(mesh, abstract, config.mesh.zero1)
+  if manager.latest_step() is not None:
+    manager.check_fits(abstract)
+  fixed, frozen = {name: shapes[name] for name in shapes if name not in trained}, {}
+  for name, value in language_workdir.read_parameters(checkpoint, fixed).items():
+    where = sharding.split(mesh, value.shape, ('fsdp',))
+    frozen[name] = sharding.put(value.astype(config.dtype), where)
+  run = Run(config, mesh, recipe, shapes, shardings, frozen, microbatch)
+  say(sizes(run, abstract, f'of {length} tokens'))
+  if manager.latest_step() is not None:
+    return run, *resumed(manager, abstract, shardings)
+  language_workdir.save_base(workdir, checkpoint, set() if adapters else set(trained))
+  kept = {name: shapes[name] for name in trained if name in shapes}
+  values = adapters or language_workdir.read_parameters(checkpoint, kept)
+  return run, started(recipe, values, shardings), {'examples': 0, 'rows': None}
+
+
+def _job(run: Run, data: Rows, validation: Rows, manager, ahead, first) -> Job:
+  save = functools.partial(_save, run, data, manager, ahead)
+  step_of = train_step.jitted(run.recipe, run.mesh, run.shardings, language_step.language_step)
+  return Job(
+    step=lambda state, batch: step_of(state, run.frozen, batch),
+    batches=batches(data, run.config, run.mesh, first + ahead),
+    shardings=run.shardings,
+    save=save,
+    check=functools.partial(_check_finite, run, save),
+    validate=_validation(run, validation),
+  )
+
+
+def _save(run, data, manager, ahead, step, state) -> None:
+  extras = {
+    'examples': (step + ahead) * run.config.batch_size,
+    'rows': len(data['tokens']),
+    'config': dataclasses.asdict(run.config),
+  }
+  manager.save(step, state, extras)
+
+
+def _validation(run: Run, rows: Rows) -> Callable[[Any], float] | None:
+  """`validate(ema)`: the mean loss over all held-out triplets' completions."""
+  size, count = run.microbatch * run.mesh.size, len(rows['tokens'])
+  if not (run.config.log.validate_every and count):
+    return None
+  losses = jax.jit(
+    functools.partial(language_step.validation_loss, run.recipe),
+    out_shardings=sharding.replicated(run.mesh),
+  )
+  # The last batch is filled up with the first row, at no weight.
+  filled = {
+    name: array[np.arange(-(-count // size) * size) % count] for name, array in rows.items()
+  }
+  filled['weight'][count:] = 0
+  local = sharding.local_rows(run.mesh, size)
+
+  def validate(ema):
+    totals = []
+    for start in range(0, len(filled['tokens']), size):
+      host = {name: array[start + local] for name, array in filled.items()}
+      batch = loader.globally(host, sharding.of_batch(run.mesh), size)
+      totals.append(jax.device_get(losses(ema, run.frozen, batch)))
+    loss, weight = np.sum(np.array(totals, np.float64), 0)
+    return float(loss / weight)
+
+  return validate
+
+
+def _check_finite(run, save, values, state) -> None:
+  """Stops at a loss that is not finite; the state before it becomes a checkpoint."""
+  step = int(values['bad_step'])
+  if step < 0:
+    return
+  save(step, state | {'bad_step': jax.device_put(np.int32(-1), sharding.replicated(run.mesh))})
+  raise InputError(
+    f'step {step + 1}: the loss or a gradient is not finite; the state before it is saved. Go on'
+    ' with a lower optimizer.learning_rate, or optimizer.clip_norm=1, or dtype=float32.'
+  )
+
+
+def _meter(run: Run, rows: Rows) -> metrics.Meter:
+  whole = sum(x.size for x in run.shapes.values())
+  fixed = sum(x.size for x in run.frozen.values())
+  tokens = jax.ShapeDtypeStruct((1, _length(rows)), jnp.int32)
+  forward = lambda params, tokens: nnx.merge(run.recipe.model_def, params)(tokens)
+  work = flops.count(forward, parameters.unflatten(run.shapes), tokens) * (3 - fixed / whole)
+  devices = run.mesh.devices.flat
+  return metrics.Meter(run.config.batch_size, work, run.mesh.size, flops.peak(devices[0]))
+
+
+def _length(rows: Rows) -> int:
+  return rows['tokens'].shape[1]
