@@ -13,7 +13,7 @@ import typer
 from tqdm import tqdm
 from typer import Argument, Option
 
-from ip2p_jax import caption_server, captions, language, triplet_check, triplets
+from ip2p_jax import caption_server, captions, language, language_training, triplet_check, triplets
 from ip2p_jax import config as configuration
 from ip2p_jax.captions import Complete, Writing
 from ip2p_jax.console import cache_compilations
@@ -54,8 +54,6 @@ def train(
       raise InputError(f'does not know {word!r}; settings change by --config.KEY=VALUE.')
     changes.append(word.removeprefix('--config.'))
   settings = configuration.load(config, changes, configuration.LanguageConfig)
-  from ip2p_jax import language_training
-
   cache_compilations()
   raise typer.Exit(language_training.train_language(settings, workdir))
 
@@ -349,7 +347,12 @@ def _once(say):
 
 def _report(folder, is_complete) -> None:
   found = captions.read_yield(folder)
-  for line in (*captions.describe(found), *triplet_check.diversity(found.instructions)):
+  for line in captions.describe(found):
+    tqdm.write(line)
+  if not found.instructions:
+    tqdm.write(f'no answer was kept; see what was answered in {folder}')
+    return
+  for line in triplet_check.diversity(found.instructions):
     tqdm.write(line)
   if is_complete:
     tqdm.write(f'wrote {folder / captions.PROMPTS}; `ip2p pairs` draws pictures of it')

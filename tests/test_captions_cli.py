@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 import pytest
-from fake_server import caption_of, running, status
+from fake_server import answer_to, caption_of, running, status
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -228,6 +228,13 @@ def test_triplets_of_ones_own_are_shown(ip2p, fake, source, tmp_path):
   assert code == 0 and fake.asked[0]['messages'][1]['content'] == 'my caption'
 
 
+def test_a_run_that_keeps_nothing_says_so(ip2p, fake, source, tmp_path):
+  fake.always = lambda body: lambda handler, body: handler.say(200, answer_to(body, 'I am sorry.'))
+  code, said = ip2p(*asking(fake, source, tmp_path / 'edits', '--yes', '--attempts', 2))
+  assert code == 0 and 'captions with an edit: 0 of 20' in said and 'no answer was kept' in said
+  assert 'answers refused, not an instruction and a caption: 40 of 40' in said
+
+
 def test_trouble_is_told_once(ip2p, fake, source, tmp_path):
   fake.troubles.extend([status(503)] * 5)
   code, said = ip2p(*asking(fake, source, tmp_path / 'edits', '--yes'))
@@ -262,6 +269,22 @@ def test_a_mistake_is_one_line_and_status_2(ip2p, source, tmp_path, words, messa
   assert code == 2 and message in said and KEY not in said
   assert said.startswith('ip2p: error: ') or 'left out: none' in said
   assert 'Traceback' not in said and not (tmp_path / 'edits').exists()
+
+
+@pytest.mark.parametrize('status', [0, 143])  # 143: stopped by a signal
+def test_training_gets_the_config_and_gives_its_status(ip2p, tmp_path, monkeypatch, status):
+  got = []
+
+  def train_language(config, workdir):
+    got.append((config, workdir))
+    return status
+
+  monkeypatch.setattr(captions_cli.language_training, 'train_language', train_language)
+  words = ('--config.steps=7', '--config.lora.rank=4', '--config.data.path=my.jsonl')
+  assert ip2p('train', '--workdir', tmp_path / 'W', *words)[0] == status
+  ((config, workdir),) = got
+  assert workdir == str(tmp_path / 'W')
+  assert (config.steps, config.lora.rank, config.data.path) == (7, 4, 'my.jsonl')
 
 
 @pytest.mark.parametrize(
