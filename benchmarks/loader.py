@@ -4,12 +4,13 @@
   python benchmarks/loader.py --out loader.jsonl
   python benchmarks/loader.py --size 512 --resolution 256 --workers 8
 
-Pairs per second, median of turns: of one thread without any loader, which is what a core can do;
-then of whole batches through the loader's threads, through its processes, and through a torch
-DataLoader of as many processes that makes the same arrays of the same files. JPEGs are read from a
-folder with metadata.jsonl; PIL alone, which only decodes, is the ceiling of one core. Latents, as
-large as Stable Diffusion's, are read from packed shards, by the package's reader on both sides.
-All files have been read before. A training step of B examples in T seconds needs B / T.
+Pairs per second, median of turns: of one thread without any loader, by its own processor time, so
+that a busy machine does not show; then, by the clock, of whole batches through the loader's
+threads, through its processes, and through a torch DataLoader of as many processes that makes the
+same arrays of the same files. JPEGs are read from a folder with metadata.jsonl; PIL alone, which
+only decodes, is the ceiling of one core. Latents, as large as Stable Diffusion's, are read from
+packed shards, by the package's reader on both sides. All files have been read before. A training
+step of B examples in T seconds needs B / T.
 """
 
 import argparse
@@ -129,12 +130,12 @@ def check_same(source, dataset, config, tokenizer) -> None:
 
 
 def of_one_thread(make: Callable[[int], object], seconds: float) -> float:
-  """Calls of `make(i)` per second."""
-  start, made = time.perf_counter(), 0
-  while time.perf_counter() - start < seconds:
+  """Calls of `make(i)` per second of a core, whatever else the machine does."""
+  start, made = time.thread_time(), 0
+  while time.thread_time() - start < seconds:
     make(made)
     made += 1
-  return made / (time.perf_counter() - start)
+  return made / (time.thread_time() - start)
 
 
 def of_batches(batches, size: int, seconds: float) -> float:

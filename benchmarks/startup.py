@@ -8,6 +8,7 @@ Every start is a new process. JAX starts with no compiled program on disk, and o
 that the first start left there, as `ip2p edit` keeps them. Both sides load the same folder, and
 edit one square picture by Euler ancestral steps with three branches, float32 on a CPU and bfloat16
 elsewhere. The files have been read before, so they are in memory.
+"CPU" is what all cores spent till the first picture.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from PIL import Image
 
 MINIATURE = Path(__file__).parent.parent / 'assets' / 'miniature'
 PARTS = ('import', 'load', 'first edit', 'next edit')
+TEXTS = ('make it winter', 'turn the sky into a sea of red')
 SIDES = ('JAX, nothing cached', 'JAX, again', 'diffusers')
 
 
@@ -38,42 +40,47 @@ def picture(size: int) -> Image.Image:
   return Image.fromarray(np.round(255 * np.stack(channels, -1)).astype(np.uint8))
 
 
-def start_jax(folder: str, size: int, steps: int) -> list[float]:
-  """Times after import, load, an edit, and another, with another instruction and seed."""
+def now() -> tuple[float, float]:
+  """The clock, and what all cores have done for this process."""
+  return time.time(), time.process_time()
+
+
+def start_jax(folder: str, size: int, steps: int) -> list[tuple[float, float]]:
+  """The time after import, load, an edit, and another with another instruction and seed."""
   from ip2p_jax import Editor, console
 
   console.cache_compilations()
-  times = [time.time()]
+  times = [now()]
   editor = Editor.load(folder)
-  times.append(time.time())
-  for seed, text in enumerate(('make it winter', 'turn the sky into a sea of red')):
+  times.append(now())
+  for seed, text in enumerate(TEXTS):
     editor.edit(picture(size), text, steps=steps, seed=seed)
-    times.append(time.time())
+    times.append(now())
   return times
 
 
-def start_diffusers(folder: str, size: int, steps: int) -> list[float]:
+def start_diffusers(folder: str, size: int, steps: int) -> list[tuple[float, float]]:
   """The same of diffusers' pipeline."""
   import torch
   from diffusers import StableDiffusionInstructPix2PixPipeline
 
-  times = [time.time()]
+  times = [now()]
   device, dtype = ('cuda', torch.bfloat16) if torch.cuda.is_available() else ('cpu', torch.float32)
   pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(folder, torch_dtype=dtype)
   pipeline.set_progress_bar_config(disable=True)
   pipeline.to(device)
-  times.append(time.time())
-  for seed, text in enumerate(('make it winter', 'turn the sky into a sea of red')):
+  times.append(now())
+  for seed, text in enumerate(TEXTS):
     pipeline(
       text, image=picture(size), num_inference_steps=steps, guidance_scale=7.5,
       image_guidance_scale=1.5, generator=torch.Generator(device).manual_seed(seed),
     )  # fmt: skip
-    times.append(time.time())
+    times.append(now())
   return times
 
 
 def start(side: str, args, cache: Path) -> list[float]:
-  """Seconds of each of PARTS, in a new process."""
+  """Seconds of each of PARTS in a new process, and of the processor till the first picture."""
   if side == SIDES[0]:
     shutil.rmtree(cache, ignore_errors=True)
   command = [sys.executable, __file__, '--start', side, '--weights', str(args.weights)]
@@ -86,8 +93,8 @@ def start(side: str, args, cache: Path) -> list[float]:
   done = subprocess.run(command, env=environment | settings, capture_output=True, text=True)
   if done.returncode:
     sys.exit(f'{side} failed:\n{done.stderr[-2000:]}')
-  times = [began, *json.loads(done.stdout.splitlines()[-1])]
-  return [after - before for before, after in itertools.pairwise(times)]
+  times, used = zip(*json.loads(done.stdout.splitlines()[-1]), strict=True)
+  return [after - before for before, after in itertools.pairwise([began, *times])] + [used[2]]
 
 
 def main() -> None:
@@ -108,7 +115,7 @@ def main() -> None:
   lines = [
     f'{args.weights.name}, {args.size} px, {args.steps} steps; {head}; seconds, median of'
     f' {args.rounds}', '',
-    ' ' * 20 + ''.join(f'{part:>12}' for part in (*PARTS, 'first picture', 'range')),
+    ' ' * 20 + ''.join(f'{part:>12}' for part in (*PARTS, 'CPU', 'to picture', 'range')),
   ]  # fmt: skip
   for side, runs in found.items():
     totals = [sum(run[:3]) for run in runs]
@@ -120,7 +127,7 @@ def main() -> None:
     line = {
       'benchmark': 'startup', 'weights': args.weights.name, 'size': args.size, 'steps': args.steps,
       'date': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'), 'machine': head,
-      'parts': PARTS, 'seconds': found,
+      'parts': (*PARTS, 'CPU'), 'seconds': found,
     }  # fmt: skip
     with args.out.open('a', encoding='utf-8') as file:
       file.write(json.dumps(line) + '\n')

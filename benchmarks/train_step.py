@@ -12,7 +12,8 @@ JAX is the package's own `train_step`, with remat as trained with (convdot) and 
 diffusers' UNet (where diffusers is not installed, `bench_unet`, which is the same) with
 transformers' text encoder, scaled_dot_product_attention, fused AdamW and foreach for the average:
 eager, with channels_last, and on a GPU with torch.compile in its modes. First the same draws must
-give the same loss and norm of the gradients on both sides, or nothing is timed.
+give the same loss and norm of the gradients on both sides, or nothing is timed. "CPU ms" is what
+all cores spent on a step: on a busy machine, with --threads 1, the figure to compare.
 """
 
 import argparse
@@ -135,13 +136,13 @@ class Jax:
       'draws': {key: np.array(value) for key, value in draws._asdict().items()},
     }
 
-  def seconds(self, steps: int) -> float:
-    """Of one step, of so many in a row."""
-    began = time.perf_counter()
+  def seconds(self, steps: int) -> tuple[float, float]:
+    """Of one step, of so many in a row: by the clock, and of all cores together."""
+    began = time.perf_counter(), time.process_time()
     for _ in range(steps):
       self.state, metrics = self.step()
     self.jax.block_until_ready((self.state, metrics))
-    return (time.perf_counter() - began) / steps
+    return (time.perf_counter() - began[0]) / steps, (time.process_time() - began[1]) / steps
 
   def facts(self) -> dict[str, Any]:
     from ip2p_jax import flops
@@ -268,14 +269,14 @@ class Torch:
     self.start_seconds = time.perf_counter() - began
     return result
 
-  def seconds(self, steps: int) -> float:
-    """Of one step, of so many in a row."""
-    began = time.perf_counter()
+  def seconds(self, steps: int) -> tuple[float, float]:
+    """Of one step, of so many in a row: by the clock, and of all cores together."""
+    began = time.perf_counter(), time.process_time()
     for _ in range(steps):
       self.step()
     if not self.on_cpu:
       self.torch.cuda.synchronize()
-    return (time.perf_counter() - began) / steps
+    return (time.perf_counter() - began[0]) / steps, (time.process_time() - began[1]) / steps
 
   def facts(self) -> dict[str, Any]:
     cuda = self.torch.cuda
@@ -370,7 +371,10 @@ def compare(setups: list[Setup], args) -> list[dict[str, Any]]:
   With `--alone` no two are in memory at a time, and each turn is a new process.
   """
   alive: dict[str, Contender] = {}
-  rows = [{'contender': setup.name, 'batch': setup.batch, 'seconds': []} for setup in setups]
+  rows = [
+    {'contender': setup.name, 'batch': setup.batch, 'seconds': [], 'cpu_seconds': []}
+    for setup in setups
+  ]
   expected: dict[str, Any] = {}
 
   def turn(setup, row):
@@ -385,7 +389,11 @@ def compare(setups: list[Setup], args) -> list[dict[str, Any]]:
       if 'errors' not in row:
         row['errors'] = check(found, expected, setup)
       side.ask('seconds', 1)  # untimed: whatever is still to be compiled or settled
-    row['seconds'] += [side.ask('seconds', args.steps) for _ in range(2)]
+    for _ in range(2):
+      for key, value in zip(
+        ('seconds', 'cpu_seconds'), side.ask('seconds', args.steps), strict=True
+      ):
+        row[key].append(value)
     row |= side.ask('facts')
     if args.alone:
       side.stop()
@@ -432,7 +440,7 @@ def table(report: dict[str, Any]) -> str:
     lines.append(
       f'{library} at best: {best["matmul"] / 1e12:.3f} TFLOP/s, {best["copy"] / 1e9:.1f} GB/s'
     )
-  lines += ['', _line('contender', 'batch', 'ms a step', 'range', 'samples/s', 'x torch',
+  lines += ['', _line('contender', 'batch', 'ms a step', 'range', 'CPU ms', 'samples/s', 'x torch',
                       'TFLOP/s', 'of matmul', 'peak GiB', 'first step')]  # fmt: skip
   rivals = [row for row in report['rows'] if 'samples' in row and 'torch' in row['contender']]
   best = max((row['samples'] for row in rivals), default=None)
@@ -444,7 +452,8 @@ def table(report: dict[str, Any]) -> str:
     lines.append(
       _line(
         row['contender'], row['batch'], f'{1e3 * statistics.median(times):.1f}',
-        f'{1e3 * min(times):.1f}-{1e3 * max(times):.1f}', f'{row["samples"]:.3f}',
+        f'{1e3 * min(times):.1f}-{1e3 * max(times):.1f}',
+        f'{1e3 * statistics.median(row["cpu_seconds"]):.1f}', f'{row["samples"]:.3f}',
         f'{row["samples"] / best:.2f}' if best else '', f'{row["flops"] / 1e12:.3f}',
         f'{row["flops"] / matmul:.0%}' if matmul else '', f'{row["peak_bytes"] / 2**30:.2f}',
         f'{row["start_seconds"]:.1f} s',
@@ -456,7 +465,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def _line(*cells) -> str:
-  widths = (22, 6, 10, 16, 10, 8, 8, 10, 9, 11)
+  widths = (22, 6, 10, 16, 9, 10, 8, 8, 10, 9, 11)
   return ' '.join(str(cell).rjust(width) for cell, width in zip(cells, widths, strict=True))
 
 
