@@ -11,8 +11,8 @@ from ip2p_jax.config import LanguageConfig, LanguageLogConfig, OptimizerConfig, 
 def get_config():
   return LanguageConfig(
     checkpoint='out/miniature/writer-start/model',
-    batch_size=64,
-    steps=3000,
+    batch_size=32,
+    steps=2500,
     dtype='float32',
     remat='none',
     data=TripletsConfig(path='out/miniature/writer-start/triplets.jsonl', holdout=0.02),

@@ -50,7 +50,7 @@ EDITORS = {
   'uncontrolled': 'pairs from the same noise only, filtered',
   'exact': "the world's exact pairs",
 }
-FULL = Size(20_000, 3000, 2000, 8, 50, 6000, 3000, 200, tuple(EDITORS))
+FULL = Size(20_000, 2500, 2000, 8, 50, 6000, 3000, 200, tuple(EDITORS))
 SMALL = Size(0, 0, 60, 4, 25, 0, 200, 64, ('factory',))
 CONTROLS = {'factory': 'share+auto', 'uncontrolled': 'none'}
 # Thresholds as the paper has them, but for both pictures: the world's CLIP knows nothing but the
