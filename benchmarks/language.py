@@ -5,7 +5,7 @@
 
 The same random weights and the same prompts on both sides. Every contender lives in a process of
 its own, and they take turns within one run. Two loads: `even`, one batch in which all rows get
-equally many tokens; `ragged`, four batches' worth of prompts whose texts end by chance, after 40
+equally many tokens; `ragged`, three batches' worth of prompts whose texts end by chance, after 40
 tokens on average, as captions do. Then a slot is free for the next prompt at once, where `generate`
 goes on until the longest text of its batch is done. Only tokens that belong to a text are counted.
 """
@@ -59,7 +59,7 @@ class Load(NamedTuple):
 
 
 def loads(rows: int, tokens: int, vocabulary: int) -> dict[str, Load]:
-  lengths = np.random.default_rng(0).integers(8, 49, 4 * rows).tolist()
+  lengths = np.random.default_rng(0).integers(8, 49, 3 * rows).tolist()
   # Random weights say nearly the same of every token, so that so many end a text so often.
   ends = tuple(range(vocabulary - vocabulary // MEAN_LENGTH, vocabulary))
   return {
@@ -74,6 +74,7 @@ def write_model(folder: Path, sizes: dict[str, int]):
   import transformers
   from tokenizers import Tokenizer, models, pre_tokenizers
 
+  transformers.logging.disable_progress_bar()
   torch.manual_seed(0)
   config = transformers.LlamaConfig(
     **sizes, tie_word_embeddings=True, max_position_embeddings=2048,
@@ -157,9 +158,10 @@ CONTENDERS = {
 
 
 def serve(pipe, name: str, folder: Path, device: str, threads: int | None):
-  """Runs one contender: answers a Load with its tokens and seconds."""
+  """Runs one contender: answers a Load with its tokens, seconds, and seconds of all cores."""
   kind, flags = CONTENDERS[name]
-  os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {flags}'
+  if flags:
+    os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {flags}'.strip()
   os.environ['XLA_PYTHON_CLIENT_PREALLOCATE'] = 'false'
   if threads:
     os.environ['OMP_NUM_THREADS'] = str(threads)
@@ -167,16 +169,16 @@ def serve(pipe, name: str, folder: Path, device: str, threads: int | None):
   contender = kind(folder, device)
   pipe.send(contender.facts)
   while (load := pipe.recv()) is not None:
-    began = time.perf_counter()
+    began, busy = time.perf_counter(), time.process_time()
     tokens = contender.write(load)
-    pipe.send((tokens, time.perf_counter() - began))
+    pipe.send((tokens, time.perf_counter() - began, time.process_time() - busy))
 
 
 class Process:
   """A contender as seen from outside, and its row of the table."""
 
   def __init__(self, name: str, folder: Path, args):
-    self.name, self.rates = name, {}
+    self.name, self.rates, self.core_rates = name, {}, {}
     self.pipe, theirs = SPAWN.Pipe()
     arguments = (theirs, name, folder, args.device, args.threads)
     self.process = SPAWN.Process(target=serve, args=arguments, daemon=True)
@@ -217,12 +219,15 @@ def main():
     for kind, load in kinds.items():
       for process in processes:
         process.write(load)  # compiles
-        process.rates[kind] = []
+        process.rates[kind], process.core_rates[kind] = [], []
       for repeat in range(args.repeats):
         for process in processes if repeat % 2 else reversed(processes):
-          tokens, seconds = process.write(load)
-          process.rates[kind].append(sum(map(len, tokens)) / seconds)
-        print(f'{kind}: round {repeat + 1} of {args.repeats}', file=sys.stderr, flush=True)
+          tokens, seconds, busy = process.write(load)
+          count = sum(map(len, tokens))
+          process.rates[kind].append(count / seconds)
+          process.core_rates[kind].append(count / busy)
+          say(f'{kind}, round {repeat + 1} of {args.repeats}: {process.name} {count / seconds:.0f} '
+              f'tokens/s, {count / busy:.0f} per core-second')  # fmt: skip
     for process in processes:
       process.stop()
   report(args, sizes, processes, same)
@@ -234,14 +239,18 @@ def report(args, sizes, processes, same):
   print(f'{args.rows} rows, {args.repeats} rounds; load {os.getloadavg()[0]:.1f}; '
         f'{same:.0%} of greedy tokens the same')  # fmt: skip
   last = processes[-1]
+  print(row_of('', 'tokens/s', 'range', 'x theirs', 'per core-second', 'x theirs'))
   for kind in last.rates:
-    print(f'{kind:8s}{"":12s} tokens/s      range    x transformers')
-    theirs = statistics.median(last.rates[kind])
+    theirs, theirs_per_core = (
+      statistics.median(rates[kind]) for rates in (last.rates, last.core_rates)
+    )
     for process in processes:
       rates = process.rates[kind]
-      middle = statistics.median(rates)
-      print(f'        {process.name:12s} {middle:8.0f}  {min(rates):5.0f}-{max(rates):5.0f}'
-            f'    {middle / theirs:6.2f}')  # fmt: skip
+      middle, core = statistics.median(rates), statistics.median(process.core_rates[kind])
+      print(row_of(
+        f'{kind}: {process.name}', f'{middle:.0f}', f'{min(rates):.0f}-{max(rates):.0f}',
+        f'{middle / theirs:.2f}', f'{core:.0f}', f'{core / theirs_per_core:.2f}',
+      ))  # fmt: skip
   if args.out:
     line = {
       'benchmark': 'language',
@@ -253,9 +262,21 @@ def report(args, sizes, processes, same):
       'load': os.getloadavg()[0],
       'agreement': same,
       'tokens_per_second': {process.name: process.rates for process in processes},
+      'tokens_per_core_second': {process.name: process.core_rates for process in processes},
     }
     with args.out.open('a', encoding='utf-8') as file:
       file.write(json.dumps(line) + '\n')
+
+
+def say(text: str):
+  print(text, file=sys.stderr, flush=True)
+
+
+def row_of(*cells) -> str:
+  widths = (-24, 9, 13, 9, 16, 9)
+  return ''.join(
+    f'{cell:>{w}}' if w > 0 else f'{cell:<{-w}}' for cell, w in zip(cells, widths, strict=True)
+  )
 
 
 def arguments() -> argparse.Namespace:
