@@ -310,7 +310,7 @@ def test_whole_pairs_are_those_of_pytorch(name, model, rng):
       theirs['unet'], until, one(control.injection, i), one(control.blend, i)
     ).draw(contexts, float(request.guidance[i]), request.init_noise[i], request.step_noise[:, i])
     assert np.isfinite(restated).all()
-    np.testing.assert_allclose(ours[:, i], restated, atol=1e-3, rtol=1e-4)
+    np.testing.assert_allclose(ours[:, i], restated, atol=1e-3)
 
 
 @pytest.mark.parametrize('name', ['share', 'refine', 'both', 'blend'])
@@ -319,7 +319,7 @@ def test_the_first_picture_does_not_change_whatever_the_control(name, model, rng
   request = request_of(model, rng, CONTROLS[name](model))
   free = run(plan, request._replace(control=p2p.Control())).latents
   held = run(plan, request).latents
-  np.testing.assert_allclose(held[0], free[0], atol=1e-5, rtol=1e-5)
+  np.testing.assert_allclose(held[0], free[0], atol=1e-5)
   assert np.abs(held[1] - free[1]).max() > 0.01
 
 
@@ -328,7 +328,7 @@ def test_a_pair_without_control_is_two_ordinary_samples(model, rng):
   request = request_of(model, rng, p2p.Control(share_until=np.int32([0, 0])))
   pairs = run(plan, request).latents
   turned = request._replace(token_ids=request.token_ids[::-1], control=p2p.Control())
-  np.testing.assert_allclose(run(plan, turned).latents[::-1], pairs, atol=1e-5, rtol=1e-5)
+  np.testing.assert_allclose(run(plan, turned).latents[::-1], pairs, atol=1e-5)
 
 
 def test_one_compiled_program_serves_all_thresholds_scales_and_weights(model, rng):
