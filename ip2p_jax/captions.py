@@ -5,7 +5,7 @@
   OUT/part-00000-of-00001.jsonl      what it kept, in the order of the captions
   OUT/prompts.jsonl                  all parts, once they are all there: `ip2p pairs` reads it
 
-An answer is on disk before the next one is asked for. Killed at any time and started again, a run
+Answers are on disk as they come. Killed at any time and started again, a run
 asks only for what is missing, and ends with the very same parts and prompts.
 """
 

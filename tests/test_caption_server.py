@@ -323,4 +323,4 @@ def test_killed_at_any_time_and_started_again_nothing_is_lost_or_doubled(fake, t
   assert contents(tmp_path / 'parts') == contents(tmp_path / 'whole')
   found = [(line['row'], line['attempt']) for line in read_answers(answers)]
   assert len(found) == len(set(found)) == len(MINE)
-  assert len(fake.asked) <= len(MINE) + kills * 4  # those under way are asked again
+  assert len(fake.asked) < 2 * len(MINE)  # only what was under way is asked again
