@@ -12,12 +12,12 @@ def get_config():
   return LanguageConfig(
     checkpoint='out/miniature/writer-start/model',
     batch_size=32,
-    steps=2500,
+    steps=3000,
     dtype='float32',
     remat='none',
     data=TripletsConfig(path='out/miniature/writer-start/triplets.jsonl', holdout=0.02),
     optimizer=OptimizerConfig(
-      learning_rate=2e-3,
+      learning_rate=3e-3,
       schedule='cosine',
       warmup_steps=100,
       final_rate=0.05,

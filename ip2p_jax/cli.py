@@ -19,9 +19,10 @@ import typer
 from tqdm import tqdm
 from typer import Option
 
-from ip2p_jax import bundled, captions_cli, checkpoints, edit_files
+from ip2p_jax import bundled, captions_cli, checkpoints, edit_files, plan_sampling
 from ip2p_jax import convert as conversion
 from ip2p_jax import images as pictures
+from ip2p_jax import plan as planning
 from ip2p_jax.config import load as load_config
 from ip2p_jax.console import (
   INTERRUPTED,
@@ -39,10 +40,16 @@ from ip2p_jax.data.sources import SPLITS, open_source
 from ip2p_jax.editor import MAX_SCALE, Editor, Sampling
 from ip2p_jax.errors import InputError
 from ip2p_jax.filtering import LABELS, MOST, PAPER, draw_histograms, filter_pairs
-from ip2p_jax.networks import fingerprint, networks_of, params_of, tokenizer_of, weights_digest
+from ip2p_jax.networks import (
+  check_is_editor,
+  check_is_text_to_image,
+  fingerprint,
+  networks_of,
+  params_of,
+  tokenizer_of,
+  weights_digest,
+)
 from ip2p_jax.pairs import RELEASED, Drawing, Generator, attention_sheet, draw_all
-from ip2p_jax.plan import describe, report, stable_diffusion
-from ip2p_jax.plan import plan as make_plan
 from ip2p_jax.prompts import read_prompts
 from ip2p_jax.similarity import Clip, Scores
 from ip2p_jax.weights import to_params
@@ -539,26 +546,51 @@ def plan(
   from_pictures: Annotated[
     bool, Option('--from-pictures', help='Not from latents: the VAE runs in every step.')
   ] = False,
+  of: Annotated[
+    str, Option(help='What to plan: training, edits, or pairs (as `ip2p pairs` draws them).')
+  ] = 'training',
+  size: Annotated[int, Option(min=8, help='With edits and pairs: of the pictures, pixels.')] = 512,
+  batch_size: Annotated[int, Option(min=1, help='With edits and pairs: of one call.')] = 8,
+  steps: Annotated[int, Option(min=1, help='With edits and pairs: of the sampler.')] = 100,
 ) -> None:
-  """Tells what a training run needs on TPUs: does it fit, what does it cost. No TPU is needed.
+  """Tells what work needs on TPUs: does it fit, what does it cost. No TPU is needed.
 
-  ip2p plan --topology v5e-16
+  ip2p plan --topology v5e-16 --set accumulation=2
 
-  ip2p plan --topology v6e-8 --topology v4-8 --config configs/train_512.py --set accumulation=4
+  ip2p plan --topology v6e-8 --topology v4-8 --config configs/train_512.py --set accumulation=8
 
-  The real compiler compiles the real step, which takes minutes (6 to 35 at full size on two cores).
-  It comes with `pip install libtpu`.
+  ip2p plan --topology v5e-8 --of edits --size 512 --batch-size 4
+
+  The real compiler compiles the real program, which takes minutes (2 to 35 at full size on two
+  cores). It comes with `pip install libtpu`.
   """
-  settings = load_config(config, change or [])
-  networks = stable_diffusion(settings) if ckpt is None else networks_of(checkpoints.load(ckpt))
+  if of not in ('training', 'edits', 'pairs'):
+    raise InputError(f'--of is {of!r}; use training, edits or pairs.')
   for name in topology:
-    describe(name)  # refuses mistakes before the first long compile
+    planning.describe(name)  # refuses mistakes before the first long compile
+  settings = load_config(config, change or []) if of == 'training' else None
+  if ckpt is not None:
+    networks = networks_of(checkpoints.load(ckpt))
+  else:
+    is_editor = of == 'edits' or (settings is not None and settings.task == 'edit')
+    networks = planning.stable_diffusion(is_editor)
+  if of != 'training':
+    check = check_is_editor if of == 'edits' else check_is_text_to_image
+    check(networks, str(ckpt))
+    if size % networks.vae_config.factor:
+      raise InputError(f'--size is {size}; use a multiple of {networks.vae_config.factor}.')
   failed = 0
   for name in topology:
     with ticking('compiling'):
-      found = make_plan(settings, networks, name, not from_pictures, _say)
-    print(report(found, settings))
-    failed += not found.fits
+      if settings is not None:
+        found = planning.plan(settings, networks, name, not from_pictures, _say)
+        text = planning.report(found, settings)
+      else:
+        work = plan_sampling.Work(of, size, batch_size, steps)
+        found = plan_sampling.plan_sampling(networks, work, name, _say)
+        text = plan_sampling.report(found)
+    print(text)
+    failed += not found.compiled.fits
   if failed:
     sys.exit(1)
 

@@ -11,7 +11,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -73,19 +73,13 @@ class Collective(NamedTuple):
   source: str
 
 
-class Plan(NamedTuple):
-  """What the compiler says of one step. Bytes, FLOPs and cycles are of one device.
+class Compiled(NamedTuple):
+  """What the compiler says of one program. Bytes, FLOPs and cycles are of one device.
 
-  `fits` is whether it compiled; then the rest is known, else only what `problem` says.
+  `fits` is whether it compiled; then the rest is known, else only what `problem` says. What is in a
+  loop counts once in FLOPs and bytes accessed, and as often as it runs in cycles and collectives.
   """
 
-  topology: str
-  devices: int
-  device_batch: int
-  parameters: int
-  state_bytes: int
-  frozen_bytes: int
-  analytic_flops: float
   fits: bool
   problem: str = ''
   argument_bytes: int = 0
@@ -96,6 +90,19 @@ class Plan(NamedTuple):
   cycles: float = 0.0
   collectives: tuple[Collective, ...] = ()
   seconds: float = 0.0  # of compiling
+
+
+class Plan(NamedTuple):
+  """What one training step needs; bytes and FLOPs are of one device."""
+
+  topology: str
+  devices: int
+  device_batch: int
+  parameters: int
+  state_bytes: int
+  frozen_bytes: int
+  analytic_flops: float
+  compiled: Compiled
 
 
 def describe(topology: str) -> list[Any]:
@@ -129,9 +136,9 @@ def chip_of(topology: str) -> Chip:
   return CHIPS[generation(topology)]
 
 
-def stable_diffusion(config: TrainConfig) -> Networks:
-  """Stable Diffusion 1.5, with input channels as the config's task wants them."""
-  unet = UNetConfig(in_channels=8 if config.task == 'edit' else 4)
+def stable_diffusion(is_editor: bool) -> Networks:
+  """Stable Diffusion 1.5, with four more input channels if it is to edit."""
+  unet = UNetConfig(in_channels=8 if is_editor else 4)
   return networks_of_configs(unet, VAEConfig(), TextConfig(), Schedule())
 
 
@@ -199,6 +206,11 @@ def plan(
     'analytic_flops': per_example * config.batch_size / len(devices),
   }
   say(f'{topology}: {len(devices)} devices, {device_batch} examples at a time each; compiling')
+  return Plan(**known, compiled=compiled_for_tpu(lowered))
+
+
+def compiled_for_tpu(lowered: jax.stages.Lowered) -> Compiled:
+  """Compiles, which may take many minutes; too little memory is a finding, not an error."""
   began = time.time()
   try:
     compiled = lowered.compile()
@@ -208,11 +220,10 @@ def plan(
       raise
     problem = 'needs more memory than there is'
     if found:
-      problem = f'needs {found[1]}{found[2]}iB of {found[3]}{found[4]}iB'
-    return Plan(**known, fits=False, problem=problem, seconds=time.time() - began)
+      problem = f'needs {found[1]} {found[2]}iB of {found[3]} {found[4]}iB'
+    return Compiled(fits=False, problem=problem, seconds=time.time() - began)
   memory, cost, program = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
-  return Plan(
-    **known,
+  return Compiled(
     fits=True,
     argument_bytes=memory.argument_size_in_bytes,
     alias_bytes=memory.alias_size_in_bytes,
@@ -252,13 +263,24 @@ def walk(program: str):
       yield line, times
       body = re.search(r'\bwhile\(.*body=%?([\w.\-]+)', line)
       if body:
-        rounds = re.search(r'known_trip_count\D+(\d+)', line)
-        waiting.append((body[1], times * int(rounds[1]) if rounds else times))
+        waiting.append((body[1], times * _rounds(line, computations)))
       # Branches; and what is fused with an exchange between devices, or waits for one.
       for called in re.findall(
         r'(?:branch_computations=\{|_computation=|calls=)%?([\w.\-]+)', line
       ):
         waiting.append((called, times))
+
+
+def _rounds(line: str, computations: dict[str, list[str]]) -> int:
+  """How often a loop goes round; 1 if the program does not tell."""
+  if known := re.search(r'known_trip_count\D+(\d+)', line):
+    return int(known[1])
+  # A TPU's program only says until where it counts: from 0, `counter < constant`.
+  condition = computations.get(re.search(r'condition=%?([\w.\-]+)', line)[1], ())
+  if not any('direction=LT' in one for one in condition):
+    return 1
+  limits = [found[1] for one in condition if (found := re.search(r'\bconstant\((\d+)\)', one))]
+  return int(limits[0]) if len(limits) == 1 else 1
 
 
 def cycles_of(program: str) -> float:
@@ -299,8 +321,7 @@ def _bytes(shapes: str) -> int:
 
 def report(found: Plan, config: TrainConfig) -> str:
   """A table of one plan, and what to do."""
-  chip = chip_of(found.topology)
-  gib = lambda count: f'{count / GIB:.2f} GiB'
+  chip, compiled = chip_of(found.topology), found.compiled
   rows = [
     ('devices', f'{found.devices} of {gib(chip.memory)}'),
     ('examples', f'{config.batch_size} a step, {found.device_batch} at a time on a device'),
@@ -308,46 +329,75 @@ def report(found: Plan, config: TrainConfig) -> str:
     ('state on a device', gib(found.state_bytes)),
     ('frozen on a device', gib(found.frozen_bytes)),
   ]
-  if found.fits:
-    needed = found.argument_bytes + found.temporary_bytes
-    peak = flops.peak_of_kind(f'TPU {generation(found.topology)}')
-    at_best = max(found.analytic_flops / peak, found.bytes_accessed / chip.bandwidth)
-    estimated = found.cycles / chip.clock
+  if compiled.fits:
+    rounds = config.accumulation  # nearly all of a step is in that loop
+    moved = rounds * compiled.bytes_accessed
+    at_best = max(found.analytic_flops / peak_of(found.topology), moved / chip.bandwidth)
     rows += [
-      ('temporary', gib(found.temporary_bytes)),
-      ('memory in all', f'{gib(needed)}, {needed / chip.memory:.0%}'),
-      ('reused for the new state', gib(found.alias_bytes)),
+      *memory_rows(compiled, chip),
+      ('reused for the new state', gib(compiled.alias_bytes)),
       (
         'FLOPs',
-        f'{found.flops / 1e12:.2f} T compiled, {found.analytic_flops / 1e12:.2f} T asked for',
+        f'{rounds * compiled.flops / 1e12:.2f} T compiled,'
+        f' {found.analytic_flops / 1e12:.2f} T asked for',
       ),
-      ('bytes moved', f'{found.bytes_accessed / 1e9:.1f} GB'),
+      ('bytes moved', f'{moved / 1e9:.1f} GB'),
       ('time at best', f'{1e3 * at_best:.0f} ms, by FLOPs or bytes'),
-      (
-        'time as scheduled',
-        f'{1e3 * estimated:.0f} ms at {chip.clock / 1e9:g} GHz, no collectives',
-      ),
+      ('time as scheduled', f'{1e3 * scheduled(compiled, chip):.0f} ms{AS_SCHEDULED}'),
     ]
     sums = collections.Counter()
-    for one in found.collectives:
+    for one in compiled.collectives:
       sums[one.kind] += one.bytes * one.times
     rows += [(f'{kind}', f'{size / 1e6:.1f} MB a device') for kind, size in sums.most_common()]
-  rows.append(('compiled in', f'{found.seconds:.0f} s'))
-  width = max(len(name) for name, _ in rows)
-  lines = [f'{found.topology}: ' + ('fits' if found.fits else f'DOES NOT FIT: {found.problem}')]
-  lines += [f'  {name:{width}}  {value}' for name, value in rows]
-  return '\n'.join(lines + [f'  {line}' for line in advice(found, config)])
+  return table(found.topology, compiled, rows, advice(found, config))
+
+
+AS_SCHEDULED = ", by the compiler's cycles; no kernels, no collectives"
+
+
+def table(
+  name: str, compiled: Compiled, rows: Sequence[tuple[str, str]], told: Sequence[str]
+) -> str:
+  """The verdict, a line per row, and what to do."""
+  rows = [*rows, ('compiled in', f'{compiled.seconds:.0f} s')]
+  width = max(len(label) for label, _ in rows)
+  verdict = 'fits' if compiled.fits else f'DOES NOT FIT: {compiled.problem}'
+  lines = [f'{label:{width}}  {value}' for label, value in rows]
+  return '\n'.join([f'{name}: {verdict}', *(f'  {line}' for line in (*lines, *told))])
+
+
+def memory_rows(compiled: Compiled, chip: Chip) -> list[tuple[str, str]]:
+  needed = compiled.argument_bytes + compiled.temporary_bytes
+  return [
+    ('temporary', gib(compiled.temporary_bytes)),
+    ('memory in all', f'{gib(needed)}, {needed / chip.memory:.0%}'),
+  ]
+
+
+def scheduled(compiled: Compiled, chip: Chip) -> float:
+  """Seconds."""
+  return compiled.cycles / chip.clock
+
+
+def peak_of(topology: str) -> float:
+  """FLOP/s of one device."""
+  return flops.peak_of_kind(f'TPU {generation(topology)}')
+
+
+def gib(count: float) -> str:
+  return f'{count / GIB:.2f} GiB'
 
 
 def advice(found: Plan, config: TrainConfig) -> list[str]:
   """What to change, most effective first; nothing if it fits with room."""
-  if found.fits:
-    share = (found.argument_bytes + found.temporary_bytes) / chip_of(found.topology).memory
+  compiled, memory = found.compiled, chip_of(found.topology).memory
+  if compiled.fits:
+    share = (compiled.argument_bytes + compiled.temporary_bytes) / memory
     return ['Tight: accumulate more if it fails.'] if share > 0.95 else []
   told = []
   if found.device_batch > 1:
     told.append(f'Try --config.accumulation={2 * config.accumulation}: half as many at a time.')
-  if found.state_bytes > 0.5 * chip_of(found.topology).memory and found.devices > config.mesh.fsdp:
+  if found.state_bytes > 0.5 * memory and found.devices > config.mesh.fsdp:
     ways = min(found.devices, max(4, 2 * config.mesh.fsdp))
     told.append(f'Try --config.mesh.fsdp={ways}: weights split over {ways} devices.')
   if config.remat != 'full':

@@ -8,7 +8,7 @@ import pytest
 import torch_models as reference
 
 from ip2p_jax import config as configuration
-from ip2p_jax import plan, sharding
+from ip2p_jax import plan, plan_sampling, sharding
 from ip2p_jax.config import DataConfig, MeshConfig, TrainConfig
 from ip2p_jax.errors import InputError
 from ip2p_jax.networks import networks_of
@@ -16,12 +16,22 @@ from ip2p_jax.networks import networks_of
 PROGRAM = """\
 HloModule jit_step
 
+%until (arg: s32[]) -> pred[] {
+  %limit = s32[]{:T(128)} constant(3)
+  %less = pred[]{:T(512)} compare(%arg, %limit), direction=LT
+}
+
+%inner (arg: f32[4]) -> f32[4] {
+  %x = f32[4]{0} fusion(%arg), backend_config={"estimated_cycles":"100"}
+}
+
 %body (arg: f32[4]) -> f32[4] {
   %part = f32[8]{0} all-gather(%arg), dimensions={0}, metadata={op_name="gather"}
   %x = f32[4]{0} fusion(%part), backend_config={"estimated_cycles":"10"}
 }
 
 ENTRY %main (p: f32[4]) -> f32[4] {
+  %again = f32[4]{0} while(%p), condition=%until, body=%inner
   %loop = f32[4]{0} while(%p), body=%body, backend_config={"known_trip_count":{"n":"5"}}
   %sum = (bf16[10,2]{1,0}, bf16[4]{0}) all-reduce(%a, %b), metadata={op_name="gradients"}
   %y = f32[4]{0} fusion(%loop), backend_config={"estimated_cycles":"7"}
@@ -69,7 +79,7 @@ def test_collectives_and_cycles_are_read_with_their_loops():
   gather, reduce = plan.collectives_of(PROGRAM)
   assert gather == ('all-gather', 32, 5, 'gather')
   assert reduce == ('all-reduce', 48, 1, 'gradients')
-  assert plan.cycles_of(PROGRAM) == 57
+  assert plan.cycles_of(PROGRAM) == 5 * 10 + 3 * 100 + 7
 
 
 def test_devices_exchange_gradients_and_weights_alone(networks):
@@ -86,10 +96,11 @@ def test_devices_exchange_gradients_and_weights_alone(networks):
 def told(**changes):
   known = {
     'topology': 'v5e-16', 'devices': 16, 'device_batch': 64, 'parameters': 10**9,
-    'state_bytes': 13 * plan.GIB, 'frozen_bytes': plan.GIB, 'analytic_flops': 35e12, 'fits': True,
-    'argument_bytes': 14 * plan.GIB, 'temporary_bytes': plan.GIB, 'bytes_accessed': 4e11,
+    'state_bytes': 13 * plan.GIB, 'frozen_bytes': plan.GIB, 'analytic_flops': 35e12,
   }  # fmt: skip
-  return plan.report(plan.Plan(**known | changes), settings())
+  compiled = {'fits': True, 'argument_bytes': 14 * plan.GIB, 'temporary_bytes': plan.GIB}
+  compiled = plan.Compiled(**compiled | {'bytes_accessed': 4e11} | changes)
+  return plan.report(plan.Plan(**known, compiled=compiled), settings())
 
 
 def test_a_report_says_whether_it_fits_and_how_long_it_takes_at_best():
@@ -132,6 +143,25 @@ def test_a_config_is_read_with_changes(tmp_path):
 def test_the_tpu_compiler_compiles_the_step(networks):
   pytest.importorskip('libtpu')
   found = plan.plan(settings(), networks, 'v5e-4')
-  assert found.fits and found.devices == 4 and found.device_batch == 4
-  assert found.flops > 0 and found.cycles > 0 and found.collectives
-  assert jnp.isfinite(found.bytes_accessed)
+  compiled = found.compiled
+  assert compiled.fits and found.devices == 4 and found.device_batch == 4
+  assert compiled.flops > 0 and compiled.cycles > 0 and compiled.collectives
+  assert jnp.isfinite(compiled.bytes_accessed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('made', 'unet'), [
+  ('edits', reference.TINY_UNET), ('pairs', reference.TINY_UNET | {'in_channels': 4}),
+])  # fmt: skip
+def test_the_tpu_compiler_compiles_edits_and_pairs(made, unet):
+  pytest.importorskip('libtpu')
+  networks = networks_of(reference.checkpoint(unet)[0])
+  found = plan_sampling.plan_sampling(networks, plan_sampling.Work(made, 64, 2, 4), 'v5e-4')
+  longer = plan_sampling.plan_sampling(networks, plan_sampling.Work(made, 64, 2, 8), 'v5e-4')
+  assert found.compiled.fits and not found.compiled.collectives
+  assert 0 < found.compiled.temporary_bytes < plan.GIB
+  # Loops count as often as they go round.
+  assert longer.compiled.cycles > 1.2 * found.compiled.cycles
+  assert longer.analytic_flops > 1.2 * found.analytic_flops
+  text = plan_sampling.report(found)
+  assert text.startswith('v5e-4: fits') and f'{made} an hour' in text

@@ -124,28 +124,44 @@ STYLED = {
 }
 
 
-def caption(rng: np.random.Generator, scene) -> str:
-  """A sentence that names every object; places, sizes and daylight are sometimes left out."""
-  says_place, says_size = rng.random() < 0.6, rng.random() < 0.7
-  order = rng.permutation(len(scene.objects))
+def caption(rng: np.random.Generator, scene, habits: dict | None = None) -> str:
+  """A sentence that names every object; places, sizes and daylight are sometimes left out.
+
+  `habits` keeps what was chosen: a second scene told with the same dict is told in the same words,
+  as far as it is the same.
+  """
+  habits = {} if habits is None else habits
+
+  def once(what, draw):
+    if what not in habits:
+      habits[what] = draw()
+    return habits[what]
+
+  def pick(what, values):
+    return once((what, values), lambda: _pick(rng, values))
+
+  count = len(scene.objects)
+  says_place, says_size = once('place', rng.random) < 0.6, once('size', rng.random) < 0.7
+  order = once('order', lambda: [scene.objects[i].place for i in rng.permutation(count)])
+  rank = lambda thing: order.index(thing.place) if thing.place in order else count
   things = []
-  for i in order:
-    thing = scene.objects[i]
+  for thing in sorted(scene.objects, key=rank):
     words = f'{thing.size} {thing.colour}' if says_size else thing.colour
     words = f'{_a(words)} {thing.shape}'
-    things.append(f'{words} {at(rng, thing.place)}' if says_place else words)
-  text = things[0] if len(things) == 1 else f'{", ".join(things[:-1])} and {things[-1]}'
+    where = once(('at', thing.place), lambda place=thing.place: at(rng, place)) if says_place else ''
+    things.append(f'{words} {where}' if where else words)
+  text = things[0] if count == 1 else f'{", ".join(things[:-1])} and {things[-1]}'
   if scene.style != 'outline':
-    words = _pick(rng, BACKDROPS[scene.pattern])
+    words = pick('backdrop', BACKDROPS[scene.pattern])
     text += ' ' + words.format(colour=scene.background, a=_a(scene.background).split()[0])
   if scene.style:
-    text = _pick(rng, STYLED[scene.style]).format(text)
+    text = pick('style', STYLED[scene.style]).format(text)
   if scene.style != 'outline':
     if scene.is_night:
-      text += _pick(rng, (' at night', ' by night', ', it is night'))
-    elif rng.random() < 0.2:
-      text += _pick(rng, (' by day', ' in daylight'))
-  return text if scene.style or rng.random() < 0.8 else f'a picture of {text}'
+      text += pick('night', (' at night', ' by night', ', it is night'))
+    elif once('day', rng.random) < 0.2:
+      text += pick('by day', (' by day', ' in daylight'))
+  return text if scene.style or once('plain', rng.random) < 0.8 else f'a picture of {text}'
 
 
 def instruction(rng: np.random.Generator, scene, edits, is_new: bool) -> str:
