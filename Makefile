@@ -1,4 +1,4 @@
-# make demo | make test | make test-slow | make lint | make miniature | make clean
+# make demo | make test | make test-slow | make lint | make miniature | make reproduce | make clean
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
@@ -6,7 +6,7 @@ OUT ?= out/demo
 export JAX_PLATFORMS ?= cpu
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo miniature test test-slow lint clean
+.PHONY: setup demo miniature reproduce test test-slow lint clean
 
 setup: $(VENV)/.installed
 
@@ -26,6 +26,10 @@ demo: setup
 # Killed, it goes on where it was.
 miniature: setup
 	$(RUN) examples/miniature/make.py out/miniature
+
+# The data factory from captions to an editor, in the miniature; SMALL=1 is a quarter of an hour.
+reproduce: setup
+	$(RUN) examples/miniature/reproduce.py out/reproduce$(if $(SMALL),-small --small)
 
 test: setup lint
 	$(RUN) -m pytest -m 'not slow'

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 
 import grammar
 import numpy as np
@@ -57,12 +58,28 @@ def test_two_steps_belong_if_both_are_done():
   assert not grammar.belongs(before, both, f'a blue circle on {ground}')
 
 
+def test_a_triplet_keeps_the_words_that_the_edit_does_not_change():
+  kept, seeds = 0, range(start_writer.FIRST, start_writer.FIRST + 300)
+  for seed in seeds:
+    one = start_writer.triplet(seed)
+    assert grammar.belongs(one.caption, one.instruction, one.edited), one
+    edits = world.example(seed).edits
+    if len(edits) == 1 and edits[0].kind in ('recolour', 'resize', 'reshape', 'background'):
+      before, after = (re.sub(r'\ban\b', 'a', text).split() for text in (one.caption, one.edited))
+      assert len(before) == len(after), one
+      assert sum(a != b for a, b in zip(before, after, strict=True)) == 1, one
+      kept += 1
+  assert kept > 100
+
+
 def test_the_start_is_read_by_transformers_and_by_us_alike(tmp_path):
   start_writer.main(tmp_path, 300, 20)
-  assert len(triplets.read(tmp_path / 'triplets.jsonl')) == 300
+  learned = triplets.read(tmp_path / 'triplets.jsonl')
+  assert 200 < len(learned) <= 300  # but for the long ones
   assert json.loads((tmp_path / 'model' / 'config.json').read_text())['vocab_size'] == 512
   held_out = (tmp_path / 'captions.txt').read_text().splitlines()
   assert all(grammar.read_caption(caption) for caption in held_out)
+  assert not {one.caption for one in learned} & set(held_out)
 
   prompt = triplets.prompt(held_out[0])
   ours = language.Language.load(tmp_path / 'model')

@@ -21,7 +21,12 @@ import world
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-SHIPPED = {'miniature': 'editor', 'miniature-base': 'base', 'miniature-clip': 'clip'}
+SHIPPED = {
+  'miniature': 'editor',
+  'miniature-base': 'base',
+  'miniature-clip': 'clip',
+  'miniature-writer': 'writer',
+}
 
 
 def commands(out: Path, pairs: int) -> dict[str, list[str]]:
@@ -61,6 +66,14 @@ def commands(out: Path, pairs: int) -> dict[str, list[str]]:
     'editor again, export': export('run-2', 'editor'),
     'base again': train('mini_base.py', 'base-run-2', 'base-1', out / 'captions', *again(4000)),
     'base again, export': export('base-run-2', 'base'),
+    'sentences': script('start_writer.py', out / 'writer-start'),
+    'writer': ip2p(
+      *('captions', 'train', '--config', ROOT / 'configs' / 'mini_captions.py'),
+      *('--workdir', out / 'writer-run'),
+      f'--config.checkpoint={out / "writer-start" / "model"}',
+      f'--config.data.path={out / "writer-start" / "triplets.jsonl"}',
+    ),
+    'writer export': export('writer-run', 'writer'),
   }
 
 
@@ -82,6 +95,7 @@ def install(out: Path, assets: Path) -> None:
   """Writes what is shipped: float16, as diffusers and transformers read it."""
   from ip2p_jax import weights
   from ip2p_jax.weights.files import read_tensors
+  from ip2p_jax.weights.language_folder import read_language, write_language
 
   for name in ('miniature', 'miniature-base'):
     checkpoint = weights.read(out / SHIPPED[name])
@@ -94,6 +108,8 @@ def install(out: Path, assets: Path) -> None:
   weights.write_safetensors(
     clip / 'model.safetensors', read_tensors(out / 'clip' / 'model.safetensors')[0], 'float16'
   )
+  writer = read_language(out / SHIPPED['miniature-writer'])
+  write_language(writer, assets / 'miniature-writer', 'float16', overwrite=True)
   card = HERE / 'card.md'
   for name in SHIPPED:
     shutil.copy(card, assets / name / 'README.md')

@@ -148,7 +148,9 @@ def caption(rng: np.random.Generator, scene, habits: dict | None = None) -> str:
   for thing in sorted(scene.objects, key=rank):
     words = f'{thing.size} {thing.colour}' if says_size else thing.colour
     words = f'{_a(words)} {thing.shape}'
-    where = once(('at', thing.place), lambda place=thing.place: at(rng, place)) if says_place else ''
+    where = (
+      once(('at', thing.place), lambda place=thing.place: at(rng, place)) if says_place else ''
+    )
     things.append(f'{words} {where}' if where else words)
   text = things[0] if count == 1 else f'{", ".join(things[:-1])} and {things[-1]}'
   if scene.style != 'outline':

@@ -4,13 +4,14 @@
 
   OUT/model               a Llama of random weights with a tokenizer made for the world's sentences
   OUT/triplets.jsonl      what it learns from: caption, instruction, edited caption
-  OUT/captions.txt        captions of other scenes, to write edits for
+  OUT/captions.txt        captions that are not among them, to write edits for
 
 A real writer starts from a language model that has read the web, and needs 700 triplets; this one
 learns its language from them, too, and so gets many.
 """
 
 import argparse
+import itertools
 import json
 import os
 from pathlib import Path
@@ -47,9 +48,9 @@ VOCABULARY = 512
 LONGEST = 64  # tokens of a triplet
 
 
-def triplet(seed: int, split: str = 'train') -> triplets.Triplet:
+def triplet(seed: int) -> triplets.Triplet:
   """Scene and edit of the seed; the edited caption keeps the caption's words, as far as it can."""
-  one = world.example(seed, split)
+  one = world.example(seed)
   rng, habits = np.random.default_rng((seed, 2)), {}
   if any(edit.kind == 'resize' for edit in one.edits):
     habits['size'] = 0.0  # is told, else the captions would be the same
@@ -108,7 +109,9 @@ def main(folder: Path, count: int, captions: int) -> None:
   ]
   rows = [{'input': one.caption, 'edit': one.instruction, 'output': one.edited} for one in learned]
   _write(folder / 'triplets.jsonl', map(json.dumps, rows))
-  others = (triplet(seed, 'test').caption for seed in range(FIRST, FIRST + captions))
+  known, after = {one.caption for one in learned}, FIRST + count
+  others = (triplet(seed).caption for seed in itertools.count(after))
+  others = itertools.islice((text for text in others if text not in known), captions)
   _write(folder / 'captions.txt', dict.fromkeys(others))
   print(f'wrote {folder}: {len(learned):,} triplets, {captions:,} captions')
 
