@@ -12,7 +12,7 @@ def get_config():
   return LanguageConfig(
     checkpoint='out/miniature/writer-start/model',
     batch_size=32,
-    steps=3000,
+    steps=8000,
     dtype='float32',
     remat='none',
     data=TripletsConfig(path='out/miniature/writer-start/triplets.jsonl', holdout=0.02),

@@ -595,8 +595,8 @@ def plan(
     sys.exit(1)
 
 
-def main() -> None:
-  """The `ip2p` command."""
+def app() -> typer.Typer:
+  """All commands."""
   app = typer.Typer(add_completion=False, rich_markup_mode=None, help='InstructPix2Pix in JAX.')
   app.command()(edit)
   app.command()(convert)
@@ -606,7 +606,12 @@ def main() -> None:
   app.command()(pairs)
   app.command()(filter)
   app.command()(plan)
-  run(app, 'ip2p')
+  return app
+
+
+def main() -> None:
+  """The `ip2p` command."""
+  run(app(), 'ip2p')
 
 
 def run(app: typer.Typer | Callable, name: str) -> None:

@@ -1,0 +1,74 @@
+"""What the pages tell people to type: every command is one, with options that it knows."""
+
+import math
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer.main
+import yaml
+
+from ip2p_jax import cli, config
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / 'README.md', *sorted(ROOT.glob('docs/*.md')), *ROOT.glob('examples/*/*.md')]
+
+
+def commands(text: str) -> list[list[str]]:
+  """Words of every line of code that begins with a program of ours."""
+  found = []
+  for block in re.findall(r'```(?:sh)?\n(.*?)```', text, re.DOTALL):
+    for line in re.sub(r'\\\n', ' ', block).splitlines():
+      for part in re.split(r'\s(?:&&|then)\s|[|;"()]', re.sub(r'"[^"]*"', 'TEXT', line)):
+        words = part.split('#')[0].split()
+        while words and re.fullmatch(r'[A-Z_]+=\S*|nohup|srun|--ntasks\S*', words[0]):
+          words = words[1:]
+        if words[:1] == ['ip2p'] or words[:2] == ['python', 'train.py']:
+          found.append([word for word in words if word not in ('>', '&', '...')])
+  return found
+
+
+def subcommand(words: list[str]):
+  command = typer.main.get_command(cli.app())
+  for i, word in enumerate(words):
+    if not hasattr(command, 'commands'):
+      return command, words[i:]
+    command = command.commands[word]
+  return command, []
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_commands_of_a_page_have_options_that_exist(page):
+  for words in commands(page.read_text()):
+    shown = shlex.join(words)
+    if words[0] == 'python':
+      settings = [word for word in words if word.startswith('--config.')]
+      config.check_overrides(settings, (config.TrainConfig, config.LanguageConfig))
+      continue
+    command, rest = subcommand(words[1:])
+    known = {name for option in command.params for name in (*option.opts, *option.secondary_opts)}
+    for word in rest:
+      flag = word.partition('=')[0]
+      if re.match(r'--?[a-z]', word) and not word.startswith('--config.'):
+        assert flag in known | {'--help', '--config'}, f'{page.name}: {flag} of {shown}'
+
+
+def test_the_jobset_starts_train_py_as_it_wants_to_be_started(tmp_path):
+  (job,) = yaml.safe_load((ROOT / 'docs' / 'jobset.yaml').read_text())['spec']['replicatedJobs']
+  job = job['template']['spec']
+  pod = job['template']['spec']
+  (container,) = pod['containers']
+  hosts, chips = job['parallelism'], container['resources']['limits']['google.com/tpu']
+  topology = pod['nodeSelector']['cloud.google.com/gke-tpu-topology']
+  assert hosts == job['completions'] and hosts * chips == math.prod(map(int, topology.split('x')))
+  program, script, *flags = container['command']
+  assert (program, script) == ('python', 'train.py') and '--multihost' in flags
+  flags.remove('--multihost')  # here is one process
+  flags = [flag.replace('gs://BUCKET', str(tmp_path)) for flag in flags]
+  told = subprocess.run(
+    [sys.executable, script, *flags], cwd=ROOT, capture_output=True, text=True
+  ).stderr
+  assert re.match('train.py: error: (CKPT|DATA)', told)  # that is all it finds wrong
