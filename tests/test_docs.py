@@ -1,5 +1,6 @@
 """What the pages tell people to type: every command is one, with options that it knows."""
 
+import itertools
 import math
 import re
 import shlex
@@ -14,21 +15,31 @@ import yaml
 from ip2p_jax import cli, config
 
 ROOT = Path(__file__).parent.parent
+SCRIPTS = {('python', 'train.py'), ('python', 'sample.py')}
+ENDS = ('>', '&', '&&', '|', ';')
 PAGES = [ROOT / 'README.md', *sorted(ROOT.glob('docs/*.md')), *ROOT.glob('examples/*/*.md')]
 
 
 def commands(text: str) -> list[list[str]]:
   """Words of every line of code that begins with a program of ours."""
   found = []
-  for block in re.findall(r'```(?:sh)?\n(.*?)```', text, re.DOTALL):
+  for block in re.findall(r'^```(?:sh)?\n(.*?)^```$', _without_python(text), re.DOTALL | re.M):
     for line in re.sub(r'\\\n', ' ', block).splitlines():
-      for part in re.split(r'\s(?:&&|then)\s|[|;"()]', re.sub(r'"[^"]*"', 'TEXT', line)):
-        words = part.split('#')[0].split()
-        while words and re.fullmatch(r'[A-Z_]+=\S*|nohup|srun|--ntasks\S*', words[0]):
-          words = words[1:]
-        if words[:1] == ['ip2p'] or words[:2] == ['python', 'train.py']:
-          found.append([word for word in words if word not in ('>', '&', '...')])
+      words = re.sub('["\']', ' ', line.split(' #')[0]).split()
+      starts = [i for i in range(len(words)) if tuple(words[i : i + 2]) in SCRIPTS]
+      # A machine and an image have our name, too; no subcommand follows theirs.
+      pairs = itertools.pairwise(words)
+      starts += [
+        i for i, pair in enumerate(pairs) if re.fullmatch('ip2p (?!ip2p)[a-z]+', ' '.join(pair))
+      ]
+      for i in starts:
+        end = next((j for j in range(i, len(words)) if words[j] in ENDS), len(words))
+        found.append(words[i:end])
   return found
+
+
+def _without_python(text):
+  return re.sub(r'^```\w*(?<!```)(?<!```sh)\n.*?^```$', '', text, flags=re.DOTALL | re.M)
 
 
 def subcommand(words: list[str]):
@@ -44,13 +55,15 @@ def subcommand(words: list[str]):
 def test_the_commands_of_a_page_have_options_that_exist(page):
   for words in commands(page.read_text()):
     shown = shlex.join(words)
-    if words[0] == 'python':
+    if words[1] == 'train.py':
       settings = [word for word in words if word.startswith('--config.')]
       config.check_overrides(settings, (config.TrainConfig, config.LanguageConfig))
       continue
-    command, rest = subcommand(words[1:])
+    words = ['edit', *words[2:]] if words[1] == 'sample.py' else words[1:]
+    command, rest = subcommand(words)
     known = {name for option in command.params for name in (*option.opts, *option.secondary_opts)}
     for word in rest:
+      word = word.rstrip(',')
       flag = word.partition('=')[0]
       if re.match(r'--?[a-z]', word) and not word.startswith('--config.'):
         assert flag in known | {'--help', '--config'}, f'{page.name}: {flag} of {shown}'
