@@ -345,11 +345,21 @@ def report(found: Plan, config: TrainConfig) -> str:
       ('time at best', f'{1e3 * at_best:.0f} ms, by FLOPs or bytes'),
       ('time as scheduled', f'{1e3 * scheduled(compiled, chip):.0f} ms{AS_SCHEDULED}'),
     ]
-    sums = collections.Counter()
-    for one in compiled.collectives:
-      sums[one.kind] += one.bytes * one.times
-    rows += [(f'{kind}', f'{size / 1e6:.1f} MB a device') for kind, size in sums.most_common()]
+    rows += collective_rows(compiled.collectives)
   return table(found.topology, compiled, rows, advice(found, config))
+
+
+def collective_rows(collectives: Sequence[Collective]) -> list[tuple[str, str]]:
+  """What each kind moves, and whence most of it comes."""
+  by_kind, by_source = collections.Counter(), collections.defaultdict(collections.Counter)
+  for one in collectives:
+    by_kind[one.kind] += one.bytes * one.times
+    by_source[one.kind][one.source or 'the compiler'] += one.bytes * one.times
+  rows = []
+  for kind, size in by_kind.most_common():
+    source, part = by_source[kind].most_common(1)[0]
+    rows.append((kind, f'{size / 1e6:.1f} MB a device, {part / size:.0%} of {source}'))
+  return rows
 
 
 AS_SCHEDULED = ", by the compiler's cycles; no kernels, no collectives"

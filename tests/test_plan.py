@@ -82,6 +82,11 @@ def test_collectives_and_cycles_are_read_with_their_loops():
   assert plan.cycles_of(PROGRAM) == 5 * 10 + 3 * 100 + 7
 
 
+def test_a_report_tells_where_exchanges_come_from():
+  rows = plan.collective_rows(plan.collectives_of(PROGRAM))
+  assert rows[1] == ('all-reduce', '0.0 MB a device, 100% of gradients')
+
+
 def test_devices_exchange_gradients_and_weights_alone(networks):
   mesh = sharding.make_mesh(devices=jax.devices()[:4])
   config = settings(mesh=MeshConfig(zero1=True))
