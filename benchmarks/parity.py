@@ -2,6 +2,7 @@
 
   python benchmarks/parity.py            (small networks, half a minute)
   python benchmarks/parity.py --full     (full size: minutes, 12 GB of memory)
+  python benchmarks/parity.py --language (small language models)
   python benchmarks/parity.py --train    (loss, gradients, optimizer; small networks)
   python benchmarks/parity.py --edit FOLDER --size 128      (a whole edit with that checkpoint)
 
@@ -18,6 +19,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent / 'tests'))
 import test_editor
+import test_llama
 import test_loss
 import test_models as tests
 import test_train_step
@@ -50,6 +52,18 @@ def measurements(is_full):
   yield 'CLIP ViT-L/14 text: embedding', embedding
   yield 'CLIP ViT-L/14 vision', tests.vision_error(reference.CLIP_L_VISION, rng)
   yield 'CLIP ViT-B/32 vision', tests.vision_error(reference.CLIP_B32_VISION, rng)
+
+
+def language_measurements():
+  """(what, relative error) of the logits of a small language model of each kind."""
+  rng = np.random.default_rng(0)
+  for kind in test_llama.KINDS:
+    pair = test_llama.Pair(kind)
+    tokens = rng.integers(0, test_llama.llamas.VOCABULARY, (test_llama.B, test_llama.N), np.int32)
+    yield (
+      f'{kind}: logits',
+      reference.relative_error(pair.run(pair.params, tokens), pair.logits(tokens)),
+    )
 
 
 def training_measurements():
@@ -87,6 +101,7 @@ if __name__ == '__main__':
   )
   parser.add_argument('--full', action='store_true', help='networks of full size')
   parser.add_argument('--train', action='store_true', help='a training step')
+  parser.add_argument('--language', action='store_true', help='language models')
   parser.add_argument('--edit', metavar='FOLDER', help='a diffusers folder to edit with')
   parser.add_argument('--size', type=int, default=64, help='of the edited picture, in pixels')
   arguments = parser.parse_args()
@@ -96,6 +111,9 @@ if __name__ == '__main__':
     print(f'10 steps at {arguments.size} px: latents {error:.1e}, pixels at most {levels:g} of 255')
     sys.exit()
   print('| what | relative error |\n|---|---|')
-  found = training_measurements() if arguments.train else measurements(arguments.full)
+  if arguments.train:
+    found = training_measurements()
+  else:
+    found = language_measurements() if arguments.language else measurements(arguments.full)
   for name, error in found:
     print(f'| {name} | {error:.1e} |', flush=True)

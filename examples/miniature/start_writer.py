@@ -127,7 +127,7 @@ if __name__ == '__main__':
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument('folder', type=Path)
-  parser.add_argument('--triplets', type=int, default=40_000)
+  parser.add_argument('--triplets', type=int, default=200_000)
   parser.add_argument('--captions', type=int, default=2_000)
   arguments = parser.parse_args()
   main(arguments.folder, arguments.triplets, arguments.captions)
