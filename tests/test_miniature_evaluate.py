@@ -208,6 +208,7 @@ def test_tables_and_figures_come_from_recorded_points(painter, tmp_path, capsys)
   assert '| SDEdit, 0.6 | 62% ' in tables
   assert 'at 0 of 2 strengths' in tables  # the same edits are not better edits
   assert '| heun | ' in tables
+  assert '| guided in 0.2 to 0.8 (' in tables
   assert 'no training run at' in capsys.readouterr().out
   names = ('gallery', 'scale_grid', 'scales', 'trade_off', 'samplers')
   assert {path.name for path in figures.iterdir()} == {f'{name}.png' for name in names}

@@ -35,6 +35,7 @@ class Setting(NamedTuple):
   Attributes:
     method: 'editor'; 'averaged' or 'raw', the weights of a training run; 'sdedit', the base.
     strength: of SDEdit.
+    guided_from, guided_to: the part of the steps to guide in, 0 to 1.
   """
 
   method: str
@@ -44,6 +45,9 @@ class Setting(NamedTuple):
   sampler: str = 'euler_ancestral'
   strength: float = 0.0
   seed: int = 0
+  guided_from: float = 0.0
+  guided_to: float = 1.0
+  karras: bool = False
 
 
 class Bench:
@@ -59,7 +63,8 @@ class Bench:
     """The point of the first `count` examples, from the file if it holds as many."""
     known = setting._asdict() | {'of': self._fingerprint(setting.method), 'first': self.first}
     for point in self._points():
-      if all(point[name] == value for name, value in known.items()) and len(point['done']) >= count:
+      told = Setting._field_defaults | point  # an older point lacks what came later
+      if all(told[name] == value for name, value in known.items()) and len(point['done']) >= count:
         return point | {name: point[name][:count] for name in MEASURES}
     values = {name: [] for name in MEASURES}
     label = ' '.join(f'{value:g}' if isinstance(value, float) else str(value) for value in setting)
@@ -92,7 +97,8 @@ class Bench:
     }
     return self._editor(setting.method).edit(
       scenes, [one.instruction for one in examples], steps=setting.steps, sampler=setting.sampler,
-      seed=setting.seed, indices=rows, **scales,
+      seed=setting.seed, indices=rows, interval=(setting.guided_from, setting.guided_to),
+      karras=setting.karras, **scales,
     )  # fmt: skip
 
   @functools.cached_property

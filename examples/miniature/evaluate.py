@@ -181,6 +181,35 @@ def part_samplers(bench: Bench, size: Size, figures: Path) -> str:
   )
 
 
+def part_fast(bench: Bench, size: Size, figures: Path) -> str:
+  """Settings that take less, and what they lose."""
+  del figures
+  guided = lambda low, high: DEFAULT._replace(guided_from=low, guided_to=high)
+  fewer = lambda steps, **more: DEFAULT._replace(sampler='dpmpp_2m', steps=steps, **more)
+  tried = {
+    'the default': DEFAULT,
+    'guided in 0.1 to 0.7 of the steps': guided(0.1, 0.7),
+    'guided in 0.2 to 0.8': guided(0.2, 0.8),
+    'guided in 0 to 0.5': guided(0.0, 0.5),
+    'dpmpp_2m, 10 steps': fewer(10),
+    'dpmpp_2m, 10 steps, Karras': fewer(10, karras=True),
+    'dpmpp_2m, 5 steps': fewer(5),
+  }
+  rows = []
+  for name, setting in tried.items():
+    part = setting.guided_to - setting.guided_from
+    rows.append(
+      (
+        f'{name} ({setting.steps * (1 + 2 * part):.0f} predictions)',
+        bench.summary(setting, size.samplers),
+      )
+    )
+  return (
+    'By how often the network predicts for an edit, three times in a guided step and else once;'
+    f' {size.samplers} examples:\n\n' + plots.summary_table('setting', rows)
+  )
+
+
 def part_averages(bench: Bench, size: Size, figures: Path) -> str:
   if not is_workdir(bench.paths['run']):
     print(f'no training run at {bench.paths["run"]}: leaving out raw against averaged weights')
@@ -212,6 +241,7 @@ PARTS: dict[str, Callable[[Bench, Size, Path], str]] = {
   'sweep': part_sweep,
   'sdedit': part_sdedit,
   'samplers': part_samplers,
+  'fast': part_fast,
   'averages': part_averages,
   'seeds': part_seeds,
 }
