@@ -120,7 +120,10 @@ def describe(topology: str) -> list[Any]:
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
   os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
   try:
-    return list(topologies.get_topology_desc(platform='tpu', topology_name=name).devices)
+    # Both cores of a v4 are one device, as they are where JAX runs; the compiler has to be told.
+    options = {'chip_config_name': 'megacore'} if generation(name) == 'v4' else {}
+    found = topologies.get_topology_desc(platform='tpu', topology_name=name, **options)
+    return list(found.devices)
   except Exception as error:
     if 'libtpu' in str(error).lower() and 'topology' not in str(error).lower():
       raise InputError('the TPU compiler is missing: pip install libtpu') from None

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import oracle
 import pytest
+import reproduce
 import test_editor
 import torch
 import train_clip
@@ -28,7 +29,9 @@ from ip2p_jax.editor import Sampling
 
 ROOT = Path(__file__).parent.parent
 ASSETS = ROOT / 'assets'
-EDITOR, BASE, CLIP = (ASSETS / name for name in ('miniature', 'miniature-base', 'miniature-clip'))
+EDITOR, BASE, CLIP, WRITER = (
+  ASSETS / f'miniature{part}' for part in ('', '-base', '-clip', '-writer')
+)
 SCALES = {'text_guidance': bundled.TEXT_GUIDANCE, 'image_guidance': bundled.IMAGE_GUIDANCE}
 
 
@@ -120,7 +123,7 @@ def test_the_autoencoder_gives_held_out_scenes_back_at_30_decibels(editor):
 
 
 def test_the_assets_are_small_and_have_a_model_card():
-  folders = EDITOR, BASE, CLIP
+  folders = EDITOR, BASE, CLIP, WRITER
   sizes = [file.stat().st_size for each in folders for file in each.rglob('*') if file.is_file()]
   assert sum(sizes) <= 40e6
   assert max(sizes) <= 12 * 2**20
@@ -143,3 +146,20 @@ def test_pytorch_confirms_its_export(tmp_path, name):
   done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
   assert 'verify: AGREES' in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_the_factory_goes_from_captions_to_a_score_and_on_where_it_was(
+  tmp_path, monkeypatch, capfd
+):
+  monkeypatch.setattr(reproduce, 'THRESHOLDS', reproduce.ALL)  # few steps draw nothing good
+  size = reproduce.Size(4, 1, 2, 8, 2, 2, ('factory', 'exact'))
+  reproduce.main(tmp_path, size)
+  table = (tmp_path / 'table.md').read_text()
+  assert '| factory |' in table and '| exact |' in table
+  assert 'sentences of the world: 4 of 4' in capfd.readouterr().out
+  reproduce.main(tmp_path, size)
+  assert '==' not in capfd.readouterr().out  # nothing is run again
+  assert (tmp_path / 'table.md').read_text() == table
+  with pytest.raises(SystemExit, match='at another size'):
+    reproduce.main(tmp_path, size._replace(samples=2))

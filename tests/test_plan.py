@@ -126,6 +126,14 @@ def test_an_unknown_topology_is_named(name):
     plan.describe(name)
 
 
+@pytest.mark.parametrize(
+  ('name', 'devices'), [('v3-8', 8), ('v4-8', 4), ('v5e-16', 16), ('v5p-64', 32), ('v6e-8', 8)]
+)
+def test_a_slice_has_as_many_devices_as_jax_finds_there(name, devices):
+  pytest.importorskip('libtpu')
+  assert sharding.make_mesh(devices=plan.describe(name)).size == devices
+
+
 def test_a_config_is_read_with_changes(tmp_path):
   file = tmp_path / 'config.py'
   file.write_text(
