@@ -23,7 +23,7 @@ def get_config():
       final_rate=0.05,
       b2=0.98,
       clip_norm=1.0,
-      ema=0.99,
+      ema=0.998,
     ),
     log=LanguageLogConfig(every=25, checkpoint_every=250, validate_every=250),
   )
