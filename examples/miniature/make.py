@@ -38,6 +38,11 @@ def commands(out: Path, pairs: int) -> dict[str, list[str]]:
     *(f'--workdir={out / workdir}', f'--config.checkpoint={out / start}'),
     *(f'--config.data.path={data}', *more),
   ]
+  write = lambda workdir, start, triplets, *more: ip2p(
+    *('captions', 'train', '--config', ROOT / 'configs' / 'mini_captions.py'),
+    *('--workdir', out / workdir, f'--config.checkpoint={out / start}'),
+    *(f'--config.data.path={out / "writer-start" / triplets}.jsonl', *more),
+  )
   pack = lambda pairs, name, task: ip2p(
     *('pack', out / pairs, out / name, '--latents', '--ckpt', out / 'start'),
     *('--size', 64, '--batch-size', 64, '--task', task),
@@ -67,13 +72,20 @@ def commands(out: Path, pairs: int) -> dict[str, list[str]]:
     'base again': train('mini_base.py', 'base-run-2', 'base-1', out / 'captions', *again(4000)),
     'base again, export': export('base-run-2', 'base'),
     'sentences': script('start_writer.py', out / 'writer-start'),
-    'writer': ip2p(
-      *('captions', 'train', '--config', ROOT / 'configs' / 'mini_captions.py'),
-      *('--workdir', out / 'writer-run'),
-      f'--config.checkpoint={out / "writer-start" / "model"}',
-      f'--config.data.path={out / "writer-start" / "triplets.jsonl"}',
+    'writer': write('writer-run', 'writer-start/model', 'triplets'),
+    'writer, export': export('writer-run', 'writer-1'),
+    'writer again': write(
+      *('writer-run-2', 'writer-1', 'removals', '--config.steps=2500'),
+      '--config.optimizer.learning_rate=1.5e-3',
     ),
-    'writer export': export('writer-run', 'writer'),
+    'writer again, export': export('writer-run-2', 'writer-2'),
+    # Of the removals it has seen more than there are, and would write as many.
+    'writer, last': write(
+      *('writer-run-3', 'writer-2', 'triplets', '--config.steps=600'),
+      *('--config.optimizer.learning_rate=7e-4', '--config.optimizer.warmup_steps=20'),
+      '--config.optimizer.ema=0.99',
+    ),
+    'writer, last, export': export('writer-run-3', 'writer'),
   }
 
 

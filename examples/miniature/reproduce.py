@@ -49,7 +49,7 @@ EDITORS = {
   'exact': "the world's exact pairs",
 }
 FULL = Size(600, 4, 20, 2400, 1000, 200, tuple(EDITORS))
-SMALL = Size(60, 4, 20, 0, 200, 64, ('factory',))
+SMALL = Size(60, 4, 20, 0, 400, 64, ('factory',))
 # The world's captions repeat words, which the penalty would punish; and the writer is small.
 WRITING = ('--frequency-penalty', 0, '--temperature', 0.3)
 CONTROLS = {'factory': 'share+auto', 'uncontrolled': 'none'}
@@ -99,7 +99,7 @@ def commands(out: Path, size: Size) -> dict[str, list[str]]:
       *(sys.executable, str(ROOT / 'train.py'), f'--config={ROOT / "configs" / "mini.py"}'),
       *(f'--workdir={folder / "run"}', f'--config.checkpoint={base}'),
       *(f'--config.data.path={folder / "latents"}', f'--config.steps={size.train_steps}'),
-      '--config.log.previews=0',
+      *(f'--config.optimizer.warmup_steps={size.train_steps // 10}', '--config.log.previews=0'),
     ]
   return parts
 

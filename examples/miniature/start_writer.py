@@ -4,6 +4,7 @@
 
   OUT/model               a Llama of random weights with a tokenizer made for the world's sentences
   OUT/triplets.jsonl      what it learns from: caption, instruction, edited caption
+  OUT/removals.jsonl      the same, and five times each what takes an object away: the hardest edit
   OUT/captions.txt        captions that are not among them, to write edits for
 
 A real writer starts from a language model that has read the web, and needs 700 triplets; this one
@@ -16,6 +17,7 @@ import json
 import os
 from pathlib import Path
 
+import grammar
 import numpy as np
 import phrases
 import world
@@ -107,13 +109,23 @@ def main(folder: Path, count: int, captions: int) -> None:
     for one, length in zip(learned, lengths, strict=True)
     if length <= LONGEST and one.caption != one.edited
   ]
-  rows = [{'input': one.caption, 'edit': one.instruction, 'output': one.edited} for one in learned]
-  _write(folder / 'triplets.jsonl', map(json.dumps, rows))
+  _write(folder / 'triplets.jsonl', map(_line, learned))
+  _write(folder / 'removals.jsonl', (_line(one) for one in learned for _ in range(_times(one))))
   known, after = {one.caption for one in learned}, FIRST + count
   others = (triplet(seed).caption for seed in itertools.count(after))
   others = itertools.islice((text for text in others if text not in known), captions)
   _write(folder / 'captions.txt', dict.fromkeys(others))
   print(f'wrote {folder}: {len(learned):,} triplets, {captions:,} captions')
+
+
+def _line(one):
+  return json.dumps({'input': one.caption, 'edit': one.instruction, 'output': one.edited})
+
+
+def _times(one):
+  return (
+    5 if any(edit.kind == 'remove' for edit in grammar.read_instruction(one.instruction)) else 1
+  )
 
 
 def _write(file, lines):
