@@ -1,7 +1,7 @@
 """The paper's whole data factory in the drawn world, from captions to an editor and its score.
 
   python examples/miniature/reproduce.py out/reproduce                (two hours on two CPU cores)
-  python examples/miniature/reproduce.py out/reproduce-small --small  (seven minutes)
+  python examples/miniature/reproduce.py out/reproduce-small --small  (ten minutes)
 
 The shipped writer makes instructions and edited captions of captions it has not seen; the shipped
 base draws pairs of pictures with attention control; CLIP filters them; an editor is trained from
@@ -50,8 +50,8 @@ EDITORS = {
 }
 FULL = Size(600, 4, 20, 2400, 1000, 200, tuple(EDITORS))
 SMALL = Size(60, 4, 20, 0, 400, 64, ('factory',))
-# The world's captions repeat words, which the penalty would punish; and the writer is small.
-WRITING = ('--frequency-penalty', 0, '--temperature', 0.3)
+# The world's captions repeat words, which the penalty would punish.
+WRITING = ('--frequency-penalty', 0)
 CONTROLS = {'factory': 'share+auto', 'uncontrolled': 'none'}
 # Thresholds as the paper has them, but for both pictures: the world's CLIP knows nothing but the
 # world, and so sees more in a small change than one that knows everything.
