@@ -71,7 +71,7 @@ def commands(out: Path) -> dict[str, list]:
     'captions train, LoRA, 1 step': ip2p(
       *('captions', 'train', '--workdir', out / 'writer-run', '--config.lora.rank=4'),
       *(f'--config.checkpoint={out / "writer-start"}', f'--config.data.path={TRIPLETS}'),
-      *('--config.steps=1', '--config.batch_size=2'),
+      *('--config.steps=1', '--config.batch_size=2', '--config.optimizer.warmup_steps=0'),
     ),
     'convert the writer': ip2p('convert', out / 'writer-run', out / 'writer', '--overwrite'),
     'captions write, 2 captions': ip2p(
