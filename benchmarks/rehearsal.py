@@ -3,8 +3,8 @@
   python benchmarks/rehearsal.py out/rehearsal        (8 GB of memory, 9 GB of disk)
 
 Weights are random, so what is written and drawn means nothing; it shows that every command of
-docs/data-factory.md but the last takes such networks, and from what the one before has left. Needs transformers.
-Tells seconds and the largest memory of each command.
+docs/data-factory.md but the last takes such networks, and what the one before has left. Needs
+transformers. Tells seconds and the largest memory of each command.
 """
 
 import argparse
