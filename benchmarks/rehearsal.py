@@ -1,6 +1,6 @@
 """The data factory at full size, once through: every network as large as the real one, one pair.
 
-  python benchmarks/rehearsal.py out/rehearsal        (8 GB of memory, 9 GB of disk)
+  python benchmarks/rehearsal.py out/rehearsal        (16 GB of memory, 9 GB of disk)
 
 Weights are random, so what is written and drawn means nothing; it shows that every command of
 docs/data-factory.md but the last takes such networks, and what the one before has left. Needs

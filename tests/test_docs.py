@@ -23,7 +23,8 @@ PAGES = [ROOT / 'README.md', *sorted(ROOT.glob('docs/*.md')), *ROOT.glob('exampl
 def commands(text: str) -> list[list[str]]:
   """Words of every line of code that begins with a program of ours."""
   found = []
-  for block in re.findall(r'^```(?:sh)?\n(.*?)^```$', _without_python(text), re.DOTALL | re.M):
+  blocks = re.findall(r'^```(\w*)\n(.*?)^```$', text, re.DOTALL | re.M)
+  for block in (code for language, code in blocks if language in ('', 'sh')):
     for line in re.sub(r'\\\n', ' ', block).splitlines():
       words = re.sub('["\']', ' ', line.split(' #')[0]).split()
       starts = [i for i in range(len(words)) if tuple(words[i : i + 2]) in SCRIPTS]
@@ -36,10 +37,6 @@ def commands(text: str) -> list[list[str]]:
         end = next((j for j in range(i, len(words)) if words[j] in ENDS), len(words))
         found.append(words[i:end])
   return found
-
-
-def _without_python(text):
-  return re.sub(r'^```\w*(?<!```)(?<!```sh)\n.*?^```$', '', text, flags=re.DOTALL | re.M)
 
 
 def subcommand(words: list[str]):

@@ -183,7 +183,6 @@ def part_samplers(bench: Bench, size: Size, figures: Path) -> str:
 
 def part_fast(bench: Bench, size: Size, figures: Path) -> str:
   """Settings that take less, and what they lose."""
-  del figures
   guided = lambda low, high: DEFAULT._replace(guided_from=low, guided_to=high)
   fewer = lambda steps, **more: DEFAULT._replace(sampler='dpmpp_2m', steps=steps, **more)
   tried = {

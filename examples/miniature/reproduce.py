@@ -1,6 +1,6 @@
 """The paper's whole data factory in the drawn world, from captions to an editor and its score.
 
-  python examples/miniature/reproduce.py out/reproduce                (two hours on two CPU cores)
+  python examples/miniature/reproduce.py out/reproduce                (about two hours, estimated)
   python examples/miniature/reproduce.py out/reproduce-small --small  (ten minutes)
 
 The shipped writer makes instructions and edited captions of captions it has not seen; the shipped
