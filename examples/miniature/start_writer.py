@@ -4,7 +4,7 @@
 
   OUT/model               a Llama of random weights with a tokenizer made for the world's sentences
   OUT/triplets.jsonl      what it learns from: caption, instruction, edited caption
-  OUT/removals.jsonl      the same, and five times each what takes an object away: the hardest edit
+  OUT/several.jsonl       the hardest of them: of two or three objects, often one is taken away
   OUT/captions.txt        captions that are not among them, to write edits for
 
 A real writer starts from a language model that has read the web, and needs 700 triplets; this one
@@ -17,7 +17,6 @@ import json
 import os
 from pathlib import Path
 
-import grammar
 import numpy as np
 import phrases
 import world
@@ -31,6 +30,7 @@ from ip2p_jax.weights.language_folder import LanguageCheckpoint, write_language
 
 END = '<|end|>'
 FIRST = 2_000_000  # seed of the first scene, far from those of the pairs
+UNSEEN = 4_000_000  # seed of the first scene that no triplet is of
 CONFIG = {
   'model_type': 'llama',
   'hidden_size': 160,
@@ -47,17 +47,30 @@ CONFIG = {
   'mlp_bias': False,
 }
 VOCABULARY = 512
-LONGEST = 64  # tokens of a triplet
+LONGEST = 96  # tokens of a triplet; one in a thousand is longer
 
 
-def triplet(seed: int) -> triplets.Triplet:
+def triplet(seed: int, example=world.example) -> triplets.Triplet:
   """Scene and edit of the seed; the edited caption keeps the caption's words, as far as it can."""
-  one = world.example(seed)
+  one = example(seed)
   rng, habits = np.random.default_rng((seed, 2)), {}
   if any(edit.kind == 'resize' for edit in one.edits):
     habits['size'] = 0.0  # is told, else the captions would be the same
   before, after = (phrases.caption(rng, scene, habits) for scene in (one.scene, one.edited_scene))
   return triplets.Triplet(before, one.instruction, after)
+
+
+def several(seed: int) -> world.Example:
+  """An example of two objects or three, about as many of each; one is taken away in four of 11."""
+  rng = np.random.default_rng((seed, 3))
+  while True:
+    scene = world.random_scene(rng)
+    if len(scene.objects) < 2 or (len(scene.objects) == 2 and rng.random() < 0.7):
+      continue
+    edit, edited = world.random_edit(rng, scene, (*world.KINDS, *('remove',) * 3))
+    if edit and world.split_of(scene) == world.split_of(edited) == 'train':
+      words = phrases.instruction(rng, scene, (edit,), is_new=False)
+      return world.Example(scene, (edit,), edited, words, '', '', False)
 
 
 def tokenizer_of(texts: list[str]) -> Tokenizer:
@@ -99,33 +112,28 @@ def start(texts: list[str]) -> LanguageCheckpoint:
 def main(folder: Path, count: int, captions: int) -> None:
   folder.mkdir(parents=True, exist_ok=True)
   learned = [triplet(seed) for seed in range(FIRST, FIRST + count)]
-  texts = [triplets.prompt(one.caption) + triplets.completion(one) for one in learned]
-  checkpoint = start(texts)
+  checkpoint = start([_text(one) for one in learned])
   write_language(checkpoint, folder / 'model', overwrite=True)
-  # Rows are padded to the longest, so the few long ones would double the work.
-  lengths = [len(ids) for ids in map(language.tokenizer_of(checkpoint).encode, texts)]
-  learned = [
-    one
-    for one, length in zip(learned, lengths, strict=True)
-    if length <= LONGEST and one.caption != one.edited
-  ]
+  hardest = (triplet(seed, several) for seed in range(FIRST, FIRST + count))
+  encode = language.tokenizer_of(checkpoint).encode
+  # Rows are padded to the longest, so the few long ones would be work for all.
+  fits = lambda one: one.caption != one.edited and len(encode(_text(one))) <= LONGEST
+  learned, hardest = ([one for one in ones if fits(one)] for ones in (learned, hardest))
   _write(folder / 'triplets.jsonl', map(_line, learned))
-  _write(folder / 'removals.jsonl', (_line(one) for one in learned for _ in range(_times(one))))
-  known, after = {one.caption for one in learned}, FIRST + count
-  others = (triplet(seed).caption for seed in itertools.count(after))
+  _write(folder / 'several.jsonl', map(_line, hardest))
+  known = {one.caption for one in (*learned, *hardest)}
+  others = (triplet(seed).caption for seed in itertools.count(UNSEEN))
   others = itertools.islice((text for text in others if text not in known), captions)
   _write(folder / 'captions.txt', dict.fromkeys(others))
   print(f'wrote {folder}: {len(learned):,} triplets, {captions:,} captions')
 
 
+def _text(one):
+  return triplets.prompt(one.caption) + triplets.completion(one)
+
+
 def _line(one):
   return json.dumps({'input': one.caption, 'edit': one.instruction, 'output': one.edited})
-
-
-def _times(one):
-  return (
-    5 if any(edit.kind == 'remove' for edit in grammar.read_instruction(one.instruction)) else 1
-  )
 
 
 def _write(file, lines):
