@@ -42,7 +42,7 @@ from ip2p_jax.training_loop import Job, describe_params, keep_config, loop, say,
 from ip2p_jax.triplets import Triplet
 from ip2p_jax.weights.language_folder import LanguageCheckpoint, read_language
 
-ROUND = 64  # lengths are multiples of it, so that few programs serve all data sets
+ROUND = 32  # lengths are multiples of it, so that few programs serve all data sets
 
 Rows = dict[str, np.ndarray]  # a batch of `language_step`, or a whole data set like one
 
@@ -115,7 +115,7 @@ def split(rows: Sequence[Triplet], holdout: float) -> tuple[list[Triplet], list[
 def tokenized(
   rows: Sequence[Triplet], checkpoint: LanguageCheckpoint, config: LanguageConfig
 ) -> Rows:
-  """All triplets as one batch of `language_step`, padded to a multiple of 64 tokens.
+  """All triplets as one batch of `language_step`, padded to a multiple of 32 tokens.
 
   Prompt and completion are tokenized apart, as a prompt is when the model writes.
   InputError for a triplet that is longer than the model, or the config, allows.

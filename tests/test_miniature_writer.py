@@ -72,6 +72,25 @@ def test_a_triplet_keeps_the_words_that_the_edit_does_not_change():
   assert kept > 100
 
 
+def test_the_hardest_triplets_are_of_several_objects_and_often_one_goes():
+  seeds = range(start_writer.FIRST, start_writer.FIRST + 200)
+  ones = [start_writer.triplet(seed, start_writer.several) for seed in seeds]
+  assert all(grammar.belongs(one.caption, one.instruction, one.edited) for one in ones)
+  counts = [len(grammar.read_caption(one.caption).things) for one in ones]
+  assert set(counts) == {2, 3}
+  assert counts.count(3) > 60
+  kinds = [grammar.read_instruction(one.instruction)[0].kind for one in ones]
+  assert kinds.count('remove') > 40
+  assert len(set(kinds)) > 8
+
+
+def test_captions_to_write_for_are_of_scenes_that_no_triplet_is_of(tmp_path):
+  for folder, count in (('few', 40), ('more', 60)):
+    start_writer.main(tmp_path / folder, count, 10)
+  few, more = ((tmp_path / folder / 'captions.txt').read_text() for folder in ('few', 'more'))
+  assert few == more
+
+
 def test_the_start_is_read_by_transformers_and_by_us_alike(tmp_path):
   start_writer.main(tmp_path, 300, 20)
   learned = triplets.read(tmp_path / 'triplets.jsonl')

@@ -51,7 +51,7 @@ class Linear(nnx.Module):
     self.bias = nnx.Param(jnp.zeros((out_width,))) if use_bias else None
 
   def __call__(self, x):  # [..., in_width]
-    return _product(x, self.kernel[...], self.bias)
+    return product(x, self.kernel[...], self.bias)
 
 
 class Conv1x1(nnx.Module):
@@ -62,14 +62,14 @@ class Conv1x1(nnx.Module):
     self.bias = nnx.Param(jnp.zeros((out_width,)))
 
   def __call__(self, x):  # [B, H, W, in_width]
-    return _product(x, self.kernel[0, 0], self.bias)
+    return product(x, self.kernel[0, 0], self.bias)
 
 
 def _initial(rngs, shape):
   return nnx.initializers.lecun_normal()(rngs.params(), shape, jnp.float32)
 
 
-def _product(x, kernel, bias):
+def product(x, kernel, bias):
   # Of all rows at once: over several axes XLA takes three times as long on a CPU for the gradient
   # of the kernel.
   out = x.reshape(-1, x.shape[-1]) @ kernel
