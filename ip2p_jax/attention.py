@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -166,9 +167,11 @@ def splash(
   )
 
   def heads_first(q, k, v):
-    q, k, v = (x.swapaxes(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     return jax.vmap(kernel)(q, k, v).swapaxes(1, 2)
 
+  # Kept as scaled, else the scaling is a pass of its own, and again when q is computed again.
+  q = checkpoint_name(q * q.shape[-1] ** -0.5, ATTENTION_OUT)
   if mesh is not None and mesh.size > 1:
     # XLA cannot split a kernel by itself. A batch that cannot be shared is done whole by each.
     rows = P(mesh.axis_names) if q.shape[0] % mesh.size == 0 else P()

@@ -17,7 +17,7 @@ FLOORS = (
   ('editor', 'language_step', 'language_workdir'),
   ('edit_files', 'convert', 'previews', 'setup_run', 'captions', 'training_loop'),
   ('training', 'language_training', 'pairs', 'plan_sampling', 'caption_server', 'triplet_check'),
-  ('filtering', 'captions_cli'),
+  ('filtering', 'captions_cli', 'plan_sampling'),
   ('cli', 'launch'),
 )
 ANYONE = ('__init__', 'resources')  # the public names; scripts that travel with exports

@@ -50,8 +50,8 @@ EDITORS = {
 }
 FULL = Size(600, 4, 20, 2400, 4000, 300, tuple(EDITORS))
 SMALL = Size(60, 4, 20, 0, 1600, 64, ('factory',))
-# The world's captions repeat words, which the penalty would punish.
-WRITING = ('--frequency-penalty', 0)
+# The world's captions repeat words, which the penalty would punish; of rare words most are slips.
+WRITING = ('--frequency-penalty', 0, '--top-p', 0.9)
 CONTROLS = {'factory': 'share+auto', 'uncontrolled': 'none'}
 # Thresholds as the paper has them, but for both pictures: the world's CLIP knows nothing but the
 # world, and so sees more in a small change than one that knows everything.
