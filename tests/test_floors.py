@@ -16,7 +16,7 @@ FLOORS = (
   ('checkpoints', 'edit_program', 'inversion', 'pair_program', 'train_step', 'triplets'),
   ('editor', 'language_step', 'language_workdir'),
   ('edit_files', 'convert', 'previews', 'setup_run', 'captions', 'training_loop'),
-  ('training', 'language_training', 'pairs', 'plan_sampling', 'caption_server', 'triplet_check'),
+  ('training', 'language_training', 'pairs', 'plan', 'caption_server', 'triplet_check'),
   ('filtering', 'captions_cli', 'plan_sampling'),
   ('cli', 'launch'),
 )
