@@ -74,12 +74,12 @@ def commands(out: Path, pairs: int) -> dict[str, list[str]]:
     'sentences': script('start_writer.py', out / 'writer-start'),
     'writer': write('writer-run', 'writer-start/model', 'triplets'),
     'writer, export': export('writer-run', 'writer-1'),
+    # To keep several objects apart; then all captions again, of which it forgets those of one.
     'writer again': write(
-      *('writer-run-2', 'writer-1', 'removals', '--config.steps=2500'),
-      '--config.optimizer.learning_rate=1.5e-3',
+      *('writer-run-2', 'writer-1', 'several', '--config.steps=4500'),
+      '--config.optimizer.learning_rate=2e-3',
     ),
     'writer again, export': export('writer-run-2', 'writer-2'),
-    # Of the removals it has seen more than there are, and would write as many.
     'writer, last': write(
       *('writer-run-3', 'writer-2', 'triplets', '--config.steps=600'),
       *('--config.optimizer.learning_rate=7e-4', '--config.optimizer.warmup_steps=20'),

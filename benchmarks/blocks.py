@@ -1,0 +1,79 @@
+"""Transformer blocks of Stable Diffusion 1.5 as the TPU compiler schedules them; needs no TPU.
+
+  python benchmarks/blocks.py --topology v5e:2x2 --out blocks.jsonl
+  python benchmarks/blocks.py --small           (a narrow one, under two minutes on two cores)
+
+One block per level, bfloat16, 32 examples of 256 px a chip, forward and with gradients as they are
+trained (remat `convdot`). Run it before and after a change of the layers.
+
+Columns: milliseconds by the compiler's own estimate of cycles (the time within an attention kernel
+is not in it), gigabytes that it counts as accessed, megabytes of temporary memory.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ip2p_jax import attention, plan, sharding
+from ip2p_jax.models import layers
+from ip2p_jax.models.configs import UNetConfig
+from ip2p_jax.models.unet import SpatialTransformer
+
+BLOCKS = ((32, 32, 320, 0), (32, 16, 640, 1), (32, 8, 1280, 2))  # examples, side, channels, level
+SMALL = ((2, 8, 64, 0),)
+TEXT = (77, 768)
+
+
+def measure(topology: str, size: tuple[int, int, int, int]) -> dict:
+  """{'forward': (ms, GB, MB), 'both': (ms, GB, MB)} of one chip."""
+  examples, side, channels, level = size
+  mesh = sharding.make_mesh(devices=plan.describe(topology))
+  make = lambda keys: SpatialTransformer('down', level, channels, UNetConfig(), rngs=keys)
+  definition, shapes = layers.abstract(make)
+  place = lambda shape, where: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=where)
+  params = jax.tree.map(lambda leaf: place(leaf.shape, sharding.replicated(mesh)), shapes)
+  count, where = examples * mesh.size, sharding.of_batch(mesh)
+  x, context = place((count, side, side, channels), where), place((count, *TEXT), where)
+  attend = attention.dispatch('auto', mesh)
+  forward = lambda params, x, context: nnx.merge(definition, params)(x, context, attend)
+  kept = layers.REMATS['convdot'](forward)
+  both = jax.grad(lambda *args: kept(*args).astype(jnp.float32).sum(), (0, 1))
+  found = {}
+  for name, function in (('forward', forward), ('both', both)):
+    compiled = jax.jit(function).lower(params, x, context).compile()
+    cycles = plan.cycles_of(compiled.as_text())
+    accessed = compiled.cost_analysis()['bytes accessed']
+    temporary = compiled.memory_analysis().temp_size_in_bytes
+    found[name] = (1e3 * cycles / plan.chip_of(topology).clock, accessed / 1e9, temporary / 1e6)
+  return found
+
+
+def main(topologies: list[str], sizes: tuple, out: Path | None) -> None:
+  print('| chip | block | forward | and backward |\n|---|---|---|---|')
+  for topology in topologies:
+    for size in sizes:
+      found = measure(topology, size)
+      cells = [f'{ms:.2f} ms, {gb:.2f} GB, {mb:.0f} MB' for ms, gb, mb in found.values()]
+      shown = 'x'.join(map(str, size[:3]))
+      print(f'| {topology.split(":")[0]} | {shown} | {" | ".join(cells)} |', flush=True)
+      if out:
+        with out.open('a') as file:
+          file.write(json.dumps({'topology': topology, 'block': size, **found}) + '\n')
+
+
+if __name__ == '__main__':
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--topology', nargs='+', default=['v5e:2x2'])
+  parser.add_argument('--small', action='store_true')
+  parser.add_argument('--out', type=Path, help='lines of JSON are added to this file')
+  given = parser.parse_args()
+  main(given.topology, SMALL if given.small else BLOCKS, given.out)
