@@ -264,6 +264,12 @@ def test_a_text_ends_at_any_end_of_the_config(model):
   assert found.text == model.tokenizer.decode(found.tokens[:-1])
 
 
+def test_ends_of_the_generation_config_count_as_in_transformers(saved, tmp_path):
+  write_language(read_language(saved[0]), tmp_path / 'chat')
+  (tmp_path / 'chat' / 'generation_config.json').write_text('{"eos_token_id": [5, 7]}')
+  assert language.Language.load(tmp_path / 'chat').config.eos_token_id == (5, 7)
+
+
 def test_a_text_ends_where_the_context_does(endless):
   prompt = 'snow' * 120
   read = len(endless.tokenizer.encode(prompt).ids)

@@ -23,7 +23,8 @@ _CONFIG, _TOKENIZER = 'config.json', 'tokenizer.json'
 _WEIGHTS = ('model.safetensors', 'model.safetensors.index.json', 'pytorch_model.bin',
             'pytorch_model.bin.index.json')  # fmt: skip
 # Of use to others, and carried along as they are.
-_OTHERS = ('tokenizer_config.json', 'generation_config.json', 'special_tokens_map.json',
+_GENERATION = 'generation_config.json'
+_OTHERS = ('tokenizer_config.json', _GENERATION, 'special_tokens_map.json',
            'chat_template.jinja')  # fmt: skip
 
 
@@ -32,7 +33,8 @@ class LanguageCheckpoint:
   """A language model as transformers has it.
 
   Attributes:
-    config: what config.json says.
+    config: what config.json says, but for `eos_token_id` where generation_config.json has one:
+      transformers goes by that, and models that chat name more ends there.
     tensors: transformers name -> array in torch's layout, read when asked for. A head that is the
       embedding (`tie_word_embeddings`) is not among them.
     tokenizer: contents of tokenizer.json.
@@ -67,6 +69,9 @@ def read_language(path: str | os.PathLike) -> LanguageCheckpoint:
   tensors, _ = read_tensors(found)
   kept = [name for name in tensors if not _is_surplus(name, config)]
   others = {name: (path / name).read_bytes() for name in _OTHERS if (path / name).is_file()}
+  if _GENERATION in others:
+    ends = read_json(path / _GENERATION).get('eos_token_id')
+    config |= {} if ends is None else {'eos_token_id': ends}
   tokenizer = (path / _TOKENIZER).read_bytes()
   return LanguageCheckpoint(
     config, renamed(tensors, dict(zip(kept, kept, strict=True))), tokenizer, str(path), others
