@@ -27,7 +27,7 @@ demo: setup
 miniature: setup
 	$(RUN) examples/miniature/make.py out/miniature
 
-# The data factory from captions to an editor, in the miniature: two hours, estimated; SMALL=1: ten minutes.
+# The data factory from captions to an editor, in the miniature: two to three hours; SMALL=1: about twelve minutes.
 reproduce: setup
 	$(RUN) examples/miniature/reproduce.py out/reproduce$(if $(SMALL),-small --small)
 

@@ -421,7 +421,7 @@ def test_a_triplet_becomes_the_originals_format(folder):
   checkpoint = read_language(folder / 'model')
   settings = a_run(folder)
   rows = language_training.tokenized(triplets.read(settings.data.path), checkpoint, settings)
-  assert rows['tokens'].shape[1] % 64 == 0
+  assert rows['tokens'].shape[1] % 32 == 0
   tokenizer = llamas.tokenizer()
   for (caption, edit, output), tokens, positions, weight in zip(
     ROWS, rows['tokens'], rows['positions'], rows['weight'], strict=True
