@@ -100,7 +100,7 @@ def commands(out: Path, size: Size) -> dict[str, list[str]]:
       *(f'--workdir={folder / "run"}', f'--config.checkpoint={base}'),
       *(f'--config.data.path={folder / "latents"}', f'--config.steps={size.train_steps}'),
       *('--config.batch_size=8', '--config.optimizer.learning_rate=7e-4'),
-      *('--config.optimizer.warmup_steps=200', '--config.log.previews=0'),
+      *(f'--config.optimizer.warmup_steps={size.train_steps // 20}', '--config.log.previews=0'),
     ]
   return parts
 
