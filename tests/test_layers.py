@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ip2p_jax.models.layers import product
+from ip2p_jax.models.layers import halves, product
 from ip2p_jax.models.unet import gated
 
 
@@ -19,6 +19,18 @@ def test_gradients_of_a_product_are_those_of_pytorch(rows, rng):
   ((theirs[0] @ theirs[1] + theirs[2]) * torch.from_numpy(weight)).sum().backward()
   for ours, other in zip(found, theirs, strict=True):
     np.testing.assert_allclose(ours, other.grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('rows', [(5,), (2, 5)], ids=str)
+def test_halves_are_those_of_the_product_and_so_are_their_gradients(rows, rng):
+  arrays = [rng.standard_normal(shape, np.float32) for shape in ((*rows, 4), (4, 6), (6,))]
+  weights = [rng.standard_normal((*rows, 3), np.float32) for _ in range(2)]
+  split = lambda *given: jnp.split(product(*given), 2, -1)
+  pairs = (jax.vjp(function, *arrays) for function in (halves, split))
+  (ours, back), (theirs, their_back) = pairs
+  found, expected = (*ours, *back(tuple(weights))), (*theirs, *their_back(weights))
+  for one, other in zip(found, expected, strict=True):
+    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
 def test_the_gate_and_its_gradients_are_those_of_pytorch(rng):

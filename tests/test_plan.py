@@ -95,12 +95,7 @@ def test_devices_exchange_gradients_and_weights_alone(networks):
   weights = sum(x.size * 4 for x in jax.tree.leaves(state['params']))
   gathered = sum(one.bytes * one.times for one in found if one.kind == 'all-gather')
   assert gathered <= weights
-  others = [one for one in found if one.kind not in ('all-reduce', 'all-gather', 'reduce-scatter')]
-  # Of a gated layer's kernel, gradients of both halves come together on devices that hold parts.
-  sources = {(one.kind, one.source.split('/')[-1]) for one in others}
-  assert sources <= {('collective-permute', 'pad')}
-  halves = sum(x.size * 2 for name, x in state['params'].items() if name.endswith('ff.proj.kernel'))
-  assert sum(one.bytes * one.times for one in others) <= 2 * halves
+  assert {one.kind for one in found} <= {'all-reduce', 'all-gather', 'reduce-scatter'}
 
 
 def told(**changes):

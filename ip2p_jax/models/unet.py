@@ -24,7 +24,7 @@ from ip2p_jax.models.layers import (
   ResnetBlock,
   Upsample,
   conv3x3,
-  product,
+  halves,
 )
 
 # Queries from which the products give heads at once, so that XLA lays them out as a TPU's kernel
@@ -256,11 +256,7 @@ class FeedForward(nnx.Module):
     self.out = Linear(4 * width, width, rngs=rngs)
 
   def __call__(self, x):
-    # Two products: split afterwards, a TPU writes the wide one out several times.
-    half = self.proj.bias.shape[0] // 2
-    value = product(x, self.proj.kernel[:, :half], self.proj.bias[:half])
-    gate = product(x, self.proj.kernel[:, half:], self.proj.bias[half:])
-    return self.out(gated(value, gate))
+    return self.out(gated(*halves(x, self.proj.kernel[...], self.proj.bias[...])))
 
 
 @jax.custom_vjp
