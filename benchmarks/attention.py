@@ -17,12 +17,10 @@ import time
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 import jax
-import jax.numpy as jnp
-from flax import nnx
+from bench_tpu import schedules
 
-from ip2p_jax import attention, plan, sharding
+from ip2p_jax import attention, plan
 from ip2p_jax.errors import InputError
-from ip2p_jax.models.layers import REMATS, abstract
 from ip2p_jax.models.unet import MultiHeadAttention
 
 HEADS = 8
@@ -33,17 +31,15 @@ LAYERS = {  # examples on a chip, tokens, width
 }
 
 
-def compiled(topology: str, choice: str, examples: int, tokens: int, width: int, backward: bool):
-  mesh = sharding.make_mesh(devices=plan.describe(topology))
-  attend = attention.dispatch(choice, mesh)
-  graph, shapes = abstract(lambda keys: MultiHeadAttention(width, width, HEADS, rngs=keys))
+def measure(topology: str, choice: str, examples: int, tokens: int, width: int):
   site = attention.Site('down', 0, False, tokens)
-  layer = lambda params, x: nnx.merge(graph, params)(x, x, attend, site)
-  loss = lambda params, x: REMATS['convdot'](layer)(params, x).astype(jnp.float32).sum()
-  placed = lambda shape, where: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=where)
-  params = jax.tree.map(lambda x: placed(x.shape, sharding.replicated(mesh)), shapes)
-  x = placed((examples * mesh.size, tokens, width), sharding.of_batch(mesh))
-  return jax.jit(jax.grad(loss, (0, 1)) if backward else layer).lower(params, x).compile()
+  return schedules(
+    topology,
+    lambda keys: MultiHeadAttention(width, width, HEADS, rngs=keys),
+    lambda layer, mesh, x: layer(x, x, attention.dispatch(choice, mesh), site),
+    [(examples, tokens, width)],
+    by=(0, 1),
+  ).values()
 
 
 def main() -> None:
@@ -56,13 +52,11 @@ def main() -> None:
   print('| chip | layer | attention | forward | and backward | temporary |')
   print('|---|---|---|---|---|---|')
   for topology in arguments.topology:
-    clock = plan.chip_of(topology).clock
     for name, shape in LAYERS.items():
       for choice in ('xla', 'splash'):
         began = time.time()
-        both = [compiled(topology, choice, *shape, backward) for backward in (False, True)]
-        times = [1e3 * plan.cycles_of(one.as_text()) / clock for one in both]
-        memory = both[1].memory_analysis().temp_size_in_bytes / 2**20
+        both = [*measure(topology, choice, *shape)]
+        times, memory = [one.ms for one in both], both[1].temporary / 2**20
         kind = plan.generation(topology)
         cells = [kind, name, choice, *(f'{time:.2f} ms' for time in times), f'{memory:.0f} MiB']
         print(f'| {" | ".join(cells)} |', flush=True)

@@ -17,12 +17,9 @@ from pathlib import Path
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
-import jax
-import jax.numpy as jnp
-from flax import nnx
+from bench_tpu import schedules
 
-from ip2p_jax import attention, plan, sharding
-from ip2p_jax.models import layers
+from ip2p_jax import attention
 from ip2p_jax.models.configs import UNetConfig
 from ip2p_jax.models.unet import SpatialTransformer
 
@@ -34,25 +31,14 @@ TEXT = (77, 768)
 def measure(topology: str, size: tuple[int, int, int, int]) -> dict:
   """{'forward': (ms, GB, MB), 'both': (ms, GB, MB)} of one chip."""
   examples, side, channels, level = size
-  mesh = sharding.make_mesh(devices=plan.describe(topology))
-  make = lambda keys: SpatialTransformer('down', level, channels, UNetConfig(), rngs=keys)
-  definition, shapes = layers.abstract(make)
-  place = lambda shape, where: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=where)
-  params = jax.tree.map(lambda leaf: place(leaf.shape, sharding.replicated(mesh)), shapes)
-  count, where = examples * mesh.size, sharding.of_batch(mesh)
-  x, context = place((count, side, side, channels), where), place((count, *TEXT), where)
-  attend = attention.dispatch('auto', mesh)
-  forward = lambda params, x, context: nnx.merge(definition, params)(x, context, attend)
-  kept = layers.REMATS['convdot'](forward)
-  both = jax.grad(lambda *args: kept(*args).astype(jnp.float32).sum(), (0, 1))
-  found = {}
-  for name, function in (('forward', forward), ('both', both)):
-    compiled = jax.jit(function).lower(params, x, context).compile()
-    cycles = plan.cycles_of(compiled.as_text())
-    accessed = compiled.cost_analysis()['bytes accessed']
-    temporary = compiled.memory_analysis().temp_size_in_bytes
-    found[name] = (1e3 * cycles / plan.chip_of(topology).clock, accessed / 1e9, temporary / 1e6)
-  return found
+  found = schedules(
+    topology,
+    lambda keys: SpatialTransformer('down', level, channels, UNetConfig(), rngs=keys),
+    lambda block, mesh, *inputs: block(*inputs, attention.dispatch('auto', mesh)),
+    [(examples, side, side, channels), (examples, *TEXT)],
+    by=(0, 1),
+  )
+  return {name: (one.ms, one.accessed / 1e9, one.temporary / 1e6) for name, one in found.items()}
 
 
 def main(topologies: list[str], sizes: tuple, out: Path | None) -> None:

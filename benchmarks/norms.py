@@ -21,9 +21,8 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from bench_tpu import schedules
 
-from ip2p_jax import plan, sharding
 from ip2p_jax.models import layers
 
 BLOCKS = ((32, 32, 320), (32, 16, 640), (32, 8, 1280))  # examples, side, channels
@@ -56,22 +55,14 @@ def block(norm: type[layers.GroupNorm], channels: int, keys: layers.Keys) -> lay
 def measure(topology: str, norm: type[layers.GroupNorm], size: tuple[int, int, int]) -> dict:
   """{'forward': (ms, MB), 'both': (ms, MB)} of one chip."""
   examples, side, channels = size
-  mesh = sharding.make_mesh(devices=plan.describe(topology))
-  definition, shapes = layers.abstract(lambda keys: block(norm, channels, keys))
-  place = lambda shape, where: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=where)
-  params = jax.tree.map(lambda leaf: place(leaf.shape, sharding.replicated(mesh)), shapes)
-  count, where = examples * mesh.size, sharding.of_batch(mesh)
-  x, time = place((count, side, side, channels), where), place((count, TIME), where)
-  forward = lambda params, x, time: nnx.merge(definition, params)(x, time)
-  kept = layers.REMATS['convdot'](forward)
-  both = jax.grad(lambda *args: kept(*args).astype(jnp.float32).sum(), (0, 1, 2))
-  found = {}
-  for name, function in (('forward', forward), ('both', both)):
-    compiled = jax.jit(function).lower(params, x, time).compile()
-    cycles = plan.cycles_of(compiled.as_text())
-    accessed = compiled.cost_analysis()['bytes accessed']
-    found[name] = (1e3 * cycles / plan.chip_of(topology).clock, accessed / 1e6)
-  return found
+  found = schedules(
+    topology,
+    lambda keys: block(norm, channels, keys),
+    lambda made, mesh, *inputs: made(*inputs),
+    [(examples, side, side, channels), (examples, TIME)],
+    by=(0, 1, 2),
+  )
+  return {name: (one.ms, one.accessed / 1e6) for name, one in found.items()}
 
 
 def main(topologies: list[str], sizes: tuple, out: Path | None) -> None:

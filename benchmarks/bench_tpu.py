@@ -1,0 +1,49 @@
+"""What the TPU compiler says of one layer of a network; needs no TPU, only libtpu."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ip2p_jax import plan, sharding
+from ip2p_jax.models.layers import REMATS, abstract
+
+
+class Schedule(NamedTuple):
+  """Of one chip: time by the compiler's estimate of cycles, bytes accessed and held meanwhile."""
+
+  ms: float
+  accessed: float
+  temporary: int
+
+
+def schedules(
+  topology: str, make: Callable, call: Callable, shapes: list[tuple], by: tuple[int, ...]
+) -> dict[str, Schedule]:
+  """Of a layer's 'forward' pass, and of 'both' with gradients, remat `convdot`; all in bfloat16.
+
+  Args:
+    make: keys -> layer.
+    call: (layer, mesh, *inputs) -> array.
+    shapes: of the inputs, examples of one chip first.
+    by: what gradients are of; 0 is the parameters, then the inputs.
+  """
+  mesh = sharding.make_mesh(devices=plan.describe(topology))
+  definition, params = abstract(make)
+  place = lambda shape, where: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=where)
+  params = jax.tree.map(lambda leaf: place(leaf.shape, sharding.replicated(mesh)), params)
+  rows = sharding.of_batch(mesh)
+  inputs = [place((count * mesh.size, *shape), rows) for count, *shape in shapes]
+  forward = lambda params, *inputs: call(nnx.merge(definition, params), mesh, *inputs)
+  kept = REMATS['convdot'](forward)
+  both = jax.grad(lambda *args: kept(*args).astype(jnp.float32).sum(), by)
+
+  def schedule(function):
+    compiled = jax.jit(function).lower(params, *inputs).compile()
+    ms = 1e3 * plan.cycles_of(compiled.as_text()) / plan.chip_of(topology).clock
+    accessed = compiled.cost_analysis()['bytes accessed']
+    return Schedule(ms, accessed, compiled.memory_analysis().temp_size_in_bytes)
+
+  return {'forward': schedule(forward), 'both': schedule(both)}
