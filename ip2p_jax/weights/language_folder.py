@@ -71,7 +71,8 @@ def read_language(path: str | os.PathLike) -> LanguageCheckpoint:
   others = {name: (path / name).read_bytes() for name in _OTHERS if (path / name).is_file()}
   if _GENERATION in others:
     ends = read_json(path / _GENERATION).get('eos_token_id')
-    config |= {} if ends is None else {'eos_token_id': ends}
+    if ends is not None:
+      config['eos_token_id'] = ends
   tokenizer = (path / _TOKENIZER).read_bytes()
   return LanguageCheckpoint(
     config, renamed(tensors, dict(zip(kept, kept, strict=True))), tokenizer, str(path), others
