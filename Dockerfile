@@ -5,6 +5,7 @@ WORKDIR /ip2p-jax
 COPY setup.cfg pyproject.toml constraints.txt README.md LICENSE ./
 COPY ip2p_jax ip2p_jax
 COPY assets/miniature assets/miniature
+COPY assets/triplets.jsonl assets/
 RUN case "$EXTRA" in cpu) pip install --no-cache-dir . ;; *) pip install --no-cache-dir ".[$EXTRA]" ;; esac
 COPY train.py sample.py ./
 COPY configs configs

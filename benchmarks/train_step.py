@@ -2,11 +2,13 @@
 
   python benchmarks/train_step.py --small                    (two minutes on two CPU cores)
   python benchmarks/train_step.py --out train_step.jsonl     (Stable Diffusion 1.5 at 256 px)
+  python benchmarks/train_step.py --gradients --alone        (the same where memory is 24 GiB)
   python benchmarks/train_step.py --only jax,torch --batches 64,128
 
 A step is: a sample of the target's latents, noise, timestep and dropout drawn; the text encoder on
 token ids; the UNet forward and backward; AdamW with float32 weights and moments; the moving
 average. On a CPU all of it is float32; on a GPU arithmetic is bfloat16. The batch is on the device.
+With --gradients a step ends with the gradients: no AdamW, no average.
 
 JAX is the package's own `train_step`, with remat as trained with (convdot) and without. PyTorch is
 diffusers' UNet (where diffusers is not installed, `bench_unet`, which is the same) with
@@ -54,6 +56,7 @@ class Setup(NamedTuple):
   side: int
   threads: int | None  # on a CPU
   cache: str
+  is_whole: bool  # with AdamW and the average
 
 
 def batch_of(setup: Setup) -> dict[str, np.ndarray]:
@@ -82,6 +85,7 @@ class Jax:
   def __init__(self, setup: Setup):
     os.environ.setdefault('XLA_PYTHON_CLIENT_MEM_FRACTION', '0.92')
     import jax
+    import optax
 
     jax.config.update('jax_compilation_cache_dir', setup.cache)
     from ip2p_jax import attention, optimizer, parameters, sharding, train_step, weights
@@ -109,17 +113,42 @@ class Jax:
     recipe = train_step.Recipe(
       networks, config, optimizer.adamw(config.optimizer, unet, config.steps)
     )
-    self.state = train_step.initial_state(recipe, unet)
-    shardings = sharding.of_state(mesh, self.state, config.mesh.zero1)
-    self.state = jax.device_put(self.state, shardings)
+    if setup.is_whole:
+      self.state = train_step.initial_state(recipe, unet)
+      shardings = sharding.of_state(mesh, self.state, config.mesh.zero1)
+      self.state = jax.device_put(self.state, shardings)
+    else:
+      self.state = {'step': jax.numpy.int32(0), 'params': unet}
     encoder = jax.tree.map(lambda x: x.astype(setup.dtype), read('text_encoder', np.float32))
     frozen = {'unet': {}, 'vae': {}, 'text_encoder': encoder, 'null_ids': jax.device_put(NULL_IDS)}
     batch = jax.device_put(batch_of(setup), sharding.of_batch(mesh))
-    step = train_step.jitted(recipe, mesh, shardings)
+    if setup.is_whole:
+      step = train_step.jitted(recipe, mesh, shardings)
+    else:
+      everywhere = jax.tree.map(lambda _: sharding.replicated(mesh), unet)
+
+      @jax.jit
+      def step(state, frozen, batch):
+        loss, grads = train_step.mean_gradients(
+          recipe, everywhere, state['params'], frozen, batch, state['step']
+        )
+        return grads, {'loss': loss, 'grad_norm': optax.global_norm(grads)}
+
     began = time.perf_counter()
     self.compiled = step.lower(self.state, frozen, batch).compile()
     self.compile_seconds = time.perf_counter() - began
-    self.step = lambda: self.compiled(self.state, frozen, batch)
+
+    def one():
+      """One step; returns its metrics. Gradients stay until the next, if they are all there is."""
+      self.grads = None
+      result, metrics = self.compiled(self.state, frozen, batch)
+      if setup.is_whole:
+        self.state = result
+      else:
+        self.grads = result
+      return metrics
+
+    self.step = one
     self.networks, self.resolution = networks, config.resolution
 
   def first(self, _draws) -> dict[str, Any]:
@@ -129,7 +158,7 @@ class Jax:
     batch = batch_of(self.setup)
     shape = (self.setup.side, self.setup.side, 4)
     draws = loss.draw(0, self.jax.numpy.int32(0), batch['index'], shape, self.networks.schedule)
-    self.state, metrics = self.step()
+    metrics = self.step()
     return {
       'loss': float(metrics['loss']),
       'norm': float(metrics['grad_norm']),
@@ -140,8 +169,8 @@ class Jax:
     """Of one step, of so many in a row: by the clock, and of all cores together."""
     began = time.perf_counter(), time.process_time()
     for _ in range(steps):
-      self.state, metrics = self.step()
-    self.jax.block_until_ready((self.state, metrics))
+      metrics = self.step()
+    self.jax.block_until_ready((self.state, self.grads, metrics))
     return (time.perf_counter() - began[0]) / steps, (time.process_time() - began[1]) / steps
 
   def facts(self) -> dict[str, Any]:
@@ -194,7 +223,8 @@ class Torch:
     if setup.name != 'torch':
       self.unet.to(memory_format=torch.channels_last)
     self.parameters = list(self.unet.parameters())
-    self.average = [p.detach().clone() for p in self.parameters]
+    if setup.is_whole:
+      self.average = [p.detach().clone() for p in self.parameters]
     self.adamw = torch.optim.AdamW(self.parameters, lr=1e-4, weight_decay=0.01, fused=True)
     self.count = 0
     if setup.name in MODES:
@@ -250,6 +280,8 @@ class Torch:
     self.adamw.zero_grad(set_to_none=True)
     loss = self.loss(draws or self.draw())
     loss.backward()
+    if not self.setup.is_whole:
+      return loss
     self.adamw.step()
     self.count += 1
     decay = min(0.9999, (1 + self.count) / (10 + self.count))
@@ -433,8 +465,8 @@ def check(found, expected, setup) -> dict[str, float] | None:
 
 def table(report: dict[str, Any]) -> str:
   lines = [
-    f'{report["config"]}, {report["device"]}, {report["dtype"]}, latents of {report["side"]} x'
-    f' {report["side"]}; {report["machine"]}'
+    f'{report["config"]}{", gradients only" * report["gradients"]}, {report["device"]},'
+    f' {report["dtype"]}, latents of {report["side"]} x {report["side"]}; {report["machine"]}'
   ]
   for library, best in report['ceilings'].items():
     lines.append(
@@ -490,7 +522,7 @@ def main() -> None:
     for batch in map(int, batches.split(',')):
       setups = [
         Setup(name, str(folder), device, dtype, batch, side, threads,
-              str(args.cache or Path(scratch) / 'cache'))
+              str(args.cache or Path(scratch) / 'cache'), not args.gradients)
         for name in names
       ]  # fmt: skip
       rows += compare(setups, args)
@@ -501,6 +533,7 @@ def main() -> None:
       row['flops'] = flops.get(row['batch'], 0) / statistics.median(row['seconds'])
   report = {
     'benchmark': 'train_step', 'config': config, 'device': device, 'dtype': dtype, 'side': side,
+    'gradients': args.gradients,
     'date': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
     'machine': machine(), 'ceilings': best, 'rows': rows,
   }  # fmt: skip
@@ -515,6 +548,7 @@ def arguments() -> argparse.Namespace:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument('--small', action='store_true', help='10 M parameters, 64 px, batch 8')
+  parser.add_argument('--gradients', action='store_true', help='no optimizer, no average')
   parser.add_argument('--batches', help='per device, as in 64,128')
   parser.add_argument('--rounds', type=int, default=4, help='turns of each contender')
   parser.add_argument('--steps', type=int, default=5, help='of a timing; two timings a turn')

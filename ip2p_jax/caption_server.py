@@ -37,11 +37,14 @@ TASK = (
 TRANSIENT = (408, 409, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529)
 # Where a server filters what it is asked, or a caption is too long for it. Many in a row are a
 # mistake in the request.
-UNWELCOME, MOST_UNWELCOME = (400, 413, 422, 451), 7
+UNWELCOME, MOST_UNWELCOME = (400, 413, 422, 451), 31
+FINISHED = ('stop', 'stop_sequence', 'eos_token', None)  # not 'length', nor 'content_filter'
 WAITS = 1.0, 60.0  # seconds: the first wait between two tries, and the longest
 LONGEST_WAIT = 600.0  # seconds, whatever Retry-After says
 LARGEST_ANSWER = 2**23  # bytes
 CHARACTERS = 4  # of English text per token, about
+LONGEST_TIME = 86_400.0  # seconds for an answer
+FIXED = ('model', 'messages', 'prompt', 'stream', 'n', 'stop')  # of a request; what else may change
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Server:
     key: sent as a bearer token; see `read_key`.
     examples: drawn from for each request.
     shown: how many examples a request shows; 0 for a model that was trained on triplets.
-    body: more keys of the request; None takes one out.
+    body: more keys of the request, but for FIXED; None takes one out.
     concurrency: requests at the same time.
     timeout: seconds that an answer may take.
     retries: of a request that failed, before the run stops.
@@ -87,6 +90,10 @@ class Server:
       )
     if self.api not in APIS:
       raise InputError(f'the api is {self.api!r}; use one of {", ".join(APIS)}.')
+    if not 0 < self.timeout <= LONGEST_TIME:
+      raise InputError(f'the timeout is {self.timeout} s; use up to {LONGEST_TIME:.0f}.')
+    if fixed := [name for name in FIXED if name in self.body]:
+      raise InputError(f'the body may not hold {fixed[0]!r}, which is written for each request.')
     if self.shown > len(self.examples):
       raise InputError(
         f'{self.shown} examples to show, and only {len(self.examples)} to draw from.'
@@ -161,13 +168,20 @@ def backend(
     for _ in range(min(server.concurrency, len(captions))):
       threading.Thread(target=work, daemon=True).start()
     try:
+      refused = []  # told once another is taken: till then, the request may be to blame
       for _ in captions:
         index, answer = answers.get()
         if isinstance(answer, BaseException):
           raise answer
         text, counts = answer
+        if text is None:
+          refused.append(index)
+          continue
         usage.add(counts)
+        yield from ((one, None) for one in refused)
+        refused.clear()
         yield index, text
+      yield from ((one, None) for one in refused)
     finally:
       client.stop.set()
 
@@ -248,15 +262,18 @@ class _Client(NamedTuple):
   say: Callable[[str], None]
   unwelcome: list[int]  # captions in a row that the server would not take, by status
 
-  def ask(self, body: dict[str, Any]) -> tuple[str, Any]:
-    """The text of the answer, and the server's count of tokens. Tries again as long as it helps."""
+  def ask(self, body: dict[str, Any]) -> tuple[str | None, Any]:
+    """The text of the answer, None if there will be none, and the server's count of tokens.
+
+    Tries again as long as it helps.
+    """
     encoded = json.dumps(body).encode()
     address = self.server.address
     for attempt in range(self.server.retries + 1):
       try:
         content = self._send(encoded)
         if content is None:
-          return '', None
+          return None, None
         found = _read(content)
         self.unwelcome.clear()
         return found
@@ -264,7 +281,7 @@ class _Client(NamedTuple):
         trouble = str(error)
         self.say(f'{address}: {trouble}; trying again')
         first, longest = WAITS
-        wait = min(first * 2**attempt, longest) * random.uniform(0.5, 1)
+        wait = min(first * 2 ** min(attempt, 16), longest) * random.uniform(0.5, 1)
         wait = max(wait, min(error.wait or 0, LONGEST_WAIT))
       if attempt < self.server.retries and self.stop.wait(wait):
         break
@@ -297,6 +314,11 @@ class _Client(NamedTuple):
     status, server = error.code, self.server
     if status in TRANSIENT:
       return _Again(f'status {status}', _retry_after(error.headers.get('Retry-After')))
+    if status in (401, 403) and not server.key:
+      return InputError(
+        f'{server.address}: wants a key (status {status}); export it, and give the name of the'
+        ' environment variable by --key-variable.'
+      )
     if status in (401, 403):
       return InputError(
         f'{server.address}: refuses the key (status {status}); give the name of the environment'
@@ -315,8 +337,13 @@ class _Client(NamedTuple):
       f'{": " + said if said else ""})'
     )
     self.unwelcome.append(status)
-    if status not in UNWELCOME or len(self.unwelcome) > MOST_UNWELCOME:
+    if status not in UNWELCOME:
       return InputError(f'{problem}.')
+    if len(self.unwelcome) > MOST_UNWELCOME:
+      return InputError(
+        f'{problem}, and so {len(self.unwelcome)} times in a row; mend the request, or take these'
+        ' captions out.'
+      )
     self.say(f'{problem}; its caption goes without')
     return None
 
@@ -355,7 +382,7 @@ def _read(content: bytes) -> tuple[str, Any]:
   except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
     raise _Again('an answer that is not as the protocol has it') from None
   text = triplets.clean(text or '')
-  if text and ending != 'length' and triplets.STOP not in text:
+  if text and ending in FINISHED and triplets.STOP not in text:
     text += triplets.STOP
   return text, answer.get('usage')
 

@@ -2,11 +2,11 @@
 
   OUT/captions.json                  the settings; another run with others is refused
   OUT/answers-00000-of-00001.jsonl   all that this worker was answered, in the order it came
-  OUT/part-00000-of-00001.jsonl      what it kept, in the order of the captions
-  OUT/prompts.jsonl                  all parts, once they are all there: `ip2p pairs` reads it
+  OUT/prompts.jsonl                  what was kept, in the order of the captions, once all workers
+                                     are done: `ip2p pairs` reads it
 
 Answers are on disk as they come. Killed at any time and started again, a run
-asks only for what is missing, and ends with the very same parts and prompts.
+asks only for what is missing, and ends with the very same prompts.
 """
 
 import collections
@@ -15,8 +15,10 @@ import dataclasses
 import fcntl
 import functools
 import hashlib
-import heapq
 import json
+import os
+import time
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +33,8 @@ SETTINGS, PROMPTS = 'captions.json', 'prompts.jsonl'
 COLUMNS = (*ALIASES['caption'], *ALIASES['text'])  # groups; LAION's 'TEXT' is among them
 LINES = ('', '.txt')  # suffixes of files with a caption per line
 CHUNK = 4096  # captions per call of a backend, which runs half empty at the end of each
+SYNC = 1.0  # seconds of answers that may be lost with the machine
+MOST_TOKENS = 2**15 - 1
 # Why an answer is refused.
 REASONS = {
   'empty': 'no answer',
@@ -40,11 +44,17 @@ REASONS = {
   'long': 'too long',
   'flagged': 'flagged by moderation',
 }
-FLAGGED_CAPTION = 'flagged caption'  # which is not asked for at all
+# Why a caption gets no (other) answer.
+FLAGGED_CAPTION, UNWELCOME_CAPTION = 'flagged caption', 'unwelcome caption'
+HOPELESS = {
+  FLAGGED_CAPTION: 'flagged by moderation',
+  UNWELCOME_CAPTION: 'that the model would not take',
+}
 
 # (captions, seeds) -> (index, text) of each, in any order. The text is what follows
-# `triplets.prompt(caption)`, with `triplets.STOP` if it was written to its end.
-Complete = Callable[[Sequence[str], Sequence[int]], Iterator[tuple[int, str]]]
+# `triplets.prompt(caption)`, with `triplets.STOP` if it was written to its end; None if the model
+# does not take this caption at all.
+Complete = Callable[[Sequence[str], Sequence[int]], Iterator[tuple[int, str | None]]]
 Moderate = Callable[[str], bool]  # whether a text must not be used
 Progress = Callable[[int, int], None]  # called with (captions done, captions in all)
 Task = tuple['Caption', int]  # a caption, and which attempt at it is next
@@ -77,8 +87,10 @@ class Writing:
 
   def __post_init__(self):
     for name in ('attempts', 'max_tokens', 'max_words'):
-      if getattr(self, name) < 1:
-        raise InputError(f'{name} is {getattr(self, name)}; use 1 or more.')
+      if not 1 <= getattr(self, name) <= MOST_TOKENS:
+        raise InputError(f'{name} is {getattr(self, name)}; use 1 to {MOST_TOKENS}.')
+    if self.top_p == 0:
+      raise InputError('top_p is 0, which leaves no token; use more, or a temperature of 0.')
     for name, low, high in (('temperature', 0, 2), ('top_p', 0, 1), ('frequency_penalty', -2, 2)):
       if not low <= getattr(self, name) <= high:
         raise InputError(f'{name} is {getattr(self, name)}; use {low} to {high}.')
@@ -93,7 +105,7 @@ class Captions(NamedTuple):
   """Those to write for, and how many more there were."""
 
   kept: list[Caption]
-  left_out: dict[str, int]  # by reason: 'empty', 'duplicate', 'long'
+  left_out: dict[str, int]  # by reason: 'empty', 'duplicate', 'long', 'like a mark of the formats'
 
 
 def read_captions(path: Path, column: str = '') -> Captions:
@@ -110,6 +122,8 @@ def read_captions(path: Path, column: str = '') -> Captions:
       left_out['empty'] += 1
     elif keys & seen:
       left_out['duplicate'] += 1
+    elif triplets.mark_in(text):
+      left_out['like a mark of the formats'] += 1
     elif not fits(text):
       left_out['long'] += 1
     else:
@@ -126,7 +140,10 @@ def _texts(path: Path, column: str) -> Iterator[tuple[str, str]]:
     if column:
       raise InputError(f'{path}: is a text without columns; leave out --column {column}.')
     try:
-      lines = path.read_bytes().decode().removesuffix('\n').split('\n')  # no other sign ends a line
+      if path.exists() and not path.is_file():
+        raise InputError(f'{path}: is no file.')
+      content = path.read_bytes().decode('utf-8-sig')
+      lines = content.removesuffix('\n').split('\n')  # no other sign ends a line
     except (OSError, UnicodeDecodeError) as error:
       reason = getattr(error, 'strerror', None) or 'is not UTF-8'
       raise InputError(f'{path}: cannot be read as a text ({reason}).') from None
@@ -160,7 +177,8 @@ def _clip_tokenizer() -> ClipTokenizer:
 
 def plain(text: str) -> str:
   """What makes two captions the same: not case, white space, or a stop at the end."""
-  return ' '.join(text.split()).strip('.!?').lower()
+  text = ' '.join(text.split()).lower()
+  return text.rstrip(' .!?') or text
 
 
 def judge(
@@ -172,9 +190,11 @@ def judge(
   if triplets.STOP not in answer:
     return 'unfinished', None
   parts = triplets.parse(answer)
-  if parts is None or any('\n' in part for part in parts):
+  if parts is None or any('\n' in part or _is_garbled(part) for part in parts):
     return 'parts', None
-  instruction, edited = parts
+  instruction, edited = parts = tuple(' '.join(part.split()) for part in parts)
+  if plain(instruction) == plain(edited):
+    return 'parts', None
   if plain(edited) == plain(caption):
     return 'unchanged', None
   if len(instruction.split()) > writing.max_words or not all(map(fits, parts)):
@@ -182,6 +202,12 @@ def judge(
   if is_flagged and any(map(is_flagged, parts)):
     return 'flagged', None
   return '', parts
+
+
+def _is_garbled(text: str) -> bool:
+  """Whether it has signs that no one writes, or that stand for bytes that are no text."""
+  signs = set(text) - {'\t'}
+  return '\ufffd' in signs or any(unicodedata.category(sign) == 'Cc' for sign in signs)
 
 
 def write_all(
@@ -194,23 +220,33 @@ def write_all(
   limit: int | None = None,
   is_flagged: Moderate | None = None,
   progress: Progress = lambda done, total: None,
+  confirm: Callable[[Sequence[str]], None] = lambda texts: None,
 ) -> bool:
   """Writes for all captions of this worker, from where an earlier try stopped.
 
   `identity` tells models apart, so that no run goes on with another; its 'model' stands in every
   line. `shard` (i, n) is worker i of n, which has every n-th caption. `limit` is of captions, the
-  first; a later run may have more. Returns whether all workers are done, and the prompts written.
+  first; a later run may have more. `confirm` is called with the captions to ask for, before
+  anything is written, and may raise. Returns whether all workers are done, and the prompts written.
   """
   folder = local_folder(out)
   digest = hashlib.blake2b(json.dumps(captions).encode(), digest_size=8).hexdigest()
   settings = dataclasses.asdict(writing) | dict(identity)
-  _claim(folder, settings | {'captions': digest, 'shards': shard[1]}, shard)
+  settings |= {'captions': digest, 'shards': shard[1]}
+  is_new = _check_settings(folder, settings)
   captions = captions[:limit]
-  mine = captions[shard[0] :: shard[1]]
+  todo = collections.deque(remaining(folder, captions, writing, shard))
+  if todo:
+    confirm([caption.text for caption, _ in todo])
+  if is_new:
+    _begin(folder, settings, shard)
+  total = len(captions[shard[0] :: shard[1]])
   with _journal(answers_file(folder, shard)) as record:
-    todo = collections.deque(remaining(folder, captions, writing, shard))
-    done = len(mine) - len(todo)
-    progress(done, len(mine))
+    todo = collections.deque(remaining(folder, captions, writing, shard))  # nobody else writes now
+    if todo:  # else what is there is of fewer captions, and looks whole
+      (folder / PROMPTS).unlink(missing_ok=True)
+    done = total - len(todo)
+    progress(done, total)
     while todo:
       tasks = [todo.popleft() for _ in range(min(CHUNK, len(todo)))]
       asked = []
@@ -223,20 +259,21 @@ def write_all(
       again = []
       for task, answer in _answers(complete, asked, writing):
         caption, attempt = task
-        refused, parts = judge(caption.text, answer, writing, is_flagged)
         line = {'row': caption.row, 'attempt': attempt}
+        refused, parts = UNWELCOME_CAPTION, None
+        if answer is not None:
+          refused, parts = judge(caption.text, answer, writing, is_flagged)
         if refused:
           record(line | {'refused': refused, 'answer': answer})
         else:
           record(line | {'edit': parts[0], 'output': parts[1]})
-        if refused and attempt + 1 < writing.attempts:
+        if refused and refused not in HOPELESS and attempt + 1 < writing.attempts:
           again.append((caption, attempt + 1))
         else:
           done += 1
-          progress(done, len(mine))
+          progress(done, total)
       todo.extendleft(reversed(again))  # so that the next call is full, and the last one short
-    _write_part(folder, mine, writing, identity['model'], shard)
-  return _gather(folder, shard)
+  return _gather(folder, captions, writing, identity['model'], shard)
 
 
 def _answers(complete, asked, writing) -> Iterator[tuple[Task, str]]:
@@ -258,7 +295,7 @@ def remaining(
   made, done = collections.Counter(), set()
   for line in read_answers(answers_file(Path(folder), shard)):
     made[line['row']] = max(made[line['row']], line['attempt'] + 1)
-    if line.get('refused') in (None, FLAGGED_CAPTION):
+    if line.get('refused') is None or line['refused'] in HOPELESS:
       done.add(line['row'])
   mine = captions[shard[0] :: shard[1]]
   return [
@@ -272,10 +309,6 @@ def answers_file(folder: Path, shard: tuple[int, int]) -> Path:
   return folder / f'answers-{shard[0]:05d}-of-{shard[1]:05d}.jsonl'
 
 
-def part_file(folder: Path, shard: tuple[int, int]) -> Path:
-  return folder / f'part-{shard[0]:05d}-of-{shard[1]:05d}.jsonl'
-
-
 def read_answers(file: Path) -> Iterator[dict[str, Any]]:
   """Lines of a file of answers, but for a last one that was cut short; none if there is no file."""
   if not file.exists():
@@ -286,8 +319,12 @@ def read_answers(file: Path) -> Iterator[dict[str, Any]]:
         return
       try:
         found = json.loads(line)
-        found['row'], found['attempt']
+        is_sound = type(found['row']) is int and type(found['attempt']) is int
+        texts = ('refused',) if 'refused' in found else ('edit', 'output')
+        is_sound = is_sound and all(isinstance(found[name], str) for name in texts)
       except (ValueError, KeyError, TypeError):
+        is_sound = False
+      if not is_sound:
         raise InputError(
           f'{file}: line {number} is damaged; delete it, and that answer is asked for again.'
         ) from None
@@ -311,55 +348,72 @@ def _journal(file: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     for line in opened:
       whole += len(line) if line.endswith(b'\n') else 0
     opened.truncate(whole)
+    synced = time.monotonic()
 
     def record(line):
+      nonlocal synced
       opened.write(json.dumps(line).encode() + b'\n')
-      opened.flush()
+      opened.flush()  # from here on it outlives the process
+      if time.monotonic() > synced + SYNC:
+        os.fsync(opened.fileno())
+        synced = time.monotonic()
 
     yield record
+    os.fsync(opened.fileno())
 
 
-def _write_part(folder, mine, writing, model, shard) -> None:
-  """The answers that were kept, in the order of the captions."""
-  kept = {line['row']: line for line in read_answers(answers_file(folder, shard)) if 'edit' in line}
+def _gather(folder, captions, writing, model, shard) -> bool:
+  """Writes the prompts if all workers have done their part of these captions."""
+  workers = [(i, shard[1]) for i in range(shard[1])]
+  if any(remaining(folder, captions, writing, worker) for worker in workers):
+    return False
+  answers = (line for worker in workers for line in read_answers(answers_file(folder, worker)))
+  kept = {line['row']: line for line in answers if 'edit' in line}
   sampling = {name: getattr(writing, name)
               for name in ('temperature', 'top_p', 'frequency_penalty', 'max_tokens')}  # fmt: skip
   lines = []
-  for caption in mine:
+  for caption in captions:
     if answer := kept.get(caption.row):
       line = {'caption': caption.text, 'edit': answer['edit'], 'output': answer['output']}
       line |= {'url': caption.url} if caption.url else {}
       line |= {'row': caption.row, 'model': model, 'attempt': answer['attempt']}
       line |= {'seed': writing.seed_of(caption.text, answer['attempt'])}
       lines.append(json.dumps(line | sampling) + '\n')
-  _write(part_file(folder, shard), ''.join(lines).encode(), shard)
-
-
-def _gather(folder, shard) -> bool:
-  """Writes the prompts if all parts are there."""
-  parts = [part_file(folder, (i, shard[1])) for i in range(shard[1])]
-  if not all(part.exists() for part in parts):
-    return False
-  with contextlib.ExitStack() as stack:
-    opened = [stack.enter_context(part.open()) for part in parts]
-    lines = heapq.merge(*opened, key=lambda line: json.loads(line)['row'])
+  if lines:
     _write(folder / PROMPTS, ''.join(lines).encode(), shard)
   return True
 
 
-def _claim(folder, settings, shard) -> None:
-  """Writes the settings, or refuses a folder that has others."""
+def _check_settings(folder, settings) -> bool:
+  """Whether the folder is new; InputError if it was begun with other settings."""
   file = folder / SETTINGS
-  folder.mkdir(parents=True, exist_ok=True)
+  if folder.exists() and not folder.is_dir():
+    raise InputError(f'{folder}: is a file; give a folder.')
   if not file.exists():
-    _write(file, (json.dumps(settings, indent=2) + '\n').encode(), shard)
+    if any(folder.glob('answers-*.jsonl')):
+      raise InputError(
+        f'{folder}: has answers, but no {SETTINGS} that tells how they were written; use another'
+        ' folder.'
+      )
+    return True
   known, settings = storage.read_json(file), json.loads(json.dumps(settings))
+  if not isinstance(known, dict):
+    raise InputError(f'{file}: holds no settings; use another folder.')
   for name in sorted({*known, *settings}):
     if known.get(name) != settings.get(name):
       raise InputError(
         f'{folder}: was begun with {name} {known.get(name)!r}, not {settings.get(name)!r}; use'
         ' another folder, or the same settings.'
       )
+  return False
+
+
+def _begin(folder, settings, shard) -> None:
+  """Writes the settings; InputError if another worker just did, and with others."""
+  folder.mkdir(parents=True, exist_ok=True)
+  if _check_settings(folder, settings):
+    _write(folder / SETTINGS, (json.dumps(settings, indent=2) + '\n').encode(), shard)
+  _check_settings(folder, settings)
 
 
 def _write(file, content, shard) -> None:
@@ -370,9 +424,14 @@ def _write(file, content, shard) -> None:
 
 
 def local_folder(out: str | Path) -> Path:
-  if not storage.is_local(out):
-    raise InputError(f'{out}: give a folder of this machine; answers are added to files there.')
-  return Path(storage.folder(out))
+  return Path(storage.folder(local(out)))
+
+
+def local(path: str | Path) -> str:
+  """A path of this machine; InputError for a bucket, or none."""
+  if not str(path) or not storage.is_local(path):
+    raise InputError(f'{str(path)!r}: give a path of this machine, not of a bucket.')
+  return str(path)
 
 
 class Yield(NamedTuple):
@@ -381,7 +440,7 @@ class Yield(NamedTuple):
   captions: int  # asked for, or flagged
   answers: int
   refused: dict[str, int]  # answers, by reason
-  flagged: int  # captions
+  hopeless: dict[str, int]  # captions that got no answer, by reason
   instructions: list[str]  # that were kept
 
 
@@ -394,9 +453,9 @@ def read_yield(folder: str | Path) -> Yield:
         refused[line['refused']] += 1
       else:
         instructions.append(line['edit'])
-  flagged = refused.pop(FLAGGED_CAPTION, 0)
+  hopeless = {reason: refused.pop(reason) for reason in HOPELESS if reason in refused}
   answers = len(instructions) + sum(refused.values())
-  return Yield(len(rows), answers, dict(refused), flagged, instructions)
+  return Yield(len(rows), answers, dict(refused), hopeless, instructions)
 
 
 def describe(found: Yield) -> Iterator[str]:
@@ -407,20 +466,21 @@ def describe(found: Yield) -> Iterator[str]:
   yield f'answers kept: {part(kept, found.answers)}'
   for reason, count in sorted(found.refused.items(), key=lambda item: -item[1]):
     yield f'answers refused, {REASONS.get(reason, reason)}: {part(count, found.answers)}'
-  if found.flagged:
-    yield f'captions flagged by moderation: {part(found.flagged, found.captions)}'
+  for reason, count in found.hopeless.items():
+    yield f'captions {HOPELESS[reason]}: {part(count, found.captions)}'
 
 
-def merge(files: Sequence[Path], out: Path) -> tuple[int, int]:
+def merge(files: Sequence[str | Path], out: str | Path) -> tuple[int, int]:
   """Writes the lines of all files that were not there before: (lines written, duplicates).
 
   Duplicates have the same caption, but for case, white space and a last stop, or the same URL.
   """
+  out = Path(local(out)).expanduser()
   if out.exists():
     raise InputError(f'{out} exists; give a new file, or delete it.')
   seen, lines, duplicates = set(), [], 0
   for file in files:
-    reader = triplets.open_table(file)
+    reader = triplets.open_table(local(file))
     caption = triplets.pick(reader.names, triplets.NAMES['caption'])
     for i in range(len(reader)):
       place, _, values = reader.read(i, tuple(reader.names))

@@ -15,12 +15,19 @@ from typer import Argument, Option
 
 from ip2p_jax import caption_server, captions, language, language_training, triplet_check, triplets
 from ip2p_jax import config as configuration
-from ip2p_jax.captions import Complete, Writing
+from ip2p_jax.captions import MOST_TOKENS, Complete, Writing
 from ip2p_jax.console import cache_compilations
 from ip2p_jax.data.shard_writing import parse_shard
 from ip2p_jax.errors import InputError
 from ip2p_jax.networks import weights_digest
 from ip2p_jax.weights.language_folder import read_language
+
+# Options that only one of the two backends reads.
+OF_SERVER = ('server_model', 'api', 'key_variable', 'examples', 'from_triplets', 'body',
+             'concurrency', 'timeout', 'retries', 'prompt_price', 'completion_price',
+             'yes')  # fmt: skip
+OF_MODEL = ('slots', 'dtype')
+MOST_DOLLARS = 1e6  # per million tokens
 
 app = typer.Typer(
   rich_markup_mode=None,
@@ -60,15 +67,16 @@ def train(
 
 @app.command()
 def write(
+  context: typer.Context,
   source: Annotated[
-    Path,
+    str,
     Argument(
       metavar='CAPTIONS',
       help='A .jsonl, .csv or .parquet file, a folder of .parquet, or a .txt of one per line.',
     ),
   ],
   out: Annotated[
-    Path, Argument(metavar='OUT', help='A new folder; or one that an earlier try began.')
+    str, Argument(metavar='OUT', help='A new folder; or one that an earlier try began.')
   ],
   model: Annotated[
     Path | None, Option(help='A folder as transformers saves a model, trained on triplets.')
@@ -85,7 +93,7 @@ def write(
   temperature: Annotated[float, Option(help='0 always takes the likeliest token.')] = 0.7,
   top_p: Annotated[float, Option(help='Part of the probability that tokens are drawn from.')] = 1.0,
   frequency_penalty: Annotated[float, Option(help='Per time that a token was written.')] = 0.1,
-  max_tokens: Annotated[int, Option(min=1, help='Of an answer.')] = 256,
+  max_tokens: Annotated[int, Option(min=1, max=MOST_TOKENS, help='Of an answer.')] = 256,
   max_words: Annotated[int, Option(min=1, help='Of an instruction.')] = 25,
   seed: Annotated[int, Option(min=0, help='Of the whole run.')] = 0,
   moderate: Annotated[
@@ -96,7 +104,9 @@ def write(
     ),
   ] = None,
   shard: Annotated[str, Option(help='i/n: this worker of n that share the captions.')] = '0/1',
-  slots: Annotated[int, Option(min=1, help='With --model: captions at a time.')] = 64,
+  slots: Annotated[
+    int, Option(min=1, max=MOST_TOKENS, help='With --model: captions at a time.')
+  ] = 64,
   dtype: Annotated[
     str | None, Option(help='With --model: float32 or bfloat16; by default float32 on a CPU only.')
   ] = None,
@@ -113,14 +123,18 @@ def write(
   body: Annotated[
     str, Option(help='With --server: more of the request, as JSON; null takes a key out.')
   ] = '{}',
-  concurrency: Annotated[int, Option(min=1, help='With --server: requests at a time.')] = 16,
+  concurrency: Annotated[
+    int, Option(min=1, max=1024, help='With --server: requests at a time.')
+  ] = 16,
   timeout: Annotated[float, Option(min=0.1, help='With --server: seconds for an answer.')] = 120.0,
   retries: Annotated[int, Option(min=0, help='With --server: of a request that fails.')] = 8,
   prompt_price: Annotated[
-    float | None, Option(min=0, help='With --server: dollars per million tokens of requests.')
+    float | None,
+    Option(min=0, max=MOST_DOLLARS, help='With --server: dollars per million tokens of requests.'),
   ] = None,
   completion_price: Annotated[
-    float | None, Option(min=0, help='With --server: dollars per million tokens of answers.')
+    float | None,
+    Option(min=0, max=MOST_DOLLARS, help='With --server: dollars per million tokens of answers.'),
   ] = None,
   yes: Annotated[bool, Option('--yes', '-y', help='With --server: do not ask first.')] = False,
 ) -> None:
@@ -144,7 +158,9 @@ def write(
   number = parse_shard(shard)
   if (model is None) == (server is None):
     raise InputError('give either --model FOLDER or --server URL.')
+  _check_options(context, *((OF_SERVER, '--server') if model else (OF_MODEL, '--model')))
   folder, is_flagged = captions.local_folder(out), moderate and _hook(moderate)
+  source = Path(captions.local(source)).expanduser()
   asked = None
   if server is not None:
     if not server_model:
@@ -155,30 +171,35 @@ def write(
       shown, examples, _json(body), concurrency, timeout, retries,
     )  # fmt: skip
   found = captions.read_captions(source, column)
-  chosen = found.kept[:limit]
   left_out = ', '.join(f'{count:,} {reason}' for reason, count in found.left_out.items())
   tqdm.write(f'{source}: {len(found.kept):,} captions; left out: {left_out or "none"}')
-  todo = captions.remaining(folder, chosen, writing, number)
-  usage = caption_server.Usage()
+  usage, to_ask = caption_server.Usage(), []
   if asked:
     identity = {'model': server_model, 'api': api, 'shown': examples}
     identity |= {'examples': _digest(shown), 'body': _digest(asked.body)}  # that may hold secrets
-    if todo:
-      _confirm(asked, writing, [caption.text for caption, _ in todo],
-               prompt_price, completion_price, yes)  # fmt: skip
     complete = caption_server.backend(asked, writing, usage, _once(tqdm.write))
   else:
     loaded, identity = _load(model, dtype)
     complete = local(loaded, writing, slots)
-  mine = chosen[number[0] :: number[1]]
-  with tqdm(
-    total=len(mine), initial=len(mine) - len(todo), unit='caption', dynamic_ncols=True, disable=None
-  ) as bar:
+
+  def confirm(texts):
+    to_ask.extend(texts)
+    if asked:
+      _confirm(asked, writing, texts, prompt_price, completion_price, yes)
+
+  with tqdm(unit='caption', dynamic_ncols=True, disable=None) as bar:
+
+    def progress(done, total):
+      if bar.total is None:  # what was there before says nothing of the speed
+        bar.reset(total)
+        bar.initial = bar.n = done
+      bar.update(done - bar.n)
+
     is_complete = captions.write_all(
       found.kept, folder, complete, writing, identity | {'moderate': moderate}, number, limit,
-      is_flagged, lambda done, total: bar.update(done - bar.n),
+      is_flagged, progress, confirm,
     )  # fmt: skip
-  if asked and todo:
+  if asked and to_ask:
     _tell_usage(usage, prompt_price, completion_price)
   _report(folder, is_complete)
 
@@ -204,7 +225,7 @@ def check(
     read, findings = triplet_check.check(file, tqdm.write, progress)
   for line in triplet_check.diversity([triplet.instruction for triplet in read]):
     tqdm.write(line)
-  tqdm.write(f'{file}: {len(read):,} triplets, {findings:,} findings')
+  tqdm.write(f'{file}: {_many(len(read), "triplet")}, {_many(findings, "finding")}')
   if findings:
     raise typer.Exit(1)
 
@@ -212,7 +233,7 @@ def check(
 @app.command()
 def merge(
   files: Annotated[
-    list[Path], Argument(metavar='FILES... OUT', help='Files of `write`, then a new one.')
+    list[str], Argument(metavar='FILES... OUT', help='Files of `write`, then a new one.')
   ],
 ) -> None:
   """Puts the prompts of several runs into one file, each caption once.
@@ -225,7 +246,21 @@ def merge(
   if not sources:
     raise InputError('give the files to merge, and then a new one to write to.')
   count, duplicates = captions.merge(sources, out)
-  tqdm.write(f'{out}: {count:,} prompts; {duplicates:,} left out, whose caption was there before')
+  tqdm.write(
+    f'{out}: {_many(count, "prompt")}; {duplicates:,} left out, whose caption was there before'
+  )
+
+
+def _many(count: int, what: str) -> str:
+  return f'{count:,} {what}{"s" * (count != 1)}'
+
+
+def _check_options(context, names, backend) -> None:
+  """InputError for an option that was given and would not be read."""
+  for parameter in context.command.params:
+    is_given = context.get_parameter_source(parameter.name).name == 'COMMANDLINE'
+    if parameter.name in names and is_given:
+      raise InputError(f'{parameter.opts[0]} goes with {backend}; leave it out.')
 
 
 def _load(folder, dtype):
@@ -237,6 +272,7 @@ def _load(folder, dtype):
     'model': folder.resolve().name,
     'dtype': dtype,
     'weights': weights_digest(checkpoint.tensors),
+    'tokenizer': hashlib.blake2b(checkpoint.tokenizer, digest_size=8).hexdigest(),
   }
   return language.Language.of(checkpoint, dtype), identity
 
@@ -245,10 +281,14 @@ def local(model: language.Language, writing: Writing, slots: int) -> Complete:
   """Asks a model on the devices of this machine, `slots` captions at a time."""
 
   def complete(captions, seeds):
+    prompts = [triplets.prompt(caption) for caption in captions]
+    is_short = language.has_room(model, prompts)
+    yield from ((i, None) for i, fits in enumerate(is_short) if not fits)
+    chosen = [i for i, fits in enumerate(is_short) if fits]
     written = language.write(
       model,
-      [triplets.prompt(caption) for caption in captions],
-      seeds=seeds,
+      [prompts[i] for i in chosen],
+      seeds=[seeds[i] for i in chosen],
       temperature=writing.temperature,
       top_p=writing.top_p,
       frequency_penalty=writing.frequency_penalty,
@@ -258,7 +298,7 @@ def local(model: language.Language, writing: Writing, slots: int) -> Complete:
     )
     for answer in written:
       text = triplets.clean(answer.text)
-      yield answer.index, text + (triplets.STOP if answer.is_finished else '')
+      yield chosen[answer.index], text + (triplets.STOP if answer.is_finished else '')
 
   return complete
 
@@ -294,7 +334,8 @@ def _hook(spec: str) -> Callable[[str], bool]:
 def _json(text: str) -> dict:
   try:
     found = json.loads(text)
-  except ValueError:
+    json.dumps(found, allow_nan=False)  # nor infinity, which are no JSON
+  except (ValueError, RecursionError):
     found = None
   if not isinstance(found, dict):
     raise InputError('--body is no JSON object, as in \'{"seed": null, "min_p": 0.1}\'.')
@@ -349,9 +390,8 @@ def _report(folder, is_complete) -> None:
   found = captions.read_yield(folder)
   for line in captions.describe(found):
     tqdm.write(line)
-  if not found.instructions:
-    tqdm.write(f'no answer was kept; see what was answered in {folder}')
-    return
+  if not found.instructions and is_complete:
+    raise InputError(f'no answer was kept; {folder} has them all, and why they were refused.')
   for line in triplet_check.diversity(found.instructions):
     tqdm.write(line)
   if is_complete:

@@ -140,6 +140,12 @@ def write(
   return _write(slots, list(zip(tokens, map(int, seeds), strict=True)), knobs, stop)
 
 
+def has_room(language: Language, prompts: Sequence[str]) -> list[bool]:
+  """Whether each prompt leaves room in the model's context for a token or more."""
+  most = language.config.max_position_embeddings
+  return [len(tokens) < most for tokens in _tokens(language, prompts)]
+
+
 class Knobs(NamedTuple):
   """Scalars, traced: other values run the same program."""
 
@@ -370,14 +376,18 @@ def _knobs(temperature, top_p, frequency_penalty):
 
 def _encoded(language, prompts) -> list[np.ndarray]:
   room, encoded = language.config.max_position_embeddings, []
-  for begin in range(0, len(prompts), 1024):  # what the library returns is large
-    for i, found in enumerate(language.tokenizer.encode_batch(list(prompts[begin : begin + 1024]))):
-      if not 0 < len(found.ids) < room:
-        wrong = f'has {len(found.ids)} tokens, and the model reads fewer than {room}'
-        raise InputError(f'prompt {begin + i} {wrong if found.ids else "is empty"}: '
-                         f'{prompts[begin + i][:60]!r}.')  # fmt: skip
-      encoded.append(np.array(found.ids, np.int32))
+  for i, tokens in enumerate(_tokens(language, prompts)):
+    if not 0 < len(tokens) < room:
+      wrong = f'has {len(tokens)} tokens, and the model reads fewer than {room}'
+      raise InputError(f'prompt {i} {wrong if tokens else "is empty"}: {prompts[i][:60]!r}.')
+    encoded.append(np.array(tokens, np.int32))
   return encoded
+
+
+def _tokens(language, prompts) -> Iterator[list[int]]:
+  for begin in range(0, len(prompts), 1024):  # what the library returns is large
+    for found in language.tokenizer.encode_batch(list(prompts[begin : begin + 1024])):
+      yield found.ids
 
 
 def _on_device(view):

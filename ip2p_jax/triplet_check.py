@@ -23,12 +23,16 @@ SMALL_WORDS = frozenset(
 )
 # What pairs of pictures that share attention cannot show. Words, and what they ask for.
 SPATIAL = {
-  'the camera': r"""zoom\w*|close-?\s?up|wide[- ]angle|viewpoint|point\ of\ view|perspective
+  'the camera': r"""(?:move|turn|tilt|lower|raise|change)\ the\ camera
+    |zoom\w*|close-?\s?up|wide[- ]angle|viewpoint|point\ of\ view|perspective
     |camera\ angle|crop(?:ped)?\ (?:it|the|out|to)|closer|further\ away|farther|bird's[- ]eye
     |from\ (?:above|below|behind|the\ (?:side|back|front))|pan\ (?:to|left|right|up|down)""",
   'places': r"""moves?|moved|shift(?:s|ed)?|swap\w*(?!.*\ for\ )|switch\ (?:places|positions|sides)
-    |rearrange\w*|rotat\w*|flip(?:s|ped)?|mirror\ (?:it|the)|upside\ down|turn(?:ed)?\ around
-    |(?:to|on)\ the\ right|left|right[- ](?:side|hand)|(?:other|opposite)\ side""",
+    |rearrange\w*|rotat\w*|flip(?:s|ped)?(?![-\w])|mirror\ (?:it|the)|upside\ down
+    |turn(?:ed)?\ around|(?:to|on)\ the\ right|left|right[- ](?:side|hand)|(?:other|opposite)\ side
+    |(?:at|to|in)\ the\ (?:bottom|top|cent(?:er|re)|middle|corners?)(?!\ of)
+    |(?:put|place|bring|stand|set)\ (?:it|him|her|them|the\ \w+)\ (?:behind|in\ front|next\ to)
+    |cent(?:er|re)\ (?:it|the)|enlarge\w*|shrink\w*|resize\w*""",
   'numbers': r"""(?:two|three|four|five|six|seven|eight|nine|ten)(?!-)|dozens?|twice|double\ the
     |one\ more|a\ (?:second|third)|\d{1,2}(?!\ ?(?:mm|th|st|nd|rd|°)|[-:.,]\d)""",
 }
@@ -112,11 +116,11 @@ def repeated(captions: Sequence[str]) -> Iterator[tuple[int, int, bool]]:
   same: dict[str, int] = {}
   by_word: Mapping[str, list[int]] = collections.defaultdict(list)
   for i, (caption, own) in enumerate(zip(captions, sets, strict=True)):
-    if not own:
-      continue
-    earlier = same.setdefault(plain(caption), i)
+    earlier = same.setdefault(plain(caption), i) if caption.strip() else i
     if earlier != i:
       yield i, earlier, True
+      continue
+    if not own:
       continue
     rarest = sorted(own, key=lambda word: (counts[word], word))
     rarest = rarest[: len(own) - math.ceil(NEAR * len(own) - 1e-9) + 1]

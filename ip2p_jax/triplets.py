@@ -40,19 +40,29 @@ def completion(triplet: Triplet) -> str:
 
 def parse(completion: str) -> tuple[str, str] | None:
   """(instruction, edited caption) of what a model wrote; None if these are not its two parts."""
-  parts = [part.strip() for part in completion.partition(STOP)[0].split(AFTER_INSTRUCTION)]
+  completion = completion.replace('\r\n', '\n').partition(STOP)[0]
+  parts = [part.strip() for part in completion.split(AFTER_INSTRUCTION)]
   return (parts[0], parts[1]) if len(parts) == 2 and all(parts) else None
 
 
 def fault(triplet: Triplet) -> str | None:
   """Why the formats cannot hold it, as the end of a sentence that begins with its place."""
   for name, text in triplet._asdict().items():
+    name = 'edited caption' if name == 'edited' else name
     if not text:
       return f'has no {name}'
-    for mark in (AFTER_CAPTION, AFTER_INSTRUCTION, STOP):
-      if mark in f'\n{text}\n':
-        return f'has a line {mark.strip()!r} in its {name}, which the formats need for themselves'
+    if line := mark_in(text):
+      return f'has a line {line} in its {name}, which the formats need for themselves'
   return None
+
+
+def mark_in(text: str) -> str | None:
+  """What line of a text the formats would take for one of their marks, as words; None if none."""
+  found = (mark for mark in (AFTER_CAPTION, AFTER_INSTRUCTION, STOP) if mark in f'\n{text}\n')
+  return next(
+    (f'that begins with {mark.strip()}' if mark == STOP else repr(mark.strip()) for mark in found),
+    None,
+  )
 
 
 def read(path: str | Path) -> list[Triplet]:

@@ -213,7 +213,7 @@ def test_a_redirect_is_not_followed_with_the_key(fake, ask):
 def test_a_caption_that_the_server_will_not_take_goes_without(fake, ask):
   fake.always = lambda body: status(400, b'{"error": "filtered"}') if body['seed'] == 1 else None
   said = []
-  assert ask(['a', 'b', 'c'], say=said.append)[1] == ''
+  assert ask(['a', 'b', 'c'], say=said.append)[1] is None
   assert len(said) == 1 and 'status 400: filtered' in said[0]
 
 
@@ -225,6 +225,12 @@ def test_a_request_that_the_server_never_takes_stops_the_run(fake, ask):
 
 def test_an_answer_that_ran_out_of_tokens_has_no_end(fake, ask):
   fake.troubles.append(lambda handler, body: handler.say(200, answer_to(body, 'make it', 'length')))
+  assert ask(['a cat']) == ['make it']
+
+
+@pytest.mark.parametrize('reason', ['content_filter', 'tool_calls'])
+def test_an_answer_that_was_cut_short_has_no_end(fake, ask, reason):
+  fake.troubles.append(lambda handler, body: handler.say(200, answer_to(body, 'make it', reason)))
   assert ask(['a cat']) == ['make it']
 
 
@@ -280,7 +286,7 @@ def test_a_run_that_failed_goes_on_where_it_was(fake, tmp_path):
   fake.asked.clear()
   count = iter(range(1000))
   fake.always = lambda body: status(401) if next(count) >= 15 else None
-  with pytest.raises(InputError, match='refuses the key'):
+  with pytest.raises(InputError, match='wants a key'):
     run(fake, tmp_path / 'parts')
   fake.always = lambda body: None
   assert run(fake, tmp_path / 'parts')

@@ -128,6 +128,8 @@ def test_the_column_can_be_named(tmp_path):
   [
     ('some.jsonl', '{"words": "a"}', 'no column caption; the columns are words'),
     ('some.jsonl', '{"caption": "a"}\n{', 'line 2: cannot be read'),
+    ('some.jsonl', '{"caption": \n{"caption": "a"', 'line 1: cannot be read'),
+    ('some.csv', 'caption,caption\na,b', "two columns 'caption'"),
     ('some.txt', '\n\n', 'has no caption that could be used'),
     ('some.txt', b'\xff\xfe', 'is not UTF-8'),
     ('none.txt', None, 'No such file'),
@@ -142,6 +144,32 @@ def test_a_bad_file_of_captions_is_refused(tmp_path, name, content, message):
     read_captions(file)
 
 
+def test_a_text_may_begin_with_a_byte_order_mark(tmp_path):
+  (tmp_path / 'some.txt').write_bytes('\ufeffa cat\n'.encode())
+  assert read_captions(tmp_path / 'some.txt').kept == [Caption(0, 'a cat')]
+
+
+def test_captions_like_a_mark_of_the_formats_are_left_out(tmp_path):
+  (tmp_path / 'some.txt').write_text('ENDless summer\n##\nThe END\n')
+  found = read_captions(tmp_path / 'some.txt')
+  assert [caption.text for caption in found.kept] == ['The END']
+  assert found.left_out == {'like a mark of the formats': 2}
+
+
+@pytest.mark.parametrize(
+  ('one', 'other', 'is_same'),
+  [
+    ('A cat', ' a  CAT .', True),
+    ('a cat?!', 'a cat', True),
+    ('...and a cat', 'and a cat', False),
+    ('!!!', '!!!', True),
+    ('!!!', '???', False),
+  ],
+)
+def test_captions_are_the_same_but_for_case_space_and_last_stop(one, other, is_same):
+  assert (captions.plain(one) == captions.plain(other)) == is_same
+
+
 # Judging.
 
 
@@ -150,6 +178,11 @@ def test_a_bad_file_of_captions_is_refused(tmp_path, name, content, message):
   [
     ('make it red\n%%\na red cat\nEND', ''),
     ('make it red\n%%\na red cat\nEND\nand so on', ''),
+    ('make it red\r\n%%\r\na red cat\r\nEND', ''),
+    ('make it\u2028red\n%%\na red\u00a0cat\nEND', ''),
+    ('make it\x00 red\n%%\na red cat\nEND', 'parts'),
+    ('make it red\n%%\na red \ufffd\nEND', 'parts'),
+    ('a red cat\n%%\nA red cat.\nEND', 'parts'),
     ('', 'empty'),
     ('make it red\n%%\na red cat', 'unfinished'),
     ('make it red\nEND', 'parts'),
@@ -170,7 +203,10 @@ def test_an_answer_is_refused_for_a_reason(answer, reason):
 
 
 def test_settings_that_make_no_sense_are_refused():
-  for wrong in ({'attempts': 0}, {'temperature': -1}, {'top_p': 1.5}, {'max_words': 0}):
+  for wrong in (
+    {'attempts': 0}, {'temperature': -1}, {'top_p': 1.5}, {'top_p': 0.0}, {'max_words': 0},
+    {'max_tokens': 2**15}, {'temperature': float('nan')},
+  ):  # fmt: skip
     with pytest.raises(InputError, match=next(iter(wrong))):
       Writing(**wrong)
 
@@ -226,10 +262,11 @@ def test_two_workers_write_what_one_does(tmp_path, whole):
   assert not write_all(MINE, tmp_path, Model(), WRITING, IDENTITY, (1, 2))
   assert not (tmp_path / captions.PROMPTS).exists()
   assert write_all(MINE, tmp_path, Model(), WRITING, IDENTITY, (0, 2))
-  names = [captions.PROMPTS] + [captions.part_file(tmp_path, (i, 2)).name for i in (0, 1)]
-  first, *parts = ((tmp_path / name).read_bytes().splitlines() for name in names)
-  assert first == (whole / captions.PROMPTS).read_bytes().splitlines()
-  assert sorted(first) == sorted(parts[0] + parts[1]) and all(parts)
+  name = captions.PROMPTS
+  assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
+  rows = [{line['row'] for line in read_answers(captions.answers_file(tmp_path, (i, 2)))}
+          for i in range(2)]  # fmt: skip
+  assert rows == [{caption.row for caption in MINE[i::2]} for i in range(2)]
 
 
 @pytest.mark.parametrize('seed', range(4))
@@ -265,9 +302,61 @@ def test_a_run_of_the_first_captions_can_go_on_with_more(tmp_path, whole):
   first, second = Model(), Model()
   assert write_all(MINE, tmp_path, first, WRITING, IDENTITY, limit=10)
   assert {text for text, _ in first.asked} == {caption.text for caption in MINE[:10]}
+  assert {line['row'] for line in lines(tmp_path / captions.PROMPTS)} <= set(range(0, 20, 2))
+  with pytest.raises(Stop):
+    write_all(MINE, tmp_path, Model(stop_after=5), WRITING, IDENTITY)
+  assert not (tmp_path / captions.PROMPTS).exists()  # which would look whole, and is not
   assert write_all(MINE, tmp_path, second, WRITING, IDENTITY)
   assert not {*first.asked} & {*second.asked}
   assert contents(tmp_path) == contents(whole)
+
+
+def test_prompts_wait_for_all_that_any_worker_was_told_to_write(tmp_path, whole):
+  assert not write_all(MINE, tmp_path, Model(), WRITING, IDENTITY, (0, 2), limit=10)
+  assert write_all(MINE, tmp_path, Model(), WRITING, IDENTITY, (1, 2), limit=10)
+  assert not write_all(MINE, tmp_path, Model(), WRITING, IDENTITY, (0, 2))
+  assert not (tmp_path / captions.PROMPTS).exists()  # worker 1 has done ten, and no more
+  assert write_all(MINE, tmp_path, Model(), WRITING, IDENTITY, (1, 2))
+  name = captions.PROMPTS
+  assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_run_is_confirmed_before_anything_is_written(tmp_path):
+  def confirm(texts):
+    assert texts == [caption.text for caption in MINE] and not (tmp_path / 'new').exists()
+    raise Stop
+
+  with pytest.raises(Stop):
+    write_all(MINE, tmp_path / 'new', Model(), WRITING, IDENTITY, confirm=confirm)
+  assert not (tmp_path / 'new').exists()
+
+
+def test_a_caption_that_the_model_does_not_take_is_never_asked_for_again(tmp_path):
+  def complete(texts, seeds):
+    for i, answer in Model()(texts, seeds):
+      yield i, None if 'mat 7' in texts[i] else answer
+
+  assert write_all(MINE, tmp_path, complete, WRITING, IDENTITY)
+  found, again = captions.read_yield(tmp_path), Model()
+  assert found.hopeless == {captions.UNWELCOME_CAPTION: 1} and found.captions == 60
+  assert 'captions that the model would not take: 1 of 60 (1.7%)' in captions.describe(found)
+  assert write_all(MINE, tmp_path, again, WRITING, IDENTITY) and not again.asked
+
+
+def test_where_nothing_is_kept_there_are_no_prompts(tmp_path):
+  complete = lambda texts, seeds: ((i, '') for i in range(len(texts)))
+  assert write_all(MINE, tmp_path, complete, WRITING, IDENTITY)
+  assert not (tmp_path / captions.PROMPTS).exists()
+
+
+def test_answers_without_their_settings_are_not_taken_over(tmp_path):
+  write_all(MINE, tmp_path, Model(), WRITING, IDENTITY)
+  (tmp_path / captions.SETTINGS).write_text('[]')
+  with pytest.raises(InputError, match=r'captions\.json: holds no settings'):
+    write_all(MINE, tmp_path, Model(), WRITING, IDENTITY)
+  (tmp_path / captions.SETTINGS).unlink()
+  with pytest.raises(InputError, match=r'has answers, but no captions\.json'):
+    write_all(MINE, tmp_path, Model(), WRITING, IDENTITY)
 
 
 def test_progress_counts_captions(tmp_path):
@@ -303,19 +392,30 @@ def test_two_processes_cannot_be_the_same_worker(tmp_path):
   assert write_all(MINE, tmp_path, complete, WRITING, IDENTITY)
 
 
-def test_a_damaged_line_is_named(tmp_path):
+@pytest.mark.parametrize('line', ['{"row": ', '{"row": "1", "attempt": 0, "refused": "long"}',
+                                  '{"row": 1, "attempt": 0, "edit": "x"}', '[]'])  # fmt: skip
+def test_a_damaged_line_is_named(tmp_path, line):
   write_all(MINE, tmp_path, Model(), WRITING, IDENTITY)
   file = captions.answers_file(tmp_path, (0, 1))
   damaged = file.read_bytes().splitlines(keepends=True)
-  damaged[4] = b'{"row": \n'
+  damaged[4] = line.encode() + b'\n'
   file.write_bytes(b''.join(damaged))
   with pytest.raises(InputError, match=rf'{re.escape(str(file))}: line 5 is damaged'):
     write_all(MINE, tmp_path, Model(), WRITING, IDENTITY)
 
 
-def test_a_bucket_is_refused():
-  with pytest.raises(InputError, match='gs://bucket/edits: give a folder of this machine'):
-    write_all(MINE, 'gs://bucket/edits', Model(), WRITING, IDENTITY)
+@pytest.mark.parametrize('out', ['gs://bucket/edits', ''])
+def test_a_bucket_or_no_name_is_refused(tmp_path, out):
+  with pytest.raises(InputError, match=f'{out!r}: give a path of this machine'):
+    write_all(MINE, out, Model(), WRITING, IDENTITY)
+  with pytest.raises(InputError, match=f'{out!r}: give a path of this machine'):
+    captions.merge([], out)
+
+
+def test_a_file_is_no_folder(tmp_path):
+  (tmp_path / 'out').touch()
+  with pytest.raises(InputError, match='out: is a file; give a folder'):
+    write_all(MINE, tmp_path / 'out', Model(), WRITING, IDENTITY)
 
 
 # Moderation.
@@ -326,7 +426,7 @@ def test_a_flagged_caption_is_never_asked_for(tmp_path):
   write_all(MINE, tmp_path, model, WRITING, IDENTITY, is_flagged=lambda text: 'mat 7' in text)
   assert len(model.asked) >= 59 and 'a cat on mat 7' not in {text for text, _ in model.asked}
   found = captions.read_yield(tmp_path)
-  assert found.flagged == 1 and found.captions == 60
+  assert found.hopeless == {captions.FLAGGED_CAPTION: 1} and found.captions == 60
   again = Model()
   write_all(MINE, tmp_path, again, WRITING, IDENTITY, is_flagged=lambda text: 'mat 7' in text)
   assert not again.asked

@@ -155,10 +155,18 @@ def test_a_model_that_is_killed_at_any_time_goes_on(ip2p, model, tmp_path):
         time.sleep(0.001)
       assert run.wait() in (0, -signal.SIGKILL)
   assert kills == 2
-  for name in (captions.PROMPTS, captions.SETTINGS, 'part-00000-of-00001.jsonl'):
+  for name in (captions.PROMPTS, captions.SETTINGS):
     assert (tmp_path / 'parts' / name).read_bytes() == (tmp_path / 'whole' / name).read_bytes()
   found = [(line['row'], line['attempt']) for line in captions.read_answers(answers)]
   assert len(found) == len(set(found))
+
+
+def test_a_caption_that_is_too_long_for_the_model_goes_without(ip2p, model, tmp_path):
+  source = tmp_path / 'captions.txt'
+  source.write_text(f'a cat\n{"word " * 60}\n')
+  words = ('write', source, tmp_path / 'out', '--model', model)
+  code, said = ip2p(*words)
+  assert code == 0 and 'captions that the model would not take: 1 of 2' in said
 
 
 # A server.
@@ -197,9 +205,12 @@ def test_a_person_is_asked_whether_to_start(
   assert bool(fake.asked) == (code == 0)
 
 
-def test_a_wrong_key_is_one_line_and_status_2(ip2p, fake, source, tmp_path):
+def test_a_wrong_key_is_one_line_and_status_2(ip2p, fake, source, tmp_path, monkeypatch):
+  monkeypatch.setenv('SOME_KEY', KEY)
   fake.always = lambda body: status(401, KEY.encode())
-  code, said = ip2p(*asking(fake, source, tmp_path / 'edits', '--yes'))
+  words = asking(fake, source, tmp_path / 'edits', '--yes')
+  assert 'wants a key (status 401)' in ip2p(*words)[1]
+  code, said = ip2p(*words, '--key-variable', 'SOME_KEY')
   assert code == 2 and said.strip().splitlines()[-1].startswith('ip2p: error: http')
   assert 'refuses the key (status 401)' in said and 'Traceback' not in said
 
@@ -231,8 +242,25 @@ def test_triplets_of_ones_own_are_shown(ip2p, fake, source, tmp_path):
 def test_a_run_that_keeps_nothing_says_so(ip2p, fake, source, tmp_path):
   fake.always = lambda body: lambda handler, body: handler.say(200, answer_to(body, 'I am sorry.'))
   code, said = ip2p(*asking(fake, source, tmp_path / 'edits', '--yes', '--attempts', 2))
-  assert code == 0 and 'captions with an edit: 0 of 20' in said and 'no answer was kept' in said
+  assert code == 2 and 'captions with an edit: 0 of 20' in said and 'no answer was kept' in said
+  assert not (tmp_path / 'edits' / captions.PROMPTS).exists()
   assert 'answers refused, not an instruction and a caption: 40 of 40' in said
+
+
+def test_other_settings_are_refused_before_the_cost_is_asked(ip2p, fake, source, tmp_path):
+  assert ip2p(*asking(fake, source, tmp_path / 'edits', '--yes'))[0] == 0
+  code, said = ip2p(*asking(fake, source, tmp_path / 'edits', '--seed', 5, '--limit', 3))
+  assert code == 2 and 'begun with seed 0, not 5' in said and '--yes' not in said
+
+
+def test_captions_that_the_server_will_not_take_do_not_stop_a_run(ip2p, fake, source, tmp_path):
+  bad = [f'a cat on mat {i}' for i in range(3, 14)]
+  fake.always = lambda body: status(400) if caption_of(body) in bad else None
+  words = asking(fake, source, tmp_path / 'edits', '--yes', '--concurrency', 2)
+  code, said = ip2p(*words)
+  assert code == 0 and 'captions that the model would not take: 11 of 20 (55.0%)' in said
+  assert len(fake.asked) == 20
+  assert ip2p(*words)[0] == 0 and len(fake.asked) == 20
 
 
 def test_trouble_is_told_once(ip2p, fake, source, tmp_path):
@@ -243,6 +271,8 @@ def test_trouble_is_told_once(ip2p, fake, source, tmp_path):
 
 # Mistakes.
 
+HERE = ('--server', 'http://here', '--server-model', 'm')
+
 
 @pytest.mark.parametrize(
   ('words', 'message'),
@@ -252,15 +282,20 @@ def test_trouble_is_told_once(ip2p, fake, source, tmp_path):
     (('--model', 'nowhere'), 'nowhere: no such folder'),
     (('--server', 'http://here'), '--server-model is missing'),
     (('--server', 'here', '--server-model', 'm'), 'must be like http://'),
-    (
-      ('--server', 'http://here', '--server-model', 'm', '--body', '[]'),
-      '--body is no JSON object',
-    ),
-    (('--server', 'http://here', '--server-model', 'm', '--api', 'x'), "the api is 'x'"),
-    (('--server', 'http://here', '--server-model', 'm', '--key-variable', KEY), 'not the key'),
-    (('--server', 'http://here', '--server-model', 'm', '--examples', '500'), '500 examples'),
+    ((*HERE, '--body', '[]'), '--body is no JSON object'),
+    ((*HERE, '--api', 'x'), "the api is 'x'"),
+    ((*HERE, '--key-variable', KEY), 'not the key'),
+    ((*HERE, '--examples', '500'), '500 examples'),
     (('--model', 'm', '--shard', '2/2'), "shard is '2/2'"),
     (('--model', 'm', '--top-p', '2'), 'top_p is 2.0'),
+    (('--model', 'm', '--api', 'chat'), '--api goes with --server'),
+    (('--model', 'm', '--yes'), '--yes goes with --server'),
+    ((*HERE, '--slots', '4'), '--slots goes with --model'),
+    ((*HERE, '--body', '{"min_p": NaN}'), '--body is no JSON object'),
+    ((*HERE, '--body', '{"messages": 3}'), "the body may not hold 'messages'"),
+    ((*HERE, '--timeout', 'inf'), 'the timeout is inf s'),
+    ((*HERE, '--timeout', 'nan'), '--timeout'),
+    ((*HERE, '--prompt-price', 'inf'), '--prompt-price'),
     (('--model', 'm', '--column', 'x'), 'a text without columns'),
   ],
 )
@@ -312,7 +347,7 @@ def test_check_tells_by_its_status(ip2p, tmp_path):
   file = tmp_path / 'some.jsonl'
   file.write_text(json.dumps(good) + '\n')
   code, said = ip2p('check', file)
-  assert code == 0 and said.splitlines()[-1] == f'{file}: 1 triplets, 0 findings'
+  assert code == 0 and said.splitlines()[-1] == f'{file}: 1 triplet, 0 findings'
   file.write_text(file.read_text() + json.dumps(good | {'edit': 'add two dogs'}) + '\n')
   code, said = ip2p('check', file)
   assert code == 1 and said.splitlines()[:2] == [
@@ -330,7 +365,7 @@ def test_runs_are_merged(ip2p, tmp_path):
     (tmp_path / f'{name}.jsonl').write_text(json.dumps(line) + '\n')
   sources = [tmp_path / 'a.jsonl', tmp_path / 'b.jsonl']
   code, said = ip2p('merge', *sources, tmp_path / 'all.jsonl')
-  assert code == 0 and '1 prompts; 1 left out' in said
+  assert code == 0 and '1 prompt; 1 left out' in said
   assert (tmp_path / 'all.jsonl').read_bytes() == sources[0].read_bytes()
   assert ip2p('merge', sources[0])[0] == 2
 

@@ -84,7 +84,11 @@ def test_csv_and_parquet_say_the_same(tmp_path):
     ([{'input': 'a cat', 'output': 'b'}], 'no column looks like the instruction'),
     ([CAT._asdict(), {'caption': 3, 'instruction': 'x', 'edited': 'y'}], 'line 2 has no caption'),
     ([{'input': 'a\n##\nb', 'edit': 'x', 'output': 'y'}], "has a line '##' in its caption"),
-    ([{'input': 'a', 'edit': 'x', 'output': 'b\nEND'}], "has a line 'END' in its edited"),
+    (
+      [{'input': 'a', 'edit': 'x', 'output': 'b\nEND'}],
+      'has a line that begins with END in its edited',
+    ),
+    ([{'input': 'a', 'edit': 'x', 'output': 'ENDless'}], 'has a line that begins with END in its'),
   ],
 )
 def test_a_bad_file_is_refused_and_the_place_is_named(tmp_path, rows, message):
@@ -135,6 +139,12 @@ def test_the_triplets_that_come_along_are_varied():
     (CAT._replace(instruction='make ' * 26), 'the instruction has 26 words'),
     (CAT._replace(caption='a cat on a mat ' * 20), 'the caption is longer than the 77 tokens'),
     (CAT._replace(instruction=''), 'has no instruction'),
+    (CAT._replace(edited=''), 'has no edited caption'),
+    (CAT._replace(instruction='put the dog in front of the cat'), 'of places'),
+    (CAT._replace(instruction='add a sun at the bottom'), 'of places'),
+    (CAT._replace(instruction='enlarge the cat'), 'of places'),
+    (CAT._replace(instruction='centre the cat'), 'of places'),
+    (CAT._replace(instruction='lower the camera'), 'of the camera'),
     (CAT._replace(instruction='a\n%%\nb'), "has a line '%%'"),
   ],
 )
@@ -151,7 +161,8 @@ def test_a_finding_has_its_line(tmp_path, triplet, finding):
   'instruction',
   [
     'turn it into a lion', 'add a cat behind the house', 'swap the cat for a lion',
-    'make it look like the 1920s', 'a two-tone coat', 'give him a camera', 'make it bright red',
+    'make it look like the 1920s', 'give him flip-flops', 'put it at the bottom of the sea',
+    'add a camera', 'a two-tone coat', 'give him a camera', 'make it bright red',
   ],
 )  # fmt: skip
 def test_what_the_method_can_do_is_no_finding(instruction):
@@ -172,6 +183,10 @@ def test_repeated_captions_are_found_exact_and_near(rng):
     'a red fox in the snow of the far north', 'a blue jay',
   ]  # fmt: skip
   assert list(triplet_check.repeated(captions)) == [(1, 0, True), (2, 0, False)]
+
+
+def test_captions_without_a_word_are_repeated_too():
+  assert list(triplet_check.repeated(['!!!', '???', '!!!'])) == [(2, 0, True)]
 
 
 def test_no_near_caption_is_missed(rng):

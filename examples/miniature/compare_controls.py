@@ -60,12 +60,17 @@ def examples(count: int) -> list[world.Example]:
   return found
 
 
-def measure(generator: Generator, some: list[world.Example], prompts: list[Prompt]):
-  """(pictures uint8 [2, N, 64, 64, 3], a dict of lists of N)."""
+def measure(
+  generator: Generator, some: list[world.Example], prompts: list[Prompt], sample: int = 0
+):
+  """(pictures uint8 [2, N, 64, 64, 3], a dict of lists of N: what is measured, and CLIP's scores).
+
+  `sample` is which one of each prompt is drawn.
+  """
   drawing, pictures, scores = generator.drawing, [], []
   for start in range(0, len(prompts), drawing.batch_size):
     part = prompts[start : start + drawing.batch_size]
-    samples = [drawing.sample(prompt.index, 0) for prompt in part]
+    samples = [drawing.sample(prompt.index, sample) for prompt in part]
     drawn, found, _ = generator.draw(part, samples)
     pictures.append(np.asarray(drawn)[:, : len(part)])
     scores += list(zip(*(np.asarray(x)[: len(part)].tolist() for x in found), strict=True))
@@ -81,7 +86,8 @@ def measure(generator: Generator, some: list[world.Example], prompts: list[Promp
     values['changed'].append(min(1.0, max(0.0, oracle.way(second, before, after))))
     values['drawn'].append(int(oracle.judge(one, pictures[1, i]).is_done))
     values['yield'].append(int(passes(Scores(*scores[i]), filtering.PAPER)))
-  return pictures, values
+  columns = zip(*scores, strict=True)
+  return pictures, values | dict(zip(Scores._fields, map(list, columns), strict=True))
 
 
 def mean(values: list) -> str:
@@ -109,7 +115,8 @@ def main(base: Path, clip: Path, out: Path, count: int, steps: int, guidance: fl
     if not shown:
       shown.append(pictures[0, :8])
     shown.append(pictures[1, :8])
-    row = '  '.join(f'{name} {mean(values)}' for name, values in found[control].items())
+    shown_of = ('kept', 'changed', 'drawn', 'yield')
+    row = '  '.join(f'{name} {mean(found[control][name])}' for name in shown_of)
     print(f'{control}: {row}', flush=True)
   out.mkdir(parents=True, exist_ok=True)
   (out / 'controls.json').write_text(json.dumps(found) + '\n')

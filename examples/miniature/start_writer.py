@@ -124,8 +124,9 @@ def main(folder: Path, count: int, captions: int) -> None:
   known = {one.caption for one in (*learned, *hardest)}
   others = (triplet(seed).caption for seed in itertools.count(UNSEEN))
   others = itertools.islice((text for text in others if text not in known), captions)
-  _write(folder / 'captions.txt', dict.fromkeys(others))
-  print(f'wrote {folder}: {len(learned):,} triplets, {captions:,} captions')
+  others = list(dict.fromkeys(others))
+  _write(folder / 'captions.txt', others)
+  print(f'wrote {folder}: {len(learned):,} triplets, {len(others):,} different captions')
 
 
 def _text(one):

@@ -76,12 +76,14 @@ class JsonLines:
     return name, (os.path.dirname(self._path),), values
 
   def _keys(self):
-    keys = {}
+    keys, first_error = {}, None
     for i in range(min(len(self), FIRST_ROWS)):
       try:
         keys |= self.read(i, ())[2]
-      except InputError:
-        continue  # for whoever reads this row
+      except InputError as error:  # for whoever reads this row
+        first_error = first_error or error
+    if first_error and not keys:
+      raise first_error
     return list(keys)
 
 
@@ -94,6 +96,9 @@ class Csv:
       reader = csv.reader(file, strict=True)
       self.names = next(reader, [])
       self._rows = [(reader.line_num, row) for row in reader if row]
+    for name in self.names:
+      if self.names.count(name) > 1:
+        raise InputError(f'{path}: has two columns {name!r}; rename one')
 
   def __len__(self) -> int:
     return len(self._rows)

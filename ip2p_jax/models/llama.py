@@ -99,7 +99,7 @@ class LlamaConfig:
   def from_json(cls, config: Mapping[str, Any], name: str = 'config.json') -> Self:
     """Reads a config.json of transformers 4 or 5; an InputError names the key that is amiss."""
     model_type = config.get('model_type')
-    if model_type not in MODEL_TYPES:
+    if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
       allowed = ', '.join(MODEL_TYPES)
       raise InputError(f'{name}: model_type={model_type!r} is not supported, only {allowed}.')
     _check_fixed(config, name)
@@ -162,7 +162,11 @@ def _check_fixed(config, name):
     value = config.get(key)
     if value is None or value in allowed:
       continue
-    if key == 'layer_types' and isinstance(value, list) and set(value) <= {'full_attention'}:
+    if (
+      key == 'layer_types'
+      and isinstance(value, list)
+      and all(kind == 'full_attention' for kind in value)
+    ):
       continue
     only = ' or '.join(map(repr, allowed)) or 'null'
     raise InputError(f'{name}: {key}={value!r} is not supported, only {only}.')
@@ -196,7 +200,7 @@ def _flag(config, key, name):
 def _ends(config, name):
   value = config.get('eos_token_id')
   ends = value if isinstance(value, list) else [] if value is None else [value]
-  if any(type(end) is not int for end in ends):
+  if any(type(end) is not int or end < 0 for end in ends):
     raise InputError(f'{name}: eos_token_id={value!r} is neither a token nor a list of tokens.')
   return tuple(ends)
 
@@ -209,7 +213,7 @@ def _rope(config, name):
   if not isinstance(given, Mapping):
     raise InputError(f'{where}={given!r} is not an object.')
   rope_type = given.get('rope_type', given.get('type', 'default'))
-  if rope_type not in ROPE_TYPES:
+  if not isinstance(rope_type, str) or rope_type not in ROPE_TYPES:
     raise InputError(f'{where}.rope_type={rope_type!r} is not supported, only '
                      f'{", ".join(ROPE_TYPES)}.')  # fmt: skip
   _check_fixed(given, where)

@@ -1,0 +1,142 @@
+"""What CLIP's filter knows of drawn pairs, where the truth is known: does it keep the better ones?
+
+  python examples/miniature/judge_filter.py
+
+Draws four pairs for each of 200 pairs of captions as `make reproduce` does (20 steps, guidance 2
+to 5, share+auto), has CLIP score them, and measures each against the scenes that the captions tell:
+
+- right: pairs whose second picture the oracle takes for the edited scene, with Wilson's interval;
+- kept: PSNR between both pictures outside of what the edit changes, in dB;
+- AUC: how often a right pair has more of a score than a wrong one; 50% knows nothing.
+
+Prints tables in Markdown; writes OUT/filter.json and OUT/filter.png.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import oracle
+import plots
+import world
+from compare_controls import ASSETS, examples, full_caption, measure
+
+from ip2p_jax import checkpoints, filtering
+from ip2p_jax.networks import networks_of, params_of, tokenizer_of
+from ip2p_jax.pairs import Drawing, Generator
+from ip2p_jax.prompts import Prompt
+from ip2p_jax.similarity import Clip, Scores
+
+FACTORY = Scores(0.2, 0.2, 0.2, 0.4)  # of `make reproduce`
+STRICTER = (0.4, 0.6, 0.7, 0.8)  # of direction
+
+
+def auc(scores: np.ndarray, is_right: np.ndarray) -> float:
+  """How often one of the right has a higher score than one of the others; a tie is half."""
+  right, wrong = scores[is_right][:, None], scores[~is_right][None]
+  return float(((right > wrong) + 0.5 * (right == wrong)).mean())
+
+
+def row(name: str, chosen: np.ndarray, is_right: np.ndarray, kept: np.ndarray) -> list:
+  count = int(chosen.sum())
+  if not count:
+    return [name, 0, '-', '-']
+  share = is_right[chosen].mean()
+  right = plots.text('done', plots.Estimate(share, *oracle.wilson(share, count)))
+  known = kept[chosen & ~np.isnan(kept)]
+  half = 1.96 * known.std(ddof=1) / len(known) ** 0.5
+  mean = plots.Estimate(known.mean(), known.mean() - half, known.mean() + half)
+  return [name, count, right, plots.text('kept', mean)]
+
+
+def report(scores: dict[str, np.ndarray], is_right: np.ndarray, kept: np.ndarray) -> str:
+  def passing(least: Scores):
+    return np.all([scores[name] >= value for name, value in least._asdict().items()], 0)
+
+  factory = passing(FACTORY)
+  rows = [
+    row('all', np.full(len(is_right), True), is_right, kept),
+    row('kept by thresholds of the factory', factory, is_right, kept),
+    row('removed by them', ~factory, is_right, kept),
+    row("kept by the paper's thresholds", passing(filtering.PAPER), is_right, kept),
+  ]
+  rows += [
+    row(f'direction of {least} or more', scores['clip_sim_dir'] >= least, is_right, kept)
+    for least in STRICTER
+  ]
+  text = plots.table(['pairs', 'number', 'right', 'kept'], rows)
+  known = ~np.isnan(kept)
+  text += '\n' + plots.table(
+    ['score', 'AUC of right', 'correlation with kept'],
+    [
+      [label, f'{100 * auc(scores[name], is_right):.0f}%',
+       f'{np.corrcoef(scores[name][known], kept[known])[0, 1]:+.2f}']
+      for name, label in zip(Scores._fields, filtering.LABELS, strict=True)
+    ],
+  )  # fmt: skip
+  return text
+
+
+def draw(file: Path, scores: dict[str, np.ndarray], is_right: np.ndarray) -> None:
+  """Histograms of the scores, of right and of wrong pairs."""
+  figure, all_axes = plots.pyplot.subplots(1, 4, figsize=(14, 3.2))
+  for axes, name, label, least in zip(
+    all_axes, Scores._fields, filtering.LABELS, FACTORY, strict=True
+  ):
+    values = scores[name]
+    edges = np.linspace(values.min(), values.max(), 25)
+    for kind, colour, chosen in (('right', 2, is_right), ('wrong', 1, ~is_right)):
+      axes.hist(
+        values[chosen], edges, density=True, alpha=0.6, color=plots.COLOURS[colour], label=kind
+      )
+    axes.axvline(least, color='black', linestyle='--', linewidth=1)
+    axes.set_xlabel(label)
+    axes.set_yticks([])
+  all_axes[0].legend()
+  figure.tight_layout()
+  figure.savefig(file, dpi=80)
+  plots.pyplot.close(figure)
+
+
+def main(base: Path, clip: Path, out: Path, count: int, samples: int) -> None:
+  some = examples(count)
+  prompts = [
+    Prompt(i, '', full_caption(one.scene), full_caption(one.edited_scene))
+    for i, one in enumerate(some)
+  ]
+  checkpoint = checkpoints.load(base)
+  networks = networks_of(checkpoint)
+  drawing = Drawing(
+    samples=samples, steps=20, control='share+auto', guidance=(2.0, 5.0), size=world.SIDE,
+    batch_size=25 * jax.local_device_count(),
+  )  # fmt: skip
+  parts = networks, params_of(checkpoint, networks, 'float32'), tokenizer_of(checkpoint, networks)
+  generator = Generator(*parts, Clip.load(clip), drawing)
+  found = {name: [] for name in ('drawn', 'kept', *Scores._fields)}
+  for sample in range(samples):
+    _, values = measure(generator, some, prompts, sample)
+    for name in found:
+      found[name] += values[name]
+    print(f'drew {sample + 1} of {samples} for each of {count}', flush=True)
+  out.mkdir(parents=True, exist_ok=True)
+  (out / 'filter.json').write_text(json.dumps(found) + '\n')
+  scores = {name: np.array(found[name]) for name in Scores._fields}
+  is_right, kept = np.array(found['drawn'], bool), np.array(found['kept'], float)
+  draw(out / 'filter.png', scores, is_right)
+  print(report(scores, is_right, kept))
+  print(f'wrote {out / "filter.json"} and {out / "filter.png"}')
+
+
+if __name__ == '__main__':
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--base', type=Path, default=ASSETS / 'miniature-base')
+  parser.add_argument('--clip', type=Path, default=ASSETS / 'miniature-clip')
+  parser.add_argument('--out', type=Path, default=Path('out/miniature/filter'))
+  parser.add_argument('--count', type=int, default=200)
+  parser.add_argument('--samples', type=int, default=4)
+  arguments = parser.parse_args()
+  main(**vars(arguments))
