@@ -96,8 +96,7 @@ class Pictures:
     left, top = ((side - short) / 2 for side in image.size)
     box = (left, top, left + short, top + short)
     image = image.resize((self.resolution,) * 2, Image.Resampling.LANCZOS, box)
-    array = np.array(image)
-    return np.ascontiguousarray(array[:, ::-1]) if is_mirrored else array
+    return np.array(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if is_mirrored else image)
 
 
 class Latents:

@@ -1,5 +1,6 @@
 """What the pages tell people to type: every command is one, with options that it knows."""
 
+import configparser
 import itertools
 import math
 import re
@@ -82,3 +83,16 @@ def test_the_jobset_starts_train_py_as_it_wants_to_be_started(tmp_path):
     [sys.executable, script, *flags], cwd=ROOT, capture_output=True, text=True
   ).stderr
   assert re.match('train.py: error: (CKPT|DATA)', told)  # that is all it finds wrong
+
+
+def test_the_image_gets_all_that_is_installed():
+  settings = configparser.ConfigParser()
+  settings.read(ROOT / 'setup.cfg')
+  data = settings['options.data_files'].values()
+  files = {word.strip(',') for value in data for word in value.split()}
+  copied = re.findall(r'^COPY (.*) \S+$', (ROOT / 'Dockerfile').read_text(), re.M)
+  copied = {word for line in copied for word in line.split()}
+  let_in = (ROOT / '.dockerignore').read_text().splitlines()
+  assert len(files) > 5 and copied <= {line.removeprefix('!') for line in let_in if line[0] == '!'}
+  for file in files:
+    assert any(file == one or file.startswith(f'{one}/') for one in copied), file

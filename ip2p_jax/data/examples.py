@@ -99,9 +99,7 @@ def example(
   sizes = [image.size for image in decoded.values()]
   _check_shapes(sizes, row.name)
   crop = _crop(sizes[0], config.resolution, config.data, rng)
-  arrays = {key: _cut(image, crop) for key, image in decoded.items()}
-  if is_mirrored:
-    arrays = {key: np.ascontiguousarray(array[:, ::-1]) for key, array in arrays.items()}
+  arrays = {key: _cut(image, crop, is_mirrored) for key, image in decoded.items()}
   return _complete(arrays, tokenizer([row.instructions[instruction]])[0])
 
 
@@ -187,7 +185,7 @@ def _crop(size, resolution, data, rng) -> Crop:
   return Crop((width, height), (left, top), resolution)
 
 
-def _cut(image, crop) -> np.ndarray:
+def _cut(image, crop, is_mirrored=False) -> np.ndarray:
   """Resizes and cuts in one go: what is cut off is never computed, however long the picture."""
   box = []
   for corner in (crop.corner, [start + crop.side for start in crop.corner]):
@@ -196,4 +194,6 @@ def _cut(image, crop) -> np.ndarray:
       for place, side, resized in zip(corner, image.size, crop.size, strict=True)
     ]
   square = image.resize((crop.side, crop.side), Image.Resampling.LANCZOS, tuple(box))
+  if is_mirrored:  # by PIL, which is ten times as fast as numpy with three bytes a pixel
+    square = square.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
   return np.array(square)
