@@ -8,6 +8,7 @@ from pathlib import Path
 
 import bench
 import evaluate
+import judge_filter
 import numpy as np
 import plots
 import pytest
@@ -272,3 +273,29 @@ def test_the_whole_evaluation_runs_on_any_checkpoint(tmp_path):
   tables = (tmp_path / 'out' / 'tables.md').read_text()
   assert '| **all** | 16 | 0% ' in tables
   assert len(list((tmp_path / 'shown').iterdir())) == 5
+
+
+# What the filter knows.
+
+
+def test_a_score_that_is_higher_in_right_pairs_has_a_high_auc():
+  is_right = np.array([True, True, False, False])
+  assert judge_filter.auc(np.array([3.0, 4.0, 1.0, 2.0]), is_right) == 1
+  assert judge_filter.auc(np.array([1.0, 1.0, 1.0, 1.0]), is_right) == 0.5
+  assert judge_filter.auc(np.array([1.0, 3.0, 2.0, 2.0]), is_right) == 0.5
+
+
+def test_right_pairs_are_counted_among_the_kept_and_the_removed(tmp_path):
+  is_right = np.array([True, True, False, False, False])
+  kept = np.array([30.0, 20.0, 10.0, np.nan, 20.0])
+  scores = {name: np.array([0.9, 0.9, 0.9, 0.9, 0.1]) for name in Scores._fields}
+  kinds = np.array(['add', 'add', 'night', 'night', 'night'])
+  lines = judge_filter.report(kinds, scores, is_right, kept).splitlines()
+  cells = {line.split('|')[1].strip(): line.split('|')[2:-1] for line in lines if line}
+  assert [cell.strip()[:3] for cell in cells['all']] == ['5', '40%', '20.']
+  row = cells['kept by thresholds of the factory']
+  assert [cell.strip()[:3] for cell in row] == ['4', '50%', '20.']
+  assert [cell.strip()[:2] for cell in cells['removed by them']] == ['1', '0%', '-']
+  assert [cell.strip() for cell in cells['night']] == ['3', '0%', '67%', '67%']
+  judge_filter.draw(tmp_path / 'filter.png', scores, is_right)
+  assert (tmp_path / 'filter.png').stat().st_size > 1000

@@ -9,11 +9,13 @@ to 5, share+auto), has CLIP score them, and measures each against the scenes tha
 - kept: PSNR between both pictures outside of what the edit changes, in dB;
 - AUC: how often a right pair has more of a score than a wrong one; 50% knows nothing.
 
-Prints tables in Markdown; writes OUT/filter.json and OUT/filter.png.
+Prints tables in Markdown; writes OUT/filter.json, from which it goes on if it is there, and
+OUT/filter.png.
 """
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import jax
@@ -28,9 +30,10 @@ from ip2p_jax.networks import networks_of, params_of, tokenizer_of
 from ip2p_jax.pairs import Drawing, Generator
 from ip2p_jax.prompts import Prompt
 from ip2p_jax.similarity import Clip, Scores
+from ip2p_jax.storage import write_bytes
 
 FACTORY = Scores(0.2, 0.2, 0.2, 0.4)  # of `make reproduce`
-STRICTER = (0.4, 0.6, 0.7, 0.8)  # of direction
+STRICTER = (0.7, 0.8, 0.85, 0.9)  # of direction
 
 
 def auc(scores: np.ndarray, is_right: np.ndarray) -> float:
@@ -46,12 +49,16 @@ def row(name: str, chosen: np.ndarray, is_right: np.ndarray, kept: np.ndarray) -
   share = is_right[chosen].mean()
   right = plots.text('done', plots.Estimate(share, *oracle.wilson(share, count)))
   known = kept[chosen & ~np.isnan(kept)]
+  if len(known) < 2:
+    return [name, count, right, '-']
   half = 1.96 * known.std(ddof=1) / len(known) ** 0.5
   mean = plots.Estimate(known.mean(), known.mean() - half, known.mean() + half)
   return [name, count, right, plots.text('kept', mean)]
 
 
-def report(scores: dict[str, np.ndarray], is_right: np.ndarray, kept: np.ndarray) -> str:
+def report(
+  kinds: np.ndarray, scores: dict[str, np.ndarray], is_right: np.ndarray, kept: np.ndarray
+) -> str:
   def passing(least: Scores):
     return np.all([scores[name] >= value for name, value in least._asdict().items()], 0)
 
@@ -67,6 +74,14 @@ def report(scores: dict[str, np.ndarray], is_right: np.ndarray, kept: np.ndarray
     for least in STRICTER
   ]
   text = plots.table(['pairs', 'number', 'right', 'kept'], rows)
+  strict = scores['clip_sim_dir'] >= STRICTER[2]
+  rows = []
+  for kind in dict.fromkeys(kinds):
+    of = kinds == kind
+    passed = [f'{passes[of].mean():.0%}' for passes in (factory, strict)]
+    rows.append([kind, int(of.sum()), f'{is_right[of].mean():.0%}', *passed])
+  header = ['edit', 'pairs', 'right', 'kept by the factory', f'direction of {STRICTER[2]} or more']
+  text += '\n' + plots.table(header, rows)
   known = ~np.isnan(kept)
   text += '\n' + plots.table(
     ['score', 'AUC of right', 'correlation with kept'],
@@ -100,8 +115,10 @@ def draw(file: Path, scores: dict[str, np.ndarray], is_right: np.ndarray) -> Non
   plots.pyplot.close(figure)
 
 
-def main(base: Path, clip: Path, out: Path, count: int, samples: int) -> None:
-  some = examples(count)
+def measured(
+  base: Path, clip: Path, some: list[world.Example], samples: int
+) -> dict[str, list[float | None]]:
+  """Draws and measures; lists of the examples in order, once for each sample."""
   prompts = [
     Prompt(i, '', full_caption(one.scene), full_caption(one.edited_scene))
     for i, one in enumerate(some)
@@ -119,14 +136,25 @@ def main(base: Path, clip: Path, out: Path, count: int, samples: int) -> None:
     _, values = measure(generator, some, prompts, sample)
     for name in found:
       found[name] += values[name]
-    print(f'drew {sample + 1} of {samples} for each of {count}', flush=True)
-  out.mkdir(parents=True, exist_ok=True)
-  (out / 'filter.json').write_text(json.dumps(found) + '\n')
+    print(f'drew {sample + 1} of {samples} for each of {len(some)}', flush=True)
+  return found
+
+
+def main(base: Path, clip: Path, out: Path, count: int, samples: int) -> None:
+  file, some = out / 'filter.json', examples(count)
+  if not file.exists():
+    found = measured(base, clip, some, samples)
+    out.mkdir(parents=True, exist_ok=True)
+    write_bytes(file, json.dumps(found).encode())
+  found = json.loads(file.read_text())
+  if len(found['drawn']) != count * samples:
+    sys.exit(f'judge_filter.py: error: {file} is of another number of pairs; give another folder.')
   scores = {name: np.array(found[name]) for name in Scores._fields}
   is_right, kept = np.array(found['drawn'], bool), np.array(found['kept'], float)
+  kinds = np.array([one.edits[0].kind for one in some] * samples)
   draw(out / 'filter.png', scores, is_right)
-  print(report(scores, is_right, kept))
-  print(f'wrote {out / "filter.json"} and {out / "filter.png"}')
+  print(report(kinds, scores, is_right, kept))
+  print(f'wrote {file} and {out / "filter.png"}')
 
 
 if __name__ == '__main__':
