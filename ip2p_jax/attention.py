@@ -8,6 +8,8 @@ functions of the type; they close over whatever traced arrays they need.
 """
 
 import functools
+import math
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -48,7 +50,7 @@ class Row(NamedTuple):
   """Where a kernel can run, and from how many queries on it pays.
 
   Attributes:
-    capability: least compute capability of a GPU (9.0 is Hopper); 0 on a TPU.
+    capability: least compute capability of a GPU (9.0 is Hopper), or generation of a TPU.
     width: largest number of channels of a head; `multiple` divides it.
     tokens: least number of queries; a choice of ours, the rest is the kernel's.
     block: divides the numbers of queries and keys.
@@ -69,7 +71,7 @@ HALVES = ('bfloat16', 'float16')
 # The first row that holds is taken; XLA's own attention where none does. XLA writes all scores to
 # memory, which is what long attentions spend their time on; below these lengths they are few.
 KERNELS = (
-  Row('splash', 'tpu', 0.0, 256, 8, 1024, 128, ('bfloat16', 'float32')),
+  Row('splash', 'tpu', 4.0, 256, 8, 1024, 128, ('bfloat16', 'float32')),  # a v3 cannot run it
   Row('cudnn', 'gpu', 9.0, 256, 8, 256, 1, HALVES),
   Row('cudnn', 'gpu', 8.0, 128, 8, 256, 1, HALVES),
 )
@@ -88,7 +90,7 @@ def dispatch(choice: str = 'auto', mesh: Mesh | None = None) -> Attention:
   """
   device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
   platform = 'gpu' if device.platform in ('cuda', 'rocm') else device.platform
-  capability = float(getattr(device, 'compute_capability', 0) or 0) if platform == 'gpu' else 0.0
+  capability = _capability(platform, device)
   if choice not in CHOICES:
     raise InputError(f'attention is {choice!r}; use one of {", ".join(CHOICES)}.')
   if choice not in ('auto', 'xla') and not any(
@@ -107,6 +109,13 @@ def dispatch(choice: str = 'auto', mesh: Mesh | None = None) -> Attention:
     return kernels[kernel_for(platform, capability, *shape, str(q.dtype), choice)](q, k, v)
 
   return attention
+
+
+def _capability(platform, device) -> float:
+  if platform == 'tpu':  # 'TPU v3', 'TPU v5 lite', 'TPU7x'
+    found = re.search(r'\d+', device.device_kind)
+    return float(found[0]) if found else math.inf
+  return float(getattr(device, 'compute_capability', 0) or 0) if platform == 'gpu' else 0.0
 
 
 def kernel_for(

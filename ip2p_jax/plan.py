@@ -220,7 +220,8 @@ def compiled_for_tpu(lowered: jax.stages.Lowered) -> Compiled:
   except Exception as error:
     found = re.search(r'Used ([\d.]+)([MG]) of ([\d.]+)([MG]) hbm', str(error))
     if found is None and 'RESOURCE_EXHAUSTED' not in str(error):
-      raise
+      said = str(error).splitlines()[0][:300]
+      raise InputError(f'the TPU compiler refuses this program: {said}') from error
     problem = 'needs more memory than there is'
     if found:
       problem = f'needs {found[1]} {found[2]}iB of {found[3]} {found[4]}iB'

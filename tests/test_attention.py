@@ -1,5 +1,7 @@
 """Attention: the same numbers as PyTorch, whichever way they are computed."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,11 +51,13 @@ def test_a_large_attention_never_holds_all_its_scores_on_a_cpu(rng):
 @pytest.mark.parametrize(
   ('device', 'queries', 'keys', 'width', 'dtype', 'kernel'),
   [
-    (('tpu', 0.0), 1024, 1024, 40, 'bfloat16', 'splash'),
-    (('tpu', 0.0), 4096, 4096, 80, 'float32', 'splash'),
-    (('tpu', 0.0), 256, 256, 80, 'bfloat16', 'xla'),  # too short to pay
-    (('tpu', 0.0), 1024, 77, 40, 'bfloat16', 'xla'),  # no whole block of keys
-    (('tpu', 0.0), 1000, 1000, 40, 'bfloat16', 'xla'),
+    (('tpu', 5.0), 1024, 1024, 40, 'bfloat16', 'splash'),
+    (('tpu', 5.0), 4096, 4096, 80, 'float32', 'splash'),
+    (('tpu', 5.0), 256, 256, 80, 'bfloat16', 'xla'),  # too short to pay
+    (('tpu', 5.0), 1024, 77, 40, 'bfloat16', 'xla'),  # no whole block of keys
+    (('tpu', 5.0), 1000, 1000, 40, 'bfloat16', 'xla'),
+    (('tpu', 4.0), 1024, 1024, 40, 'bfloat16', 'splash'),
+    (('tpu', 3.0), 1024, 1024, 40, 'bfloat16', 'xla'),  # its matrix unit cannot do the kernel's
     (('gpu', 9.0), 1024, 77, 40, 'bfloat16', 'cudnn'),
     (('gpu', 9.0), 256, 256, 160, 'float16', 'cudnn'),
     (('gpu', 8.0), 256, 256, 128, 'bfloat16', 'cudnn'),
@@ -71,8 +75,8 @@ def test_the_table_picks_a_kernel_that_can_run(device, queries, keys, width, dty
 
 def test_a_named_kernel_is_used_however_short_the_attention_but_only_where_it_can_run():
   assert kernel_for('gpu', 9.0, 64, 77, 40, 'bfloat16', 'cudnn') == 'cudnn'
-  assert kernel_for('tpu', 0.0, 256, 256, 40, 'bfloat16', 'splash') == 'splash'
-  assert kernel_for('tpu', 0.0, 256, 77, 40, 'bfloat16', 'splash') == 'xla'
+  assert kernel_for('tpu', 5.0, 256, 256, 40, 'bfloat16', 'splash') == 'splash'
+  assert kernel_for('tpu', 5.0, 256, 77, 40, 'bfloat16', 'splash') == 'xla'
 
 
 def test_a_kernel_that_the_devices_lack_is_one_sentence():
@@ -82,6 +86,22 @@ def test_a_kernel_that_the_devices_lack_is_one_sentence():
     dispatch('flash')
   assert dispatch('auto') is dispatch('xla') is attend
   assert config.CHOICES['attention'] == CHOICES
+
+
+@pytest.mark.parametrize(
+  ('kind', 'is_there'),
+  [('TPU v3', False), ('TPU v4', True), ('TPU v5 lite', True), ('TPU v6 lite', True),
+   ('TPU7x', True)],
+)  # fmt: skip
+def test_the_generation_of_a_tpu_is_read_from_its_name(monkeypatch, kind, is_there):
+  device = types.SimpleNamespace(platform='tpu', device_kind=kind)
+  monkeypatch.setattr(jax, 'devices', lambda: [device])
+  assert dispatch('auto') is not attend
+  if is_there:
+    dispatch('splash')
+  else:
+    with pytest.raises(InputError, match=f"'splash', which {kind} does not have"):
+      dispatch('splash')
 
 
 def qkv(rng, shape, dtype):
