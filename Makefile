@@ -27,7 +27,7 @@ demo: setup
 miniature: setup
 	$(RUN) examples/miniature/make.py out/miniature
 
-# The data factory from captions to an editor, in the miniature: two to three hours; SMALL=1: about twelve minutes.
+# The data factory from captions to an editor, in the miniature: two to three hours; SMALL=1: six minutes.
 reproduce: setup
 	$(RUN) examples/miniature/reproduce.py out/reproduce$(if $(SMALL),-small --small)
 

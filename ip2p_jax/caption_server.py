@@ -2,9 +2,11 @@
 
 A model that was not trained on triplets is shown some of them with every request, drawn by the
 request's seed. Requests that fail are sent again, later and later; mistakes in the request stop the
-run at once. The key goes into the header of the requests and nowhere else.
+run. Whether they or a caption are to blame, a request for another caption shows. The key goes into
+the header of the requests and nowhere else.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import email.utils
@@ -13,8 +15,9 @@ import json
 import os
 import queue
 import random
+import re
+import socket
 import threading
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -35,16 +38,20 @@ TASK = (
   ' times; never move, count, mirror or zoom. Nothing offensive. No explanations.'
 )
 TRANSIENT = (408, 409, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529)
-# Where a server filters what it is asked, or a caption is too long for it. Many in a row are a
-# mistake in the request.
-UNWELCOME, MOST_UNWELCOME = (400, 413, 422, 451), 31
-FINISHED = ('stop', 'stop_sequence', 'eos_token', None)  # not 'length', nor 'content_filter'
+# Where a server filters what it is asked, or a caption is too long for it.
+UNWELCOME = (400, 413, 422, 451)
+MOST_LOST = 7  # captions in a row without an answer, before PROBE shows whether they are to blame
+PROBE = 'a cat on a mat'
+FINISHED = ('stop', 'stop_sequence', 'eos_token')  # not 'length', nor 'content_filter'
+THOUGHTS = re.compile(r'\s*<think>.*?</think>\s*', re.DOTALL)
 WAITS = 1.0, 60.0  # seconds: the first wait between two tries, and the longest
 LONGEST_WAIT = 600.0  # seconds, whatever Retry-After says
 LARGEST_ANSWER = 2**23  # bytes
 CHARACTERS = 4  # of English text per token, about
 LONGEST_TIME = 86_400.0  # seconds for an answer
-FIXED = ('model', 'messages', 'prompt', 'stream', 'n', 'stop')  # of a request; what else may change
+FIXED = ('model', 'messages', 'prompt', 'stream', 'n', 'stop')  # of a request
+# Of a request, too: written into every line of the prompts. They may be taken out, not changed.
+RECORDED = ('temperature', 'top_p', 'frequency_penalty', 'max_tokens', 'seed')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +65,10 @@ class Server:
     key: sent as a bearer token; see `read_key`.
     examples: drawn from for each request.
     shown: how many examples a request shows; 0 for a model that was trained on triplets.
-    body: more keys of the request, but for FIXED; None takes one out.
+    body: more keys of the request, but for FIXED and RECORDED; None takes one out.
     concurrency: requests at the same time.
     timeout: seconds that an answer may take.
-    retries: of a request that failed, before the run stops.
+    retries: of a request that failed, before its caption goes without.
   """
 
   url: str
@@ -79,9 +86,10 @@ class Server:
     try:
       parts = urllib.parse.urlsplit(self.url)
       is_web = parts.scheme in ('http', 'https') and bool(parts.hostname) and parts.port != 0
-    except ValueError:
+      parts.hostname and parts.hostname.encode('idna')
+    except ValueError:  # UnicodeError is one
       is_web = False
-    if not is_web or not self.url.isprintable() or ' ' in self.url:
+    if not is_web or not self.url.isascii() or not self.url.isprintable() or ' ' in self.url:
       raise InputError('the URL of the server must be like http://localhost:8000/v1.')
     if '@' in parts.netloc or parts.query or parts.fragment:
       raise InputError(
@@ -94,6 +102,10 @@ class Server:
       raise InputError(f'the timeout is {self.timeout} s; use up to {LONGEST_TIME:.0f}.')
     if fixed := [name for name in FIXED if name in self.body]:
       raise InputError(f'the body may not hold {fixed[0]!r}, which is written for each request.')
+    if told := [name for name in RECORDED if self.body.get(name) is not None]:
+      raise InputError(
+        f'the body may not change {told[0]!r}, which has an option of its own; null takes it out.'
+      )
     if self.shown > len(self.examples):
       raise InputError(
         f'{self.shown} examples to show, and only {len(self.examples)} to draw from.'
@@ -145,12 +157,12 @@ def backend(
 ) -> Complete:
   """Asks the server, many at a time. `say` is told each kind of trouble once."""
   usage = usage or Usage()
-  opener = urllib.request.build_opener(_NoRedirects)
+  opener = urllib.request.build_opener(_NoRedirects, _Http, _Https)
 
   def complete(captions: Sequence[str], seeds: Sequence[int]) -> Iterator[tuple[int, str]]:
     numbers, lock = iter(range(len(captions))), threading.Lock()
     answers: queue.Queue[tuple[int, Any]] = queue.Queue()
-    client = _Client(server, opener, threading.Event(), say, [])
+    client = _Client(server, opener, threading.Event(), say)
 
     def work():
       while not client.stop.is_set():
@@ -168,20 +180,31 @@ def backend(
     for _ in range(min(server.concurrency, len(captions))):
       threading.Thread(target=work, daemon=True).start()
     try:
-      refused = []  # told once another is taken: till then, the request may be to blame
+      lost = []  # told once another is answered: till then, it may be the server's fault, or ours
+
+      def are_to_blame(problem):
+        probe = client._replace(server=dataclasses.replace(server, retries=0))
+        if isinstance(probe.ask(request(server, writing, PROBE, 0))[0], _Lost):
+          raise InputError(problem)
+
       for _ in captions:
         index, answer = answers.get()
         if isinstance(answer, BaseException):
           raise answer
         text, counts = answer
-        if text is None:
-          refused.append(index)
-          continue
+        if isinstance(text, _Lost):
+          lost.append((index, text))
+          if len(lost) <= MOST_LOST:
+            continue
+          are_to_blame(text.problem)
         usage.add(counts)
-        yield from ((one, None) for one in refused)
-        refused.clear()
-        yield index, text
-      yield from ((one, None) for one in refused)
+        yield from ((one, None if reason.is_final else '') for one, reason in lost)
+        lost.clear()
+        if not isinstance(text, _Lost):
+          yield index, text
+      if lost:
+        are_to_blame(lost[-1][1].problem)
+      yield from ((one, None if reason.is_final else '') for one, reason in lost)
     finally:
       client.stop.set()
 
@@ -253,6 +276,35 @@ class _Again(Exception):
     self.wait = wait  # seconds, as the server says
 
 
+class _Lost(NamedTuple):
+  """Instead of an answer; `is_final` if the server will never take this caption."""
+
+  problem: str
+  is_final: bool
+
+
+class _Watched:
+  """Connections of a request, of which the sockets are known, so that they can be shut."""
+
+  def _do_open(self, kind, request, **more):
+    class Connection(kind):
+      def connect(self):
+        super().connect()
+        request.sockets.append(self.sock)
+
+    return self.do_open(Connection, request, **more)
+
+
+class _Http(_Watched, urllib.request.HTTPHandler):
+  def http_open(self, request):
+    return self._do_open(http.client.HTTPConnection, request)
+
+
+class _Https(_Watched, urllib.request.HTTPSHandler):
+  def https_open(self, request):
+    return self._do_open(http.client.HTTPSConnection, request, context=self._context)
+
+
 class _Client(NamedTuple):
   """One round of requests; `stop` ends the waits of all of them."""
 
@@ -260,57 +312,71 @@ class _Client(NamedTuple):
   opener: urllib.request.OpenerDirector
   stop: threading.Event
   say: Callable[[str], None]
-  unwelcome: list[int]  # captions in a row that the server would not take, by status
 
-  def ask(self, body: dict[str, Any]) -> tuple[str | None, Any]:
-    """The text of the answer, None if there will be none, and the server's count of tokens.
-
-    Tries again as long as it helps.
-    """
+  def ask(self, body: dict[str, Any]) -> tuple[str | _Lost, Any]:
+    """The text of the answer, and the server's count of tokens. Tries again as long as it helps."""
     encoded = json.dumps(body).encode()
-    address = self.server.address
-    for attempt in range(self.server.retries + 1):
+    address, retries = self.server.address, self.server.retries
+    for attempt in range(retries + 1):
       try:
         content = self._send(encoded)
-        if content is None:
-          return None, None
-        found = _read(content)
-        self.unwelcome.clear()
-        return found
+        if isinstance(content, _Lost):
+          return content, None
+        text, counts = _read(content)
+        return self._without_key(text), counts
       except _Again as error:
-        trouble = str(error)
-        self.say(f'{address}: {trouble}; trying again')
+        trouble = self._without_key(str(error))
         first, longest = WAITS
         wait = min(first * 2 ** min(attempt, 16), longest) * random.uniform(0.5, 1)
         wait = max(wait, min(error.wait or 0, LONGEST_WAIT))
-      if attempt < self.server.retries and self.stop.wait(wait):
-        break
-    raise InputError(
+      if attempt < retries:
+        self.say(f'{address}: {trouble}; trying again')
+        if self.stop.wait(wait):
+          break
+    problem = (
       f'{address}: {trouble}, {attempt + 1} times in a row; what was written stays, so run the same'
       ' command later to go on.'
     )
+    return _Lost(problem, is_final=False), None
 
-  def _send(self, encoded: bytes) -> bytes | None:
-    """The content of the answer; None if the server will not take this caption."""
+  def _without_key(self, text: str) -> str:
+    return text.replace(self.server.key, '***') if self.server.key else text
+
+  def _send(self, encoded: bytes) -> bytes | _Lost:
+    """The content of the answer; _Lost if the server will not take this caption."""
     headers = {'Content-Type': 'application/json', 'User-Agent': 'ip2p-jax'}
     if self.server.key:
       headers['Authorization'] = f'Bearer {self.server.key}'
     message = urllib.request.Request(self.server.address, encoded, headers)
-    deadline = time.monotonic() + self.server.timeout
+    message.sockets = []
+    is_late = threading.Event()
+
+    def shut():  # whatever a server sends, and however slowly
+      is_late.set()
+      for opened in message.sockets:
+        with contextlib.suppress(OSError):
+          opened.shutdown(socket.SHUT_RDWR)
+
+    timer = threading.Timer(self.server.timeout, shut)
+    timer.daemon = True
+    timer.start()
     try:
       with self.opener.open(message, timeout=self.server.timeout) as answer:
-        return _read_all(answer, deadline)
+        return _read_all(answer)
     except urllib.error.HTTPError as error:
       with error:
-        problem = self._meaning(error)
-    except (OSError, http.client.HTTPException) as error:
-      problem = _Again(_what_failed(error, self.server.timeout))
-    if problem:
-      raise problem from None
-    return None
+        found = self._meaning(error)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+      late = TimeoutError() if is_late.is_set() else error
+      found = _Again(_what_failed(late, self.server.timeout))
+    finally:
+      timer.cancel()
+    if isinstance(found, Exception):
+      raise found from None
+    return found
 
-  def _meaning(self, error: urllib.error.HTTPError) -> Exception | None:
-    """Of an answer with an error status; None if the server only will not take this caption."""
+  def _meaning(self, error: urllib.error.HTTPError) -> Exception | _Lost:
+    """Of an answer with an error status."""
     status, server = error.code, self.server
     if status in TRANSIENT:
       return _Again(f'status {status}', _retry_after(error.headers.get('Retry-After')))
@@ -327,46 +393,38 @@ class _Client(NamedTuple):
     if 300 <= status < 400:
       return InputError(f'{server.address}: redirects to somewhere else; give the URL it ends at.')
     try:
-      said = ' '.join(_said(error.read(10_000)).split())[:300]
-    except (OSError, http.client.HTTPException):
+      said = _said(error.read(10_000))
+    except (OSError, http.client.HTTPException, ValueError):
       said = ''
-    if server.key:
-      said = said.replace(server.key, '***')
+    said = ' '.join(self._without_key(said).split())[:300]
     problem = (
       f'{server.address}: refuses the request for model {server.model!r} (status {status}'
       f'{": " + said if said else ""})'
     )
-    self.unwelcome.append(status)
     if status not in UNWELCOME:
       return InputError(f'{problem}.')
-    if len(self.unwelcome) > MOST_UNWELCOME:
-      return InputError(
-        f'{problem}, and so {len(self.unwelcome)} times in a row; mend the request, or take these'
-        ' captions out.'
-      )
     self.say(f'{problem}; its caption goes without')
-    return None
+    return _Lost(f'{problem}.', is_final=True)
 
 
 def _what_failed(error: Exception, timeout: float) -> str:
   reason = getattr(error, 'reason', None) or error
+  if str(reason) == 'half an answer':
+    return 'half an answer'
   if isinstance(reason, TimeoutError):
     return f'no answer in {timeout:g} s'
   return f'the connection failed ({getattr(reason, "strerror", None) or type(reason).__name__})'
 
 
-def _read_all(answer, deadline) -> bytes:
-  """Until the end, or the deadline, which a server cannot put off by sending a little at a time."""
+def _read_all(answer) -> bytes:
   parts, size, expected = [], 0, answer.length or 0
   while part := answer.read1(2**16):
     size += len(part)
     parts.append(part)
     if size > LARGEST_ANSWER:
       raise _Again('an endless answer')
-    if time.monotonic() > deadline:
-      raise TimeoutError
   if size < expected:  # `read1` does not mind
-    raise _Again('half an answer')
+    raise OSError('half an answer')
   return b''.join(parts)
 
 
@@ -374,6 +432,8 @@ def _read(content: bytes) -> tuple[str, Any]:
   """(text, counts of tokens) of an answer."""
   try:
     answer = json.loads(content)
+    if isinstance(answer, dict) and answer.get('error'):
+      raise _Again(f'an error ({" ".join(_said(content).split())[:300]})')
     choice = answer['choices'][0]
     text = choice['message']['content'] if 'message' in choice else choice['text']
     ending = choice.get('finish_reason')
@@ -382,6 +442,8 @@ def _read(content: bytes) -> tuple[str, Any]:
   except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
     raise _Again('an answer that is not as the protocol has it') from None
   text = triplets.clean(text or '')
+  if found := THOUGHTS.match(text):
+    text = text[found.end() :]
   if text and ending in FINISHED and triplets.STOP not in text:
     text += triplets.STOP
   return text, answer.get('usage')
@@ -406,7 +468,7 @@ def _retry_after(header: str | None) -> float | None:
   except ValueError:
     try:
       date = email.utils.parsedate_to_datetime(header)
-    except ValueError:
+    except (ValueError, OverflowError):
       return None
     date = date if date.tzinfo else date.replace(tzinfo=datetime.UTC)
     seconds = (date - datetime.datetime.now(datetime.UTC)).total_seconds()

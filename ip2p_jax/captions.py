@@ -16,9 +16,9 @@ import fcntl
 import functools
 import hashlib
 import json
+import math
 import os
 import time
-import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -190,7 +190,7 @@ def judge(
   if triplets.STOP not in answer:
     return 'unfinished', None
   parts = triplets.parse(answer)
-  if parts is None or any('\n' in part or _is_garbled(part) for part in parts):
+  if parts is None or any('\n' in part or triplets.is_garbled(part) for part in parts):
     return 'parts', None
   instruction, edited = parts = tuple(' '.join(part.split()) for part in parts)
   if plain(instruction) == plain(edited):
@@ -202,12 +202,6 @@ def judge(
   if is_flagged and any(map(is_flagged, parts)):
     return 'flagged', None
   return '', parts
-
-
-def _is_garbled(text: str) -> bool:
-  """Whether it has signs that no one writes, or that stand for bytes that are no text."""
-  signs = set(text) - {'\t'}
-  return '\ufffd' in signs or any(unicodedata.category(sign) == 'Cc' for sign in signs)
 
 
 def write_all(
@@ -232,6 +226,8 @@ def write_all(
   folder = local_folder(out)
   digest = hashlib.blake2b(json.dumps(captions).encode(), digest_size=8).hexdigest()
   settings = dataclasses.asdict(writing) | dict(identity)
+  if 'weights' in settings:  # tell more than the name of a folder
+    del settings['model']
   settings |= {'captions': digest, 'shards': shard[1]}
   is_new = _check_settings(folder, settings)
   captions = captions[:limit]
@@ -242,9 +238,12 @@ def write_all(
     _begin(folder, settings, shard)
   total = len(captions[shard[0] :: shard[1]])
   with _journal(answers_file(folder, shard)) as record:
+    prompts = folder / PROMPTS
     todo = collections.deque(remaining(folder, captions, writing, shard))  # nobody else writes now
-    if todo:  # else what is there is of fewer captions, and looks whole
-      (folder / PROMPTS).unlink(missing_ok=True)
+    if not todo and prompts.exists():  # of these captions, or of more
+      progress(total, total)
+      return True
+    prompts.unlink(missing_ok=True)  # of fewer captions; it would look whole
     done = total - len(todo)
     progress(done, total)
     while todo:
@@ -322,7 +321,7 @@ def read_answers(file: Path) -> Iterator[dict[str, Any]]:
         is_sound = type(found['row']) is int and type(found['attempt']) is int
         texts = ('refused',) if 'refused' in found else ('edit', 'output')
         is_sound = is_sound and all(isinstance(found[name], str) for name in texts)
-      except (ValueError, KeyError, TypeError):
+      except (ValueError, KeyError, TypeError, RecursionError):
         is_sound = False
       if not is_sound:
         raise InputError(
@@ -401,6 +400,11 @@ def _check_settings(folder, settings) -> bool:
     raise InputError(f'{file}: holds no settings; use another folder.')
   for name in sorted({*known, *settings}):
     if known.get(name) != settings.get(name):
+      if name == 'captions':
+        raise InputError(
+          f'{folder}: was begun with other captions, or another column; use another folder, and'
+          ' `ip2p captions merge` in the end.'
+        )
       raise InputError(
         f'{folder}: was begun with {name} {known.get(name)!r}, not {settings.get(name)!r}; use'
         ' another folder, or the same settings.'
@@ -471,27 +475,34 @@ def describe(found: Yield) -> Iterator[str]:
 
 
 def merge(files: Sequence[str | Path], out: str | Path) -> tuple[int, int]:
-  """Writes the lines of all files that were not there before: (lines written, duplicates).
+  """Writes the triplets of all files that were not there before: (lines written, duplicates).
 
+  Columns are called as in the prompts of `write_all`; others come along, if JSON has their values.
   Duplicates have the same caption, but for case, white space and a last stop, or the same URL.
   """
   out = Path(local(out)).expanduser()
-  if out.exists():
-    raise InputError(f'{out} exists; give a new file, or delete it.')
+  if out.exists() or out.suffix.lower() != '.jsonl':
+    raise InputError(f'{out}: exists, or does not end in .jsonl; give a new file that does.')
   seen, lines, duplicates = set(), [], 0
   for file in files:
-    reader = triplets.open_table(local(file))
-    caption = triplets.pick(reader.names, triplets.NAMES['caption'])
-    for i in range(len(reader)):
-      place, _, values = reader.read(i, tuple(reader.names))
-      text, url = triplets.text(values.get(caption)), triplets.text(values.get('url'))
-      if not text:
-        raise InputError(f'{place}: has no caption; mend it or take it out.')
-      keys = {plain(text)} | ({f'url {url}'} if url else set())
+    rows = triplets.Rows(local(file))
+    for i in range(len(rows)):
+      place, triplet, others = rows.read_whole(i)
+      if fault := triplets.fault(triplet):
+        raise InputError(f'{place} {fault}; mend it or take it out.')
+      url = triplets.text(others.get('url'))
+      keys = {plain(triplet.caption)} | ({f'url {url}'} if url else set())
       if keys & seen:
         duplicates += 1
-      else:
-        seen |= keys
-        lines.append(json.dumps(values) + '\n')
+        continue
+      seen |= keys
+      line = dict(zip(('caption', 'edit', 'output'), triplet, strict=True))
+      line |= {name: value for name, value in others.items() if _is_plain(value)}
+      lines.append(json.dumps(line) + '\n')
   storage.write_bytes(storage.folder(out), ''.join(lines).encode())
   return len(lines), duplicates
+
+
+def _is_plain(value) -> bool:
+  """Whether JSON has it."""
+  return isinstance(value, str | int | None) or (isinstance(value, float) and math.isfinite(value))

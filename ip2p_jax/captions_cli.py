@@ -1,5 +1,6 @@
 """`ip2p captions`: a language model learns to write edits, and writes them for many captions."""
 
+import dataclasses
 import hashlib
 import importlib
 import json
@@ -165,6 +166,8 @@ def write(
   if server is not None:
     if not server_model:
       raise InputError("--server-model is missing: the model's name on the server.")
+    if from_triplets and not examples:
+      raise InputError('--triplets are not shown with --examples 0; leave one of them out.')
     shown = triplets.read(from_triplets or triplets.bundled_file()) if examples else []
     asked = caption_server.Server(
       server, server_model, api, caption_server.read_key(key_variable) if key_variable else None,
@@ -172,7 +175,7 @@ def write(
     )  # fmt: skip
   found = captions.read_captions(source, column)
   left_out = ', '.join(f'{count:,} {reason}' for reason, count in found.left_out.items())
-  tqdm.write(f'{source}: {len(found.kept):,} captions; left out: {left_out or "none"}')
+  tqdm.write(f'{source}: {_many(len(found.kept), "caption")}; left out: {left_out or "none"}')
   usage, to_ask = caption_server.Usage(), []
   if asked:
     identity = {'model': server_model, 'api': api, 'shown': examples}
@@ -274,7 +277,8 @@ def _load(folder, dtype):
     'weights': weights_digest(checkpoint.tensors),
     'tokenizer': hashlib.blake2b(checkpoint.tokenizer, digest_size=8).hexdigest(),
   }
-  return language.Language.of(checkpoint, dtype), identity
+  model = language.Language.of(checkpoint, dtype)
+  return model, identity | {'config': _digest(dataclasses.asdict(model.config))}
 
 
 def local(model: language.Language, writing: Writing, slots: int) -> Complete:
@@ -313,7 +317,7 @@ def _hook(spec: str) -> Callable[[str], bool]:
   sys.path.insert(0, str(Path.cwd()))
   try:
     function = getattr(importlib.import_module(module), name)
-  except Exception as error:  # whatever happens in there
+  except (Exception, SystemExit) as error:  # whatever happens in there
     raise InputError(
       f'--moderate {spec}: cannot be imported ({error}); write MODULE:FUNCTION.'
     ) from error
@@ -395,7 +399,9 @@ def _report(folder, is_complete) -> None:
   for line in triplet_check.diversity(found.instructions):
     tqdm.write(line)
   if is_complete:
-    tqdm.write(f'wrote {folder / captions.PROMPTS}; `ip2p pairs` draws pictures of it')
+    file = folder / captions.PROMPTS
+    count = _many(file.read_bytes().count(b'\n'), 'prompt')
+    tqdm.write(f'{file} has {count}; `ip2p pairs` draws pictures of it')
   else:
     tqdm.write(
       f'{folder}: other shards are still missing: it is complete when all workers are done'

@@ -13,6 +13,7 @@ from ip2p_jax.triplets import Triplet
 
 NEAR = 0.8  # Jaccard index of the words of two captions that are nearly the same
 RELATED = 0.2  # least part of the caption's words, or of the edited one's, that the other has too
+RECENT = 500  # captions with a word, that another with it is compared with
 MOST_WORDS = 25  # of an instruction
 SHOWN_VERBS = 12
 LENGTHS = (3, 6, 9, 12, 16, 25)  # words: last of each bar of the histogram
@@ -23,18 +24,25 @@ SMALL_WORDS = frozenset(
 )
 # What pairs of pictures that share attention cannot show. Words, and what they ask for.
 SPATIAL = {
-  'the camera': r"""(?:move|turn|tilt|lower|raise|change)\ the\ camera
-    |zoom\w*|close-?\s?up|wide[- ]angle|viewpoint|point\ of\ view|perspective
-    |camera\ angle|crop(?:ped)?\ (?:it|the|out|to)|closer|further\ away|farther|bird's[- ]eye
+  'the camera': r"""(?:move|turn|tilt|lower|raise|change)\ the\ camera|zoom(?:s|ed|ing)?\b
+    |close-?\s?up|wide[- ](?:angle|shot)|(?:low|high|bird['’]?s)[- ](?:angle|eye)|bird['’]s[- ]eye
+    |(?:aerial|top-down|drone|overhead)\ (?:view|shot)|macro\ shot|fish-?\s?eye|viewpoint
+    |point\ of\ view|perspective|camera\ angle|crop(?:ped)?\ (?:it|the\ (?:picture|image|photo))
+    |crop\ (?:out|to)|closer|further\ away|farther|from\ a\ distance
     |from\ (?:above|below|behind|the\ (?:side|back|front))|pan\ (?:to|left|right|up|down)""",
-  'places': r"""moves?|moved|shift(?:s|ed)?|swap\w*(?!.*\ for\ )|switch\ (?:places|positions|sides)
-    |rearrange\w*|rotat\w*|flip(?:s|ped)?(?![-\w])|mirror\ (?:it|the)|upside\ down
-    |turn(?:ed)?\ around|(?:to|on)\ the\ right|left|right[- ](?:side|hand)|(?:other|opposite)\ side
-    |(?:at|to|in)\ the\ (?:bottom|top|cent(?:er|re)|middle|corners?)(?!\ of)
-    |(?:put|place|bring|stand|set)\ (?:it|him|her|them|the\ \w+)\ (?:behind|in\ front|next\ to)
-    |cent(?:er|re)\ (?:it|the)|enlarge\w*|shrink\w*|resize\w*""",
-  'numbers': r"""(?:two|three|four|five|six|seven|eight|nine|ten)(?!-)|dozens?|twice|double\ the
-    |one\ more|a\ (?:second|third)|\d{1,2}(?!\ ?(?:mm|th|st|nd|rd|°)|[-:.,]\d)""",
+  'places': r"""moves?|moved|relocat\w*|slide\ (?:it|the)|shift(?:s|ed)?(?!.*colou?rs?)
+    |swap\w*(?!.*\ (?:for|with)\ )|switch\ (?:places|positions|sides)|rearrange\w*|rotat\w*
+    |flip(?:s|ped)?(?![-\w]|\ (?:phone|chart))|mirror\ (?:it|the|image)|reflect\ (?:it|the\ image)
+    |upside[- ]down|turn(?:ed)?\ around|(?:other|opposite)\ (?:way|side)
+    |(?:to|on)\ the\ right|left(?![-\w])|right[- ](?:side|hand)|to\ the\ foreground
+    |(?:at|in)\ the\ (?:bottom|top|cent(?:er|re)|middle|corners?)(?!\ (?:of|ages|east|class))
+    |(?:put|place|bring|stand|set)\ (?:it|him|her|them|the\ \w+)
+     \ (?:behind|in\ front|next\ to|under|beside)
+    |cent(?:er|re)\ (?:it|the)|enlarge\w*|shrink\w*|resize\w*|bigger|smaller|scale\ (?:it|the)""",
+  'numbers': r"""(?:two|three|four|five|six|seven|eight|nine|ten|eleven|twelve)(?![- ]?piece|-)
+    |(?:a\ )?hundreds?|several|dozens?|twice|triple\ the|double\ the|a\ couple\ of|one\ more
+    |a\ (?:second|third)|(?<!formula\ )(?<!windows\ )
+     \d{1,3}(?!\ ?(?:mm|th|st|nd|rd|°|%|am|pm|years?|o'clock)|[-:.,]?\d)""",
 }
 PATTERNS = {
   what: re.compile(rf'\b(?:{words})\b', re.IGNORECASE | re.VERBOSE)
@@ -79,6 +87,14 @@ def problems(triplet: Triplet) -> Iterator[str]:
     yield fault
     return
   caption, instruction, edited = triplet
+  for name, text in triplet._asdict().items():
+    name = 'edited caption' if name == 'edited' else name
+    if '\n' in text:
+      yield f'the {name} has more than one line'
+    if triplets.is_garbled(text):
+      yield f'the {name} has control characters, or signs that stand for broken ones'
+  if plain(instruction) in (plain(caption), plain(edited)):
+    yield 'the instruction is one of the captions'
   if plain(caption) == plain(edited):
     yield 'the edited caption is the caption'
   elif is_unrelated(caption, edited):
@@ -96,7 +112,7 @@ def problems(triplet: Triplet) -> Iterator[str]:
 def is_unrelated(caption: str, edited: str) -> bool:
   """Whether two captions share next to no words that mean something."""
   one, other = words(caption) - SMALL_WORDS, words(edited) - SMALL_WORDS
-  if not one or not other:  # of other writing systems, or of small words alone
+  if min(len(one), len(other)) < 2:  # one thing may become another; or of other writing systems
     return False
   return len(one & other) < RELATED * min(len(one), len(other))
 
@@ -109,7 +125,8 @@ def repeated(captions: Sequence[str]) -> Iterator[tuple[int, int, bool]]:
   """(later, earlier, whether they are the same) of every caption that was there before.
 
   Nearly the same is a Jaccard index of words of NEAR or more. Two such sets share one of the rarest
-  few words of either, so that only few are compared (Chaudhuri et al. 2006, prefix filtering).
+  few words of either, so that only few are compared (Chaudhuri et al. 2006, prefix filtering); of a
+  word that is in very many captions, the last RECENT of them.
   """
   sets = [words(caption) for caption in captions]
   counts = collections.Counter(word for found in sets for word in found)
@@ -124,7 +141,7 @@ def repeated(captions: Sequence[str]) -> Iterator[tuple[int, int, bool]]:
       continue
     rarest = sorted(own, key=lambda word: (counts[word], word))
     rarest = rarest[: len(own) - math.ceil(NEAR * len(own) - 1e-9) + 1]
-    near = (j for word in rarest for j in by_word[word])
+    near = (j for word in rarest for j in by_word[word][-RECENT:])
     found = next((j for j in near if jaccard(own, sets[j]) >= NEAR), None)
     if found is not None:
       yield i, found, False

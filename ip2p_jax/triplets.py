@@ -6,6 +6,7 @@ A language model is trained on, and asked by, the formats of the original:
   completion  make it a lion⏎%%⏎a lion on a mat⏎END
 """
 
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,6 +66,15 @@ def mark_in(text: str) -> str | None:
   )
 
 
+def is_garbled(text: str) -> bool:
+  """Whether it has signs that no one writes, or that stand for bytes that are no text.
+
+  Line breaks and tabs are none of them.
+  """
+  signs = set(text) - {'\t', '\n', '\r'}
+  return '\ufffd' in signs or any(unicodedata.category(sign) == 'Cc' for sign in signs)
+
+
 def read(path: str | Path) -> list[Triplet]:
   """Every row of a .jsonl, .csv or .parquet file, or of a folder of .parquet files.
 
@@ -102,8 +112,17 @@ class Rows:
 
   def read(self, i: int) -> tuple[str, Triplet]:
     """Its place, 'FILE: line 7', and texts, '' for one that is missing; InputError if damaged."""
-    place, _, values = self._reader.read(i, tuple(self._columns))
-    return place, Triplet(*(text(values.get(column)) for column in self._columns))
+    return self._read(i, tuple(self._columns))[:2]
+
+  def read_whole(self, i: int) -> tuple[str, Triplet, dict[str, Any]]:
+    """The same, and the values of all other columns."""
+    place, triplet, values = self._read(i, tuple(self._reader.names))
+    others = {name: value for name, value in values.items() if name not in self._columns}
+    return place, triplet, others
+
+  def _read(self, i, wanted):
+    place, _, values = self._reader.read(i, wanted)
+    return place, Triplet(*(text(values.get(column)) for column in self._columns)), values
 
 
 def bundled_file() -> Path:

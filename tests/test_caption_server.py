@@ -1,16 +1,20 @@
 """Captions by HTTP: beside a server that fails in every way it can."""
 
+import contextlib
 import email.utils
 import json
 import random
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 from fake_server import (
   answer_to,
+  caption_of,
   drip,
   half,
   half_in_chunks,
@@ -165,7 +169,10 @@ def test_the_server_says_when_to_come_back(fake, ask, kind):
   assert fake.times[1] - fake.times[0] >= 0.9
 
 
-@pytest.mark.parametrize('after', ['soon', 'nan', '-3', 'inf', ''])
+LATE = 'Mon, 01 Jan 2026 00:00:00 +99999999999999999999'
+
+
+@pytest.mark.parametrize('after', ['soon', 'nan', '-3', 'inf', '', LATE])
 def test_a_strange_time_to_come_back_is_ignored(fake, ask, after, monkeypatch):
   monkeypatch.setattr(caption_server, 'LONGEST_WAIT', 0.05)
   fake.troubles.append(status(503, Retry_After=after))
@@ -176,7 +183,7 @@ def test_trouble_that_stays_stops_the_run_with_a_sentence(fake, ask):
   fake.always = lambda body: status(500)
   with pytest.raises(InputError, match=r'status 500, 3 times in a row; what was written stays'):
     ask(['a cat'], retries=2)
-  assert len(fake.asked) == 3
+  assert len(fake.asked) == 3 + 1  # the last shows that the caption is not to blame
 
 
 def test_nobody_at_the_address_is_told(ask):
@@ -217,6 +224,35 @@ def test_a_caption_that_the_server_will_not_take_goes_without(fake, ask):
   assert len(said) == 1 and 'status 400: filtered' in said[0]
 
 
+def test_a_caption_that_always_fails_goes_without_for_now_if_another_does_not(fake, ask):
+  fake.always = lambda body: status(500) if body['seed'] == 1 else None
+  assert ask(['a', 'b', 'c'], retries=1)[1] == ''
+  found = [(caption_of(body), body['seed']) for body in fake.asked]
+  assert found.count(('b', 1)) == 2
+
+
+def test_one_caption_alone_is_to_blame_if_another_is_taken(fake, ask):
+  fake.always = lambda body: status(400) if caption_of(body) == 'bad' else None
+  assert ask(['bad', 'bad']) == [None, None]
+  assert [caption_of(body) for body in fake.asked][-1] == caption_server.PROBE
+
+
+def test_many_captions_in_a_row_may_be_to_blame(fake, ask):
+  fake.always = lambda body: status(400) if caption_of(body).startswith('bad') else None
+  captions = [f'bad {i}' for i in range(40)] + ['good']
+  assert ask(captions)[:40] == [None] * 40
+
+
+@pytest.mark.parametrize('count', [1, 3, 50])
+def test_no_caption_is_lost_by_a_mistake_in_the_request(fake, count):
+  fake.always = lambda body: status(400, b'{"error": "no such parameter"}')
+  server = Server(fake.url, 'tiny', shown=0, concurrency=2)
+  told = []
+  with pytest.raises(InputError, match=r'status 400: no such parameter\)\.$'):
+    told.extend(backend(server, WRITING)([f'caption {i}' for i in range(count)], range(count)))
+  assert told == []
+
+
 def test_a_request_that_the_server_never_takes_stops_the_run(fake, ask):
   fake.always = lambda body: status(422, f'unknown field, dear {KEY}'.encode())
   with pytest.raises(InputError, match=r'status 422: unknown field, dear \*\*\*'):
@@ -228,10 +264,57 @@ def test_an_answer_that_ran_out_of_tokens_has_no_end(fake, ask):
   assert ask(['a cat']) == ['make it']
 
 
-@pytest.mark.parametrize('reason', ['content_filter', 'tool_calls'])
+@pytest.mark.parametrize('reason', ['content_filter', 'tool_calls', None])
 def test_an_answer_that_was_cut_short_has_no_end(fake, ask, reason):
   fake.troubles.append(lambda handler, body: handler.say(200, answer_to(body, 'make it', reason)))
   assert ask(['a cat']) == ['make it']
+
+
+def test_thoughts_are_no_part_of_an_answer(fake, ask):
+  thinking = '<think>\nA lion?\n</think>\n\nmake it a lion\n%%\na lion'
+  fake.troubles.append(lambda handler, body: handler.say(200, answer_to(body, thinking)))
+  assert ask(['a cat']) == ['make it a lion\n%%\na lion\nEND']
+
+
+def test_an_error_within_an_answer_is_told(fake, ask):
+  fake.troubles.append(status(200, b'{"error": {"message": "no credits"}}'))
+  said = []
+  ask(['a cat'], say=said.append)
+  assert said == [f'{fake.url}/chat/completions: an error (no credits); trying again']
+
+
+def test_nothing_that_a_server_sends_back_tells_the_key(fake, ask):
+  long = json.dumps({'error': {'message': 'x' * 290 + KEY}}).encode()
+  fake.always = lambda body: status(404, long)
+  with pytest.raises(InputError) as stop:
+    ask(['a cat'], key=KEY)
+  assert KEY[:6] not in str(stop.value)
+  fake.always = lambda body: lambda handler, body: handler.say(200, answer_to(body, f'a {KEY}'))
+  assert ask(['a cat'], key=KEY) == ['a ***\nEND']
+
+
+@pytest.mark.parametrize(
+  'begin', [b'HTTP/1.1 200 OK', b'HTTP/1.1 400 Bad\r\nContent-Length: 900\r\n\r\n']
+)
+def test_a_server_that_never_comes_to_the_end_is_left(begin):
+  listener = socket.create_server(('127.0.0.1', 0))
+
+  def drip():
+    opened, _ = listener.accept()
+    with contextlib.suppress(OSError):
+      opened.sendall(begin)
+      while True:
+        opened.sendall(b'x')
+        time.sleep(0.05)
+
+  threading.Thread(target=drip, daemon=True).start()
+  url = f'http://127.0.0.1:{listener.getsockname()[1]}/v1'
+  complete = backend(Server(url, 'tiny', shown=0, retries=0, timeout=0.5), WRITING)
+  began = time.monotonic()
+  with pytest.raises(InputError, match=r'no answer in 0\.5 s|status 400'):
+    list(complete(['a cat'], [1]))
+  assert time.monotonic() - began < 5
+  listener.close()
 
 
 def test_halves_of_characters_do_not_break_it(fake, ask):
@@ -245,12 +328,18 @@ def test_halves_of_characters_do_not_break_it(fake, ask):
 @pytest.mark.parametrize(
   'url',
   ['localhost:8000', 'ftp://here', 'http://', 'http://me:pw@here', 'http://here?key=1',
-   'http://here:port', 'http://he re'],
+   'http://here:port', 'http://he re', 'http://here/é', 'http://a..b/v1', f'http://{"a" * 64}/v1'],
 )  # fmt: skip
 def test_a_url_that_is_none_or_holds_a_secret_is_refused(url):
   with pytest.raises(InputError, match='the URL of the server') as stop:
     Server(url, 'tiny')
   assert 'pw' not in str(stop.value)
+
+
+@pytest.mark.parametrize('name', ['temperature', 'seed'])
+def test_what_is_written_into_the_prompts_is_not_changed_behind_their_back(name):
+  with pytest.raises(InputError, match=f"may not change '{name}', which has an option"):
+    Server('http://here', 'tiny', shown=0, body={name: 1})
 
 
 def test_the_key_is_named_and_never_told(monkeypatch):
@@ -296,6 +385,7 @@ def test_a_run_that_failed_goes_on_where_it_was(fake, tmp_path):
 
 RUN = """
 import sys
+import threading
 from ip2p_jax.caption_server import Server, backend
 from ip2p_jax.captions import Caption, Writing, write_all
 from ip2p_jax.triplets import Triplet

@@ -1,5 +1,6 @@
 """Edits for many captions: what is read, kept, refused and written, and how a run goes on."""
 
+import datetime
 import json
 import random
 import re
@@ -321,6 +322,20 @@ def test_prompts_wait_for_all_that_any_worker_was_told_to_write(tmp_path, whole)
   assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
 
 
+def test_a_run_of_fewer_captions_leaves_what_is_there(tmp_path, whole):
+  write_all(MINE, tmp_path, Model(), WRITING, IDENTITY)
+  assert write_all(MINE, tmp_path, Model(), WRITING, IDENTITY, limit=10)
+  assert contents(tmp_path) == contents(whole)
+
+
+def test_of_a_model_of_this_machine_the_weights_count_and_not_the_name(tmp_path):
+  here = {'model': 'writer', 'weights': '1'}
+  write_all(MINE, tmp_path, Model(), WRITING, here)
+  assert write_all(MINE, tmp_path, Model(), WRITING, here | {'model': 'renamed'})
+  with pytest.raises(InputError, match="begun with weights '1', not '2'"):
+    write_all(MINE, tmp_path, Model(), WRITING, here | {'weights': '2'})
+
+
 def test_a_run_is_confirmed_before_anything_is_written(tmp_path):
   def confirm(texts):
     assert texts == [caption.text for caption in MINE] and not (tmp_path / 'new').exists()
@@ -370,7 +385,7 @@ def test_progress_counts_captions(tmp_path):
   [
     ({'writing': Writing(seed=2)}, 'begun with seed 1, not 2'),
     ({'identity': {'model': 'other'}}, "begun with model 'tiny', not 'other'"),
-    ({'captions': MINE[1:]}, 'begun with captions'),
+    ({'captions': MINE[1:]}, 'begun with other captions'),
     ({'shard': (0, 2)}, 'begun with shards 1, not 2'),
   ],
 )
@@ -393,7 +408,8 @@ def test_two_processes_cannot_be_the_same_worker(tmp_path):
 
 
 @pytest.mark.parametrize('line', ['{"row": ', '{"row": "1", "attempt": 0, "refused": "long"}',
-                                  '{"row": 1, "attempt": 0, "edit": "x"}', '[]'])  # fmt: skip
+                                  '{"row": 1, "attempt": 0, "edit": "x"}', '[]',
+                                  '[' * 100_000])  # fmt: skip
 def test_a_damaged_line_is_named(tmp_path, line):
   write_all(MINE, tmp_path, Model(), WRITING, IDENTITY)
   file = captions.answers_file(tmp_path, (0, 1))
@@ -468,5 +484,23 @@ def test_runs_are_merged_and_each_caption_is_there_once(tmp_path, whole):
   assert duplicates == len(known) and count == len(first) + 3 - duplicates
   assert lines(tmp_path / 'all.jsonl')[: len(first)] == first
   assert len(prompts.read_prompts(tmp_path / 'all.jsonl')) == count
-  with pytest.raises(InputError, match=r'all.jsonl exists'):
-    captions.merge(sources, tmp_path / 'all.jsonl')
+  for name in ('all.jsonl', 'new.csv', 'new'):
+    with pytest.raises(InputError, match=f'{name}: exists, or does not end in'):
+      captions.merge(sources, tmp_path / name)
+
+
+def test_merged_triplets_are_called_alike_whatever_they_were_called(tmp_path):
+  one = {'input': 'a cat', 'edit': 'make it a dog', 'output': 'a dog', 'score': float('nan')}
+  (tmp_path / 'one.jsonl').write_text(json.dumps(one) + '\n')
+  when = datetime.datetime(2026, 1, 1)
+  other = {'original_prompt': 'a bird', 'edit_prompt': 'x', 'edited_prompt': 'y', 'when': when}
+  parquet.write_table(pyarrow.Table.from_pylist([other | {'row': 3}]), tmp_path / 'other.parquet')
+  sources = [tmp_path / 'one.jsonl', tmp_path / 'other.parquet']
+  assert captions.merge(sources, tmp_path / 'all.jsonl') == (2, 0)
+  assert lines(tmp_path / 'all.jsonl') == [
+    {'caption': 'a cat', 'edit': 'make it a dog', 'output': 'a dog'},
+    {'caption': 'a bird', 'edit': 'x', 'output': 'y', 'row': 3},
+  ]
+  (tmp_path / 'bad.jsonl').write_text(json.dumps({'caption': 'a', 'edit': 'b', 'output': ''}))
+  with pytest.raises(InputError, match=r'bad\.jsonl: line 1 has no edited caption'):
+    captions.merge([tmp_path / 'bad.jsonl'], tmp_path / 'more.jsonl')

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -131,6 +132,13 @@ def test_a_model_of_this_machine_writes_edits(ip2p, model, source, tmp_path):
 
   code, said = ip2p('write', source, tmp_path / 'one', *words, '--temperature', 0)
   assert code == 2 and 'begun with temperature 0.7, not 0.0' in said
+
+  other = shutil.copytree(model, tmp_path / 'renamed')
+  assert ip2p('write', source, tmp_path / 'one', '--model', other)[0] == 0
+  config = json.loads((other / 'config.json').read_text())
+  (other / 'config.json').write_text(json.dumps(config | {'rms_norm_eps': 0.1}))
+  code, said = ip2p('write', source, tmp_path / 'one', '--model', other)
+  assert code == 2 and 'was begun with config ' in said
 
 
 @pytest.mark.slow
@@ -291,6 +299,8 @@ HERE = ('--server', 'http://here', '--server-model', 'm')
     (('--model', 'm', '--api', 'chat'), '--api goes with --server'),
     (('--model', 'm', '--yes'), '--yes goes with --server'),
     ((*HERE, '--slots', '4'), '--slots goes with --model'),
+    ((*HERE, '--examples', '0', '--triplets', 'x'), '--triplets are not shown with --examples 0'),
+    (('--model', 'm', '--shard', '0/100000000'), "shard is '0/100000000'"),
     ((*HERE, '--body', '{"min_p": NaN}'), '--body is no JSON object'),
     ((*HERE, '--body', '{"messages": 3}'), "the body may not hold 'messages'"),
     ((*HERE, '--timeout', 'inf'), 'the timeout is inf s'),

@@ -143,6 +143,15 @@ def test_the_triplets_that_come_along_are_varied():
     (CAT._replace(instruction='put the dog in front of the cat'), 'of places'),
     (CAT._replace(instruction='add a sun at the bottom'), 'of places'),
     (CAT._replace(instruction='enlarge the cat'), 'of places'),
+    (CAT._replace(instruction='make the cat bigger'), 'of places'),
+    (CAT._replace(instruction='turn it upside-down'), 'of places'),
+    (CAT._replace(instruction='a drone shot of it'), 'of the camera'),
+    (CAT._replace(instruction='a bird’s eye view'), 'of the camera'),
+    (CAT._replace(instruction='add 100 balloons'), 'of numbers'),
+    (CAT._replace(instruction='add several balloons'), 'of numbers'),
+    (CAT._replace(instruction='make it\na lion'), 'the instruction has more than one line'),
+    (CAT._replace(edited='a lion on a \ufffd mat'), 'the edited caption has control characters'),
+    (CAT._replace(instruction=CAT.edited), 'the instruction is one of the captions'),
     (CAT._replace(instruction='centre the cat'), 'of places'),
     (CAT._replace(instruction='lower the camera'), 'of the camera'),
     (CAT._replace(instruction='a\n%%\nb'), "has a line '%%'"),
@@ -162,11 +171,19 @@ def test_a_finding_has_its_line(tmp_path, triplet, finding):
   [
     'turn it into a lion', 'add a cat behind the house', 'swap the cat for a lion',
     'make it look like the 1920s', 'give him flip-flops', 'put it at the bottom of the sea',
-    'add a camera', 'a two-tone coat', 'give him a camera', 'make it bright red',
+    'add a camera', 'set it in the Middle Ages', 'give her a flip phone', 'add left-over pizza',
+    'shift the colours to blue', 'swap out the cat with a lion', 'make it 5 pm',
+    'put on a three piece suit', 'add a Formula 1 car', 'make him 20 years older',
+    'a two-tone coat', 'give him a camera', 'make it bright red',
   ],
 )  # fmt: skip
 def test_what_the_method_can_do_is_no_finding(instruction):
   assert not list(triplet_check.problems(CAT._replace(instruction=instruction)))
+
+
+def test_one_thing_may_become_another():
+  assert not triplet_check.is_unrelated('A dog', 'A fox')
+  assert triplet_check.is_unrelated('a dog on a mat', 'a stock market report')
 
 
 def test_a_row_that_cannot_be_read_is_a_finding_and_the_rest_is_read(tmp_path):

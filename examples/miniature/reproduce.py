@@ -1,7 +1,7 @@
 """The paper's whole data factory in the drawn world, from captions to an editor and its score.
 
   python examples/miniature/reproduce.py out/reproduce               (two to three hours)
-  python examples/miniature/reproduce.py out/reproduce-small --small  (about twelve minutes)
+  python examples/miniature/reproduce.py out/reproduce-small --small  (six minutes)
 
 The shipped writer makes instructions and edited captions of captions it has not seen; the shipped
 base draws pairs of pictures with attention control; CLIP filters them; an editor is trained from

@@ -173,7 +173,8 @@ def finish(job: Job) -> Summary:
 
 def parse_shard(part):
   index, slash, count = part.partition('/')
-  if slash and index.isdecimal() and count.isdecimal() and int(index) < int(count):
+  is_number = slash and all(text.isdecimal() and len(text) < 6 for text in (index, count))
+  if is_number and int(index) < int(count):
     return int(index), int(count)
   raise InputError(f"shard is {part!r}; use 'i/n' for machine i, counted from 0, of n: '0/4'.")
 

@@ -185,7 +185,7 @@ def _number(config, key, default, name):
 def _positive(config, key, default, name):
   value = config.get(key)
   value = default if value is None else value
-  if type(value) not in (int, float) or not 0 < value < float('inf'):
+  if type(value) not in (int, float) or not 0 < value < 1e38:
     raise InputError(f'{name}: {key}={value!r} is not a number above 0.')
   return float(value)
 
@@ -198,10 +198,13 @@ def _flag(config, key, name):
 
 
 def _ends(config, name):
-  value = config.get('eos_token_id')
+  value, size = config.get('eos_token_id'), config['vocab_size']
   ends = value if isinstance(value, list) else [] if value is None else [value]
-  if any(type(end) is not int or end < 0 for end in ends):
-    raise InputError(f'{name}: eos_token_id={value!r} is neither a token nor a list of tokens.')
+  if any(type(end) is not int or not 0 <= end < size for end in ends):
+    raise InputError(
+      f'{name}: eos_token_id={value!r} is neither one of the {size} tokens nor a list of them (that'
+      ' of generation_config.json counts, if there is one).'
+    )
   return tuple(ends)
 
 
@@ -217,6 +220,9 @@ def _rope(config, name):
     raise InputError(f'{where}.rope_type={rope_type!r} is not supported, only '
                      f'{", ".join(ROPE_TYPES)}.')  # fmt: skip
   _check_fixed(given, where)
+  both = [config.get(key) or {} for key in ('rope_parameters', 'rope_scaling')]
+  if not all(isinstance(one, Mapping) for one in both):
+    raise InputError(f'{name}: rope_parameters and rope_scaling have to be objects.')
   theta = (config.get('rope_parameters') or given).get('rope_theta') or config.get('rope_theta')
   rope = {
     'rope_type': rope_type,
