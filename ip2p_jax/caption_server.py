@@ -362,7 +362,10 @@ class _Client(NamedTuple):
     timer.start()
     try:
       with self.opener.open(message, timeout=self.server.timeout) as answer:
-        return _read_all(answer)
+        content = _read_all(answer)
+      if is_late.is_set():  # what is shut looks as if it had come to its end
+        raise TimeoutError
+      return content
     except urllib.error.HTTPError as error:
       with error:
         found = self._meaning(error)
@@ -432,7 +435,7 @@ def _read(content: bytes) -> tuple[str, Any]:
   """(text, counts of tokens) of an answer."""
   try:
     answer = json.loads(content)
-    if isinstance(answer, dict) and answer.get('error'):
+    if isinstance(answer, dict) and isinstance(answer.get('error'), str | dict):
       raise _Again(f'an error ({" ".join(_said(content).split())[:300]})')
     choice = answer['choices'][0]
     text = choice['message']['content'] if 'message' in choice else choice['text']

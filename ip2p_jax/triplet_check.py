@@ -37,7 +37,7 @@ SPATIAL = {
     |(?:to|on)\ the\ right|left(?![-\w])|right[- ](?:side|hand)|to\ the\ foreground
     |(?:at|in)\ the\ (?:bottom|top|cent(?:er|re)|middle|corners?)(?!\ (?:of|ages|east|class))
     |(?:put|place|bring|stand|set)\ (?:it|him|her|them|the\ \w+)
-     \ (?:behind|in\ front|next\ to|under|beside)
+     \ (?:behind|in\ front|next\ to|beside)
     |cent(?:er|re)\ (?:it|the)|enlarge\w*|shrink\w*|resize\w*|bigger|smaller|scale\ (?:it|the)""",
   'numbers': r"""(?:two|three|four|five|six|seven|eight|nine|ten|eleven|twelve)(?![- ]?piece|-)
     |(?:a\ )?hundreds?|several|dozens?|twice|triple\ the|double\ the|a\ couple\ of|one\ more

@@ -297,24 +297,24 @@ def test_nothing_that_a_server_sends_back_tells_the_key(fake, ask):
   'begin', [b'HTTP/1.1 200 OK', b'HTTP/1.1 400 Bad\r\nContent-Length: 900\r\n\r\n']
 )
 def test_a_server_that_never_comes_to_the_end_is_left(begin):
-  listener = socket.create_server(('127.0.0.1', 0))
-
   def drip():
     opened, _ = listener.accept()
-    with contextlib.suppress(OSError):
+    with opened, contextlib.suppress(OSError):
       opened.sendall(begin)
       while True:
         opened.sendall(b'x')
         time.sleep(0.05)
 
-  threading.Thread(target=drip, daemon=True).start()
-  url = f'http://127.0.0.1:{listener.getsockname()[1]}/v1'
-  complete = backend(Server(url, 'tiny', shown=0, retries=0, timeout=0.5), WRITING)
-  began = time.monotonic()
-  with pytest.raises(InputError, match=r'no answer in 0\.5 s|status 400'):
-    list(complete(['a cat'], [1]))
-  assert time.monotonic() - began < 5
-  listener.close()
+  with socket.create_server(('127.0.0.1', 0)) as listener:
+    thread = threading.Thread(target=drip)
+    thread.start()
+    url = f'http://127.0.0.1:{listener.getsockname()[1]}/v1'
+    complete = backend(Server(url, 'tiny', shown=0, retries=0, timeout=0.5), WRITING)
+    began = time.monotonic()
+    with pytest.raises(InputError, match=r'no answer in 0\.5 s|status 400'):
+      list(complete(['a cat'], [1]))
+    assert time.monotonic() - began < 5
+    thread.join(5)
 
 
 def test_halves_of_characters_do_not_break_it(fake, ask):

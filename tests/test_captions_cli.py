@@ -267,8 +267,9 @@ def test_captions_that_the_server_will_not_take_do_not_stop_a_run(ip2p, fake, so
   words = asking(fake, source, tmp_path / 'edits', '--yes', '--concurrency', 2)
   code, said = ip2p(*words)
   assert code == 0 and 'captions that the model would not take: 11 of 20 (55.0%)' in said
-  assert len(fake.asked) == 20
-  assert ip2p(*words)[0] == 0 and len(fake.asked) == 20
+  known = len(fake.asked)
+  assert 20 <= known <= 22  # with a caption or two that show who is to blame
+  assert ip2p(*words)[0] == 0 and len(fake.asked) == known
 
 
 def test_trouble_is_told_once(ip2p, fake, source, tmp_path):
