@@ -76,6 +76,8 @@ class Collective(NamedTuple):
 class Compiled(NamedTuple):
   """What the compiler says of one program. Bytes, FLOPs and cycles are of one device.
 
+  Cycles are 0 if jax could not read the program; then collectives are not known, either.
+
   `fits` is whether it compiled; then the rest is known, else only what `problem` says. What is in a
   loop counts once in FLOPs and bytes accessed, and as often as it runs in cycles and collectives.
   """
@@ -226,7 +228,11 @@ def compiled_for_tpu(lowered: jax.stages.Lowered) -> Compiled:
     if found:
       problem = f'needs {found[1]} {found[2]}iB of {found[3]} {found[4]}iB'
     return Compiled(fits=False, problem=problem, seconds=time.time() - began)
-  memory, cost, program = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
+  memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+  try:
+    program = compiled.as_text()
+  except Exception:  # of a compiler that knows operations which this jaxlib does not
+    program = ''
   return Compiled(
     fits=True,
     argument_bytes=memory.argument_size_in_bytes,
@@ -347,7 +353,7 @@ def report(found: Plan, config: TrainConfig) -> str:
       ),
       ('bytes moved', f'{moved / 1e9:.1f} GB'),
       ('time at best', f'{1e3 * at_best:.0f} ms, by FLOPs or bytes'),
-      ('time as scheduled', f'{1e3 * scheduled(compiled, chip):.0f} ms{AS_SCHEDULED}'),
+      ('time as scheduled', scheduled_time(compiled, chip)),
     ]
     rows += collective_rows(compiled.collectives)
   return table(found.topology, compiled, rows, advice(found, config))
@@ -366,7 +372,13 @@ def collective_rows(collectives: Sequence[Collective]) -> list[tuple[str, str]]:
   return rows
 
 
-AS_SCHEDULED = ", by the compiler's cycles; no kernels, no collectives"
+def scheduled_time(compiled: Compiled, chip: Chip) -> str:
+  if not compiled.cycles:
+    return (
+      "unknown: libtpu is newer than this jax can read; pip install 'jax[tpu]' for what belongs"
+    )
+  time = f'{1e3 * scheduled(compiled, chip):,.0f} ms'
+  return f"{time}, by the compiler's cycles; no kernels, no collectives"
 
 
 def table(

@@ -132,12 +132,13 @@ def report(found: Plan) -> str:
   if compiled.fits:
     at_best = found.analytic_flops / plan.peak_of(found.topology)
     seconds = plan.scheduled(compiled, chip)
+    hourly = 3600 * work.batch / max(seconds, at_best)
     rows += [
       *plan.memory_rows(compiled, chip),
       ('FLOPs', f'{found.analytic_flops / 1e12:.1f} T asked for'),
       ('time at best', f'{at_best:.2f} s, by FLOPs'),
-      ('time as scheduled', f'{seconds:.2f} s{plan.AS_SCHEDULED}'),
-      (f'{work.made} an hour', f'{3600 * work.batch / max(seconds, at_best):,.0f} as scheduled'),
+      ('time as scheduled', plan.scheduled_time(compiled, chip)),
+      (f'{work.made} an hour', f'{hourly:,.0f} {"as scheduled" if seconds else "at best"}'),
     ]
   told = ['Try fewer at a time with --batch-size.'] if not compiled.fits and work.batch > 1 else []
   return plan.table(found.topology, compiled, rows, told)

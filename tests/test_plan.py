@@ -119,6 +119,22 @@ def test_a_report_says_whether_it_fits_and_how_long_it_takes_at_best():
   assert '488 ms' in text  # 4e11 bytes at 819 GB/s
 
 
+def test_a_report_says_how_long_it_takes_as_scheduled_if_jax_can_read_the_program():
+  assert '1,000 ms, by the compiler' in told(cycles=1.5e9)
+  assert 'unknown: libtpu is newer than this jax can read' in told(cycles=0.0)
+
+
+def test_what_the_compiler_refuses_is_one_sentence():
+  class Lowered:
+    def compile(self):
+      raise RuntimeError('INTERNAL: Mosaic failed to compile\nand so on')
+
+  with pytest.raises(
+    InputError, match=r'refuses this program: INTERNAL: Mosaic failed to compile$'
+  ):
+    plan.compiled_for_tpu(Lowered())
+
+
 def test_a_report_says_what_to_do_where_it_does_not_fit():
   text = told(fits=False, problem='needs 20.0GiB of 15.7GiB')
   assert 'DOES NOT FIT: needs 20.0GiB' in text
