@@ -362,18 +362,18 @@ class _Client(NamedTuple):
     timer.start()
     try:
       with self.opener.open(message, timeout=self.server.timeout) as answer:
-        content = _read_all(answer)
-      if is_late.is_set():  # what is shut looks as if it had come to its end
-        raise TimeoutError
-      return content
+        found = _read_all(answer)
     except urllib.error.HTTPError as error:
       with error:
         found = self._meaning(error)
+    except _Again as error:
+      found = error
     except (OSError, http.client.HTTPException, ValueError) as error:
-      late = TimeoutError() if is_late.is_set() else error
-      found = _Again(_what_failed(late, self.server.timeout))
+      found = _Again(_what_failed(error, self.server.timeout))
     finally:
       timer.cancel()
+    if is_late.is_set() and isinstance(found, bytes | _Again):  # shut, it looks whole, or broken
+      found = _Again(_what_failed(TimeoutError(), self.server.timeout))
     if isinstance(found, Exception):
       raise found from None
     return found
@@ -412,8 +412,6 @@ class _Client(NamedTuple):
 
 def _what_failed(error: Exception, timeout: float) -> str:
   reason = getattr(error, 'reason', None) or error
-  if str(reason) == 'half an answer':
-    return 'half an answer'
   if isinstance(reason, TimeoutError):
     return f'no answer in {timeout:g} s'
   return f'the connection failed ({getattr(reason, "strerror", None) or type(reason).__name__})'
@@ -427,7 +425,7 @@ def _read_all(answer) -> bytes:
     if size > LARGEST_ANSWER:
       raise _Again('an endless answer')
   if size < expected:  # `read1` does not mind
-    raise OSError('half an answer')
+    raise _Again('half an answer')
   return b''.join(parts)
 
 

@@ -15,6 +15,7 @@ import dataclasses
 import fcntl
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -230,20 +231,16 @@ def write_all(
     del settings['model']
   settings |= {'captions': digest, 'shards': shard[1]}
   is_new = _check_settings(folder, settings)
-  captions = captions[:limit]
-  todo = collections.deque(remaining(folder, captions, writing, shard))
-  if todo:
+  wanted = captions[:limit]
+  if todo := remaining(folder, wanted, writing, shard):
     confirm([caption.text for caption, _ in todo])
   if is_new:
     _begin(folder, settings, shard)
-  total = len(captions[shard[0] :: shard[1]])
+  total = len(wanted[shard[0] :: shard[1]])
   with _journal(answers_file(folder, shard)) as record:
-    prompts = folder / PROMPTS
-    todo = collections.deque(remaining(folder, captions, writing, shard))  # nobody else writes now
-    if not todo and prompts.exists():  # of these captions, or of more
-      progress(total, total)
-      return True
-    prompts.unlink(missing_ok=True)  # of fewer captions; it would look whole
+    todo = collections.deque(remaining(folder, wanted, writing, shard))  # nobody else writes now
+    if todo:  # else what is there is of fewer captions, and looks whole
+      (folder / PROMPTS).unlink(missing_ok=True)
     done = total - len(todo)
     progress(done, total)
     while todo:
@@ -272,7 +269,7 @@ def write_all(
           done += 1
           progress(done, total)
       todo.extendleft(reversed(again))  # so that the next call is full, and the last one short
-  return _gather(folder, captions, writing, identity['model'], shard)
+  return _gather(folder, captions, len(wanted), writing, identity['model'], shard)
 
 
 def _answers(complete, asked, writing) -> Iterator[tuple[Task, str]]:
@@ -361,10 +358,17 @@ def _journal(file: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     os.fsync(opened.fileno())
 
 
-def _gather(folder, captions, writing, model, shard) -> bool:
-  """Writes the prompts if all workers have done their part of these captions."""
+def _gather(folder, captions, least, writing, model, shard) -> bool:
+  """Writes the prompts of the first captions, up to one that a worker has still to do.
+
+  Writes nothing if these are not `least`.
+  """
   workers = [(i, shard[1]) for i in range(shard[1])]
-  if any(remaining(folder, captions, writing, worker) for worker in workers):
+  missing = {
+    caption.row for worker in workers for caption, _ in remaining(folder, captions, writing, worker)
+  }
+  captions = list(itertools.takewhile(lambda caption: caption.row not in missing, captions))
+  if len(captions) < least:
     return False
   answers = (line for worker in workers for line in read_answers(answers_file(folder, worker)))
   kept = {line['row']: line for line in answers if 'edit' in line}

@@ -87,8 +87,9 @@ def problems(triplet: Triplet) -> Iterator[str]:
     yield fault
     return
   caption, instruction, edited = triplet
-  for name, text in triplet._asdict().items():
-    name = 'edited caption' if name == 'edited' else name
+  for name, text in triplets.by_name(triplet).items():
+    if not fits(text):
+      yield f'the {name} is longer than the 77 tokens that CLIP reads'
     if '\n' in text:
       yield f'the {name} has more than one line'
     if triplets.is_garbled(text):
@@ -99,9 +100,6 @@ def problems(triplet: Triplet) -> Iterator[str]:
     yield 'the edited caption is the caption'
   elif is_unrelated(caption, edited):
     yield f'the edited caption {edited!r} has little to do with the caption {caption!r}'
-  for name, text in triplet._asdict().items():
-    if not fits(text):
-      yield f'the {name} is longer than the 77 tokens that CLIP reads'
   if (count := len(instruction.split())) > MOST_WORDS:
     yield f'the instruction has {count} words; use at most {MOST_WORDS}'
   for what, pattern in PATTERNS.items():

@@ -48,13 +48,17 @@ def parse(completion: str) -> tuple[str, str] | None:
 
 def fault(triplet: Triplet) -> str | None:
   """Why the formats cannot hold it, as the end of a sentence that begins with its place."""
-  for name, text in triplet._asdict().items():
-    name = 'edited caption' if name == 'edited' else name
+  for name, text in by_name(triplet).items():
     if not text:
       return f'has no {name}'
     if line := mark_in(text):
       return f'has a line {line} in its {name}, which the formats need for themselves'
   return None
+
+
+def by_name(triplet: Triplet) -> dict[str, str]:
+  """Its texts by what people call them."""
+  return dict(zip(('caption', 'instruction', 'edited caption'), triplet, strict=True))
 
 
 def mark_in(text: str) -> str | None:

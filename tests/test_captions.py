@@ -336,6 +336,19 @@ def test_of_a_model_of_this_machine_the_weights_count_and_not_the_name(tmp_path)
     write_all(MINE, tmp_path, Model(), WRITING, here | {'weights': '2'})
 
 
+def test_prompts_are_of_all_captions_that_any_worker_was_told_to_write_and_that_are_done(
+  tmp_path, whole
+):
+  run = lambda i, limit: write_all(MINE, tmp_path, Model(), WRITING, IDENTITY, (i, 2), limit=limit)
+  assert not run(0, 21)
+  assert run(1, 20)  # the 21st caption is of worker 0, which has done it
+  first = [line for line in lines(whole / captions.PROMPTS) if line['row'] <= MINE[20].row]
+  assert lines(tmp_path / captions.PROMPTS) == first
+  assert run(1, 21) and run(0, 21)
+  assert not run(0, 60) and not run(0, 60)  # worker 1 has not
+  assert run(1, 60)
+
+
 def test_a_run_is_confirmed_before_anything_is_written(tmp_path):
   def confirm(texts):
     assert texts == [caption.text for caption in MINE] and not (tmp_path / 'new').exists()
