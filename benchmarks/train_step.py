@@ -117,14 +117,9 @@ class Jax:
       self.state = train_step.initial_state(recipe, unet)
       shardings = sharding.of_state(mesh, self.state, config.mesh.zero1)
       self.state = jax.device_put(self.state, shardings)
-    else:
-      self.state = {'step': jax.numpy.int32(0), 'params': unet}
-    encoder = jax.tree.map(lambda x: x.astype(setup.dtype), read('text_encoder', np.float32))
-    frozen = {'unet': {}, 'vae': {}, 'text_encoder': encoder, 'null_ids': jax.device_put(NULL_IDS)}
-    batch = jax.device_put(batch_of(setup), sharding.of_batch(mesh))
-    if setup.is_whole:
       step = train_step.jitted(recipe, mesh, shardings)
     else:
+      self.state = {'step': jax.numpy.int32(0), 'params': unet}
       everywhere = jax.tree.map(lambda _: sharding.replicated(mesh), unet)
 
       @jax.jit
@@ -134,6 +129,9 @@ class Jax:
         )
         return grads, {'loss': loss, 'grad_norm': optax.global_norm(grads)}
 
+    encoder = jax.tree.map(lambda x: x.astype(setup.dtype), read('text_encoder', np.float32))
+    frozen = {'unet': {}, 'vae': {}, 'text_encoder': encoder, 'null_ids': jax.device_put(NULL_IDS)}
+    batch = jax.device_put(batch_of(setup), sharding.of_batch(mesh))
     began = time.perf_counter()
     self.compiled = step.lower(self.state, frozen, batch).compile()
     self.compile_seconds = time.perf_counter() - began
