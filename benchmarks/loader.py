@@ -7,10 +7,10 @@
 Pairs per second, median of turns: of one thread without any loader, by its own processor time, so
 that a busy machine does not show; then, by the clock, of whole batches through the loader's
 threads, through its processes, and through a torch DataLoader of as many processes that makes the
-same arrays of the same files. JPEGs are read from a folder with metadata.jsonl; PIL alone, which
-only decodes, is the ceiling of one core. Latents, as large as Stable Diffusion's, are read from
-packed shards, by the package's reader on both sides. All files have been read before. A training
-step of B examples in T seconds needs B / T.
+same arrays of the same files. JPEGs are read from a folder with metadata.jsonl, and from packed
+shards that hold them as they are; PIL alone, which only decodes, is the ceiling of one core.
+Latents, as large as Stable Diffusion's, are read from packed shards, by the package's reader on
+both sides. All files have been read before. A training step of B examples in T seconds needs B / T.
 """
 
 import argparse
@@ -34,6 +34,7 @@ from ip2p_jax import checkpoints, weights
 from ip2p_jax.config import DataConfig, TrainConfig
 from ip2p_jax.data import examples, loader, shards
 from ip2p_jax.data.latents import pack_latents
+from ip2p_jax.data.pack import pack
 from ip2p_jax.data.rows import LatentRow
 from ip2p_jax.data.sources import open_source
 from ip2p_jax.networks import networks_of, params_of, tokenizer_of
@@ -175,7 +176,10 @@ def decode(rows, i: int) -> None:
 
 
 def sides_of(source, dataset, config, tokenizer, args) -> dict[str, Callable[[float], float]]:
-  """Everything that is measured of one kind of files, by name: `side(seconds)` -> pairs/s."""
+  """Everything that is measured of one kind of files, by name: `side(seconds)` -> pairs/s.
+
+  Without a data set, our sides alone.
+  """
   rng, count = np.random.default_rng(0), len(source)
   if isinstance(source[0], LatentRow):
     make = lambda i: examples.latent_example(source[i % count], rng, config)
@@ -185,15 +189,13 @@ def sides_of(source, dataset, config, tokenizer, args) -> dict[str, Callable[[fl
     make = lambda i: examples.example(source[i % count], rng, config, tokenizer)
     sides = {'one thread, PIL decodes': lambda s: of_one_thread(lambda i: decode(rows, i), s)}
   sides['one thread'] = functools.partial(of_one_thread, make)
-  sides['one thread, torch Dataset'] = functools.partial(
-    of_one_thread, lambda i: dataset[i % count]
-  )
   for workers in (0, args.workers):
     name = f'loader, {workers} processes' if workers else 'loader, threads'
     sides[name] = functools.partial(ours, source, config, tokenizer, workers, args.batch_size)
-  sides[f'torch DataLoader, {args.workers} processes'] = functools.partial(
-    torchs, dataset, args.workers, args.batch_size
-  )
+  if dataset is not None:
+    torch = functools.partial(torchs, dataset, args.workers, args.batch_size)
+    sides['one thread, torch Dataset'] = lambda s: of_one_thread(lambda i: dataset[i % count], s)
+    sides[f'torch DataLoader, {args.workers} processes'] = torch
   return sides
 
 
@@ -203,19 +205,21 @@ def main() -> None:
   tokenizer = ClipTokenizer(weights.clip_tokenizer())
   head, found = machine(), {}
   with tempfile.TemporaryDirectory() as scratch:
-    pictures, latents = Path(scratch) / 'pictures', Path(scratch) / 'latents'
+    pictures, packed, latents = (Path(scratch) / name for name in ('pictures', 'packed', 'latents'))
     write_pictures(pictures, args.size, args.rows)
+    pack({'train': open_source(str(pictures))}, packed, workers=0, say=lambda text: None)
     write_latents(pictures, latents)
+    jpeg = f'JPEG {args.size} px -> {args.resolution} px'
     kinds = {
-      f'JPEG {args.size} px -> {args.resolution} px': (
-        open_source(str(pictures)), Pictures(pictures, args.resolution, tokenizer)
-      ),
+      jpeg: (open_source(str(pictures)), Pictures(pictures, args.resolution, tokenizer)),
+      f'{jpeg}, packed': (shards.open_shards(packed, 'train'), None),
       f'latents, {LATENT_SIDE} x {LATENT_SIDE}': (
         shards.open_shards(latents, 'train'), Latents(latents)
       ),
     }  # fmt: skip
     for kind, (source, dataset) in kinds.items():
-      check_same(source, dataset, config, tokenizer)
+      if dataset is not None:
+        check_same(source, dataset, config, tokenizer)
       sides = sides_of(source, dataset, config, tokenizer, args)
       times = {name: [] for name in sides}
       for number in range(args.rounds):
@@ -226,7 +230,7 @@ def main() -> None:
   for kind, times in found.items():
     for name, rates in times.items():
       shown = f'{statistics.median(rates):,.0f} ({min(rates):,.0f}-{max(rates):,.0f})'
-      print(f'  {kind:26}{name:36}{shown}')
+      print(f'  {kind:34}{name:36}{shown}')
   if args.out:
     line = {
       'benchmark': 'loader', 'machine': head, 'batch_size': args.batch_size,

@@ -1,4 +1,5 @@
 import errno
+import io
 import os
 import resource
 import struct
@@ -16,6 +17,12 @@ ORIENTATION, USER_COMMENT, EXIF_IFD = 0x0112, 0x9286, 0x8769
 
 def noise_picture(rng, width=24, height=16, channels=3):
   return Image.fromarray(rng.integers(0, 256, (height, width, channels), np.uint8))
+
+
+def encoded(image, format='JPEG', **options):
+  file = io.BytesIO()
+  image.save(file, format, **options)
+  return file.getvalue()
 
 
 def png_header(width, height, color=2):
@@ -168,6 +175,43 @@ def test_a_phone_held_upright_gives_a_tall_picture(tmp_path):
 def test_unreadable_exif_does_not_hide_the_picture(tmp_path, rng):
   noise_picture(rng).save(tmp_path / 'odd.jpg', exif=b'Exif\0\0garbage, no TIFF header at all')
   assert images.read(tmp_path / 'odd.jpg').size == (24, 16)
+
+
+@pytest.mark.parametrize('mode', ['RGB', 'L'])
+@pytest.mark.parametrize(
+  'options',
+  [{}, {'subsampling': 0}, {'subsampling': 1, 'quality': 30}, {'progressive': True}],
+  ids=str,
+)
+def test_an_everyday_jpeg_is_decoded_to_the_bytes_that_pillow_makes(rng, mode, options):
+  small = rng.integers(0, 256, (8, 6, 3), np.uint8)
+  file = encoded(Image.fromarray(small).resize((61, 83)).convert(mode), **options)
+  array = images.decode_jpeg(file)
+  assert array.dtype == np.uint8
+  np.testing.assert_array_equal(array, np.asarray(Image.open(io.BytesIO(file)).convert('RGB')))
+
+
+TURNED = Image.Exif()
+TURNED[ORIENTATION] = 6
+GREY = Image.new('RGB', (16, 16), 'grey')
+
+
+@pytest.mark.parametrize(
+  'file',
+  [
+    encoded(GREY, exif=TURNED),
+    encoded(GREY, xmp=b'<x tiff:Orientation="6"/>'),
+    encoded(GREY.convert('CMYK')),
+    encoded(GREY.resize((7, 16))),
+    encoded(GREY)[:-20],
+    encoded(GREY, 'PNG'),
+    b'',
+  ],
+  ids=['turned by EXIF', 'turned by XMP', 'CMYK', 'too small', 'cut short', 'PNG', 'empty'],
+)
+def test_what_is_no_everyday_jpeg_is_left_to_pillow(file):
+  assert images.decode_jpeg(encoded(GREY)) is not None
+  assert images.decode_jpeg(file) is None
 
 
 def test_an_rgb_colour_profile_travels_with_the_picture(tmp_path, rng):

@@ -74,8 +74,8 @@ def picture(encoded: bytes, resolution: int, resize: str = 'crop', name: str = '
 
   Raises InputError if the bytes are no picture, or a damaged one.
   """
-  image = _decode(encoded, name or 'a picture')
-  return _cut(image, _crop(image.size, resolution, DataConfig(resize=resize), None))
+  array = _decode(encoded, name or 'a picture')
+  return _cut(array, _crop(_size(array), resolution, DataConfig(resize=resize), None))
 
 
 def example(
@@ -96,10 +96,10 @@ def example(
   decoded = {
     key: _decode(file, f'{row.name}: the {key.replace("_", " ")}') for key, file in files.items()
   }
-  sizes = [image.size for image in decoded.values()]
+  sizes = [_size(array) for array in decoded.values()]
   _check_shapes(sizes, row.name)
   crop = _crop(sizes[0], config.resolution, config.data, rng)
-  arrays = {key: _cut(image, crop, is_mirrored) for key, image in decoded.items()}
+  arrays = {key: _cut(array, crop, is_mirrored) for key, array in decoded.items()}
   return _complete(arrays, tokenizer([row.instructions[instruction]])[0])
 
 
@@ -140,9 +140,13 @@ def _choose(pairs, instructions, may_flip, rng, data) -> tuple[int, int, bool]:
   return pair, instruction, bool(wants_flip and (may_flip or data.flip_directions))
 
 
-def _decode(encoded, name) -> Image.Image:
+def _decode(encoded, name) -> np.ndarray:
+  """uint8 [H, W, 3]."""
   if not encoded:
     raise InputError(f'{name} is missing.')
+  array = images.decode_jpeg(encoded)
+  if array is not None:
+    return array
   try:
     with Image.open(io.BytesIO(encoded), 'r', images.READ_FORMATS) as image:
       width, height = image.size
@@ -153,9 +157,11 @@ def _decode(encoded, name) -> Image.Image:
     raise
   except Exception as error:  # decoders raise many kinds: EOFError, SyntaxError, struct.error ...
     raise InputError(f'{name} cannot be read ({error}); it may be damaged.') from error
-  if image.mode == 'RGBA':
-    image = Image.fromarray(images.to_array(image, image.size))  # on white
-  return image
+  return images.to_array(image, image.size)  # transparency on white
+
+
+def _size(array):
+  return array.shape[1], array.shape[0]
 
 
 def _check_shapes(sizes, name):
@@ -185,17 +191,24 @@ def _crop(size, resolution, data, rng) -> Crop:
   return Crop((width, height), (left, top), resolution)
 
 
-def _cut(image, crop, is_mirrored=False) -> np.ndarray:
+def _cut(array, crop, is_mirrored=False) -> np.ndarray:
   """Resizes and cuts in one go: what is cut off is never computed, however long the picture."""
-  box = []
+  box, size = [], _size(array)
   for corner in (crop.corner, [start + crop.side for start in crop.corner]):
     box += [
       min(place * side / resized, side)
-      for place, side, resized in zip(corner, image.size, crop.size, strict=True)
+      for place, side, resized in zip(corner, size, crop.size, strict=True)
     ]
-  square = image
-  if box != [0, 0, *square.size] or square.size != (crop.side, crop.side):
-    square = image.resize((crop.side, crop.side), Image.Resampling.LANCZOS, tuple(box))
-  if is_mirrored:  # by PIL, which is ten times as fast as numpy with three bytes a pixel
-    square = square.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-  return np.asarray(square)  # not written to again, so not copied again
+  if box != [0, 0, *size] or size != (crop.side, crop.side):
+    image = Image.fromarray(array)
+    side = (crop.side, crop.side)
+    array = np.asarray(image.resize(side, Image.Resampling.LANCZOS, tuple(box)))
+  return _mirrored(array) if is_mirrored else array
+
+
+def _mirrored(array):
+  """Left for right; by channels, which numpy copies ten times as fast as pixels of three bytes."""
+  result = np.empty_like(array)
+  for channel in range(array.shape[-1]):
+    result[..., channel] = array[:, ::-1, channel]
+  return result
