@@ -540,6 +540,12 @@ def plan(
     list[str] | None,
     Option('--set', help='A setting of the config: accumulation=4, mesh.fsdp=4; may be repeated.'),
   ] = None,
+  device_batch: Annotated[
+    int | None,
+    Option(
+      min=1, help='Examples at a time on a device; accumulation follows, of each topology its own.'
+    ),
+  ] = None,
   ckpt: Annotated[
     Path | None, Option(help='Whose architecture to plan for; Stable Diffusion 1.5 if left out.')
   ] = None,
@@ -549,13 +555,19 @@ def plan(
   of: Annotated[
     str, Option(help='What to plan: training, edits, or pairs (as `ip2p pairs` draws them).')
   ] = 'training',
-  size: Annotated[int, Option(min=8, help='With edits and pairs: of the pictures, pixels.')] = 512,
-  batch_size: Annotated[int, Option(min=1, help='With edits and pairs: of one call.')] = 8,
-  steps: Annotated[int, Option(min=1, help='With edits and pairs: of the sampler.')] = 100,
+  size: Annotated[
+    int | None, Option(min=8, help='With edits and pairs: of the pictures, pixels; 512 by default.')
+  ] = None,
+  batch_size: Annotated[
+    int | None, Option(min=1, help='With edits and pairs: of one call; 8 by default.')
+  ] = None,
+  steps: Annotated[
+    int | None, Option(min=1, help='With edits and pairs: of the sampler; 100 by default.')
+  ] = None,
 ) -> None:
   """Tells what work needs on TPUs: does it fit, what does it cost. No TPU is needed.
 
-  ip2p plan --topology v5e-16 --set accumulation=2
+  ip2p plan --topology v5e-16 --device-batch 32
 
   ip2p plan --topology v6e-8 --topology v4-8 --config configs/train_512.py --set accumulation=8
 
@@ -566,33 +578,51 @@ def plan(
   """
   if of not in ('training', 'edits', 'pairs'):
     raise InputError(f'--of is {of!r}; use training, edits or pairs.')
+  _check_plan_options(of, change, device_batch, size, batch_size, steps)
   for name in topology:
-    planning.describe(name)  # refuses mistakes before the first long compile
-  settings = load_config(config, change or []) if of == 'training' else None
+    planning.describe(name)
+  settings = {}  # by topology; mistakes are refused before the first long compile
+  if of == 'training':
+    loaded = load_config(config, change or [])
+    settings = {name: planning.settled(loaded, name, device_batch) for name in topology}
   if ckpt is not None:
     networks = networks_of(checkpoints.load(ckpt))
   else:
-    is_editor = of == 'edits' or (settings is not None and settings.task == 'edit')
+    is_editor = of == 'edits' or (of == 'training' and loaded.task == 'edit')
     networks = planning.stable_diffusion(is_editor)
   if of != 'training':
+    work = plan_sampling.Work(of, size or 512, batch_size or 8, steps or 100)
     check = check_is_editor if of == 'edits' else check_is_text_to_image
     check(networks, str(ckpt))
-    if size % networks.vae_config.factor:
-      raise InputError(f'--size is {size}; use a multiple of {networks.vae_config.factor}.')
+    if work.size % networks.vae_config.factor:
+      raise InputError(f'--size is {work.size}; use a multiple of {networks.vae_config.factor}.')
   failed = 0
   for name in topology:
     with ticking('compiling'):
-      if settings is not None:
-        found = planning.plan(settings, networks, name, not from_pictures, _say)
-        text = planning.report(found, settings)
+      if of == 'training':
+        found = planning.plan(settings[name], networks, name, not from_pictures, _say)
+        text = planning.report(found, settings[name])
       else:
-        work = plan_sampling.Work(of, size, batch_size, steps)
         found = plan_sampling.plan_sampling(networks, work, name, _say)
         text = plan_sampling.report(found)
     print(text)
     failed += not found.compiled.fits
   if failed:
     sys.exit(1)
+
+
+def _check_plan_options(of, change, device_batch, size, batch_size, steps):
+  if of == 'training':
+    wrong = {'--size': size, '--batch-size': batch_size, '--steps': steps}
+    advice = 'with training, say --set resolution=256, --set batch_size=1024'
+  else:
+    wrong = {'--set': change, '--device-batch': device_batch}
+    advice = f'with {of}, say --size and --batch-size'
+  given = ' and '.join(option for option, value in wrong.items() if value)
+  if given:
+    raise InputError(f'{given} has no meaning with --of {of}; {advice}.')
+  if device_batch and any(item.startswith('accumulation') for item in change or ()):
+    raise InputError('--device-batch and --set accumulation say the same; give one of them.')
 
 
 def app() -> typer.Typer:

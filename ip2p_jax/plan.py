@@ -6,6 +6,7 @@ and cycles are its own cost model, collectives are read from the program it made
 """
 
 import collections
+import dataclasses
 import functools
 import math
 import os
@@ -60,6 +61,12 @@ SLICES = {
   'v6e-64': 'v6e:8x8', 'v6e-256': 'v6e:16x16',
 }  # fmt: skip
 COLLECTIVES = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'collective-permute')
+# Else libtpu asks Google's network who it is, complains of having no answer, and a second process
+# may not load it. Programs are the same.
+ALONE = {
+  'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+  'TPU_WORKER_HOSTNAMES': 'localhost', 'TPU_ACCELERATOR_TYPE': 'v5litepod-8',
+}  # fmt: skip
 _WIDTHS = {'pred': 1, 's8': 1, 'u8': 1, 'bf16': 2, 'f16': 2, 's16': 2, 'u16': 2,
            's32': 4, 'u32': 4, 'f32': 4, 's64': 8, 'u64': 8, 'f64': 8}  # fmt: skip
 
@@ -118,9 +125,8 @@ def describe(topology: str) -> list[Any]:
       f'topology is {topology!r}; use a slice such as v5e-16, or a shape such as v5e:4x4'
       f' (of {", ".join(CHIPS)}).'
     )
-  # Else libtpu asks Google's network who it is, and a second process may not load it.
-  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
-  os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
+  for key, value in ALONE.items():
+    os.environ.setdefault(key, value)
   try:
     # Both cores of a v4 are one device, as they are where JAX runs; the compiler has to be told.
     options = {'chip_config_name': 'megacore'} if generation(name) == 'v4' else {}
@@ -135,6 +141,25 @@ def describe(topology: str) -> list[Any]:
 def generation(topology: str) -> str:
   """'v5e' of 'v5e-16' or 'v5e:4x4'."""
   return re.split('[-:]', topology)[0]
+
+
+def settled(config: TrainConfig, topology: str, device_batch: int | None = None) -> TrainConfig:
+  """The config for a topology: accumulating as often as leaves `device_batch` examples at a time.
+
+  InputError if the devices cannot share a batch evenly.
+  """
+  mesh = sharding.make_mesh(config.mesh.fsdp, describe(topology))
+  if device_batch is not None:
+    if device_batch < 1 or config.batch_size % (mesh.size * device_batch):
+      raise InputError(
+        f'--device-batch is {device_batch}, which {mesh.size} devices of {topology} cannot repeat'
+        f' to batch_size={config.batch_size}; use a divisor of'
+        f' {max(config.batch_size // mesh.size, 1)}.'
+      )
+    accumulation = config.batch_size // (mesh.size * device_batch)
+    config = dataclasses.replace(config, accumulation=accumulation)
+  sharding.check_batch(mesh, config.batch_size, config.accumulation)
+  return config
 
 
 def chip_of(topology: str) -> Chip:
@@ -334,7 +359,11 @@ def report(found: Plan, config: TrainConfig) -> str:
   chip, compiled = chip_of(found.topology), found.compiled
   rows = [
     ('devices', f'{found.devices} of {gib(chip.memory)}'),
-    ('examples', f'{config.batch_size} a step, {found.device_batch} at a time on a device'),
+    (
+      'examples',
+      f'{config.batch_size} a step, {found.device_batch} at a time on a device'
+      f' (accumulation {config.accumulation})',
+    ),
     ('parameters learnt', f'{found.parameters:,}'),
     ('state on a device', gib(found.state_bytes)),
     ('frozen on a device', gib(found.frozen_bytes)),

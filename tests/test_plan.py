@@ -1,14 +1,16 @@
 """The step as compiled: memory reused, types kept, what devices exchange; and how it is told."""
 
+import dataclasses
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
 import torch_models as reference
 
+from ip2p_jax import cli, plan, plan_sampling, sharding, train_step
 from ip2p_jax import config as configuration
-from ip2p_jax import plan, plan_sampling, sharding, train_step
 from ip2p_jax.config import DataConfig, MeshConfig, TrainConfig
 from ip2p_jax.errors import InputError
 from ip2p_jax.networks import networks_of
@@ -139,6 +141,34 @@ def test_a_report_says_what_to_do_where_it_does_not_fit():
   text = told(fits=False, problem='needs 20.0GiB of 15.7GiB')
   assert 'DOES NOT FIT: needs 20.0GiB' in text
   assert 'accumulation=2' in text and 'mesh.fsdp=4' in text and 'remat=full' in text
+
+
+def test_what_a_device_takes_at_a_time_decides_how_often_to_accumulate():
+  pytest.importorskip('libtpu')
+  config = dataclasses.replace(settings(), batch_size=64)
+  assert plan.settled(config, 'v5e-4', 8).accumulation == 2
+  assert plan.settled(config, 'v5e-8', 8).accumulation == 1
+  for topology, device_batch in (('v5e-8', 16), ('v5e-8', 3), ('v5e-8', 0)):
+    with pytest.raises(InputError, match='use a divisor of 8'):
+      plan.settled(config, topology, device_batch)
+  with pytest.raises(InputError, match='128 devices x 1 accumulation'):
+    plan.settled(config, 'v5e-128')
+
+
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    (['--batch-size=4'], 'say --set resolution=256'),
+    (['--of=edits', '--set=accumulation=2'], '--set has no meaning with --of edits'),
+    (['--of=edits', '--device-batch=2'], '--device-batch has no meaning'),
+    (['--device-batch=2', '--set=accumulation=2'], 'give one of them'),
+  ],
+)
+def test_options_that_do_not_go_together_are_refused(options, message, capsys, monkeypatch):
+  monkeypatch.setattr(sys, 'argv', ['ip2p', 'plan', '--topology=v5e-8', *options])
+  with pytest.raises(SystemExit, match='2'):
+    cli.main()
+  assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('name', ['v5e', 'v9-8', 'v5e:4', 'gpu'])
