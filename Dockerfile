@@ -2,7 +2,7 @@
 FROM python:3.12-slim
 ARG EXTRA=cpu
 WORKDIR /ip2p-jax
-COPY setup.cfg pyproject.toml constraints.txt README.md LICENSE ./
+COPY setup.cfg pyproject.toml README.md LICENSE ./
 COPY ip2p_jax ip2p_jax
 COPY assets/miniature assets/miniature
 COPY assets/triplets.jsonl assets/

@@ -115,7 +115,8 @@ def _capability(platform, device) -> float:
   if platform == 'tpu':  # 'TPU v3', 'TPU v5 lite', 'TPU7x'
     found = re.search(r'\d+', device.device_kind)
     return float(found[0]) if found else math.inf
-  return float(getattr(device, 'compute_capability', 0) or 0) if platform == 'gpu' else 0.0
+  found = str(getattr(device, 'compute_capability', ''))  # of AMD 'gfx942'
+  return float(found) if platform == 'gpu' and re.fullmatch(r'\d+(\.\d+)?', found) else 0.0
 
 
 def kernel_for(

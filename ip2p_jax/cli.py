@@ -10,6 +10,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -51,6 +52,7 @@ from ip2p_jax.networks import (
 )
 from ip2p_jax.pairs import RELEASED, Drawing, Generator, attention_sheet, draw_all
 from ip2p_jax.prompts import read_prompts
+from ip2p_jax.setup_run import starting_checkpoint
 from ip2p_jax.similarity import Clip, Scores
 from ip2p_jax.weights import to_params
 
@@ -533,9 +535,10 @@ def plan(
   topology: Annotated[
     list[str], Option(help='A slice such as v5e-16, or a shape such as v5e:4x4; may be repeated.')
   ],
-  config: Annotated[Path, Option(help='Of the training run, as for train.py.')] = Path(
-    'configs/train_256.py'
-  ),
+  config: Annotated[
+    Path | None,
+    Option(help='Of the training run, as for train.py; configs/train_256.py by default.'),
+  ] = None,
   change: Annotated[
     list[str] | None,
     Option('--set', help='A setting of the config: accumulation=4, mesh.fsdp=4; may be repeated.'),
@@ -573,23 +576,30 @@ def plan(
 
   ip2p plan --topology v5e-8 --of edits --size 512 --batch-size 4
 
-  The real compiler compiles the real program, which takes minutes (2 to 35 at full size on two
-  cores). It comes with `pip install libtpu`.
+  The real compiler compiles the real program, which takes 7 to 60 minutes at full size on two
+  cores, and up to 16 GB. It comes with `pip install 'jax[tpu]'`.
   """
   if of not in ('training', 'edits', 'pairs'):
     raise InputError(f'--of is {of!r}; use training, edits or pairs.')
-  _check_plan_options(of, change, device_batch, size, batch_size, steps)
+  _check_plan_options(
+    of,
+    {'--size': size, '--batch-size': batch_size, '--steps': steps},
+    {'--set': change, '--device-batch': device_batch, '--from-pictures': from_pictures,
+     '--config': config},
+  )  # fmt: skip
   for name in topology:
     planning.describe(name)
   settings = {}  # by topology; mistakes are refused before the first long compile
   if of == 'training':
-    loaded = load_config(config, change or [])
+    loaded = load_config(config or Path('configs/train_256.py'), change or [])
     settings = {name: planning.settled(loaded, name, device_batch) for name in topology}
-  if ckpt is not None:
-    networks = networks_of(checkpoints.load(ckpt))
-  else:
+  if ckpt is None:
     is_editor = of == 'edits' or (of == 'training' and loaded.task == 'edit')
     networks = planning.stable_diffusion(is_editor)
+  elif of == 'training':
+    networks = networks_of(starting_checkpoint(replace(loaded, checkpoint=str(ckpt))))
+  else:
+    networks = networks_of(checkpoints.load(ckpt))
   if of != 'training':
     work = plan_sampling.Work(of, size or 512, batch_size or 8, steps or 100)
     check = check_is_editor if of == 'edits' else check_is_text_to_image
@@ -611,17 +621,16 @@ def plan(
     sys.exit(1)
 
 
-def _check_plan_options(of, change, device_batch, size, batch_size, steps):
+def _check_plan_options(of, of_sampling, of_training):
   if of == 'training':
-    wrong = {'--size': size, '--batch-size': batch_size, '--steps': steps}
-    advice = 'with training, say --set resolution=256, --set batch_size=1024'
+    wrong, advice = of_sampling, 'say --set resolution=256, --set batch_size=1024'
   else:
-    wrong = {'--set': change, '--device-batch': device_batch}
-    advice = f'with {of}, say --size and --batch-size'
+    wrong, advice = of_training, 'say --size and --batch-size'
   given = ' and '.join(option for option, value in wrong.items() if value)
   if given:
-    raise InputError(f'{given} has no meaning with --of {of}; {advice}.')
-  if device_batch and any(item.startswith('accumulation') for item in change or ()):
+    raise InputError(f'{given}: of no use with --of {of}; {advice}.')
+  changes = of_training['--set'] or ()
+  if of_training['--device-batch'] and any(item.startswith('accumulation') for item in changes):
     raise InputError('--device-batch and --set accumulation say the same; give one of them.')
 
 

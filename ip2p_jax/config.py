@@ -259,6 +259,12 @@ AT_LEAST_ZERO = ('seed', 'min_snr_gamma', 'lora.rank', 'data.workers', 'data.max
 
 def check(config: TrainConfig) -> None:
   """Raises an InputError that names the first knob whose value makes no sense."""
+  check_values(config)
+  _check_paths(config)
+
+
+def check_values(config: TrainConfig) -> None:
+  """`check` of all but whether checkpoint and data are named."""
   _check_common(config)
   if not 0 <= config.conditioning_dropout <= 1 / 3:
     raise InputError(
@@ -272,7 +278,6 @@ def check(config: TrainConfig) -> None:
       f'data.largest_resize is {config.data.largest_resize}, smaller than the resolution'
       f' {config.resolution}; use 0 for no random crop.'
     )
-  _check_paths(config)
 
 
 def check_language(config: LanguageConfig) -> None:
@@ -335,7 +340,10 @@ def load(path: str | os.PathLike, changes: Sequence[str] = (), kind: type = Trai
   """
   if not os.path.isfile(path):
     raise InputError(f'{path}: no such file; see configs/.')
-  config = runpy.run_path(os.fspath(path)).get('get_config', lambda: None)()
+  try:
+    config = runpy.run_path(os.fspath(path)).get('get_config', lambda: None)()
+  except Exception as error:  # whatever a file that is no config does
+    raise InputError(f'{path}: cannot be run ({type(error).__name__}: {error}).') from error
   if not isinstance(config, kind):
     raise InputError(
       f'{path}: is no config for this, a file whose get_config() gives a {kind.__name__}.'

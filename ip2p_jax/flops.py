@@ -7,7 +7,7 @@ torch.utils.flop_counter and the papers). Nothing here runs: functions are trace
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -79,6 +79,12 @@ def training_flops(
   if not latents:
     total += (1 + is_editor(networks)) * encode_flops(networks, resolution)
   return float(total)
+
+
+def trained_fraction(networks: Networks, fixed: Mapping[str, Any]) -> float:
+  """Of the UNet's weights, where those in `fixed` are not trained; 0 for LoRA."""
+  whole = sum(math.prod(x.shape) for x in jax.tree.leaves(networks.shapes['unet']))
+  return 1 - sum(math.prod(x.shape) for x in fixed.values()) / whole
 
 
 def unet_flops(networks: Networks, size: tuple[int, int]) -> int:

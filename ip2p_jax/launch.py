@@ -12,6 +12,7 @@ from ip2p_jax.console import cache_compilations, one_line
 from ip2p_jax.errors import InputError
 
 NAME = 'train.py'
+JOINING = ('multihost', 'coordinator', 'num_processes', 'process_id')
 KINDS = (configuration.TrainConfig, configuration.LanguageConfig)
 
 
@@ -42,7 +43,7 @@ def train(argv: Sequence[str]) -> None:
     if not isinstance(values.config, KINDS):
       raise InputError('--config=FILE is missing: a file whose get_config() gives a TrainConfig.')
   with one_line(NAME, 'lower the batch per device: raise --config.accumulation, or mesh.fsdp.'):
-    if values.multihost or values.coordinator:
+    if any(getattr(values, name) not in (None, False) for name in JOINING):
       _join(values)
     # After joining, so that nothing has touched the devices.
     from ip2p_jax import language_training, training
@@ -54,6 +55,22 @@ def train(argv: Sequence[str]) -> None:
 
 
 def _join(values) -> None:
+  given = (values.num_processes is not None, values.process_id is not None)
+  if values.coordinator and not all(given):
+    raise InputError('--coordinator=HOST:PORT needs --num_processes=N and --process_id=0 to N-1.')
+  if not values.coordinator and any(given):
+    raise InputError('--num_processes and --process_id need --coordinator=HOST:PORT.')
+  if values.coordinator and not 0 <= values.process_id < values.num_processes:
+    raise InputError(
+      f'--process_id is {values.process_id}; use 0 to {values.num_processes - 1}, one less than'
+      ' --num_processes.'
+    )
   if jax.config.jax_platforms == 'cpu':
     jax.config.update('jax_cpu_collectives_implementation', 'gloo')
-  jax.distributed.initialize(values.coordinator, values.num_processes, values.process_id)
+  try:
+    jax.distributed.initialize(values.coordinator, values.num_processes, values.process_id)
+  except ValueError as error:  # before anything is waited for
+    raise InputError(
+      f'--multihost: the other processes were not found ({error}); leave it out on one machine, or'
+      ' give --coordinator, --num_processes and --process_id.'
+    ) from error

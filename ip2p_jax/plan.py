@@ -1,18 +1,21 @@
 """What a training run will cost on a TPU, told by the real TPU compiler on a machine without one.
 
-The compiler comes with `pip install libtpu`. It is given the very step that `train.py` runs, on the
-shapes of the config, for a described slice of TPUs; memory is what it will allocate, FLOPs, bytes
-and cycles are its own cost model, collectives are read from the program it made. Nothing is timed.
+The compiler comes with `pip install 'jax[tpu]'`. It is given the very step that `train.py` runs, on
+the shapes of the config, for a described slice of TPUs; memory is what it will allocate, FLOPs,
+bytes and cycles are its own cost model, collectives are read from the program it made. Nothing is
+timed.
 """
 
 import collections
 import dataclasses
 import functools
+import importlib.util
 import math
 import os
 import re
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +24,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from ip2p_jax import attention, flops, optimizer, parameters, sharding, train_step
-from ip2p_jax.config import TrainConfig
+from ip2p_jax.config import TrainConfig, check_values
 from ip2p_jax.diffusion.noise import Schedule
 from ip2p_jax.errors import InputError
 from ip2p_jax.models.configs import TextConfig, UNetConfig, VAEConfig
@@ -120,10 +123,11 @@ def describe(topology: str) -> list[Any]:
   InputError for a name that is unknown, or where libtpu is not installed.
   """
   name = SLICES.get(topology, topology)
-  if not re.fullmatch(rf'({"|".join(CHIPS)}):\d+x\d+(x\d+)?', name):
+  sides = r'\d+x\d+x\d+' if generation(name) in ('v4', 'v5p') else r'\d+x\d+'
+  if not re.fullmatch(f'({"|".join(CHIPS)}):{sides}', name):
     raise InputError(
       f'topology is {topology!r}; use a slice such as v5e-16, or a shape such as v5e:4x4'
-      f' (of {", ".join(CHIPS)}).'
+      f' (of {", ".join(CHIPS)}; v4 and v5p have three sides).'
     )
   for key, value in ALONE.items():
     os.environ.setdefault(key, value)
@@ -133,9 +137,14 @@ def describe(topology: str) -> list[Any]:
     found = topologies.get_topology_desc(platform='tpu', topology_name=name, **options)
     return list(found.devices)
   except Exception as error:
-    if 'libtpu' in str(error).lower() and 'topology' not in str(error).lower():
-      raise InputError('the TPU compiler is missing: pip install libtpu') from None
-    raise InputError(f'topology {topology!r}: {str(error).splitlines()[0][:200]}') from None
+    if importlib.util.find_spec('libtpu') is None:
+      raise InputError(
+        "the TPU compiler is missing: pip install 'jax[tpu]', which brings the libtpu that belongs"
+      ) from None
+    raise InputError(
+      f'the TPU compiler knows no {topology!r} ({str(error).splitlines()[0][:120]}); use a shape'
+      f' that is sold, such as v5e:4x4, or a slice: {", ".join(SLICES)}.'
+    ) from None
 
 
 def generation(topology: str) -> str:
@@ -146,15 +155,17 @@ def generation(topology: str) -> str:
 def settled(config: TrainConfig, topology: str, device_batch: int | None = None) -> TrainConfig:
   """The config for a topology: accumulating as often as leaves `device_batch` examples at a time.
 
-  InputError if the devices cannot share a batch evenly.
+  InputError if a setting makes no sense, or the devices cannot share a batch evenly.
   """
+  check_values(config)
   mesh = sharding.make_mesh(config.mesh.fsdp, describe(topology))
+  share, rest = divmod(config.batch_size, mesh.size)
+  advised = f'set batch_size to a multiple of {mesh.size}' if rest else f'use a divisor of {share}'
   if device_batch is not None:
     if device_batch < 1 or config.batch_size % (mesh.size * device_batch):
       raise InputError(
         f'--device-batch is {device_batch}, which {mesh.size} devices of {topology} cannot repeat'
-        f' to batch_size={config.batch_size}; use a divisor of'
-        f' {max(config.batch_size // mesh.size, 1)}.'
+        f' to batch_size={config.batch_size}; {advised}.'
       )
     accumulation = config.batch_size // (mesh.size * device_batch)
     config = dataclasses.replace(config, accumulation=accumulation)
@@ -220,12 +231,21 @@ def plan(
   from_latents: bool = True,
   say: Callable[[str], None] = lambda text: None,
 ) -> Plan:
-  """Compiles the step for a topology; takes 6 to 35 minutes at full size on two cores."""
+  """Compiles the step for a topology; takes many minutes at full size, see `docs/tpu.md`.
+
+  InputError for a resolution that the VAE does not take.
+  """
+  factor = networks.vae_config.factor
+  if config.resolution % factor:
+    raise InputError(f'resolution is {config.resolution}; use a multiple of {factor}.')
   devices = describe(topology)
   mesh = sharding.make_mesh(config.mesh.fsdp, devices)
   device_batch = sharding.check_batch(mesh, config.batch_size, config.accumulation)
   lowered, state, shardings, frozen = lower_step(config, networks, mesh, from_latents)
-  per_example = flops.training_flops(networks, config.resolution, latents=from_latents)
+  per_example = flops.training_flops(
+    networks, config.resolution, latents=from_latents,
+    trained_fraction=flops.trained_fraction(networks, frozen['unet']),
+  )  # fmt: skip
   known = {
     'topology': topology,
     'devices': len(devices),
@@ -242,8 +262,8 @@ def plan(
 def compiled_for_tpu(lowered: jax.stages.Lowered) -> Compiled:
   """Compiles, which may take many minutes; too little memory is a finding, not an error."""
   began = time.time()
-  try:
-    compiled = lowered.compile()
+  try:  # in a thread of its own, so that Ctrl-C is heard meanwhile
+    compiled = ThreadPoolExecutor(1).submit(lowered.compile).result()
   except Exception as error:
     found = re.search(r'Used ([\d.]+)([MG]) of ([\d.]+)([MG]) hbm', str(error))
     if found is None and 'RESOURCE_EXHAUSTED' not in str(error):
@@ -335,13 +355,26 @@ def collectives_of(program: str) -> list[Collective]:
     match = pattern.search(line)
     if not match:
       continue
-    size = _bytes(match[1]) // (2 if match[3] and match[2] != 'all-reduce' else 1)
+    is_pair = match[3] and match[2] != 'all-reduce'  # started: (what it takes, what it gives, ...)
+    size = _bytes(_elements(match[1])[1] if is_pair else match[1])
     source = re.search(r'op_name="([^"]*)"', line)
     found[match[2], size, source[1] if source else ''] += times
   return sorted(
     (Collective(kind, size, times, source) for (kind, size, source), times in found.items()),
     key=lambda one: -one.bytes * one.times,
   )
+
+
+def _elements(shape: str) -> list[str]:
+  """The elements of a tuple's shape, '(f32[2]{0}, (f32[8], u32[]))', which may be tuples."""
+  found, depth = [''], 0
+  for character in shape.strip()[1:-1]:
+    depth += (character in '([{') - (character in ')]}')
+    if character == ',' and not depth:
+      found.append('')
+    else:
+      found[-1] += character
+  return found
 
 
 def _bytes(shapes: str) -> int:

@@ -172,11 +172,9 @@ def _preview(run: Run, data: Data) -> Callable[[Any], Any] | None:
 
 
 def _meter(run: Run, data: Data) -> metrics.Meter:
-  whole = sum(x.size for x in jax.tree.leaves(run.networks.shapes['unet']))
-  fixed = sum(x.size for x in run.frozen['unet'].values())
   work = flops.training_flops(
     run.networks, run.config.resolution, latents=data.is_latents,
-    trained_fraction=1 - fixed / whole,
+    trained_fraction=flops.trained_fraction(run.networks, run.frozen['unet']),
   )  # fmt: skip
   devices = run.mesh.devices.flat
   return metrics.Meter(run.config.batch_size, work, run.mesh.size, flops.peak(devices[0]))

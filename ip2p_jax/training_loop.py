@@ -61,7 +61,7 @@ def loop(
 
   Args:
     config: anything with `steps` and `log`.
-    state: is donated.
+    state: is donated, but on a CPU.
   """
   log, first = config.log, int(state['step'])
   recent, losses = collections.deque(), []

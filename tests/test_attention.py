@@ -104,6 +104,16 @@ def test_the_generation_of_a_tpu_is_read_from_its_name(monkeypatch, kind, is_the
       dispatch('splash')
 
 
+def test_a_gpu_of_amd_has_no_cudnn(monkeypatch):
+  device = types.SimpleNamespace(
+    platform='rocm', device_kind='AMD Instinct', compute_capability='gfx942'
+  )
+  monkeypatch.setattr(jax, 'devices', lambda: [device])
+  dispatch('auto')
+  with pytest.raises(InputError, match="'cudnn', which AMD Instinct does not have"):
+    dispatch('cudnn')
+
+
 def qkv(rng, shape, dtype):
   return [jnp.asarray(rng.standard_normal(shape, np.float32), dtype) for _ in range(3)]
 

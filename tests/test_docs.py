@@ -85,6 +85,23 @@ def test_the_jobset_starts_train_py_as_it_wants_to_be_started(tmp_path):
   assert re.match('train.py: error: (CKPT|DATA)', told)  # that is all it finds wrong
 
 
+def test_commands_for_a_slice_take_as_few_examples_at_a_time_as_were_planned():
+  """The table of plans has 32 at a time on a v5e; more did not fit."""
+  commands = '\n'.join((ROOT / 'docs' / name).read_text() for name in ('tpu.md', 'jobset.yaml'))
+  runs = re.findall(r'train\.py.*?data\.path=DATA', commands.replace('\\\n', ' '), re.DOTALL)
+  assert len(runs) == 4
+  for run in runs:
+    devices = 16 if '--multihost' in run else 8
+    assert int(re.search(r'--config\.accumulation=(\d+)', run)[1]) == 1024 // devices // 32
+
+
+def test_a_workdir_in_a_bucket_opens_with_what_is_installed_for_a_tpu():
+  settings = configparser.ConfigParser()
+  settings.read(ROOT / 'setup.cfg')
+  assert 'gs://BUCKET' in (ROOT / 'docs' / 'tpu.md').read_text()
+  assert 'gcsfs' in settings['options.extras_require']['tpu']
+
+
 def test_the_image_gets_all_that_is_installed():
   settings = configparser.ConfigParser()
   settings.read(ROOT / 'setup.cfg')

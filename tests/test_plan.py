@@ -1,11 +1,16 @@
 """The step as compiled: memory reused, types kept, what devices exchange; and how it is told."""
 
+import collections
 import dataclasses
 import re
+import signal
 import sys
+import threading
+import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import torch_models as reference
 
@@ -70,6 +75,13 @@ def test_the_new_state_takes_the_memory_of_the_old_one(networks, monkeypatch):
   assert memory.alias_size_in_bytes == held
 
 
+@pytest.mark.parametrize(('platform', 'is_donated'), [('tpu', True), ('gpu', True), ('cpu', False)])
+def test_the_state_is_given_away_but_on_a_cpu(platform, is_donated):
+  device = types.SimpleNamespace(platform=platform)
+  mesh = types.SimpleNamespace(devices=np.array([device]))
+  assert train_step.is_donated(mesh) == is_donated
+
+
 def test_products_are_in_bfloat16_but_for_gradients_of_attention_scores(lowered):
   """Scores are float32 for the softmax, and so is what comes back from it."""
   found = re.findall(
@@ -89,6 +101,20 @@ def test_collectives_and_cycles_are_read_with_their_loops():
   assert plan.cycles_of(PROGRAM) == 5 * 10 + 3 * 100 + 7
 
 
+@pytest.mark.parametrize(
+  ('started', 'size'),
+  [
+    ('(f32[2]{0:T(128)}, f32[8]{0}) all-gather-start(', 32),
+    ('((f32[2], bf16[1,3]), (f32[8]{0}, bf16[4,3]{1,0})) all-gather-start(', 32 + 24),
+    ('(f32[8]{0}, f32[8]{0}, u32[], u32[]) collective-permute-start(', 32),
+    ('(f32[8], bf16[3]) all-reduce-start(', 32 + 6),
+  ],
+)
+def test_what_is_started_counts_by_what_it_gives(started, size):
+  program = f'ENTRY %main (p: f32[4]) -> f32[4] {{\n  %x = {started}%p), channel_id=1\n}}\n'
+  assert [one.bytes for one in plan.collectives_of(program)] == [size]
+
+
 def test_a_report_tells_where_exchanges_come_from():
   rows = plan.collective_rows(plan.collectives_of(PROGRAM))
   assert rows[1] == ('all-reduce', '0.0 MB a device, 100% of gradients')
@@ -100,9 +126,13 @@ def test_devices_exchange_gradients_and_weights_alone(networks):
   step, state, *_ = plan.lower_step(config, networks, mesh)
   found = plan.collectives_of(step.compile().as_text())
   weights = sum(x.size * 4 for x in jax.tree.leaves(state['params']))
-  gathered = sum(one.bytes * one.times for one in found if one.kind == 'all-gather')
-  assert gathered <= weights
-  assert {one.kind for one in found} <= {'all-reduce', 'all-gather', 'reduce-scatter'}
+  bytes_by = collections.Counter()
+  for one in found:
+    bytes_by[one.kind] += one.bytes * one.times
+  # Of every weight its gradient, and the few numbers of a report; activations would be kilobytes.
+  assert weights <= bytes_by.pop('all-reduce') <= weights + 1024
+  assert bytes_by.pop('all-gather') <= weights
+  assert not bytes_by
 
 
 def told(**changes):
@@ -143,6 +173,45 @@ def test_a_report_says_what_to_do_where_it_does_not_fit():
   assert 'accumulation=2' in text and 'mesh.fsdp=4' in text and 'remat=full' in text
 
 
+def test_a_compiler_that_is_missing_is_no_fault_of_the_topology(monkeypatch):
+  def not_installed(*_, **__):
+    raise RuntimeError('JAX TPU support not installed; cannot generate TPU topology.')
+
+  monkeypatch.setattr(plan.topologies, 'get_topology_desc', not_installed)
+  monkeypatch.setattr(plan.importlib.util, 'find_spec', lambda name: None)
+  with pytest.raises(InputError, match="compiler is missing: pip install 'jax"):
+    plan.describe('v5e-8')
+
+
+def test_an_interrupt_is_heard_while_the_compiler_works():
+  class Lowered:
+    def compile(self):
+      threading.Timer(0.2, signal.raise_signal, [signal.SIGINT]).start()
+      done.wait(30)
+
+  done = threading.Event()
+  with pytest.raises(KeyboardInterrupt):
+    plan.compiled_for_tpu(Lowered())
+  assert not done.is_set()  # nobody waited
+  done.set()
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [('remat=blah', 'remat is'), ('steps=0', 'steps is 0'), ('conditioning_dropout=3.0', 'dropout')],
+)
+def test_a_setting_that_makes_no_sense_is_refused_before_anything_is_compiled(change, message):
+  pytest.importorskip('libtpu')
+  with pytest.raises(InputError, match=message):
+    plan.settled(configuration.load('configs/train_256.py', [change]), 'v5e-4')
+
+
+def test_a_resolution_that_the_vae_does_not_take_is_refused(networks):
+  pytest.importorskip('libtpu')
+  with pytest.raises(InputError, match='resolution is 30; use a multiple of 4'):
+    plan.plan(dataclasses.replace(settings(), resolution=30), networks, 'v5e-4')
+
+
 def test_what_a_device_takes_at_a_time_decides_how_often_to_accumulate():
   pytest.importorskip('libtpu')
   config = dataclasses.replace(settings(), batch_size=64)
@@ -153,14 +222,16 @@ def test_what_a_device_takes_at_a_time_decides_how_often_to_accumulate():
       plan.settled(config, topology, device_batch)
   with pytest.raises(InputError, match='128 devices x 1 accumulation'):
     plan.settled(config, 'v5e-128')
+  with pytest.raises(InputError, match='set batch_size to a multiple of 128'):
+    plan.settled(config, 'v5e-128', 1)
 
 
 @pytest.mark.parametrize(
   ('options', 'message'),
   [
     (['--batch-size=4'], 'say --set resolution=256'),
-    (['--of=edits', '--set=accumulation=2'], '--set has no meaning with --of edits'),
-    (['--of=edits', '--device-batch=2'], '--device-batch has no meaning'),
+    (['--of=edits', '--set=accumulation=2'], '--set: of no use with --of edits'),
+    (['--of=edits', '--config=x.py', '--device-batch=2'], '--device-batch and --config'),
     (['--device-batch=2', '--set=accumulation=2'], 'give one of them'),
   ],
 )
@@ -171,7 +242,7 @@ def test_options_that_do_not_go_together_are_refused(options, message, capsys, m
   assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize('name', ['v5e', 'v9-8', 'v5e:4', 'gpu'])
+@pytest.mark.parametrize('name', ['v5e', 'v9-8', 'v5e:4', 'gpu', 'v4:2x2', 'v5e:2x2x2'])
 def test_an_unknown_topology_is_named(name):
   with pytest.raises(InputError, match='use a slice such as v5e-16'):
     plan.describe(name)
@@ -201,6 +272,9 @@ def test_a_config_is_read_with_changes(tmp_path):
       configuration.load(file, [change])
   with pytest.raises(InputError, match='no such file'):
     configuration.load(tmp_path / 'none.py')
+  file.write_text('this is no Python')
+  with pytest.raises(InputError, match=r'config.py: cannot be run \(SyntaxError'):
+    configuration.load(file)
 
 
 @pytest.mark.slow
@@ -209,6 +283,9 @@ def test_the_tpu_compiler_compiles_the_step(networks):
   found = plan.plan(settings(), networks, 'v5e-4')
   compiled = found.compiled
   assert compiled.fits and found.devices == 4 and found.device_batch == 4
+  assert compiled.alias_bytes == pytest.approx(found.state_bytes, rel=0.01)  # but for tiling
+  reduced = sum(one.bytes * one.times for one in compiled.collectives if one.kind == 'all-reduce')
+  assert 2 * found.parameters <= reduced <= 2.1 * found.parameters  # gradients, in bfloat16
   assert compiled.flops > 0 and compiled.cycles > 0 and compiled.collectives
   assert jnp.isfinite(compiled.bytes_accessed)
 

@@ -395,8 +395,8 @@ def test_killed_at_ten_random_moments_a_run_ends_with_the_very_same_bits(folder,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('fsdp', [1, 8])
-def test_two_processes_of_four_devices_take_the_steps_of_one(folder, tmp_path, fsdp):
+@pytest.mark.parametrize(('processes', 'fsdp'), [(2, 1), (2, 8), (4, 4)])
+def test_several_processes_take_the_steps_of_one(folder, tmp_path, processes, fsdp):
   pairs.write_metadata(tmp_path / 'data' / 'train', ROWS)
   pairs.write_metadata(tmp_path / 'data' / 'validation', 3)
   settings = {'steps': 20, 'log.every': 1, 'batch_size': 8, 'data.path': tmp_path / 'data',
@@ -404,8 +404,9 @@ def test_two_processes_of_four_devices_take_the_steps_of_one(folder, tmp_path, f
   one = command(folder, tmp_path / 'one', **settings)
   subprocess.run(one, env=environment(folder), check=True, capture_output=True)
   two = command(folder, tmp_path / 'two', **settings, **{'mesh.fsdp': fsdp})
-  outputs = run_together(two, folder)
-  assert 'in 2 processes' in outputs[0] and not outputs[1], 'the second should be quiet'
+  outputs = run_together(two, folder, processes)
+  assert f'in {processes} processes' in outputs[0]
+  assert not any(outputs[1:]), 'all but the first should be quiet'
   losses = lambda name: [line['loss'] for line in metrics(tmp_path / name).values()]
   one, two = np.array(losses('one')), np.array(losses('two'))
   assert len(two) == 20 and two[0] == pytest.approx(one[0], rel=1e-6)
@@ -431,22 +432,23 @@ def test_sigterm_to_one_of_two_processes_saves_and_stops_both(folder, tmp_path):
   assert len(checkpoints.steps(tmp_path)) == 1
 
 
-def start_together(argv, folder):
-  """Two processes of four devices each."""
+def start_together(argv, folder, count=2):
+  """Processes that share eight devices."""
   with socket.socket() as free:
     free.bind(('localhost', 0))
     port = free.getsockname()[1]
-  cluster = [f'--coordinator=localhost:{port}', '--num_processes=2']
+  cluster = [f'--coordinator=localhost:{port}', f'--num_processes={count}']
   pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
-  argvs = [[*argv, *cluster, f'--process_id={i}'] for i in range(2)]
-  return [subprocess.Popen(argv, env=environment(folder, devices=4), **pipes) for argv in argvs]
+  argvs = [[*argv, *cluster, f'--process_id={i}'] for i in range(count)]
+  env = environment(folder, devices=8 // count)
+  return [subprocess.Popen(argv, env=env, **pipes) for argv in argvs]
 
 
-def run_together(argv, folder):
-  """What each of two processes says."""
-  processes = start_together(argv, folder)
+def run_together(argv, folder, count):
+  """What each of several processes says."""
+  processes = start_together(argv, folder, count)
   outputs = [process.communicate(timeout=300) for process in processes]
-  assert [process.returncode for process in processes] == [0, 0], outputs
+  assert [process.returncode for process in processes] == [0] * count, outputs
   # Gloo greets everyone.
   without_gloo = lambda text: [line for line in text.splitlines() if not line.startswith('[Gloo]')]
   return ['\n'.join(without_gloo(out)) for out, _ in outputs]
