@@ -11,16 +11,15 @@ leave out the kernel itself, of which it has no estimate. Nothing is timed.
 import argparse
 import json
 import os
-import sys
 import time
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 import jax
-from bench_tpu import schedules
+from bench_tpu import schedules, topology
+from bench_turns import results
 
 from ip2p_jax import attention, plan
-from ip2p_jax.errors import InputError
 from ip2p_jax.models.unet import MultiHeadAttention
 
 HEADS = 8
@@ -46,21 +45,21 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument('--topology', nargs='+', default=['v5e:2x2', 'v6e:2x2'])
-  parser.add_argument('--out', help='appends a JSON line per row')
+  parser.add_argument('--topology', type=topology, nargs='+', default=['v5e:2x2', 'v6e:2x2'])
+  parser.add_argument('--out', type=results, help='appends a JSON line per row')
   arguments = parser.parse_args()
   print('| chip | layer | attention | forward | and backward | temporary |')
   print('|---|---|---|---|---|---|')
-  for topology in arguments.topology:
+  for slice_name in arguments.topology:
     for name, shape in LAYERS.items():
       for choice in ('xla', 'splash'):
         began = time.time()
-        both = [*measure(topology, choice, *shape)]
+        both = [*measure(slice_name, choice, *shape)]
         times, memory = [one.ms for one in both], both[1].temporary / 2**20
-        kind = plan.generation(topology)
+        kind = plan.generation(slice_name)
         cells = [kind, name, choice, *(f'{time:.2f} ms' for time in times), f'{memory:.0f} MiB']
         print(f'| {" | ".join(cells)} |', flush=True)
-        row = {'topology': topology, 'layer': name, 'attention': choice, 'forward_ms': times[0]}
+        row = {'topology': slice_name, 'layer': name, 'attention': choice, 'forward_ms': times[0]}
         row |= {'backward_ms': times[1], 'temporary_mib': memory, 'jax': jax.__version__}
         if arguments.out:
           with open(arguments.out, 'a') as file:
@@ -68,7 +67,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  try:
-    main()
-  except InputError as error:
-    sys.exit(f'attention.py: error: {error}')
+  main()

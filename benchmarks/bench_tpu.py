@@ -1,5 +1,6 @@
 """What the TPU compiler says of one layer of a network; needs no TPU, only libtpu."""
 
+import argparse
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -8,7 +9,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ip2p_jax import plan, sharding
+from ip2p_jax.errors import InputError
 from ip2p_jax.models.layers import REMATS, abstract
+
+
+def topology(text: str) -> str:
+  """An argument that the compiler knows."""
+  try:
+    plan.describe(text)
+  except InputError as error:
+    raise argparse.ArgumentTypeError(str(error)) from None
+  return text
 
 
 class Schedule(NamedTuple):

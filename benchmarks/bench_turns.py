@@ -1,5 +1,6 @@
 """Contenders of a benchmark, each in a process of its own: own memory, own threads, own start."""
 
+import argparse
 import multiprocessing
 import os
 import platform
@@ -65,6 +66,20 @@ def _serve(pipe, make, args, threads):
     pass
   except Exception:
     pipe.send((False, traceback.format_exc()))
+
+
+def whole(text: str) -> int:
+  """An argument of 1 or more."""
+  if not text.isdecimal() or int(text) < 1:
+    raise argparse.ArgumentTypeError(f'{text!r} is no whole number of 1 or more')
+  return int(text)
+
+
+def results(text: str) -> Path:
+  """A file that lines can be added to, told before hours are spent on them."""
+  if Path(text).is_dir() or not os.access(Path(text).absolute().parent, os.W_OK):
+    raise argparse.ArgumentTypeError(f'{text} cannot be written; name a file in a folder there is')
+  return Path(text)
 
 
 def say(line: str) -> None:

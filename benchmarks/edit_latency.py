@@ -12,10 +12,7 @@ import contextlib
 import dataclasses
 import datetime
 import json
-import multiprocessing
 import os
-import platform
-import resource
 import statistics
 import sys
 import tempfile
@@ -26,13 +23,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
+from bench_turns import SPAWN, Failed, machine, peak_rss, results, say, whole
 
 EXAMPLES = """examples:
-  python benchmarks/edit_latency.py --config small
+  python benchmarks/edit_latency.py --small
   python benchmarks/edit_latency.py --config sd15 --repeats 5 --out edit_latency.jsonl
   python benchmarks/edit_latency.py --config sd15 --only jax  (needs neither torch nor diffusers)
-  python benchmarks/edit_latency.py --config small --weights weights-small  (keeps the weights)
+  python benchmarks/edit_latency.py --small --weights weights-small  (keeps the weights)
 """
 INSTRUCTION, TEXT_GUIDANCE, IMAGE_GUIDANCE = 'make it winter', 7.5, 1.5
 GATE = 1e-3  # relative error of float32 latents
@@ -63,7 +60,6 @@ SMALL = {
 }
 ARCHITECTURES = {'small': SMALL, 'sd15': {'unet': {}, 'vae': {}, 'text_encoder': {}}}
 COMPILE_EVENT = '/jax/core/compile/backend_compile_duration'
-SPAWN = multiprocessing.get_context('spawn')
 
 
 class Track(NamedTuple):
@@ -101,7 +97,6 @@ class Setup(NamedTuple):
 
 def main():
   args = arguments()
-  load = os.getloadavg()[0]
   with tempfile.TemporaryDirectory() as scratch:
     folder = args.weights or Path(scratch) / 'weights'
     with SPAWN.Pool(1) as pool:  # so that jax and the weights do not stay in this process
@@ -114,7 +109,6 @@ def main():
       'device': device,
       'machine': machine(),
       'threads': args.threads if device == 'cpu' else None,
-      'load': load,
       'repeats': args.repeats,
       **track._asdict(),
       'gate': gate(track, setup, args.limit),
@@ -135,22 +129,29 @@ def arguments() -> argparse.Namespace:
   parser = argparse.ArgumentParser(
     description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument('--config', choices=ARCHITECTURES, required=True, help='size of the networks')
-  parser.add_argument('--steps', type=int, help='2 or more; by default the track has its own')
-  parser.add_argument('--size', type=int, help='of the picture, in pixels; a multiple of 64')
   parser.add_argument(
-    '--repeats', type=int, default=5, help='A-B-B-A rounds: two edits a side each'
+    '--small', action='store_const', const='small', dest='config', help='10.9 M parameters'
+  )
+  parser.add_argument(
+    '--config', choices=ARCHITECTURES, default='sd15', help='size of the networks'
+  )
+  parser.add_argument('--steps', type=whole, help='2 or more; by default the track has its own')
+  parser.add_argument('--size', type=whole, help='of the picture, in pixels; a multiple of 64')
+  parser.add_argument(
+    '--repeats', type=whole, default=5, help='A-B-B-A rounds: two edits a side each'
   )
   parser.add_argument('--only', help='contenders, separated by commas, such as jax or jax,torch')
-  parser.add_argument('--threads', type=int, default=2, help='on a CPU, for each side (default 2)')
+  parser.add_argument(
+    '--threads', type=whole, default=2, help='on a CPU, for each side (default 2)'
+  )
   parser.add_argument('--limit', type=float, default=900, help='seconds for one start or one edit')
   parser.add_argument('--weights', type=Path, help='folder to keep the weights in, or to reuse')
-  parser.add_argument('--out', type=Path, help='file to append the figures to, one JSON line a run')
+  parser.add_argument(
+    '--out', type=results, help='file to append the figures to, one JSON line a run'
+  )
   args = parser.parse_args()
   if args.steps is not None and args.steps < 2:
     parser.error('--steps must be 2 or more: the time of one step is a difference of two edits')
-  if args.repeats < 1:
-    parser.error('--repeats must be 1 or more')
   if args.size is not None and (args.size < 64 or args.size % 64):
     parser.error('--size must be a multiple of 64')
   return args
@@ -168,13 +169,6 @@ def track_of(args, device) -> Track:
   return track._replace(
     contenders=contenders, steps=args.steps or track.steps, size=args.size or track.size
   )
-
-
-def say(line):
-  print(f'[{time.strftime("%H:%M:%S")}] {line}', file=sys.stderr, flush=True)
-
-
-# The weights.
 
 
 def write_checkpoint(config: str, folder: Path) -> str:
@@ -367,22 +361,16 @@ class Torch:
     }
 
 
-def example_pictures(setup: Setup) -> list[Image.Image]:
+def example_pictures(setup: Setup) -> list:
   """Colour gradients, each picture of the batch another."""
+  from PIL import Image  # here, since a training step's benchmark uses this file without
+
   y, x = np.mgrid[: setup.size, : setup.size] / setup.size
   pictures = []
   for i in range(setup.batch):
     channels = [x, y, 0.5 + 0.5 * np.sin((20 + i) * x) * np.cos(14 * y)]
     pictures.append(Image.fromarray(np.round(255 * np.stack(channels, -1)).astype(np.uint8)))
   return pictures
-
-
-def peak_rss() -> int:
-  unit = 1 if sys.platform == 'darwin' else 1024
-  return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-# The processes.
 
 
 def serve(pipe, name: str, setup: Setup):
@@ -402,10 +390,6 @@ def serve(pipe, name: str, setup: Setup):
       pipe.send((True, getattr(contender, method)(*arguments)))
   except Exception:
     pipe.send((False, traceback.format_exc()))
-
-
-class Failed(Exception):
-  """A contender raised, died, or ran out of time."""
 
 
 class Process:
@@ -537,15 +521,6 @@ def compare(track: Track, setup: Setup, args, scratch: Path) -> list[dict[str, A
   return rows
 
 
-def machine() -> str:
-  try:
-    lines = Path('/proc/cpuinfo').read_text(encoding='utf-8').splitlines()
-    model = next(line.split(':')[1].strip() for line in lines if line.startswith('model name'))
-  except (OSError, StopIteration):
-    model = platform.processor() or platform.machine()
-  return f'{model}, {os.cpu_count()} cores'
-
-
 # The table.
 
 
@@ -556,7 +531,7 @@ def table(report: dict[str, Any]) -> str:
   lines = [
     f'{report["config"]}, {report["dtype"]}, {report["size"]} px, {report["steps"]} steps of 3'
     f' branches, from PIL to PIL; {report["machine"]}',
-    f'{", ".join(f"{key} {v}" for key, v in versions.items())}; load before {report["load"]:.2f};'
+    f'{", ".join(f"{key} {v}" for key, v in versions.items())};'
     f' relative error of the latents {gate}',
     '',
     row_of('contender', 'pictures', 's per edit', 'range', 's per step', 'x torch', 'peak GiB',

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from bench_turns import results, whole
 
 SMALL = {
   'vocab_size': 8192,
@@ -285,11 +286,11 @@ def arguments() -> argparse.Namespace:
   )
   parser.add_argument('--small', action='store_true', help='6 layers of 384, 8192 tokens')
   parser.add_argument('--device', choices=('cpu', 'gpu'), default='cpu')
-  parser.add_argument('--threads', type=int, default=2, help='on a CPU')
-  parser.add_argument('--rows', type=int, default=32, help='at a time')
-  parser.add_argument('--tokens', type=int, default=64, help='of each row of the even load')
-  parser.add_argument('--repeats', type=int, default=5)
-  parser.add_argument('--out', type=Path, help='a line of JSON is appended')
+  parser.add_argument('--threads', type=whole, default=2, help='on a CPU')
+  parser.add_argument('--rows', type=whole, default=32, help='at a time')
+  parser.add_argument('--tokens', type=whole, default=64, help='of each row of the even load')
+  parser.add_argument('--repeats', type=whole, default=5)
+  parser.add_argument('--out', type=results, help='a line of JSON is appended')
   args = parser.parse_args()
   if args.device != 'cpu':
     args.threads = None

@@ -27,7 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from bench_turns import machine
+from bench_turns import machine, results, whole
 from PIL import Image
 
 from ip2p_jax import checkpoints, weights
@@ -246,14 +246,14 @@ def arguments() -> argparse.Namespace:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument('--small', action='store_true', help='short turns, small batches')
-  parser.add_argument('--size', type=int, default=512, help='side of the JPEGs, pixels')
-  parser.add_argument('--resolution', type=int, default=256, help='of training, pixels')
-  parser.add_argument('--rows', type=int, default=64, help='pairs of files')
-  parser.add_argument('--workers', type=int, default=os.cpu_count(), help='processes')
-  parser.add_argument('--batch-size', type=int, help='of a loader; 256 by default')
+  parser.add_argument('--size', type=whole, default=512, help='side of the JPEGs, pixels')
+  parser.add_argument('--resolution', type=whole, default=256, help='of training, pixels')
+  parser.add_argument('--rows', type=whole, default=64, help='pairs of files')
+  parser.add_argument('--workers', type=whole, default=os.cpu_count(), help='processes')
+  parser.add_argument('--batch-size', type=whole, help='of a loader; 256 by default')
   parser.add_argument('--seconds', type=float, help='of a turn; 5 by default')
-  parser.add_argument('--rounds', type=int, help='turns of each; 5 by default')
-  parser.add_argument('--out', type=Path, help='a file to append a JSON line to')
+  parser.add_argument('--rounds', type=whole, help='turns of each; 5 by default')
+  parser.add_argument('--out', type=results, help='a file to append a JSON line to')
   args = parser.parse_args()
   args.batch_size = args.batch_size or (64 if args.small else 256)
   args.seconds = args.seconds or (1.0 if args.small else 5.0)

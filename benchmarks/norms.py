@@ -21,7 +21,8 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 import jax
 import jax.numpy as jnp
-from bench_tpu import schedules
+from bench_tpu import schedules, topology
+from bench_turns import results
 
 from ip2p_jax.models import layers
 
@@ -67,15 +68,17 @@ def measure(topology: str, norm: type[layers.GroupNorm], size: tuple[int, int, i
 
 def main(topologies: list[str], sizes: tuple, out: Path | None) -> None:
   print('| chip | block | group norm | forward | and backward |\n|---|---|---|---|---|')
-  for topology in topologies:
+  for slice_name in topologies:
     for size in sizes:
       for name, norm in (('two passes', TwoPasses), ('sums', layers.GroupNorm)):
-        found = measure(topology, norm, size)
+        found = measure(slice_name, norm, size)
         cells = [f'{ms:.2f} ms, {mb:.0f} MB' for ms, mb in found.values()]
         shown = 'x'.join(map(str, size))
-        print(f'| {topology.split(":")[0]} | {shown} | {name} | {" | ".join(cells)} |', flush=True)
+        print(
+          f'| {slice_name.split(":")[0]} | {shown} | {name} | {" | ".join(cells)} |', flush=True
+        )
         if out:
-          line = {'topology': topology, 'block': size, 'norm': name, **found}
+          line = {'topology': slice_name, 'block': size, 'norm': name, **found}
           with out.open('a') as file:
             file.write(json.dumps(line) + '\n')
 
@@ -84,8 +87,8 @@ if __name__ == '__main__':
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument('--topology', nargs='+', default=['v5e:2x2', 'v6e:2x2'])
+  parser.add_argument('--topology', type=topology, nargs='+', default=['v5e:2x2', 'v6e:2x2'])
   parser.add_argument('--small', action='store_true')
-  parser.add_argument('--out', type=Path, help='lines of JSON are added to this file')
+  parser.add_argument('--out', type=results, help='lines of JSON are added to this file')
   given = parser.parse_args()
   main(given.topology, SMALL if given.small else BLOCKS, given.out)

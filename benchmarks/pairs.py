@@ -15,6 +15,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from bench_turns import results, whole
 
 from ip2p_jax import checkpoints, pair_program
 from ip2p_jax import prompt_to_prompt as p2p
@@ -85,9 +86,9 @@ if __name__ == '__main__':
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument('--small', action='store_true', help="the miniature's sizes")
-  parser.add_argument('--batch', type=int, default=16)
-  parser.add_argument('--steps', type=int, default=20)
-  parser.add_argument('--rounds', type=int, default=5)
-  parser.add_argument('--out', type=Path, help='a file to append a JSON line to')
+  parser.add_argument('--batch', type=whole, default=16)
+  parser.add_argument('--steps', type=whole, default=20)
+  parser.add_argument('--rounds', type=whole, default=5)
+  parser.add_argument('--out', type=results, help='a file to append a JSON line to')
   arguments = parser.parse_args()
   main(arguments.small, arguments.batch, arguments.steps, arguments.rounds, arguments.out)

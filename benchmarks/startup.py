@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from bench_turns import machine, say
+from bench_turns import machine, results, say, whole
 from PIL import Image
 
 MINIATURE = Path(__file__).parent.parent / 'assets' / 'miniature'
@@ -139,14 +139,16 @@ def arguments() -> argparse.Namespace:
   )
   parser.add_argument('--small', action='store_true', help='the bundled miniature at 64 px')
   parser.add_argument('--weights', type=Path, help='a diffusers folder')
-  parser.add_argument('--size', type=int, help='of the picture, in pixels')
-  parser.add_argument('--steps', type=int, help='of an edit')
-  parser.add_argument('--rounds', type=int, default=3, help='starts of each side')
-  parser.add_argument('--out', type=Path, help='a file to append a JSON line to')
+  parser.add_argument('--size', type=whole, help='of the picture, in pixels')
+  parser.add_argument('--steps', type=whole, help='of an edit')
+  parser.add_argument('--rounds', type=whole, default=3, help='starts of each side')
+  parser.add_argument('--out', type=results, help='a file to append a JSON line to')
   parser.add_argument('--start', choices=SIDES, help=argparse.SUPPRESS)
   args = parser.parse_args()
   if not args.small and not args.weights:
     parser.error('give --small, or --weights FOLDER (examples/random_checkpoint.py writes one)')
+  if args.weights and not (args.weights / 'unet').is_dir():
+    parser.error(f'--weights {args.weights} is no diffusers folder')
   args.weights = args.weights or MINIATURE
   args.size = args.size or (64 if args.small else 256)
   args.steps = args.steps or (30 if args.small else 2)

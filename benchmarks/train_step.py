@@ -14,7 +14,8 @@ JAX is the package's own `train_step`, with remat as trained with (convdot) and 
 diffusers' UNet (where diffusers is not installed, `bench_unet`, which is the same) with
 transformers' text encoder, scaled_dot_product_attention, fused AdamW and foreach for the average:
 eager, with channels_last, and on a GPU with torch.compile in its modes. First the same draws must
-give the same loss and norm of the gradients on both sides, or nothing is timed. "CPU ms" is what
+give the same loss and norm of the gradients on both sides, or nothing is timed. "x torch" is the
+time of an example over that of the fastest PyTorch contender. "CPU ms" is what
 all cores spent on a step: on a busy machine, with --threads 1, the figure to compare.
 """
 
@@ -31,13 +32,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from bench_turns import SPAWN, Contender, Failed, machine, peak_rss, say
+from bench_turns import SPAWN, Contender, Failed, machine, peak_rss, results, say, whole
 from edit_latency import write_checkpoint
 
 TOLERANCES = {'float32': (1e-4, 1e-3), 'bfloat16': (1e-2, 2e-2)}  # of loss, of gradients' norm
 CPU = ('jax', 'jax no remat', 'torch', 'torch channels_last')
 GPU = ('jax', 'jax no remat', 'torch channels_last', 'torch compile', 'torch max-autotune',
        'torch reduce-overhead')  # fmt: skip
+MANY = '32,64,128,256'  # examples, on a GPU
 MODES = {
   'torch compile': 'default',
   'torch max-autotune': 'max-autotune-no-cudagraphs',
@@ -121,11 +123,12 @@ class Jax:
     else:
       self.state = {'step': jax.numpy.int32(0), 'params': unet}
       everywhere = jax.tree.map(lambda _: sharding.replicated(mesh), unet)
+      shardings = {'params': everywhere, 'ema': everywhere}
 
       @jax.jit
       def step(state, frozen, batch):
         loss, grads = train_step.mean_gradients(
-          recipe, everywhere, state['params'], frozen, batch, state['step']
+          recipe, shardings, state['params'], frozen, batch, state['step']
         )
         return grads, {'loss': loss, 'grad_norm': optax.global_norm(grads)}
 
@@ -484,7 +487,7 @@ def table(report: dict[str, Any]) -> str:
         row['contender'], row['batch'], f'{1e3 * statistics.median(times):.1f}',
         f'{1e3 * min(times):.1f}-{1e3 * max(times):.1f}',
         f'{1e3 * statistics.median(row["cpu_seconds"]):.1f}', f'{row["samples"]:.3f}',
-        f'{row["samples"] / best:.2f}' if best else '', f'{row["flops"] / 1e12:.3f}',
+        f'{best / row["samples"]:.2f}' if best else '', f'{row["flops"] / 1e12:.3f}',
         f'{row["flops"] / matmul:.0%}' if matmul else '', f'{row["peak_bytes"] / 2**30:.2f}',
         f'{row["start_seconds"]:.1f} s',
       )
@@ -512,12 +515,12 @@ def main() -> None:
       names = [name.strip() for name in args.only.split(',')]
       if unknown := set(names) - {*CPU, *GPU}:
         sys.exit(f'--only: no contender {", ".join(unknown)}; there are {", ".join({*CPU, *GPU})}.')
-    batches = args.batches or ('8' if args.small else '1' if device == 'cpu' else '32,64,128,256')
+    batches = args.batches or several('8' if args.small else '1' if device == 'cpu' else MANY)
     dtype = 'float32' if device == 'cpu' else 'bfloat16'
     side, rows = (8 if args.small else 32), []
     threads = args.threads if device == 'cpu' else None
     best = ceilings(device, threads, args.limit)
-    for batch in map(int, batches.split(',')):
+    for batch in batches:
       setups = [
         Setup(name, str(folder), device, dtype, batch, side, threads,
               str(args.cache or Path(scratch) / 'cache'), not args.gradients)
@@ -541,22 +544,27 @@ def main() -> None:
       file.write(json.dumps(report) + '\n')
 
 
+def several(text: str) -> list[int]:
+  """An argument of numbers of 1 or more."""
+  return [whole(part) for part in text.split(',')]
+
+
 def arguments() -> argparse.Namespace:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument('--small', action='store_true', help='10 M parameters, 64 px, batch 8')
   parser.add_argument('--gradients', action='store_true', help='no optimizer, no average')
-  parser.add_argument('--batches', help='per device, as in 64,128')
-  parser.add_argument('--rounds', type=int, default=4, help='turns of each contender')
-  parser.add_argument('--steps', type=int, default=5, help='of a timing; two timings a turn')
+  parser.add_argument('--batches', type=several, help='per device, as in 64,128')
+  parser.add_argument('--rounds', type=whole, default=4, help='turns of each contender')
+  parser.add_argument('--steps', type=whole, default=5, help='of a timing; two timings a turn')
   parser.add_argument('--only', help='contenders, separated by commas')
   parser.add_argument('--alone', action='store_true', help='one in memory at a time')
-  parser.add_argument('--threads', type=int, default=2, help='on a CPU, for each side')
+  parser.add_argument('--threads', type=whole, default=2, help='on a CPU, for each side')
   parser.add_argument('--limit', type=float, default=1800, help='seconds for one answer')
   parser.add_argument('--weights', type=Path, help='folder to keep the weights in, or to reuse')
   parser.add_argument('--cache', type=Path, help='folder to keep compiled programs in')
-  parser.add_argument('--out', type=Path, help='a file to append a JSON line to')
+  parser.add_argument('--out', type=results, help='a file to append a JSON line to')
   return parser.parse_args()
 
 

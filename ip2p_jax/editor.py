@@ -162,7 +162,8 @@ class Editor:
       resolution: of the longer side at work; None works at the picture's own size.
       batch_size: pictures per call of the program; fewer are padded, so that one compiled program
         serves all. None puts all pictures of one working size into one call.
-      progress: called as (steps done, steps in all); the program then runs step by step.
+      progress: called as (steps done, steps in all); the program then runs step by step, and
+        computes keys and values of the text in each (1.6% of a step at 256 px, 0.4% at 512 px).
 
     Returns PIL images, RGB or RGBA, or an array if arrays came in. Raises InputError on bad values.
     """

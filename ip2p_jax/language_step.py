@@ -46,8 +46,7 @@ def language_step(
   def loss_of(params, part):
     return summed_loss(recipe, params, frozen, part) / total
 
-  where = shardings['ema']
-  loss, grads = train_step.sum_gradients(loss_of, copy, batch, config.accumulation, where)
+  loss, grads = train_step.sum_gradients(loss_of, copy, batch, config.accumulation, shardings)
   new, metrics = train_step.updated(recipe, shardings, state, loss, grads)
   del metrics['skipped']  # triplets are in memory, and whole
   return new, metrics

@@ -66,9 +66,7 @@ def train_step(
 
   Returns the new state and {'loss', 'grad_norm', 'learning_rate', 'skipped', 'bad_step'}.
   """
-  loss, grads = mean_gradients(
-    recipe, shardings['ema'], state['params'], frozen, batch, state['step']
-  )
+  loss, grads = mean_gradients(recipe, shardings, state['params'], frozen, batch, state['step'])
   skipped = (batch['weight'] == 0).sum(dtype=jnp.int32)
   return updated(recipe, shardings, state, loss, grads, skipped)
 
@@ -156,8 +154,11 @@ def validation_loss(
   return (losses * batch['weight']).sum(), batch['weight'].sum()
 
 
-def mean_gradients(recipe, where, params, frozen, batch, step):
-  """Weighted mean loss over the batch, and its float32 gradients by `params`, placed as `where`."""
+def mean_gradients(recipe, shardings, params, frozen, batch, step):
+  """Weighted mean loss over the batch, and its float32 gradients by `params`.
+
+  `shardings` are the state's.
+  """
   config = recipe.config
   total = jnp.maximum(batch['weight'].sum(), 1.0)
   # Cast once, and differentiated by the copy: then gradients travel in the smaller type, too.
@@ -170,17 +171,28 @@ def mean_gradients(recipe, where, params, frozen, batch, step):
     losses = _losses(recipe, unet, frozen, part, draws, config.conditioning_dropout)
     return (losses * part['weight']).sum() / total
 
-  return sum_gradients(loss_of, copy, batch, config.accumulation, where)
+  return sum_gradients(loss_of, copy, batch, config.accumulation, shardings)
 
 
 def sum_gradients(
-  loss_of: Callable[[Params, Batch], Array], params: Params, batch: Batch, count: int, where: State
+  loss_of: Callable[[Params, Batch], Array],
+  params: Params,
+  batch: Batch,
+  count: int,
+  shardings: State,
 ) -> tuple[Array, Params]:
   """Sum of `loss_of(params, part)` over `count` parts of the batch, and its float32 gradients.
 
-  `where` are the gradients' shardings while they are summed.
+  `shardings` are the state's; while they are summed, gradients lie as the average does.
   """
-  value_and_grad = jax.value_and_grad(loss_of)
+  where = shardings['ema']
+
+  def value_and_grad(params, part):
+    loss, grads = jax.value_and_grad(loss_of)(params, part)
+    # Put together as the weights lie, then divided. Told of the division alone, XLA for TPU makes
+    # the products that give gradients in as many pieces as there are devices, in twice the time.
+    return loss, jax.lax.with_sharding_constraint(grads, shardings['params'])
+
   if count == 1:
     loss, grads = value_and_grad(params, batch)
     return loss, cast(grads, jnp.float32)
