@@ -8,16 +8,13 @@ lengths of Stable Diffusion 1.5. Milliseconds are the compiler's schedule at an 
 leave out the kernel itself, of which it has no estimate. Nothing is timed.
 """
 
-import argparse
-import json
 import os
 import time
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 import jax
-from bench_tpu import schedules, topology
-from bench_turns import results
+from bench_tpu import append, options, schedules
 
 from ip2p_jax import attention, plan
 from ip2p_jax.models.unet import MultiHeadAttention
@@ -42,28 +39,22 @@ def measure(topology: str, choice: str, examples: int, tokens: int, width: int):
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  parser.add_argument('--topology', type=topology, nargs='+', default=['v5e:2x2', 'v6e:2x2'])
-  parser.add_argument('--out', type=results, help='appends a JSON line per row')
+  parser = options(__doc__, ['v5e:2x2', 'v6e:2x2'])
   arguments = parser.parse_args()
   print('| chip | layer | attention | forward | and backward | temporary |')
   print('|---|---|---|---|---|---|')
-  for slice_name in arguments.topology:
+  for topology in arguments.topology:
     for name, shape in LAYERS.items():
       for choice in ('xla', 'splash'):
         began = time.time()
-        both = [*measure(slice_name, choice, *shape)]
+        both = [*measure(topology, choice, *shape)]
         times, memory = [one.ms for one in both], both[1].temporary / 2**20
-        kind = plan.generation(slice_name)
+        kind = plan.generation(topology)
         cells = [kind, name, choice, *(f'{time:.2f} ms' for time in times), f'{memory:.0f} MiB']
         print(f'| {" | ".join(cells)} |', flush=True)
-        row = {'topology': slice_name, 'layer': name, 'attention': choice, 'forward_ms': times[0]}
+        row = {'topology': topology, 'layer': name, 'attention': choice, 'forward_ms': times[0]}
         row |= {'backward_ms': times[1], 'temporary_mib': memory, 'jax': jax.__version__}
-        if arguments.out:
-          with open(arguments.out, 'a') as file:
-            file.write(json.dumps(row | {'compile_s': round(time.time() - began, 1)}) + '\n')
+        append(arguments.out, row | {'compile_s': round(time.time() - began, 1)})
 
 
 if __name__ == '__main__':

@@ -1,11 +1,14 @@
 """What the TPU compiler says of one layer of a network; needs no TPU, only libtpu."""
 
 import argparse
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from bench_turns import results
 from flax import nnx
 
 from ip2p_jax import plan, sharding
@@ -13,7 +16,17 @@ from ip2p_jax.errors import InputError
 from ip2p_jax.models.layers import REMATS, abstract
 
 
-def topology(text: str) -> str:
+def options(doc: str, slices: list[str]) -> argparse.ArgumentParser:
+  """--topology, these slices by default, and --out."""
+  parser = argparse.ArgumentParser(
+    description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--topology', type=_known, nargs='+', default=slices)
+  parser.add_argument('--out', type=results, help='a file to append a JSON line per row to')
+  return parser
+
+
+def _known(text):
   """An argument that the compiler knows."""
   try:
     plan.describe(text)
@@ -22,12 +35,25 @@ def topology(text: str) -> str:
   return text
 
 
+def append(out: Path | None, row: dict) -> None:
+  """Adds a JSON line to the file, if there is one."""
+  if out:
+    with out.open('a', encoding='utf-8') as file:
+      file.write(json.dumps(row) + '\n')
+
+
 class Schedule(NamedTuple):
   """Of one chip: time by the compiler's estimate of cycles, bytes accessed and held meanwhile."""
 
   ms: float
   accessed: float
   temporary: int
+
+
+def schedule_of(topology: str, compiled: jax.stages.Compiled) -> Schedule:
+  ms = 1e3 * plan.cycles_of(compiled.as_text()) / plan.chip_of(topology).clock
+  accessed = compiled.cost_analysis()['bytes accessed']
+  return Schedule(ms, accessed, compiled.memory_analysis().temp_size_in_bytes)
 
 
 def schedules(
@@ -52,9 +78,6 @@ def schedules(
   both = jax.grad(lambda *args: kept(*args).astype(jnp.float32).sum(), by)
 
   def schedule(function):
-    compiled = jax.jit(function).lower(params, *inputs).compile()
-    ms = 1e3 * plan.cycles_of(compiled.as_text()) / plan.chip_of(topology).clock
-    accessed = compiled.cost_analysis()['bytes accessed']
-    return Schedule(ms, accessed, compiled.memory_analysis().temp_size_in_bytes)
+    return schedule_of(topology, jax.jit(function).lower(params, *inputs).compile())
 
   return {'forward': schedule(forward), 'both': schedule(both)}

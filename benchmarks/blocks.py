@@ -10,15 +10,12 @@ Columns: milliseconds by the compiler's own estimate of cycles (the time within 
 is not in it), gigabytes that it counts as accessed, megabytes of temporary memory.
 """
 
-import argparse
-import json
 import os
 from pathlib import Path
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
-from bench_tpu import schedules, topology
-from bench_turns import results
+from bench_tpu import append, options, schedules
 
 from ip2p_jax import attention
 from ip2p_jax.models.configs import UNetConfig
@@ -44,23 +41,17 @@ def measure(topology: str, size: tuple[int, int, int, int]) -> dict:
 
 def main(topologies: list[str], sizes: tuple, out: Path | None) -> None:
   print('| chip | block | forward | and backward |\n|---|---|---|---|')
-  for slice_name in topologies:
+  for topology in topologies:
     for size in sizes:
-      found = measure(slice_name, size)
+      found = measure(topology, size)
       cells = [f'{ms:.2f} ms, {gb:.2f} GB, {mb:.0f} MB' for ms, gb, mb in found.values()]
       shown = 'x'.join(map(str, size[:3]))
-      print(f'| {slice_name.split(":")[0]} | {shown} | {" | ".join(cells)} |', flush=True)
-      if out:
-        with out.open('a') as file:
-          file.write(json.dumps({'topology': slice_name, 'block': size, **found}) + '\n')
+      print(f'| {topology.split(":")[0]} | {shown} | {" | ".join(cells)} |', flush=True)
+      append(out, {'topology': topology, 'block': size, **found})
 
 
 if __name__ == '__main__':
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  parser.add_argument('--topology', type=topology, nargs='+', default=['v5e:2x2'])
+  parser = options(__doc__, ['v5e:2x2'])
   parser.add_argument('--small', action='store_true')
-  parser.add_argument('--out', type=results, help='lines of JSON are added to this file')
   given = parser.parse_args()
   main(given.topology, SMALL if given.small else BLOCKS, given.out)

@@ -171,6 +171,9 @@ def track_of(args, device) -> Track:
   )
 
 
+# The weights.
+
+
 def write_checkpoint(config: str, folder: Path) -> str:
   """Writes a diffusers folder with random normal weights, unless it is there; JAX's backend."""
   import jax
@@ -371,6 +374,9 @@ def example_pictures(setup: Setup) -> list:
     channels = [x, y, 0.5 + 0.5 * np.sin((20 + i) * x) * np.cos(14 * y)]
     pictures.append(Image.fromarray(np.round(255 * np.stack(channels, -1)).astype(np.uint8)))
   return pictures
+
+
+# The processes.
 
 
 def serve(pipe, name: str, setup: Setup):

@@ -11,9 +11,7 @@ Columns: milliseconds by the compiler's own estimate of cycles, without the exch
 exchanged by kind; megabytes of temporary memory.
 """
 
-import argparse
 import collections
-import json
 import os
 from pathlib import Path
 
@@ -21,15 +19,12 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 import jax
 import jax.numpy as jnp
-from bench_tpu import topology
-from bench_turns import results
+from bench_tpu import append, options, schedule_of
 from flax import nnx
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from ip2p_jax import plan, sharding
 from ip2p_jax.models import layers
-from ip2p_jax.train_step import sum_gradients
+from ip2p_jax.train_step import cast, sum_gradients
 
 FULL, SMALL = (32, 32, 320), (2, 8, 64)  # examples a chip, side, channels
 TIME = 1280
@@ -48,13 +43,13 @@ class Blocks(nnx.Module):
     return x
 
 
-def measure(slice_name: str, size: tuple[int, int, int], is_whole: bool) -> dict:
+def measure(topology: str, size: tuple[int, int, int], is_whole: bool) -> dict:
   examples, side, channels = size
-  mesh = sharding.make_mesh(devices=plan.describe(slice_name))
+  mesh = sharding.make_mesh(devices=plan.describe(topology))
   definition, params = layers.abstract(lambda keys: Blocks(channels, keys))
   parts = jax.tree.map(lambda leaf: sharding.split(mesh, leaf.shape, mesh.axis_names), params)
-  whole = jax.tree.map(lambda _: sharding.replicated(mesh), params)
-  rows = NamedSharding(mesh, P(mesh.axis_names))
+  everywhere, rows = sharding.replicated(mesh), sharding.of_batch(mesh)
+  whole = jax.tree.map(lambda _: everywhere, params)
   place = lambda shape, where, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=where)
   count = 2 * examples * mesh.size
   batch = {
@@ -66,21 +61,18 @@ def measure(slice_name: str, size: tuple[int, int, int], is_whole: bool) -> dict
     loss = lambda params, batch: (
       nnx.merge(definition, params)(batch['x'], batch['time']).astype(jnp.float32) ** 2
     ).mean()
-    copy = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    copy = cast(params, jnp.bfloat16)
     shardings = {'params': whole if is_whole else parts, 'ema': parts}
     return sum_gradients(loss, copy, batch, 2, shardings)[1]
 
-  replicated = sharding.replicated(mesh)
-  params = jax.tree.map(lambda leaf: place(leaf.shape, replicated, jnp.float32), params)
+  params = jax.tree.map(lambda leaf: place(leaf.shape, everywhere, jnp.float32), params)
   compiled = jax.jit(step, out_shardings=parts).lower(params, batch).compile()
-  program, exchanged = compiled.as_text(), collections.Counter()
-  for one in plan.collectives_of(program):
+  exchanged, schedule = collections.Counter(), schedule_of(topology, compiled)
+  for one in plan.collectives_of(compiled.as_text()):
     exchanged[one.kind] += one.bytes * one.times / 1e6
   return {
-    'ms': 1e3 * plan.cycles_of(program) / plan.chip_of(slice_name).clock,
-    'exchanged': dict(exchanged),
-    'temporary': compiled.memory_analysis().temp_size_in_bytes / 1e6,
-  }
+    'ms': schedule.ms, 'exchanged': dict(exchanged), 'temporary': schedule.temporary / 1e6
+  }  # fmt: skip
 
 
 def main(slices: list[str], size: tuple[int, int, int], out: Path | None) -> None:
@@ -91,17 +83,11 @@ def main(slices: list[str], size: tuple[int, int, int], out: Path | None) -> Non
       exchanged = ', '.join(f'{mb:.1f} MB {kind}' for kind, mb in found['exchanged'].items())
       cells = [name, words, f'{found["ms"]:.2f} ms', exchanged, f'{found["temporary"]:.0f} MB']
       print(f'| {" | ".join(cells)} |', flush=True)
-      if out:
-        with out.open('a') as file:
-          file.write(json.dumps({'topology': name, 'gradients': words, **found}) + '\n')
+      append(out, {'topology': name, 'gradients': words, **found})
 
 
 if __name__ == '__main__':
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  parser.add_argument('--topology', type=topology, nargs='+', default=['v5e:4x4'])
+  parser = options(__doc__, ['v5e:4x4'])
   parser.add_argument('--small', action='store_true')
-  parser.add_argument('--out', type=results, help='a file to append JSON lines to')
   given = parser.parse_args()
   main(given.topology, SMALL if given.small else FULL, given.out)

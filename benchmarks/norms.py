@@ -12,8 +12,6 @@ Columns: milliseconds of the forward pass and of forward and backward, by the co
 estimate of cycles, and megabytes that it counts as accessed.
 """
 
-import argparse
-import json
 import os
 from pathlib import Path
 
@@ -21,8 +19,7 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 import jax
 import jax.numpy as jnp
-from bench_tpu import schedules, topology
-from bench_turns import results
+from bench_tpu import append, options, schedules
 
 from ip2p_jax.models import layers
 
@@ -68,27 +65,18 @@ def measure(topology: str, norm: type[layers.GroupNorm], size: tuple[int, int, i
 
 def main(topologies: list[str], sizes: tuple, out: Path | None) -> None:
   print('| chip | block | group norm | forward | and backward |\n|---|---|---|---|---|')
-  for slice_name in topologies:
+  for topology in topologies:
     for size in sizes:
       for name, norm in (('two passes', TwoPasses), ('sums', layers.GroupNorm)):
-        found = measure(slice_name, norm, size)
+        found = measure(topology, norm, size)
         cells = [f'{ms:.2f} ms, {mb:.0f} MB' for ms, mb in found.values()]
         shown = 'x'.join(map(str, size))
-        print(
-          f'| {slice_name.split(":")[0]} | {shown} | {name} | {" | ".join(cells)} |', flush=True
-        )
-        if out:
-          line = {'topology': slice_name, 'block': size, 'norm': name, **found}
-          with out.open('a') as file:
-            file.write(json.dumps(line) + '\n')
+        print(f'| {topology.split(":")[0]} | {shown} | {name} | {" | ".join(cells)} |', flush=True)
+        append(out, {'topology': topology, 'block': size, 'norm': name, **found})
 
 
 if __name__ == '__main__':
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  parser.add_argument('--topology', type=topology, nargs='+', default=['v5e:2x2', 'v6e:2x2'])
+  parser = options(__doc__, ['v5e:2x2', 'v6e:2x2'])
   parser.add_argument('--small', action='store_true')
-  parser.add_argument('--out', type=results, help='lines of JSON are added to this file')
   given = parser.parse_args()
   main(given.topology, SMALL if given.small else BLOCKS, given.out)
