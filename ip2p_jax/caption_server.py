@@ -162,10 +162,15 @@ def backend(
   def complete(captions: Sequence[str], seeds: Sequence[int]) -> Iterator[tuple[int, str]]:
     numbers, lock = iter(range(len(captions))), threading.Lock()
     answers: queue.Queue[tuple[int, Any]] = queue.Queue()
+    # Answers that nobody has taken yet are lost with the process, and paid for: these are few.
+    room = threading.Semaphore(2 * server.concurrency)
     client = _Client(server, opener, threading.Event(), say)
 
     def work():
-      while not client.stop.is_set():
+      while True:
+        room.acquire()
+        if client.stop.is_set():
+          return
         with lock:
           index = next(numbers, None)
         if index is None:
@@ -189,6 +194,7 @@ def backend(
 
       for _ in captions:
         index, answer = answers.get()
+        room.release()
         if isinstance(answer, BaseException):
           raise answer
         text, counts = answer
@@ -207,6 +213,7 @@ def backend(
       yield from ((one, None if reason.is_final else '') for one, reason in lost)
     finally:
       client.stop.set()
+      room.release(server.concurrency)
 
   return complete
 

@@ -113,6 +113,16 @@ def test_requests_under_way_are_bounded(fake, ask):
   assert fake.most == 3
 
 
+def test_no_more_is_asked_for_than_is_soon_written_down(fake):
+  server = Server(fake.url, 'tiny', examples=EXAMPLES, shown=2, concurrency=2)
+  answers = backend(server, WRITING)([f'caption {i}' for i in range(40)], range(40))
+  for taken in range(1, 6):
+    next(answers)
+    time.sleep(0.3)  # a slow disk
+    assert len(fake.asked) <= taken + 2 * 2
+  assert len(list(answers)) == 35
+
+
 def test_the_servers_count_of_tokens_is_added_up(ask):
   usage = Usage()
   ask(['a', 'b', 'c'], usage=usage)
