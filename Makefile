@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 OUT ?= out/demo
+WORKERS ?= 2
 export JAX_PLATFORMS ?= cpu
 export HF_HUB_OFFLINE ?= 1
 
@@ -31,8 +32,9 @@ miniature: setup
 reproduce: setup
 	$(RUN) examples/miniature/reproduce.py out/reproduce$(if $(SMALL),-small --small)
 
+# Tests mostly wait for one thread of a compiler; a worker takes up to 3 GB.
 test: setup lint
-	$(RUN) -m pytest -m 'not slow'
+	$(RUN) -m pytest -m 'not slow' --numprocesses $(WORKERS) --dist loadfile
 
 test-slow: setup
 	$(RUN) -m pytest -m slow

@@ -1,9 +1,14 @@
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
+# Programs that another run compiled, or another worker is about to write, are not for this one.
+os.environ['XDG_CACHE_HOME'] = tempfile.mkdtemp(prefix='ip2p-tests-')
 # Eight devices; and less optimisation, since tests compile far longer than they run.
 os.environ['XLA_FLAGS'] = ' '.join(
   [
@@ -21,6 +26,7 @@ import jax
 import numpy as np
 import pytest
 
+atexit.register(shutil.rmtree, os.environ['XDG_CACHE_HOME'], ignore_errors=True)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_default_matmul_precision', 'highest')
 
