@@ -567,12 +567,16 @@ def plan(
   steps: Annotated[
     int | None, Option(min=1, help='With edits and pairs: of the sampler; 100 by default.')
   ] = None,
+  quick: Annotated[
+    bool,
+    Option('--quick', help='Compile sooner, to tell whether it fits but not how long it takes.'),
+  ] = False,
 ) -> None:
   """Tells what work needs on TPUs: does it fit, what does it cost. No TPU is needed.
 
   ip2p plan --topology v5e-16 --device-batch 32
 
-  ip2p plan --topology v6e-8 --topology v4-8 --config configs/train_512.py --set accumulation=8
+  ip2p plan --quick --topology v6e-8 --topology v4-8 --config configs/train_512.py --device-batch 16
 
   ip2p plan --topology v5e-8 --of edits --size 512 --batch-size 4
 
@@ -610,10 +614,10 @@ def plan(
   for name in topology:
     with ticking('compiling'):
       if of == 'training':
-        found = planning.plan(settings[name], networks, name, not from_pictures, _say)
+        found = planning.plan(settings[name], networks, name, not from_pictures, _say, quick)
         text = planning.report(found, settings[name])
       else:
-        found = plan_sampling.plan_sampling(networks, work, name, _say)
+        found = plan_sampling.plan_sampling(networks, work, name, _say, quick)
         text = plan_sampling.report(found)
     print(text)
     failed += not found.compiled.fits

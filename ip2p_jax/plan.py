@@ -33,6 +33,9 @@ from ip2p_jax.setup_run import trained_shapes
 from ip2p_jax.train_step import Recipe
 
 GIB = 1 << 30
+# Less of the compiler's time and memory, for a slower program that needs about as much memory.
+QUICK = {'exec_time_optimization_effort': -1.0}
+NOT_TOLD = 'not told by --quick'
 
 
 class Chip(NamedTuple):
@@ -86,7 +89,8 @@ class Collective(NamedTuple):
 class Compiled(NamedTuple):
   """What the compiler says of one program. Bytes, FLOPs and cycles are of one device.
 
-  Cycles are 0 if jax could not read the program; then collectives are not known, either.
+  Cycles are 0 of a program compiled quickly, which is not the one that will run, and if jax could
+  not read the program; then collectives are not known, either.
 
   `fits` is whether it compiled; then the rest is known, else only what `problem` says. What is in a
   loop counts once in FLOPs and bytes accessed, and as often as it runs in cycles and collectives.
@@ -102,6 +106,7 @@ class Compiled(NamedTuple):
   cycles: float = 0.0
   collectives: tuple[Collective, ...] = ()
   seconds: float = 0.0  # of compiling
+  is_quick: bool = False
 
 
 class Plan(NamedTuple):
@@ -230,6 +235,7 @@ def plan(
   topology: str,
   from_latents: bool = True,
   say: Callable[[str], None] = lambda text: None,
+  is_quick: bool = False,
 ) -> Plan:
   """Compiles the step for a topology; takes many minutes at full size, see `docs/tpu.md`.
 
@@ -256,14 +262,18 @@ def plan(
     'analytic_flops': per_example * config.batch_size / len(devices),
   }
   say(f'{topology}: {len(devices)} devices, {device_batch} examples at a time each; compiling')
-  return Plan(**known, compiled=compiled_for_tpu(lowered))
+  return Plan(**known, compiled=compiled_for_tpu(lowered, is_quick))
 
 
-def compiled_for_tpu(lowered: jax.stages.Lowered) -> Compiled:
-  """Compiles, which may take many minutes; too little memory is a finding, not an error."""
+def compiled_for_tpu(lowered: jax.stages.Lowered, is_quick: bool = False) -> Compiled:
+  """Compiles, which may take many minutes; too little memory is a finding, not an error.
+
+  `is_quick`: with little effort; then it is not told how long the program takes.
+  """
   began = time.time()
   try:  # in a thread of its own, so that Ctrl-C is heard meanwhile
-    compiled = ThreadPoolExecutor(1).submit(lowered.compile).result()
+    options = QUICK if is_quick else None
+    compiled = ThreadPoolExecutor(1).submit(lowered.compile, options).result()
   except Exception as error:
     found = re.search(r'Used ([\d.]+)([MG]) of ([\d.]+)([MG]) hbm', str(error))
     if found is None and 'RESOURCE_EXHAUSTED' not in str(error):
@@ -272,7 +282,7 @@ def compiled_for_tpu(lowered: jax.stages.Lowered) -> Compiled:
     problem = 'needs more memory than there is'
     if found:
       problem = f'needs {found[1]} {found[2]}iB of {found[3]} {found[4]}iB'
-    return Compiled(fits=False, problem=problem, seconds=time.time() - began)
+    return Compiled(False, problem, seconds=time.time() - began, is_quick=is_quick)
   memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
   try:
     program = compiled.as_text()
@@ -285,9 +295,10 @@ def compiled_for_tpu(lowered: jax.stages.Lowered) -> Compiled:
     temporary_bytes=memory.temp_size_in_bytes,
     flops=cost.get('flops', 0.0),
     bytes_accessed=cost.get('bytes accessed', 0.0),
-    cycles=cycles_of(program),
+    cycles=0.0 if is_quick else cycles_of(program),
     collectives=tuple(collectives_of(program)),
     seconds=time.time() - began,
+    is_quick=is_quick,
   )
 
 
@@ -403,7 +414,7 @@ def report(found: Plan, config: TrainConfig) -> str:
   ]
   if compiled.fits:
     rounds = config.accumulation  # nearly all of a step is in that loop
-    moved = rounds * compiled.bytes_accessed
+    moved = rounds * compiled.bytes_accessed * (not compiled.is_quick)
     at_best = max(found.analytic_flops / peak_of(found.topology), moved / chip.bandwidth)
     rows += [
       *memory_rows(compiled, chip),
@@ -413,8 +424,8 @@ def report(found: Plan, config: TrainConfig) -> str:
         f'{rounds * compiled.flops / 1e12:.2f} T compiled,'
         f' {found.analytic_flops / 1e12:.2f} T asked for',
       ),
-      ('bytes moved', f'{moved / 1e9:.1f} GB'),
-      ('time at best', f'{1e3 * at_best:.0f} ms, by FLOPs or bytes'),
+      ('bytes moved', f'{moved / 1e9:.1f} GB' if moved else NOT_TOLD),
+      ('time at best', f'{1e3 * at_best:.0f} ms, by FLOPs{" or bytes" * bool(moved)}'),
       ('time as scheduled', scheduled_time(compiled, chip)),
     ]
     rows += collective_rows(compiled.collectives)
@@ -435,6 +446,8 @@ def collective_rows(collectives: Sequence[Collective]) -> list[tuple[str, str]]:
 
 
 def scheduled_time(compiled: Compiled, chip: Chip) -> str:
+  if compiled.is_quick:
+    return NOT_TOLD
   if not compiled.cycles:
     return (
       "unknown: libtpu is newer than this jax can read; pip install 'jax[tpu]' for what belongs"

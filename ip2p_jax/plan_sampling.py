@@ -49,7 +49,11 @@ class Plan(NamedTuple):
 
 
 def plan_sampling(
-  networks: Networks, work: Work, topology: str, say: Callable[[str], None] = lambda text: None
+  networks: Networks,
+  work: Work,
+  topology: str,
+  say: Callable[[str], None] = lambda text: None,
+  is_quick: bool = False,
 ) -> Plan:
   """Compiles one call for one device of a topology; takes minutes at full size.
 
@@ -65,7 +69,7 @@ def plan_sampling(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), (params, inputs)
   )
   say(f'{topology}: {work.batch} {work.made} of {work.size} px at a time; compiling')
-  compiled = plan.compiled_for_tpu(jax.jit(program).lower(*placed))
+  compiled = plan.compiled_for_tpu(jax.jit(program).lower(*placed), is_quick)
   # Kernels hide their products, so those of the same program without any are counted.
   plain, *_ = program_of(networks._replace(attention=attention.attend), work)
   weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))

@@ -158,7 +158,7 @@ def test_a_report_says_how_long_it_takes_as_scheduled_if_jax_can_read_the_progra
 
 def test_what_the_compiler_refuses_is_one_sentence():
   class Lowered:
-    def compile(self):
+    def compile(self, options=None):
       raise RuntimeError('INTERNAL: Mosaic failed to compile\nand so on')
 
   with pytest.raises(
@@ -185,7 +185,7 @@ def test_a_compiler_that_is_missing_is_no_fault_of_the_topology(monkeypatch):
 
 def test_an_interrupt_is_heard_while_the_compiler_works():
   class Lowered:
-    def compile(self):
+    def compile(self, options=None):
       threading.Timer(0.2, signal.raise_signal, [signal.SIGINT]).start()
       done.wait(30)
 
@@ -288,6 +288,10 @@ def test_the_tpu_compiler_compiles_the_step(networks):
   assert 2 * found.parameters <= reduced <= 2.1 * found.parameters  # gradients, in bfloat16
   assert compiled.flops > 0 and compiled.cycles > 0 and compiled.collectives
   assert jnp.isfinite(compiled.bytes_accessed)
+  quick = plan.plan(settings(), networks, 'v5e-4', is_quick=True)
+  assert quick.compiled.collectives and quick.compiled.seconds < compiled.seconds
+  assert quick.compiled.temporary_bytes == pytest.approx(compiled.temporary_bytes, rel=0.5)
+  assert 'time as scheduled         not told by --quick' in plan.report(quick, settings())
 
 
 @pytest.mark.slow
