@@ -89,8 +89,8 @@ class Collective(NamedTuple):
 class Compiled(NamedTuple):
   """What the compiler says of one program. Bytes, FLOPs and cycles are of one device.
 
-  Cycles are 0 of a program compiled quickly, which is not the one that will run, and if jax could
-  not read the program; then collectives are not known, either.
+  Bytes accessed and cycles are 0 of a program compiled quickly, which is not the one that will run.
+  Cycles are 0, too, if jax could not read the program; then collectives are not known, either.
 
   `fits` is whether it compiled; then the rest is known, else only what `problem` says. What is in a
   loop counts once in FLOPs and bytes accessed, and as often as it runs in cycles and collectives.
@@ -294,7 +294,7 @@ def compiled_for_tpu(lowered: jax.stages.Lowered, is_quick: bool = False) -> Com
     alias_bytes=memory.alias_size_in_bytes,
     temporary_bytes=memory.temp_size_in_bytes,
     flops=cost.get('flops', 0.0),
-    bytes_accessed=cost.get('bytes accessed', 0.0),
+    bytes_accessed=0.0 if is_quick else cost.get('bytes accessed', 0.0),
     cycles=0.0 if is_quick else cycles_of(program),
     collectives=tuple(collectives_of(program)),
     seconds=time.time() - began,
@@ -414,7 +414,7 @@ def report(found: Plan, config: TrainConfig) -> str:
   ]
   if compiled.fits:
     rounds = config.accumulation  # nearly all of a step is in that loop
-    moved = rounds * compiled.bytes_accessed * (not compiled.is_quick)
+    moved = rounds * compiled.bytes_accessed
     at_best = max(found.analytic_flops / peak_of(found.topology), moved / chip.bandwidth)
     rows += [
       *memory_rows(compiled, chip),
@@ -461,6 +461,8 @@ def table(
 ) -> str:
   """The verdict, a line per row, and what to do."""
   rows = [*rows, ('compiled in', f'{compiled.seconds:.0f} s')]
+  if compiled.is_quick and not compiled.fits:
+    told = ['If it is close: the real program may need less than that of --quick.', *told]
   width = max(len(label) for label, _ in rows)
   verdict = 'fits' if compiled.fits else f'DOES NOT FIT: {compiled.problem}'
   lines = [f'{label:{width}}  {value}' for label, value in rows]

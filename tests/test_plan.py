@@ -171,6 +171,14 @@ def test_a_report_says_what_to_do_where_it_does_not_fit():
   text = told(fits=False, problem='needs 20.0GiB of 15.7GiB')
   assert 'DOES NOT FIT: needs 20.0GiB' in text
   assert 'accumulation=2' in text and 'mesh.fsdp=4' in text and 'remat=full' in text
+  assert '--quick' not in text
+  assert 'less than that of --quick' in told(fits=False, problem='needs more', is_quick=True)
+
+
+def test_a_quick_report_has_no_time_of_a_program_that_will_not_run():
+  text = told(is_quick=True, cycles=0.0, bytes_accessed=0.0)
+  assert text.count('not told by --quick') == 2 and 'by FLOPs or bytes' not in text
+  assert '15.00 GiB, 94%' in text
 
 
 def test_a_compiler_that_is_missing_is_no_fault_of_the_topology(monkeypatch):
