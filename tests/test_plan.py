@@ -295,12 +295,12 @@ def test_the_tpu_compiler_compiles_the_step(networks):
   assert compiled.fits and found.devices == 4 and found.device_batch == 4
   assert compiled.alias_bytes >= found.state_bytes  # narrow parts are rounded up to tiles
   reduced = sum(one.bytes * one.times for one in compiled.collectives if one.kind == 'all-reduce')
-  assert 2 * found.parameters <= reduced <= 2.1 * found.parameters  # gradients, in bfloat16
+  assert reduced == pytest.approx(2 * found.parameters, rel=0.01)  # gradients, in bfloat16
   assert compiled.flops > 0 and compiled.cycles > 0 and compiled.collectives
   assert jnp.isfinite(compiled.bytes_accessed)
   quick = plan.plan(settings(), networks, 'v5e-4', is_quick=True)
   assert quick.compiled.collectives and quick.compiled.seconds < compiled.seconds
-  assert quick.compiled.temporary_bytes == pytest.approx(compiled.temporary_bytes, rel=0.5)
+  assert quick.compiled.argument_bytes == compiled.argument_bytes
   assert 'time as scheduled         not told by --quick' in plan.report(quick, settings())
 
 
