@@ -447,7 +447,7 @@ def start_together(argv, folder, count=2):
 def run_together(argv, folder, count):
   """What each of several processes says."""
   processes = start_together(argv, folder, count)
-  outputs = [process.communicate(timeout=300) for process in processes]
+  outputs = [process.communicate(timeout=300 * count) for process in processes]  # all compile
   assert [process.returncode for process in processes] == [0] * count, outputs
   # Gloo greets everyone.
   without_gloo = lambda text: [line for line in text.splitlines() if not line.startswith('[Gloo]')]
