@@ -23,6 +23,7 @@ import test_llama
 import test_loss
 import test_models as tests
 import test_train_step
+import tiny_models
 import torch_models as reference
 from diffusers import StableDiffusionInstructPix2PixPipeline
 
@@ -70,7 +71,10 @@ def training_measurements():
   """(what, relative error) of one loss with its gradients, and of three whole steps."""
   models = test_loss.make_models()
   of_loss, of_gradients = test_loss.gradient_errors(
-    models, test_loss.convert(models), test_loss.make_batch(), test_loss.make_draws()
+    models,
+    test_loss.convert(tiny_models.checkpoint()),
+    test_loss.make_batch(),
+    test_loss.make_draws(),
   )
   yield 'loss of a step, from pictures', of_loss
   yield 'norm of its gradients', of_gradients.pop('norm')

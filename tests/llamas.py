@@ -1,10 +1,16 @@
-"""Language models as transformers builds them, tiny, random normal weights, one of each kind."""
+"""Language models of every kind, tiny, random normal weights; transformers' are the same."""
 
 from pathlib import Path
 
-import torch_models as reference
-import transformers
+import peers
+import tiny_models
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from ip2p_jax.models.layers import abstract
+from ip2p_jax.models.llama import MODEL_TYPES, Llama, LlamaConfig
+from ip2p_jax.weights.language_folder import LanguageCheckpoint, write_language
+
+torch, transformers = peers.module('torch'), peers.module('transformers')
 
 TEXT = (
   'a photograph of a girl riding a horse, make it a dragon, have her ride a dragon, winter, snow, '
@@ -54,11 +60,22 @@ CONFIGS = {
 }
 
 
+def checkpoint(kind: str = 'smollm2', **changes) -> LanguageCheckpoint:
+  """One of CONFIGS with random normal weights, for instance with `num_hidden_layers=3`."""
+  config = {**SIZES, **CONFIGS[kind], **changes}
+  config['architectures'] = [MODEL_TYPES[config['model_type']]]
+  make = lambda keys: Llama(LlamaConfig.from_json(config), rngs=keys)
+  tensors = tiny_models.random_tensors(abstract(make)[1])
+  return LanguageCheckpoint(config, tensors, tokenizer().to_str().encode(), kind)
+
+
 def build(kind: str, **changes):
-  """transformers' model of one of CONFIGS, for instance with `num_hidden_layers=3`."""
-  config = transformers.AutoConfig.for_model(**{**SIZES, **CONFIGS[kind], **changes})
+  """transformers' model of the same weights."""
+  made = checkpoint(kind, **changes)
+  config = transformers.AutoConfig.for_model(**made.config)
   model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation='eager')
-  return reference.randomize(model)
+  model.load_state_dict({name: torch.from_numpy(x) for name, x in made.tensors.items()}, False)
+  return model.eval()
 
 
 def tokenizer() -> Tokenizer:
@@ -77,9 +94,7 @@ def tokenizer() -> Tokenizer:
   return made
 
 
-def write(folder: Path, kind: str = 'smollm2', shard_size: str = '1GB', **changes):
-  """Saves such a model and tokenizer as a hub does; returns transformers' model."""
-  model = build(kind, **changes)
-  model.save_pretrained(folder, max_shard_size=shard_size)
-  tokenizer().save(str(folder / 'tokenizer.json'))
-  return model
+def write(folder: Path, kind: str = 'smollm2', **changes) -> Path:
+  """Saves such a model and tokenizer as a hub does."""
+  write_language(checkpoint(kind, **changes), folder)
+  return folder

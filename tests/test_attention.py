@@ -5,8 +5,8 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peers
 import pytest
-import torch
 from jax.ad_checkpoint import print_saved_residuals
 from torch_models import relative_error
 
@@ -14,6 +14,8 @@ from ip2p_jax import config, sharding
 from ip2p_jax.attention import CHOICES, attend, dispatch, kernel_for, splash
 from ip2p_jax.errors import InputError
 from ip2p_jax.models.layers import REMATS
+
+torch = peers.module('torch')
 
 
 @pytest.mark.parametrize(

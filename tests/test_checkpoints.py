@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import torch_models as reference
+import tiny_models
 
 from ip2p_jax import checkpoints, lora, parameters, sharding, storage, weights
 from ip2p_jax.checkpoints import Checkpoints
@@ -380,7 +380,7 @@ def test_two_processes_save_and_restore_one_state(tmp_path):
 def start(tmp_path_factory):
   """The checkpoint that runs start from."""
   folder = tmp_path_factory.mktemp('pipeline')
-  reference.pipeline(folder=folder).save_pretrained(folder / 'saved')
+  tiny_models.write(folder / 'saved')
   return weights.read(folder / 'saved')
 
 

@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 import pytest
-import torch_models as reference
+import tiny_models
 from PIL import Image
 
 from ip2p_jax import bundled, cli, edit_files
@@ -15,7 +15,7 @@ from ip2p_jax.images import read_settings
 @pytest.fixture(scope='module')
 def checkpoint(tmp_path_factory):
   folder = tmp_path_factory.mktemp('pipeline')
-  reference.pipeline(folder=folder).save_pretrained(folder / 'saved')
+  tiny_models.write(folder / 'saved')
   return folder / 'saved'
 
 

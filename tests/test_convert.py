@@ -5,21 +5,24 @@ import subprocess
 import sys
 
 import numpy as np
+import peers
 import pytest
+import tiny_models
 import torch_models as reference
-from diffusers import StableDiffusionInstructPix2PixPipeline
 from safetensors.numpy import load_file, save_file
-from transformers import CLIPTextModel
 
 from ip2p_jax import weights
 from ip2p_jax.convert import convert, run_verification
 from ip2p_jax.errors import InputError
 
+diffusers = peers.module('diffusers')
+transformers = peers.module('transformers')
+
 
 @pytest.fixture(scope='module')
 def source(tmp_path_factory):
   folder = tmp_path_factory.mktemp('pipeline')
-  reference.pipeline(folder=folder).save_pretrained(folder / 'saved')
+  tiny_models.write(folder / 'saved')
   return folder / 'saved'
 
 
@@ -58,8 +61,7 @@ def test_an_export_that_pytorch_does_not_confirm_is_an_error(source, tmp_path, m
 
 
 def test_a_checkpoint_keeps_the_spacing_of_its_own_scheduler(tmp_path):
-  pipeline = reference.pipeline(folder=tmp_path, timestep_spacing='trailing')
-  pipeline.save_pretrained(tmp_path / 'saved')
+  tiny_models.write(tmp_path / 'saved', timestep_spacing='trailing')
   said = []
   convert(tmp_path / 'saved', tmp_path / 'out', say=said.append)
   assert said[-1].startswith('verify: AGREES')
@@ -104,27 +106,28 @@ def test_the_verification_needs_torch_and_diffusers_alone(exported):
 
 def test_a_half_precision_folder_loads_as_its_variant(source, tmp_path):
   convert(source, tmp_path / 'half', 'diffusers', 'float16', verify=False, say=lambda _: None)
-  pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(
+  pipeline = diffusers.StableDiffusionInstructPix2PixPipeline.from_pretrained(
     tmp_path / 'half', variant='fp16'
   )
-  original = StableDiffusionInstructPix2PixPipeline.from_pretrained(source)
+  original = diffusers.StableDiffusionInstructPix2PixPipeline.from_pretrained(source)
   for part in ('unet', 'vae', 'text_encoder'):
     found, wanted = (getattr(p, part).state_dict() for p in (pipeline, original))
     assert all((found[name] == wanted[name].half().float()).all() for name in wanted)
 
 
-def test_text_encoders_load_in_both_ways_of_naming(exported, source):
+def test_text_encoders_load_in_both_ways_of_naming(exported, source, tmp_path):
   """transformers 5 leaves `text_model.` out, 4 needs it: we write it, and read both."""
   folder, _ = exported
   names = load_file(folder / 'folder' / 'text_encoder' / 'model.safetensors').keys()
   assert all(name.startswith('text_model.') for name in names)
-  saved = load_file(source / 'text_encoder' / 'model.safetensors').keys()
+  reference.load_pipeline(source).save_pretrained(tmp_path / 'theirs')
+  saved = load_file(tmp_path / 'theirs' / 'text_encoder' / 'model.safetensors').keys()
   assert not any(name.startswith('text_model.') for name in saved)  # what transformers 5 wrote
-  found, info = CLIPTextModel.from_pretrained(
+  found, info = transformers.CLIPTextModel.from_pretrained(
     folder / 'folder' / 'text_encoder', output_loading_info=True
   )
   assert not info['missing_keys'] and not info['unexpected_keys']
-  wanted = CLIPTextModel.from_pretrained(source / 'text_encoder').state_dict()
+  wanted = transformers.CLIPTextModel.from_pretrained(source / 'text_encoder').state_dict()
   assert all((value == wanted[name]).all() for name, value in found.state_dict().items())
 
 
@@ -141,7 +144,7 @@ def test_there_and_back_again_is_byte_identical(exported, source, tmp_path):
 
 def test_a_text_to_image_checkpoint_converts_but_has_no_edit_to_verify(tmp_path):
   config = {**reference.TINY_UNET, 'in_channels': 4}
-  reference.pipeline(config, tmp_path).save_pretrained(tmp_path / 'saved')
+  tiny_models.write(tmp_path / 'saved', config)
   said = []
   convert(tmp_path / 'saved', tmp_path / 'out', say=said.append)
   assert said[-1] == 'no edit to verify: the UNet does not take a picture'

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pairs
+import peers
 import pytest
 import tensorflow_datasets as tfds
 import tiny_training as tiny
-import torch
 import torch_models as reference
 from flax import nnx
 
@@ -17,6 +17,8 @@ from ip2p_jax.data.latents import pack_latents
 from ip2p_jax.data.rows import Pair
 from ip2p_jax.errors import InputError
 from ip2p_jax.text import ClipTokenizer
+
+torch = peers.module('torch')
 
 R = 32
 HALF = 2**-10  # float16 has 11 significant bits; then float32 sums that differ by their order

@@ -5,8 +5,9 @@ import warnings
 
 import jax
 import numpy as np
+import peers
 import pytest
-import torch
+import tiny_models
 import torch_models as reference
 from PIL import Image
 
@@ -15,6 +16,8 @@ from ip2p_jax.editor import Sampling
 from ip2p_jax.errors import InputError
 from ip2p_jax.parameters import flatten
 
+torch = peers.module('torch')
+
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
@@ -22,16 +25,18 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def pipeline(folder):
-  pipeline = reference.pipeline(folder=folder)
-  pipeline.set_progress_bar_config(disable=True)
-  pipeline.save_pretrained(folder / 'saved')
-  return pipeline
+def saved(folder):
+  return tiny_models.write(folder / 'saved')
 
 
 @pytest.fixture(scope='module')
-def editor(pipeline, folder):
-  return Editor.load(folder / 'saved')
+def pipeline(saved):
+  return reference.load_pipeline(saved)
+
+
+@pytest.fixture(scope='module')
+def editor(saved):
+  return Editor.load(saved)
 
 
 @pytest.fixture
@@ -291,15 +296,13 @@ def test_a_wrong_value_is_an_error_that_names_it(editor, options, message):
 
 def test_a_text_to_image_unet_is_refused_with_the_reason(tmp_path):
   config = {**reference.TINY_UNET, 'in_channels': 4}
-  reference.pipeline(config, tmp_path).save_pretrained(tmp_path / 'saved')
+  tiny_models.write(tmp_path / 'saved', config)
   with pytest.raises(InputError, match='text-to-image model, which cannot see the picture'):
     Editor.load(tmp_path / 'saved')
 
 
 def test_v_prediction_agrees_with_diffusers(photo, rng, tmp_path):
   pipeline = reference.pipeline(folder=tmp_path, prediction_type='v_prediction')
-  pipeline.set_progress_bar_config(disable=True)
-  pipeline.save_pretrained(tmp_path / 'saved')
   init_noise = rng.standard_normal((1, 8, 12, 4), np.float32)
   step_noise = rng.standard_normal((4, 1, 8, 12, 4), np.float32)
   latents, _ = run_torch(pipeline, photo, 'go', init_noise, step_noise,

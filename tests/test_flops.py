@@ -6,17 +6,20 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peers
 import pytest
-import torch
 import torch_models as reference
 from jax.experimental import pallas as pl
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from ip2p_jax import flops
 from ip2p_jax.attention import attend
 from ip2p_jax.networks import networks_of
 from ip2p_jax.weights import Checkpoint
+
+torch = peers.module('torch')
+SDPBackend = peers.module('torch.nn.attention').SDPBackend
+sdpa_kernel = peers.module('torch.nn.attention').sdpa_kernel
+FlopCounterMode = peers.module('torch.utils.flop_counter').FlopCounterMode
 
 SCHEDULER = {'beta_start': 0.00085, 'beta_end': 0.012, 'beta_schedule': 'scaled_linear'}
 X = jax.ShapeDtypeStruct((8, 16), np.float32)

@@ -3,11 +3,15 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peers
 import pytest
-import torch
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
 from ip2p_jax.diffusion.guidance import BRANCHES, branches, combine
+
+torch = peers.module('torch')
+rescale_noise_cfg = peers.module(
+  'diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion'
+).rescale_noise_cfg
 
 
 @pytest.fixture

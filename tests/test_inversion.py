@@ -2,11 +2,11 @@
 
 import functools
 
-import diffusers
 import jax
 import numpy as np
+import peers
 import pytest
-import torch
+import tiny_models
 import torch_models as reference
 from flax import nnx
 
@@ -16,18 +16,21 @@ from ip2p_jax.diffusion import samplers
 from ip2p_jax.diffusion.noise import Schedule
 from ip2p_jax.networks import networks_of, params_of, tokenizer_of
 
-UNET = reference.TINY_UNET | {'in_channels': 4}
+diffusers = peers.module('diffusers')
+torch = peers.module('torch')
+
+UNET = tiny_models.TINY_UNET | {'in_channels': 4}
 STEPS = 5
 
 
 @pytest.fixture(scope='module', params=['epsilon', 'v_prediction'])
 def model(request):
-  checkpoint, theirs = reference.checkpoint(UNET, Schedule(prediction_type=request.param))
+  checkpoint = tiny_models.checkpoint(UNET, Schedule(prediction_type=request.param))
   networks = networks_of(checkpoint)
   return (
     networks,
     params_of(checkpoint, networks, 'float32'),
-    theirs,
+    functools.cache(lambda: reference.models_of(checkpoint)),
     tokenizer_of(checkpoint, networks),
   )
 
@@ -47,7 +50,7 @@ def test_the_way_up_is_that_of_diffusers(model, rng):
   x = reference.nchw(latents)
   with torch.no_grad():
     for i, t in enumerate(scheduler.timesteps):
-      predicted = theirs['unet'](x, t, torch.tensor(context)).sample
+      predicted = theirs()['unet'](x, t, torch.tensor(context)).sample
       x = scheduler.step(predicted, t, x).prev_sample
       level = STEPS - 1 - i
       ours = path[level] / np.sqrt(grid.sigmas[level] ** 2 + 1)
@@ -104,7 +107,7 @@ def test_empty_texts_are_trained_as_published(model, rng):
     to_torch = lambda x, i=i: torch.tensor(np.asarray(x[i : i + 1]))
     their_path = [reference.nchw(np.asarray(x[i : i + 1])) for x in path]
     expected, _ = their_null_texts(
-      theirs['unet'], networks.schedule, their_path, grid, to_torch(context), to_torch(nothing),
+      theirs()['unet'], networks.schedule, their_path, grid, to_torch(context), to_torch(nothing),
       float(scales[i]),
     )  # fmt: skip
     for step in range(steps):

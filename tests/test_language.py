@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import llamas
 import numpy as np
+import peers
 import pytest
-import torch
 import torch_models as reference
-import transformers
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
@@ -18,6 +17,9 @@ from ip2p_jax import language
 from ip2p_jax.errors import InputError
 from ip2p_jax.language import Language, write
 from ip2p_jax.weights.language_folder import read_language, write_language
+
+torch = peers.module('torch')
+transformers = peers.module('transformers')
 
 PROMPTS = [
   'a photograph of a girl',
@@ -33,12 +35,12 @@ SEEDS = [3, 1, 4, 2**32 + 4, 5, 2**64 - 1]
 @pytest.fixture(scope='module')
 def saved(tmp_path_factory):
   folder = tmp_path_factory.mktemp('language')
-  return folder, llamas.write(folder, 'llama3')
+  return llamas.write(folder, 'llama3')
 
 
 @pytest.fixture(scope='module')
 def model(saved):
-  return Language.load(saved[0])
+  return Language.load(saved)
 
 
 @pytest.fixture(scope='module')
@@ -72,7 +74,9 @@ def next_logits(model):
 
 @pytest.mark.parametrize('kind', ['smollm2', 'qwen2'])
 def test_shards_are_read_like_one_file(tmp_path, kind):
-  theirs = llamas.write(tmp_path, kind, shard_size='30KB')
+  theirs = llamas.build(kind)
+  theirs.save_pretrained(tmp_path, max_shard_size='30KB')
+  llamas.tokenizer().save(str(tmp_path / 'tokenizer.json'))
   assert not (tmp_path / 'model.safetensors').exists()
   found = reference.names.to_tensors(Language.load(tmp_path).params)
   wanted = {name: value.detach().numpy() for name, value in theirs.named_parameters()}
@@ -83,7 +87,9 @@ def test_shards_are_read_like_one_file(tmp_path, kind):
 
 @pytest.mark.parametrize('kind', list(llamas.CONFIGS))
 def test_what_is_written_is_the_same_model_in_transformers(tmp_path, kind, rng):
-  theirs = llamas.write(tmp_path / 'a', kind)
+  theirs = llamas.build(kind)
+  theirs.save_pretrained(tmp_path / 'a')
+  llamas.tokenizer().save(str(tmp_path / 'a' / 'tokenizer.json'))
   write_language(read_language(tmp_path / 'a'), tmp_path / 'b')
   again = transformers.AutoModelForCausalLM.from_pretrained(
     tmp_path / 'b', attn_implementation='eager'
@@ -96,7 +102,7 @@ def test_what_is_written_is_the_same_model_in_transformers(tmp_path, kind, rng):
 
 
 def test_half_precision_is_written_as_such(saved, tmp_path):
-  write_language(read_language(saved[0]), tmp_path / 'b', 'bfloat16')
+  write_language(read_language(saved), tmp_path / 'b', 'bfloat16')
   again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'b', dtype='auto')
   assert again.dtype == torch.bfloat16
 
@@ -164,7 +170,7 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path):
 
 
 def test_only_a_language_model_is_overwritten(saved, tmp_path):
-  checkpoint = read_language(saved[0])
+  checkpoint = read_language(saved)
   (tmp_path / 'mine').mkdir()
   (tmp_path / 'mine' / 'notes.txt').write_text('mine')
   with pytest.raises(InputError, match='already exists'):
@@ -265,7 +271,7 @@ def test_a_text_ends_at_any_end_of_the_config(model):
 
 
 def test_ends_of_the_generation_config_count_as_in_transformers(saved, tmp_path):
-  write_language(read_language(saved[0]), tmp_path / 'chat')
+  write_language(read_language(saved), tmp_path / 'chat')
   (tmp_path / 'chat' / 'generation_config.json').write_text('{"eos_token_id": [5, 7]}')
   assert language.Language.load(tmp_path / 'chat').config.eos_token_id == (5, 7)
 

@@ -15,10 +15,9 @@ import jax
 import jax.numpy as jnp
 import llamas
 import numpy as np
+import peers
 import pytest
-import torch
 import torch_models as ref
-import transformers
 from flax import nnx
 
 from ip2p_jax import (
@@ -48,6 +47,9 @@ from ip2p_jax.models.layers import abstract
 from ip2p_jax.models.llama import Llama, LlamaConfig
 from ip2p_jax.weights import names
 from ip2p_jax.weights.language_folder import read_language
+
+torch = peers.module('torch')
+transformers = peers.module('transformers')
 
 ROOT = Path(__file__).parent.parent
 TARGETS = LanguageConfig().lora.targets
@@ -82,13 +84,10 @@ def a_config(rank=0, optim=None, alpha=3.0, **settings) -> LanguageConfig:
 
 def start(settings, kind='llama3'):
   """(recipe, state on one device, frozen)."""
-  model = torch_model(kind)
-  llama_config = LlamaConfig.from_json(model.config.to_dict())
+  made = llamas.checkpoint(kind)
+  llama_config = LlamaConfig.from_json(made.config)
   model_def, shapes = abstract(lambda keys: Llama(llama_config, rngs=keys))
-  tensors = ref.tensors(model)
-  if llama_config.tie_word_embeddings:
-    tensors.pop('lm_head.weight')
-  weights = parameters.flatten(names.to_params(tensors, shapes, 'language'))
+  weights = parameters.flatten(names.to_params(made.tensors, shapes, 'language'))
   trained = weights
   if settings.lora.rank:
     trained = lora.adapters(weights, settings.lora, np.random.default_rng(0))

@@ -3,11 +3,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peers
 import pytest
-import torch
 
 from ip2p_jax.models.layers import halves, product
 from ip2p_jax.models.unet import gated
+
+torch = peers.module('torch')
 
 
 @pytest.mark.parametrize('rows', [(5,), (2, 5), (2, 3, 5)], ids=str)

@@ -1,21 +1,24 @@
 """The language model against transformers: random normal weights, float32, largest difference."""
 
+import functools
 import json
 
 import jax
 import jax.numpy as jnp
 import llamas
 import numpy as np
+import peers
 import pytest
-import torch
 import torch_models as reference
-import transformers
 from flax import nnx
 
 from ip2p_jax.errors import InputError
 from ip2p_jax.models import llama
 from ip2p_jax.models.layers import REMATS, abstract
 from ip2p_jax.models.llama import Llama, LlamaConfig
+
+torch = peers.module('torch')
+transformers = peers.module('transformers')
 
 TOLERANCE = 1e-4
 KINDS = list(llamas.CONFIGS)
@@ -26,15 +29,17 @@ class Pair:
   """transformers' model and ours, the same weights."""
 
   def __init__(self, kind):
-    self.theirs = llamas.build(kind)
-    self.config = LlamaConfig.from_json(self.theirs.config.to_dict())
-    tensors = reference.tensors(self.theirs)
-    if self.config.tie_word_embeddings:
-      tensors.pop('lm_head.weight')
+    self.kind = kind
+    made = llamas.checkpoint(kind)
+    self.config = LlamaConfig.from_json(made.config)
     make = lambda keys: Llama(self.config, rngs=keys)
     definition, shapes = abstract(make)
-    self.params = jax.device_put(reference.names.to_params(tensors, shapes, 'language'))
+    self.params = jax.device_put(reference.names.to_params(made.tensors, shapes, 'language'))
     self.run = jax.jit(lambda params, *inputs: nnx.merge(definition, params)(*inputs))
+
+  @functools.cached_property
+  def theirs(self):
+    return llamas.build(self.kind)
 
   def logits(self, tokens):
     with torch.no_grad():

@@ -6,14 +6,11 @@ import logging
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peers
 import pytest
 import safetensors.numpy
-import torch
 import torch_models as reference
-from diffusers.utils import convert_state_dict_to_diffusers
 from flax import nnx
-from peft import LoraConfig as PeftConfig
-from peft.utils import get_peft_model_state_dict
 from torch_models import nchw, nhwc, relative_error
 
 from ip2p_jax import lora, weights
@@ -22,6 +19,11 @@ from ip2p_jax.errors import InputError
 from ip2p_jax.models.configs import UNetConfig
 from ip2p_jax.models.unet import UNet
 from ip2p_jax.parameters import flatten, unflatten
+
+torch = peers.module('torch')
+convert_state_dict_to_diffusers = peers.module('diffusers.utils').convert_state_dict_to_diffusers
+PeftConfig = peers.module('peft').LoraConfig
+get_peft_model_state_dict = peers.module('peft.utils').get_peft_model_state_dict
 
 EVERY_KERNEL = LoraConfig(rank=3, alpha=5.0, targets='')
 ATTENTIONS = LoraConfig(rank=4, alpha=2.0)

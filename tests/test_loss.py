@@ -3,16 +3,19 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peers
 import pytest
-import torch
+import tiny_models
 import torch_models as ref
-from diffusers import DDPMScheduler
 
 from ip2p_jax import loss
 from ip2p_jax.diffusion.noise import Schedule
 from ip2p_jax.models.layers import REMATS
 from ip2p_jax.networks import Networks, networks_of
-from ip2p_jax.weights import Checkpoint, names
+from ip2p_jax.weights import names
+
+torch = peers.module('torch')
+DDPMScheduler = peers.module('diffusers').DDPMScheduler
 
 B, SIDE, LATENT_SIDE = 8, 32, 8  # the tiny VAE divides sides by four
 DROPOUT = 0.05
@@ -25,8 +28,8 @@ def models():
 
 
 @pytest.fixture(scope='module')
-def ours(models) -> tuple[Networks, dict]:
-  return convert(models)
+def ours() -> tuple[Networks, dict]:
+  return convert(tiny_models.checkpoint())
 
 
 @pytest.fixture(scope='module')
@@ -40,22 +43,15 @@ def draws():
 
 
 def make_models():
-  return {
-    'unet': ref.unet(ref.TINY_UNET),
-    'vae': ref.vae(ref.TINY_VAE),
-    'text_encoder': ref.text_encoder(ref.TINY_TEXT),
-  }
+  return ref.models_of(tiny_models.checkpoint())
 
 
-def convert(models):
+def convert(checkpoint):
   """Our networks, and their parameters as a step takes them."""
-  configs = {name: dict(model.config.to_dict() if name == 'text_encoder' else model.config)
-             for name, model in models.items()}  # fmt: skip
-  checkpoint = Checkpoint(configs | {'scheduler': Schedule().to_json()}, {}, {}, 'tiny')
   networks = networks_of(checkpoint)
   params = {
-    name: names.to_params(ref.tensors(model), networks.shapes[name], name)
-    for name, model in models.items()
+    name: names.to_params(tensors, networks.shapes[name], name)
+    for name, tensors in checkpoint.tensors.items()
   }
   return networks, params | {'null_ids': np.int32([598] + 76 * [599])}
 

@@ -12,20 +12,22 @@ from pathlib import Path
 import jax
 import numpy as np
 import oracle
+import peers
 import pytest
 import reproduce
 import test_editor
-import torch
 import train_clip
 import train_vae
 import world
-from diffusers import StableDiffusionInstructPix2PixPipeline
 from flax import nnx
 from PIL import Image
-from transformers import CLIPModel, CLIPTokenizer
 
 from ip2p_jax import Editor, bundled
 from ip2p_jax.editor import Sampling
+
+torch = peers.module('torch')
+diffusers = peers.module('diffusers')
+transformers = peers.module('transformers')
 
 ROOT = Path(__file__).parent.parent
 ASSETS = ROOT / 'assets'
@@ -67,7 +69,9 @@ def test_pytorch_makes_the_same_pictures_within_2_of_255(editor, seed):
   scene = world.picture(one.scene)[None]
   init_noise = noise.standard_normal((1, 16, 16, 4), np.float32)
   step_noise = noise.standard_normal((bundled.STEPS, 1, 16, 16, 4), np.float32)
-  pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(EDITOR, local_files_only=True)
+  pipeline = diffusers.StableDiffusionInstructPix2PixPipeline.from_pretrained(
+    EDITOR, local_files_only=True
+  )
   pipeline = pipeline.to(torch.float32)
   pipeline.set_progress_bar_config(disable=True)
   _, expected = test_editor.run_torch(
@@ -99,9 +103,11 @@ def test_sample_py_edits_a_scene_without_naming_a_checkpoint(tmp_path):
 
 
 def test_transformers_finds_a_captions_picture_among_64_9_times_of_10():
-  model, found = CLIPModel.from_pretrained(CLIP, local_files_only=True, output_loading_info=True)
+  model, found = transformers.CLIPModel.from_pretrained(
+    CLIP, local_files_only=True, output_loading_info=True
+  )
   assert not found['missing_keys'] and not found['unexpected_keys']
-  tokenizer = CLIPTokenizer.from_pretrained(CLIP, local_files_only=True)
+  tokenizer = transformers.CLIPTokenizer.from_pretrained(CLIP, local_files_only=True)
   examples, scenes = held_out(64)
   captions = [one.caption for one in examples]
   pixels = np.moveaxis(train_clip.normalised(scenes), -1, 1)
@@ -132,7 +138,7 @@ def test_the_assets_are_small_and_have_a_model_card():
 
 @pytest.mark.parametrize('folder', [EDITOR / 'tokenizer', BASE / 'tokenizer', CLIP], ids=str)
 def test_transformers_reads_captions_and_instructions_as_the_same_tokens(editor, folder):
-  theirs = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+  theirs = transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
   texts = [text for one in held_out(300)[0] for text in (one.caption, one.instruction)]
   texts += ['', 'Make it RED', "the circle's colour, 50%!", 'make it winter, été']
   words = theirs(texts, padding='max_length', max_length=editor.tokenizer.length, truncation=True)

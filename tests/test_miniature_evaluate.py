@@ -12,6 +12,7 @@ import judge_filter
 import numpy as np
 import plots
 import pytest
+import tiny_models
 import torch_models as reference
 import world
 from sdedit import SDEdit
@@ -32,8 +33,8 @@ SMALL = evaluate.Size(
 
 
 def checkpoint(channels):
-  unet = reference.TINY_UNET | {'in_channels': channels}
-  return reference.checkpoint(unet, Schedule(prediction_type='v_prediction'))[0]
+  unet = tiny_models.TINY_UNET | {'in_channels': channels}
+  return tiny_models.checkpoint(unet, Schedule(prediction_type='v_prediction'))
 
 
 def sdedit(channels=4):
@@ -61,7 +62,7 @@ def scenes():
 def test_no_strength_gives_the_picture_as_the_autoencoder_sees_it(base, scenes):
   pictures, captions = scenes
   edits = base.edit(pictures, captions, strength=0.0, text_guidance=4.0, steps=10)
-  vae = reference.vae(reference.TINY_VAE)
+  vae = reference.models_of(tiny_models.checkpoint())['vae']
   latents = vae.encode(reference.nchw(pictures / np.float32(127.5) - 1)).latent_dist.mode()
   seen = decode(base.networks, base.params['vae'], reference.nhwc(latents))
   np.testing.assert_allclose(edits.astype(int), seen, atol=1)
@@ -264,7 +265,7 @@ def test_the_whole_evaluation_runs_on_any_checkpoint(tmp_path):
   for name, channels in (('editor', 8), ('base', 4)):
     weights.write(checkpoint(channels), tmp_path / name)
   (tmp_path / 'clip').mkdir()
-  reference.write_clip(tmp_path / 'clip')
+  tiny_models.write_clip(tmp_path / 'clip')
   places = {
     'ckpt': 'editor', 'base': 'base', 'clip': 'clip', 'run': 'run', 'out': 'out', 'figures': 'shown'
   }  # fmt: skip

@@ -6,13 +6,16 @@ import re
 
 import grammar
 import numpy as np
+import peers
 import pytest
 import start_writer
-import torch
 import world
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ip2p_jax import language, triplets
+
+torch = peers.module('torch')
+AutoModelForCausalLM = peers.module('transformers').AutoModelForCausalLM
+PreTrainedTokenizerFast = peers.module('transformers').PreTrainedTokenizerFast
 
 
 @pytest.mark.parametrize('split', ['train', 'test'])

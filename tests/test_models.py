@@ -2,8 +2,8 @@
 
 import jax
 import numpy as np
+import peers
 import pytest
-import torch
 import torch_models as reference
 from flax import nnx
 from torch_models import nchw, nhwc, relative_error
@@ -14,6 +14,8 @@ from ip2p_jax.models.clip import TextEncoder, VisionEncoder
 from ip2p_jax.models.configs import TextConfig, UNetConfig, VAEConfig, VisionConfig
 from ip2p_jax.models.unet import UNet
 from ip2p_jax.models.vae import VAE
+
+torch = peers.module('torch')
 
 TOLERANCE = 5e-5
 slow = pytest.mark.slow

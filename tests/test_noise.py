@@ -1,16 +1,18 @@
 """The schedule agrees with diffusers; an image's noise depends on its seed and index only."""
 
-import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peers
 import pytest
-import torch
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ip2p_jax.diffusion import noise
 from ip2p_jax.diffusion.noise import Schedule
 from ip2p_jax.errors import InputError
+
+diffusers = peers.module('diffusers')
+torch = peers.module('torch')
 
 SHAPE = (8, 8, 4)
 SCHEDULES = {

@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint
+import peers
 import pytest
-import torch
 
 from ip2p_jax.config import OptimizerConfig
 from ip2p_jax.errors import InputError
 from ip2p_jax.optimizer import adamw, check, ema_decay, ema_update, learning_rate, trainable
+
+torch = peers.module('torch')
 
 SHAPES = {
   'conv_in.kernel': (3, 3, 4, 5),

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import torch_models as reference
+import tiny_models
 from PIL import Image
 
 from ip2p_jax import inversion, pair_program, pairs, sharding
@@ -17,7 +17,7 @@ from ip2p_jax.pairs import Drawing, Generator, Sample, draw_all
 from ip2p_jax.prompts import read_prompts
 from ip2p_jax.similarity import Clip
 
-UNET = reference.TINY_UNET | {'in_channels': 4}
+UNET = tiny_models.TINY_UNET | {'in_channels': 4}
 DRAWING = Drawing(samples=5, steps=3, size=32, batch_size=8)
 IDENTITY = {'weights': 'tiny'}
 
@@ -40,8 +40,8 @@ def prompts(tmp_path_factory):
 @pytest.fixture(scope='module')
 def parts(tmp_path_factory):
   folder = tmp_path_factory.mktemp('clip')
-  reference.write_clip(folder, 32)
-  checkpoint, _ = reference.checkpoint(UNET)
+  tiny_models.write_clip(folder, 32)
+  checkpoint = tiny_models.checkpoint(UNET)
   networks = networks_of(checkpoint)
   params = params_of(checkpoint, networks, 'float32')
   return networks, params, tokenizer_of(checkpoint, networks), Clip.load(folder)
@@ -215,7 +215,7 @@ def test_attention_to_words_is_drawn(parts, prompts):
     'down_block_types': ['CrossAttnDownBlock2D'] * 2,
     'up_block_types': ['CrossAttnUpBlock2D'] * 2,
   }
-  checkpoint, _ = reference.checkpoint(unet)
+  checkpoint = tiny_models.checkpoint(unet)
   networks = networks_of(checkpoint)
   params = params_of(checkpoint, networks, 'float32')
   generator = Generator(networks, params, *parts[2:], Drawing(steps=2, size=32))
@@ -305,7 +305,7 @@ def test_what_does_not_fit_is_told_before_drawing(parts):
     Generator(*parts, Drawing(size=32, batch_size=3))
   with pytest.raises(InputError, match='size is 30'):
     Generator(*parts, Drawing(size=30))
-  editor = networks_of(reference.checkpoint(reference.TINY_UNET)[0])
+  editor = networks_of(tiny_models.checkpoint())
   with pytest.raises(InputError, match='text-to-image checkpoint'):
     Generator(editor, *parts[1:], DRAWING)
 

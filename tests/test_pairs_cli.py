@@ -4,13 +4,13 @@ import json
 import sys
 
 import pytest
-import torch_models as reference
+import tiny_models
 
 from ip2p_jax import cli, weights
 from ip2p_jax.data.sources import open_source
 from ip2p_jax.images import read_settings
 
-COARSE = reference.TINY_UNET | {
+COARSE = tiny_models.TINY_UNET | {
   'in_channels': 4,
   'down_block_types': ['CrossAttnDownBlock2D'] * 2,
   'up_block_types': ['CrossAttnUpBlock2D'] * 2,
@@ -21,9 +21,9 @@ COARSE = reference.TINY_UNET | {
 def folder(tmp_path_factory):
   """A checkpoint, a CLIP and prompts."""
   folder = tmp_path_factory.mktemp('pairs')
-  weights.write(reference.checkpoint(COARSE)[0], folder / 'ckpt')
+  weights.write(tiny_models.checkpoint(COARSE), folder / 'ckpt')
   (folder / 'clip').mkdir()
-  reference.write_clip(folder / 'clip', 32)
+  tiny_models.write_clip(folder / 'clip', 32)
   lines = [
     {'input': f'a cat {i}', 'edit': 'make it a dog', 'output': f'a dog {i}'} for i in range(12)
   ]

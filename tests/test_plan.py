@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch_models as reference
+import tiny_models
 
 from ip2p_jax import cli, plan, plan_sampling, sharding, train_step
 from ip2p_jax import config as configuration
@@ -48,7 +48,7 @@ ENTRY %main (p: f32[4]) -> f32[4] {
 
 @pytest.fixture(scope='module')
 def networks():
-  return networks_of(reference.checkpoint(reference.TINY_UNET)[0])
+  return networks_of(tiny_models.checkpoint())
 
 
 def settings(**changes):
@@ -306,12 +306,12 @@ def test_the_tpu_compiler_compiles_the_step(networks):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(('made', 'unet', 'more'), [
-  ('edits', reference.TINY_UNET, 1.2),
-  ('pairs', reference.TINY_UNET | {'in_channels': 4}, 1.008),  # CLIP is a hundred times as large
+  ('edits', tiny_models.TINY_UNET, 1.2),
+  ('pairs', tiny_models.TINY_UNET | {'in_channels': 4}, 1.008),  # CLIP is a hundred times as large
 ])  # fmt: skip
 def test_the_tpu_compiler_compiles_edits_and_pairs(made, unet, more):
   pytest.importorskip('libtpu')
-  networks = networks_of(reference.checkpoint(unet)[0])
+  networks = networks_of(tiny_models.checkpoint(unet))
   found = plan_sampling.plan_sampling(networks, plan_sampling.Work(made, 64, 2, 4), 'v5e-4')
   longer = plan_sampling.plan_sampling(networks, plan_sampling.Work(made, 64, 2, 8), 'v5e-4')
   assert found.compiled.fits and not found.compiled.collectives

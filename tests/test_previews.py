@@ -4,10 +4,10 @@ import logging
 
 import jax
 import numpy as np
+import peers
 import pytest
-import torch
+import tiny_models
 import torch_models as reference
-from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionPipeline
 
 from ip2p_jax.data.rows import LatentRow
 from ip2p_jax.diffusion import noise
@@ -15,7 +15,9 @@ from ip2p_jax.editor import Editor, Sampling
 from ip2p_jax.networks import networks_of, params_of
 from ip2p_jax.previews import latent_examples, make_preview
 from ip2p_jax.text import ClipTokenizer
-from ip2p_jax.weights import Checkpoint
+
+torch = peers.module('torch')
+diffusers, transformers = peers.module('diffusers'), peers.module('transformers')
 
 TOKENIZER = ClipTokenizer(reference.tokenizer_files(), 77, 600)
 SCHEDULER = {
@@ -24,22 +26,13 @@ SCHEDULER = {
 INSTRUCTIONS = ('make it winter', 'add a dog to the left of the tree, and let it look at the moon')
 
 
-def load(models):
-  """Networks and parameters of PyTorch models."""
-  configs = {name: dict(model.config.items()) if name != 'text_encoder' else model.config.to_dict()
-             for name, model in models.items()}  # fmt: skip
-  tensors = {name: reference.tensors(model) for name, model in models.items()}
-  checkpoint = Checkpoint(configs | {'scheduler': SCHEDULER}, tensors, {}, 'test')
+def load(checkpoint):
   networks = networks_of(checkpoint)
   return networks, params_of(checkpoint, networks, np.float32)
 
 
-def models(in_channels):
-  return {
-    'unet': reference.unet({**reference.TINY_UNET, 'in_channels': in_channels}),
-    'vae': reference.vae(reference.TINY_VAE),
-    'text_encoder': reference.text_encoder(reference.TINY_TEXT),
-  }
+def checkpoint(in_channels):
+  return tiny_models.checkpoint({**tiny_models.TINY_UNET, 'in_channels': in_channels})
 
 
 def made_up(seed, instruction):
@@ -52,7 +45,7 @@ EXAMPLES = [made_up(seed, instruction) for seed, instruction in enumerate(INSTRU
 
 @pytest.fixture(scope='module')
 def editor():
-  return load(models(8))
+  return load(checkpoint(8))
 
 
 @pytest.fixture(scope='module')
@@ -109,17 +102,16 @@ def test_parameters_may_lie_on_many_devices(editor, preview):
 
 
 def test_a_text_to_image_preview_agrees_with_diffusers(tmp_path):
-  torch_models = models(4)
-  networks, params = load(torch_models)
+  networks, params = load(checkpoint(4))
   keys = noise.image_keys(np.full(2, 5), np.arange(2))
   init_noise = noise.initial_noise(keys, (8, 8, 4))
   step_noise = [noise.step_noise(keys, i, (8, 8, 4)) for i in range(4)]
   for name, content in reference.tokenizer_files().items():
     (tmp_path / name).write_bytes(content)
-  pipeline = StableDiffusionPipeline(
-    **torch_models,
-    tokenizer=reference.CLIPTokenizer.from_pretrained(tmp_path),
-    scheduler=EulerAncestralDiscreteScheduler(**SCHEDULER),
+  pipeline = diffusers.StableDiffusionPipeline(
+    **reference.models_of(checkpoint(4)),
+    tokenizer=transformers.CLIPTokenizer.from_pretrained(tmp_path),
+    scheduler=diffusers.EulerAncestralDiscreteScheduler(**SCHEDULER),
     safety_checker=None,
     feature_extractor=None,
     requires_safety_checker=False,

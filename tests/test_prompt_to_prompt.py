@@ -1,10 +1,13 @@
 """Control of attention: hand-made cases, the released rule, and a PyTorch restatement."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peers
 import pytest
-import torch
+import tiny_models
 import torch_models as reference
 
 from ip2p_jax import alignment, pair_program
@@ -13,6 +16,8 @@ from ip2p_jax.attention import Site, attend
 from ip2p_jax.diffusion import samplers
 from ip2p_jax.diffusion.noise import Schedule
 from ip2p_jax.networks import networks_of, params_of, tokenizer_of
+
+torch = peers.module('torch')
 
 SELF = Site('down', 0, False, 16)
 CROSS = Site('down', 0, True, 16)
@@ -164,7 +169,8 @@ def test_blending_keeps_what_no_word_looks_at():
 @pytest.fixture(scope='module')
 def model():
   """A jitted program, its networks and tokenizer, PyTorch's models, and what was traced."""
-  checkpoint, theirs = reference.checkpoint(UNET)
+  checkpoint = tiny_models.checkpoint(UNET)
+  theirs = functools.cache(lambda: reference.models_of(checkpoint))
   networks = networks_of(checkpoint)
   params = params_of(checkpoint, networks, 'float32')
   tokenizer = tokenizer_of(checkpoint, networks)
@@ -304,10 +310,10 @@ def test_whole_pairs_are_those_of_pytorch(name, model, rng):
   for i, texts in enumerate(zip(CAPTIONS, EDITED, strict=True)):
     ids = torch.tensor(tokenizer(['', '', *texts])).long()
     with torch.no_grad():
-      contexts = theirs['text_encoder'](ids).last_hidden_state
+      contexts = theirs()['text_encoder'](ids).last_hidden_state
     until = 0 if control.share_until is None else control.share_until[i]
     restated = Restatement(
-      theirs['unet'], until, one(control.injection, i), one(control.blend, i)
+      theirs()['unet'], until, one(control.injection, i), one(control.blend, i)
     ).draw(contexts, float(request.guidance[i]), request.init_noise[i], request.step_noise[:, i])
     assert np.isfinite(restated).all()
     np.testing.assert_allclose(ours[:, i], restated, atol=1e-3)

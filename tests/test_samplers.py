@@ -1,17 +1,19 @@
 """Every sampler agrees with diffusers and, where it has the method, with k-diffusion."""
 
-import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peers
 import pytest
-import torch
 
 from ip2p_jax.diffusion import samplers
 from ip2p_jax.diffusion.denoiser import denoiser, sigma_to_timestep, timestep_to_sigma
 from ip2p_jax.diffusion.noise import Schedule
 from ip2p_jax.diffusion.samplers import SAMPLERS, SPACINGS, STOCHASTIC, Grid, noise_levels, sample
 from ip2p_jax.errors import InputError
+
+diffusers = peers.module('diffusers')
+torch = peers.module('torch')
 
 SHAPE = (2, 4, 4, 4)
 LINEAR = {'beta_start': 1e-4, 'beta_end': 0.02, 'beta_schedule': 'linear'}

@@ -1,13 +1,16 @@
 """CLIP's numbers are those of transformers' CLIPModel and the original's script."""
 
 import numpy as np
+import peers
 import pytest
-import torch
+import tiny_models
 import torch_models as reference
 
 from ip2p_jax import similarity
 from ip2p_jax.errors import InputError
 from ip2p_jax.similarity import Clip
+
+torch, transformers = peers.module('torch'), peers.module('transformers')
 
 CAPTIONS = ['a red star', 'two cats', 'a ring'], ['a blue star', 'two dogs', 'a heart']
 
@@ -15,7 +18,8 @@ CAPTIONS = ['a red star', 'two cats', 'a ring'], ['a blue star', 'two dogs', 'a 
 @pytest.fixture(scope='module')
 def model(tmp_path_factory):
   folder = tmp_path_factory.mktemp('clip')
-  return reference.write_clip(folder, 32), Clip.load(folder)
+  tiny_models.write_clip(folder, 32)
+  return folder, Clip.load(folder)
 
 
 def their_scores(model, pictures, ids):
@@ -44,7 +48,8 @@ def their_scores(model, pictures, ids):
 
 @pytest.mark.parametrize('shape', [(32, 32), (64, 64), (48, 80), (24, 20)])
 def test_scores_are_those_of_the_original(model, shape, rng):
-  theirs, clip = model
+  folder, clip = model
+  theirs = transformers.CLIPModel.from_pretrained(folder)
   pictures = rng.integers(0, 256, (2, 3, *shape, 3), np.uint8)
   found = clip.scores(*pictures, *CAPTIONS)
   expected = their_scores(theirs, pictures, [clip.tokenizer(texts) for texts in CAPTIONS])

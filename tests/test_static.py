@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import pairs
 import pytest
+import tiny_models
 import tiny_training as tiny
-import torch_models as reference
 from PIL import Image
+from tiny_models import TINY_TEXT, TINY_UNET
 
 from ip2p_jax import Editor, flops, plan, sharding, training
 from ip2p_jax.config import DataConfig, LogConfig, MeshConfig, OptimizerConfig, TrainConfig
@@ -25,12 +26,12 @@ from ip2p_jax.networks import networks_of, networks_of_configs
 
 BATCH = 13  # divides no other side, so that it is recognised in any shape
 # Of the UNet, the text encoder, and the VAE.
-HEADS = (reference.TINY_UNET['attention_head_dim'], reference.TINY_TEXT['num_attention_heads'], 1)
+HEADS = TINY_UNET['attention_head_dim'], TINY_TEXT['num_attention_heads'], 1
 
 
 def lowered(resolution, width=32, remat='none', from_latents=True):
   """(networks, the training step of `BATCH` examples as lowered), bfloat16, one device."""
-  networks = networks_of(reference.checkpoint(tiny.ONE_LEVEL | {'block_out_channels': [width]})[0])
+  networks = networks_of(tiny_models.checkpoint(tiny.ONE_LEVEL | {'block_out_channels': [width]}))
   config = TrainConfig(
     checkpoint='x', resolution=resolution, batch_size=BATCH, remat=remat, data=DataConfig(path='x')
   )
@@ -146,7 +147,7 @@ def compilations():
 def folder(tmp_path_factory):
   """A tiny editor, `checkpoint`, and a data set of ten pairs, `data`."""
   folder = tmp_path_factory.mktemp('static')
-  reference.pipeline(tiny.ONE_LEVEL, folder).save_pretrained(folder / 'checkpoint')
+  tiny_models.write(folder / 'checkpoint', tiny.ONE_LEVEL)
   pairs.write_metadata(folder / 'data', 10)
   return folder
 

@@ -3,13 +3,15 @@
 import json
 
 import numpy as np
+import peers
 import pytest
 import torch_models as reference
-from transformers import CLIPTokenizer
 
 from ip2p_jax.errors import InputError
 from ip2p_jax.text import ClipTokenizer
 from ip2p_jax.weights import clip_tokenizer
+
+CLIPTokenizer = peers.module('transformers').CLIPTokenizer
 
 TEXTS = [
   '', 'make it winter', 'Turn HIM into a  cyborg!!! in 1984', "it's the dog's \n\t bone, isn't it?",

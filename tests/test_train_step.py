@@ -5,14 +5,16 @@ import math
 
 import jax
 import numpy as np
+import peers
 import pytest
 import tiny_training as tiny
-import torch
 import torch_models as ref
 from test_loss import torch_losses
 
 from ip2p_jax import loss, parameters, sharding, train_step
 from ip2p_jax.weights import names
+
+torch = peers.module('torch')
 
 STEPS = {}
 
@@ -63,15 +65,15 @@ def test_three_steps_equal_pytorchs_adamw_and_the_originals_average():
 def errors_of_three_steps():
   """Relative errors against a torch loop with AdamW and the original's rule for the average."""
   state, history = run(tiny.config(), steps=3)
-  models, batch = tiny.models(), tiny.batch()
-  unet = ref.unet(tiny.ONE_LEVEL)
+  models, batch = ref.models_of(tiny.checkpoint()), tiny.batch()
+  unet = models['unet']
   adamw = torch.optim.AdamW(unet.parameters(), lr=1e-4, weight_decay=0.01)
   average = {name: p.detach().clone() for name, p in unet.named_parameters()}
   errors = {'loss': 0.0, 'gradient norm': 0.0}
   for n in range(1, 4):
     shape = (tiny.LATENT_SIDE, tiny.LATENT_SIDE, 4)
     draws = loss.draw(0, n - 1, batch['index'], shape, tiny.networks().schedule)
-    theirs = torch_losses(models | {'unet': unet}, batch, draws).mean()
+    theirs = torch_losses(models, batch, draws).mean()
     adamw.zero_grad()
     theirs.backward()
     norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in unet.parameters()))
@@ -82,7 +84,7 @@ def errors_of_three_steps():
     for name, key, value in (('loss', 'loss', theirs.item()), ('gradient norm', 'grad_norm', norm)):
       errors[name] = max(errors[name], abs(history[n - 1][key] / value - 1))
 
-  start = ref.tensors(ref.unet(tiny.ONE_LEVEL))
+  start = tiny.checkpoint().tensors['unet']
   to_tensors = lambda part: names.to_tensors(parameters.unflatten(state[part]))
   after = ref.tensors(unet)
   worst = lambda ours, theirs: max(

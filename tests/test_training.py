@@ -16,8 +16,8 @@ import jax
 import numpy as np
 import pairs
 import pytest
+import tiny_models
 import tiny_training as tiny
-import torch_models as ref
 from PIL import Image
 
 from ip2p_jax import checkpoints, config, convert, lora, parameters, setup_run, training
@@ -32,7 +32,7 @@ ROWS = 10
 def folder(tmp_path_factory):
   """A tiny editor, `checkpoint`, and a data set of ten pairs, `data`."""
   folder = tmp_path_factory.mktemp('training')
-  ref.pipeline(tiny.ONE_LEVEL, folder).save_pretrained(folder / 'checkpoint')
+  tiny_models.write(folder / 'checkpoint', tiny.ONE_LEVEL)
   pairs.write_metadata(folder / 'data', ROWS)
   return folder
 
@@ -195,7 +195,7 @@ def test_lora_trains_adapters_and_exports_the_merged_editor(folder, tmp_path):
   training.train(adapting, str(tmp_path))
   adapters, found = checkpoints.read_adapters(tmp_path)
   assert found == LoraConfig(rank=2, alpha=3) and all('.lora_' in name for name in adapters)
-  start = {name: np.array(x) for name, x in ref.tensors(ref.unet(tiny.ONE_LEVEL)).items()}
+  start = tiny.checkpoint().tensors['unet']
   trained = weights_of(tmp_path)
   moved = {name for name in start if (trained[name] != start[name]).any()}
   assert moved and all('attn' in name and 'to_' in name for name in moved)
@@ -262,12 +262,11 @@ def test_the_profiler_records_its_window_once(folder, tmp_path):
 
 def test_a_text_to_image_model_gets_channels_that_start_at_zero(folder, tmp_path):
   four = tiny.ONE_LEVEL | {'in_channels': 4}
-  (tmp_path / 'files').mkdir()
-  ref.pipeline(four, tmp_path / 'files').save_pretrained(tmp_path / 'base')
+  tiny_models.write(tmp_path / 'base', four)
   base = str(tmp_path / 'base')
   still = a_config(folder, optim={'learning_rate': 0.0}, steps=1, checkpoint=base)
   training.train(still, str(tmp_path / 'run'))
-  start = ref.tensors(ref.unet(four))
+  start = tiny_models.checkpoint(four).tensors['unet']
   made = weights_of(tmp_path / 'run')
   np.testing.assert_array_equal(made['conv_in.weight'][:, :4], start['conv_in.weight'])
   np.testing.assert_array_equal(made['conv_in.bias'], start['conv_in.bias'])

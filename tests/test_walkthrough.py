@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pairs
+import peers
 import pytest
+import tiny_models
 import tiny_training as tiny
-import torch
-import torch_models as ref
-from diffusers import StableDiffusionInstructPix2PixPipeline
 from PIL import Image
+
+torch = peers.module('torch')
+diffusers = peers.module('diffusers')
 
 ROOT = Path(__file__).parent.parent
 
@@ -21,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 def place(tmp_path_factory):
   """A folder with a checkpoint, and twenty pairs of one's own."""
   place = tmp_path_factory.mktemp('walkthrough')
-  ref.pipeline(tiny.ONE_LEVEL, place).save_pretrained(place / 'checkpoint')
+  tiny_models.write(place / 'checkpoint', tiny.ONE_LEVEL)
   pairs.write_metadata(place / 'my-pairs', 20)
   return place
 
@@ -52,7 +54,7 @@ def test_from_a_folder_of_pairs_to_an_edit_in_diffusers(place, latents):
   assert list((place / workdir / 'previews').glob('*.png'))
   assert 'AGREES' in run(place, *ip2p, 'convert', workdir, exported)
 
-  pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(
+  pipeline = diffusers.StableDiffusionInstructPix2PixPipeline.from_pretrained(
     place / exported, local_files_only=True
   )
   picture = Image.open(place / 'my-pairs' / 'pictures' / '0_input.jpg').resize((64, 64))

@@ -4,16 +4,8 @@ import json
 import shutil
 
 import numpy as np
+import peers
 import pytest
-import torch
-import transformers
-from diffusers import (
-  AutoencoderKL,
-  DDIMScheduler,
-  StableDiffusionInstructPix2PixPipeline,
-  UNet2DConditionModel,
-)
-from diffusers.loaders import single_file_utils
 from safetensors.numpy import load_file, save_file
 
 from ip2p_jax import weights
@@ -21,6 +13,11 @@ from ip2p_jax.errors import InputError
 from ip2p_jax.models import clip, configs, layers, unet, vae
 from ip2p_jax.weights import diffusers_folder, ldm_file, ldm_names
 from ip2p_jax.weights.files import COMPONENTS, Tensors
+
+torch = peers.module('torch')
+transformers = peers.module('transformers')
+diffusers = peers.module('diffusers')
+single_file_utils = peers.module('diffusers.loaders.single_file_utils')
 
 VOCABULARY = 520
 TEXT = {
@@ -57,7 +54,7 @@ def small_tokenizer():
 
 
 def torch_modules(in_channels=8, linear=False):
-  small_unet = UNet2DConditionModel(
+  small_unet = diffusers.UNet2DConditionModel(
     sample_size=8,
     in_channels=in_channels,
     block_out_channels=(32, 32, 64),
@@ -68,7 +65,7 @@ def torch_modules(in_channels=8, linear=False):
     attention_head_dim=4,
     use_linear_projection=linear,
   )
-  small_vae = AutoencoderKL(
+  small_vae = diffusers.AutoencoderKL(
     block_out_channels=(32, 64),
     layers_per_block=1,
     sample_size=16,
@@ -85,8 +82,10 @@ def torch_modules(in_channels=8, linear=False):
 
 
 def pipeline_of(modules):
-  scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule='scaled_linear')
-  return StableDiffusionInstructPix2PixPipeline(
+  scheduler = diffusers.DDIMScheduler(
+    beta_start=0.00085, beta_end=0.012, beta_schedule='scaled_linear'
+  )
+  return diffusers.StableDiffusionInstructPix2PixPipeline(
     **modules,
     tokenizer=small_tokenizer(),
     scheduler=scheduler,
@@ -396,7 +395,7 @@ def test_bare_parameters_keep_their_name_and_scalars_their_rank():
 
 
 def test_a_written_folder_loads_in_diffusers(written, wanted):
-  loaded = StableDiffusionInstructPix2PixPipeline.from_pretrained(written)
+  loaded = diffusers.StableDiffusionInstructPix2PixPipeline.from_pretrained(written)
   assert type(loaded.scheduler).__name__ == 'EulerAncestralDiscreteScheduler'
   assert loaded.scheduler.config.beta_end == 0.012
   assert loaded.safety_checker is None and not loaded.config.requires_safety_checker
@@ -448,7 +447,7 @@ def test_half_precision_is_written_under_its_name(tmp_path, checkpoint, wanted):
   weights.write(checkpoint, tmp_path / 'x', dtype='float16', variant='fp16')
   assert (tmp_path / 'x' / 'unet' / 'diffusion_pytorch_model.fp16.safetensors').is_file()
   assert (tmp_path / 'x' / 'text_encoder' / 'model.fp16.safetensors').is_file()
-  loaded = StableDiffusionInstructPix2PixPipeline.from_pretrained(
+  loaded = diffusers.StableDiffusionInstructPix2PixPipeline.from_pretrained(
     tmp_path / 'x', variant='fp16', torch_dtype=torch.float16
   )
   found = torch_tensors(loaded.unet)
@@ -568,7 +567,7 @@ def test_the_way_up_stands_behind_attention_where_there_is_some(ldm):
 def test_diffusers_loads_our_ldm_file(ldm, checkpoint, wanted, tmp_path):
   diffusers_folder.write_configs(checkpoint, tmp_path / 'configs')
   assert not list(tmp_path.rglob('*.safetensors'))
-  loaded = StableDiffusionInstructPix2PixPipeline.from_single_file(
+  loaded = diffusers.StableDiffusionInstructPix2PixPipeline.from_single_file(
     ldm, config=str(tmp_path / 'configs'), local_files_only=True
   )
   assert_equal(torch_tensors(loaded.unet), wanted['unet'])

@@ -9,13 +9,15 @@ import types
 
 import ml_dtypes
 import numpy as np
+import peers
 import pytest
 import safetensors
 import safetensors.numpy
-import torch
 
 from ip2p_jax.errors import InputError
 from ip2p_jax.weights.files import Tensors, read_tensors, write_safetensors
+
+torch = peers.module('torch')
 
 
 @pytest.fixture

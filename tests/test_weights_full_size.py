@@ -4,16 +4,19 @@ import json
 import math
 
 import numpy as np
+import peers
 import pytest
-import torch
-import transformers
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from diffusers.loaders import single_file_utils
 
 from ip2p_jax import weights
 from ip2p_jax.models import clip, configs, layers, unet, vae
 from ip2p_jax.weights import ldm_file, ldm_names, names
 from ip2p_jax.weights.files import COMPONENTS
+
+torch = peers.module('torch')
+transformers = peers.module('transformers')
+AutoencoderKL = peers.module('diffusers').AutoencoderKL
+UNet2DConditionModel = peers.module('diffusers').UNet2DConditionModel
+single_file_utils = peers.module('diffusers.loaders.single_file_utils')
 
 pytestmark = pytest.mark.slow
 

@@ -7,46 +7,43 @@ import functools
 
 import jax
 import numpy as np
+import tiny_models
 import torch_models as ref
+from tiny_models import ONE_LEVEL
 
 from ip2p_jax import lora, optimizer, parameters, train_step
 from ip2p_jax.config import LoraConfig, OptimizerConfig, TrainConfig
 from ip2p_jax.diffusion.noise import Schedule
 from ip2p_jax.networks import Networks, networks_of
-from ip2p_jax.weights import Checkpoint, names
+from ip2p_jax.weights import names
 
 SIDE, LATENT_SIDE = 32, 8  # the tiny VAE divides sides by four
-ONE_LEVEL = ref.TINY_UNET | {
-  'block_out_channels': [32],
-  'down_block_types': ['CrossAttnDownBlock2D'],
-  'up_block_types': ['CrossAttnUpBlock2D'],
-}
 NULL_IDS = np.int32([598] + 76 * [599])
 
 
 @functools.cache
+def checkpoint():
+  return tiny_models.checkpoint(ONE_LEVEL)
+
+
+@functools.cache
 def models() -> dict:
-  return {
-    'unet': ref.unet(ONE_LEVEL),
-    'vae': ref.vae(ref.TINY_VAE),
-    'text_encoder': ref.text_encoder(ref.TINY_TEXT),
-  }
+  """The PyTorch models of these weights."""
+  return ref.models_of(checkpoint())
 
 
 @functools.cache
 def networks(prediction_type: str = 'epsilon') -> Networks:
-  configs = {name: dict(model.config.to_dict() if name == 'text_encoder' else model.config)
-             for name, model in models().items()}  # fmt: skip
-  schedule = Schedule(prediction_type=prediction_type).to_json()
-  return networks_of(Checkpoint(configs | {'scheduler': schedule}, {}, {}, 'tiny'))
+  schedule = Schedule(prediction_type=prediction_type)
+  return networks_of(tiny_models.checkpoint(ONE_LEVEL, schedule))
 
 
 @functools.cache
 def params() -> dict:
-  """The torch models' weights as our nested trees, by component."""
+  """The weights as our nested trees, by component."""
   return {
-    name: names.to_params(ref.tensors(model), networks().shapes[name], name)
-    for name, model in models().items()
+    name: names.to_params(tensors, networks().shapes[name], name)
+    for name, tensors in checkpoint().tensors.items()
   }
 
 

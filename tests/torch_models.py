@@ -1,45 +1,24 @@
 """PyTorch reference models with random normal weights, small or full size, and their conversion."""
 
 import contextlib
-import json
 import math
 
-import diffusers
 import jax
 import numpy as np
-import torch
-from diffusers import (
-  AutoencoderKL,
-  EulerAncestralDiscreteScheduler,
-  StableDiffusionInstructPix2PixPipeline,
-  UNet2DConditionModel,
-)
-from transformers import (
-  CLIPConfig,
-  CLIPModel,
-  CLIPTextConfig,
-  CLIPTextModel,
-  CLIPTextModelWithProjection,
-  CLIPTokenizer,
-  CLIPVisionConfig,
-  CLIPVisionModelWithProjection,
-)
+import peers
+import tiny_models
+from tiny_models import TINY_TEXT as TINY_TEXT
+from tiny_models import TINY_UNET as TINY_UNET
+from tiny_models import TINY_VAE as TINY_VAE
+from tiny_models import TINY_VISION as TINY_VISION
+from tiny_models import tokenizer_files as tokenizer_files
 
 from ip2p_jax.diffusion.noise import Schedule
 from ip2p_jax.models.layers import abstract
-from ip2p_jax.weights import Checkpoint, clip_tokenizer, names
+from ip2p_jax.weights import names
 
-TINY_UNET = {
-  'in_channels': 8,
-  'block_out_channels': [32, 64],
-  'layers_per_block': 1,
-  'down_block_types': ['CrossAttnDownBlock2D', 'DownBlock2D'],
-  'up_block_types': ['UpBlock2D', 'CrossAttnUpBlock2D'],
-  'cross_attention_dim': 24,
-  'attention_head_dim': 4,
-  'norm_num_groups': 8,
-  'sample_size': 16,
-}
+torch, diffusers, transformers = map(peers.module, ('torch', 'diffusers', 'transformers'))
+
 SD15_UNET = {'in_channels': 8, 'cross_attention_dim': 768, 'sample_size': 64}
 SD21_UNET = {
   'in_channels': 4,
@@ -49,29 +28,11 @@ SD21_UNET = {
   'upcast_attention': True,
   'sample_size': 96,
 }
-TINY_VAE = {
-  'block_out_channels': [16, 32, 32],
-  'down_block_types': ['DownEncoderBlock2D'] * 3,
-  'up_block_types': ['UpDecoderBlock2D'] * 3,
-  'layers_per_block': 1,
-  'norm_num_groups': 8,
-  'latent_channels': 4,
-}
 SD_VAE = {
   'block_out_channels': [128, 256, 512, 512],
   'down_block_types': ['DownEncoderBlock2D'] * 4,
   'up_block_types': ['UpDecoderBlock2D'] * 4,
   'layers_per_block': 2,
-}
-TINY_TEXT = {
-  'vocab_size': 600,
-  'hidden_size': 24,
-  'intermediate_size': 48,
-  'num_hidden_layers': 2,
-  'num_attention_heads': 3,
-  'projection_dim': 20,
-  'bos_token_id': 598,
-  'eos_token_id': 599,
 }
 CLIP_L_TEXT = {
   'hidden_size': 768,
@@ -79,15 +40,6 @@ CLIP_L_TEXT = {
   'num_hidden_layers': 12,
   'num_attention_heads': 12,
   'projection_dim': 768,
-}
-TINY_VISION = {
-  'hidden_size': 24,
-  'intermediate_size': 48,
-  'num_hidden_layers': 2,
-  'num_attention_heads': 3,
-  'image_size': 32,
-  'patch_size': 8,
-  'projection_dim': 20,
 }
 CLIP_L_VISION = {
   'hidden_size': 1024,
@@ -101,20 +53,21 @@ CLIP_B32_VISION = {'projection_dim': 512}
 
 
 def unet(config):
-  return randomize(UNet2DConditionModel(**config))
+  return randomize(diffusers.UNet2DConditionModel(**config))
 
 
 def vae(config):
-  return randomize(AutoencoderKL(**config))
+  return randomize(diffusers.AutoencoderKL(**config))
 
 
 def text_encoder(config, has_projection=False):
-  model = CLIPTextModelWithProjection if has_projection else CLIPTextModel
-  return randomize(model(CLIPTextConfig(**config)))
+  kind = 'CLIPTextModelWithProjection' if has_projection else 'CLIPTextModel'
+  return randomize(getattr(transformers, kind)(transformers.CLIPTextConfig(**config)))
 
 
 def vision_encoder(config):
-  return randomize(CLIPVisionModelWithProjection(CLIPVisionConfig(**config)))
+  model = transformers.CLIPVisionModelWithProjection
+  return randomize(model(transformers.CLIPVisionConfig(**config)))
 
 
 def randomize(model, seed=0):
@@ -146,7 +99,7 @@ def relative_error(ours, theirs) -> float:
   return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
 
 
-def nchw(x) -> torch.Tensor:
+def nchw(x):
   return torch.from_numpy(np.ascontiguousarray(np.moveaxis(np.asarray(x), -1, 1)))
 
 
@@ -154,36 +107,18 @@ def nhwc(x) -> np.ndarray:
   return np.moveaxis(x.detach().numpy(), 1, -1)
 
 
-def tokenizer_files() -> dict[str, bytes]:
-  """A CLIP tokenizer of 600 tokens: all bytes and the first merges of the real one."""
-  full = clip_tokenizer()
-  merges = full['merges.txt'].decode().splitlines()[:87]
-  tokens = sorted(json.loads(full['vocab.json']).items(), key=lambda item: item[1])[:598]
-  vocab = dict(tokens) | {'<|startoftext|>': 598, '<|endoftext|>': 599}
-  return full | {
-    'vocab.json': json.dumps(vocab).encode(),
-    'merges.txt': '\n'.join([*merges, '']).encode(),
-  }
+def pipeline(unet_config=TINY_UNET, folder=None, **scheduler):
+  """A small InstructPix2Pix pipeline of random weights; `folder` / 'saved' gets its files."""
+  tiny_models.write(folder / 'saved', unet_config, **scheduler)
+  return load_pipeline(folder / 'saved')
 
 
-def pipeline(
-  unet_config=TINY_UNET, folder=None, **scheduler
-) -> StableDiffusionInstructPix2PixPipeline:
-  """A small InstructPix2Pix pipeline, random weights; `folder` gets the tokenizer's files."""
-  for name, content in tokenizer_files().items():
-    (folder / name).write_bytes(content)
-  return StableDiffusionInstructPix2PixPipeline(
-    unet=unet(unet_config),
-    vae=vae(TINY_VAE),
-    text_encoder=text_encoder(TINY_TEXT),
-    tokenizer=CLIPTokenizer.from_pretrained(folder),
-    scheduler=EulerAncestralDiscreteScheduler(
-      beta_start=0.00085, beta_end=0.012, beta_schedule='scaled_linear', steps_offset=1, **scheduler
-    ),
-    safety_checker=None,
-    feature_extractor=None,
-    requires_safety_checker=False,
+def load_pipeline(folder):
+  pipeline = diffusers.StableDiffusionInstructPix2PixPipeline.from_pretrained(
+    folder, local_files_only=True
   )
+  pipeline.set_progress_bar_config(disable=True)
+  return pipeline
 
 
 @contextlib.contextmanager
@@ -198,26 +133,28 @@ def given_noise(step_noise):
     module.randn_tensor = original
 
 
-def write_clip(folder, image_size=64):
-  """A CLIP of random weights, as transformers writes it; returns its model."""
-  text, vision = TINY_TEXT, TINY_VISION | {'image_size': image_size}
-  config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=20)
-  model = randomize(CLIPModel(config))
-  model.save_pretrained(folder)
-  for name, content in tokenizer_files().items():
-    (folder / name).write_bytes(content)
-  return model
+def models_of(checkpoint):
+  """The PyTorch models of a small checkpoint, by component."""
+  made = {
+    'unet': diffusers.UNet2DConditionModel(**checkpoint.configs['unet']),
+    'vae': diffusers.AutoencoderKL(**checkpoint.configs['vae']),
+    'text_encoder': transformers.CLIPTextModel(transformers.CLIPTextConfig(**TINY_TEXT)),
+  }
+  return {name: loaded(model, checkpoint.tensors[name]) for name, model in made.items()}
+
+
+def loaded(model, tensors):
+  """The model with these weights, under either of the names that transformers gave CLIP's."""
+  own = model.state_dict()
+  by_name = {name if name in own else name.removeprefix('text_model.'): torch.from_numpy(value)
+             for name, value in tensors.items()}  # fmt: skip
+  found = model.load_state_dict(by_name, strict=False)
+  assert not found.unexpected_keys
+  assert all('position_ids' in name for name in found.missing_keys)
+  return model.eval()
 
 
 def checkpoint(unet_config, schedule=Schedule()):
   """A small checkpoint of random weights, and the PyTorch models it is made of."""
-  models = {
-    'unet': unet(unet_config),
-    'vae': vae(TINY_VAE),
-    'text_encoder': text_encoder(TINY_TEXT),
-  }
-  configs = {name: model.config.to_dict() if name == 'text_encoder' else dict(model.config)
-             for name, model in models.items()}  # fmt: skip
-  configs['scheduler'] = schedule.to_json()
-  parts = {name: tensors(model) for name, model in models.items()}
-  return Checkpoint(configs, parts, tokenizer_files(), 'test'), models
+  made = tiny_models.checkpoint(unet_config, schedule)
+  return made, models_of(made)

@@ -1,0 +1,40 @@
+"""PyTorch's side of the tests; where it is not installed, each test that touches it is skipped.
+
+torch = peers.module('torch')
+DDPMScheduler = peers.module('diffusers').DDPMScheduler
+"""
+
+import importlib.util
+import os
+
+import pytest
+
+HAS_TORCH = importlib.util.find_spec('torch') is not None
+
+
+def module(name: str):
+  """The module, or a stand-in for it that skips the test that uses it."""
+  return importlib.import_module(name) if HAS_TORCH else Missing(name)
+
+
+class Missing:
+  """Anything of a package that is not installed. Naming it is allowed, using it in a test skips."""
+
+  def __init__(self, name: str):
+    self.__name__ = name
+
+  def __getattr__(self, name: str) -> 'Missing':
+    if name.startswith('__'):
+      raise AttributeError(name)
+    return Missing(f'{self.__name__}.{name}')
+
+  def __call__(self, *args, **kwargs):
+    if 'PYTEST_CURRENT_TEST' in os.environ:
+      pytest.skip(f'needs {self.__name__}')
+    return self
+
+  # Of names that are combined while a file is read (`int | torch.Tensor`).
+  def __or__(self, other):
+    return self
+
+  __ror__ = __or__
