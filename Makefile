@@ -1,7 +1,12 @@
 # make demo | make test | make test-slow | make lint | make miniature | make reproduce | make clean
+# Each Python has its own folder: make test PYTHON=python3.13 works in .venv-python3.13.
 PYTHON ?= python3
-VENV ?= .venv
+VENV ?= .venv$(if $(filter python3,$(PYTHON)),,-$(notdir $(PYTHON)))
 RUN = $(VENV)/bin/python
+# Without PyTorch the tests that compare with it are skipped. It is left out for a PYTHON of your own
+# choice (its build for that one may be gigabytes of CUDA); TORCH=yes installs it.
+TORCH ?= $(if $(filter python3,$(PYTHON)),yes,no)
+TESTS ?= tests
 OUT ?= out/demo
 WORKERS ?= 2
 export JAX_PLATFORMS ?= cpu
@@ -15,8 +20,9 @@ $(VENV)/.installed: setup.cfg constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip
-	$(RUN) -m pip install --quiet --constraint constraints.txt torch
-	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	[ $(TORCH) = no ] || $(RUN) -m pip install --quiet --constraint constraints.txt torch
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable \
+	  '.[test$(if $(filter no,$(TORCH)),,,parity)]'
 	touch $@
 
 # Eight minutes on two CPU cores: edits by the shipped miniature, a training of its own, exports.
@@ -34,7 +40,7 @@ reproduce: setup
 
 # Tests mostly wait for one thread of a compiler; a worker takes up to 3 GB.
 test: setup lint
-	$(RUN) -m pytest -m 'not slow' --numprocesses $(WORKERS) --dist loadfile
+	$(RUN) -m pytest -m 'not slow' --numprocesses $(WORKERS) --dist loadfile $(TESTS)
 
 test-slow: setup
 	$(RUN) -m pytest -m slow
@@ -44,4 +50,4 @@ lint: setup
 	$(VENV)/bin/ruff format --check .
 
 clean:
-	rm -rf $(VENV) out build *.egg-info
+	rm -rf .venv .venv-* out build *.egg-info

@@ -116,8 +116,8 @@ def write_clip(folder: Path, image_size: int = 64) -> Path:
   text, vision = TINY_TEXT, TINY_VISION | {'image_size': image_size}
   tensors = {'logit_scale': np.float32(2.6592)}
   for make in (
-    lambda keys: TextEncoder(TextConfig(**text), has_projection=True, rngs=keys),
-    lambda keys: VisionEncoder(VisionConfig(**vision), rngs=keys),
+    lambda keys: TextEncoder(TextConfig.from_json(text), has_projection=True, rngs=keys),
+    lambda keys: VisionEncoder(VisionConfig.from_json(vision), rngs=keys),
   ):
     tensors |= random_tensors(abstract(make)[1])
   folder.mkdir(parents=True, exist_ok=True)
