@@ -20,7 +20,7 @@ import typer
 from tqdm import tqdm
 from typer import Option
 
-from ip2p_jax import bundled, captions_cli, checkpoints, edit_files, plan_sampling
+from ip2p_jax import bundled, captions_cli, checkpoints, edit_files, gpus, plan_sampling
 from ip2p_jax import convert as conversion
 from ip2p_jax import images as pictures
 from ip2p_jax import plan as planning
@@ -533,7 +533,11 @@ def _filter_to_shards(sources, out, *how, holdout):
 
 def plan(
   topology: Annotated[
-    list[str], Option(help='A slice such as v5e-16, or a shape such as v5e:4x4; may be repeated.')
+    list[str],
+    Option(
+      help='A slice of TPUs (v5e-16, or its shape v5e:4x4), or GPUs of one host (h100, h100x8); may'
+      ' be repeated.'
+    ),
   ],
   config: Annotated[
     Path | None,
@@ -569,10 +573,12 @@ def plan(
   ] = None,
   quick: Annotated[
     bool,
-    Option('--quick', help='Compile sooner, to tell whether it fits but not how long it takes.'),
+    Option(
+      '--quick', help='On TPUs: compile sooner; tells whether it fits, not how long it takes.'
+    ),
   ] = False,
 ) -> None:
-  """Tells what work needs on TPUs: does it fit, what does it cost. No TPU is needed.
+  """Tells what work needs on TPUs or GPUs: does it fit, what does it cost. Neither is needed.
 
   ip2p plan --topology v5e-16 --device-batch 32
 
@@ -580,8 +586,11 @@ def plan(
 
   ip2p plan --topology v5e-8 --of edits --size 512 --batch-size 4
 
-  The real compiler compiles the real program, which takes 7 to 60 minutes at full size on two
-  cores, and up to 16 GB. It comes with `pip install 'jax[tpu]'`.
+  ip2p plan --topology a100-40 --topology h100x8 --device-batch 32
+
+  The real compiler compiles the real program. At full size on two cores a TPU's takes 7 to 60
+  minutes and up to 16 GB, a GPU's about 5 minutes. They come with `pip install 'jax[tpu]'` and
+  `'jax[cuda13]'`. GPUs: a100-40, a100-80, a6000, h100, h200, b200.
   """
   if of not in ('training', 'edits', 'pairs'):
     raise InputError(f'--of is {of!r}; use training, edits or pairs.')
@@ -592,6 +601,8 @@ def plan(
      '--config': config},
   )  # fmt: skip
   for name in topology:
+    if quick and gpus.is_gpu(name):
+      raise InputError(f"--quick: of no use with {name}; a GPU's compiler does not know it.")
     planning.describe(name)
   settings = {}  # by topology; mistakes are refused before the first long compile
   if of == 'training':

@@ -1,4 +1,4 @@
-"""What an edit, or the drawing of pairs, costs on one TPU, told by the TPU compiler without one.
+"""What an edit, or the drawing of pairs, costs on one TPU or GPU, told by its compiler alone.
 
 Both run on every device by itself, so one device's program is all there is to compile. As in
 `plan`, nothing is timed.
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ip2p_jax import attention, edit_program, flops, pair_program, plan, sharding
+from ip2p_jax import attention, edit_program, flops, gpus, pair_program, plan, sharding
 from ip2p_jax.diffusion import guidance, samplers
 from ip2p_jax.models.clip import TextEncoder, VisionEncoder
 from ip2p_jax.models.configs import TextConfig, VisionConfig
@@ -69,7 +69,9 @@ def plan_sampling(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), (params, inputs)
   )
   say(f'{topology}: {work.batch} {work.made} of {work.size} px at a time; compiling')
-  compiled = plan.compiled_for_tpu(jax.jit(program).lower(*placed), is_quick)
+  with gpus.lowering_for(device):
+    lowered = jax.jit(program).lower(*placed)
+  compiled = plan.compiled_for(topology, lowered, is_quick)
   # Kernels hide their products, so those of the same program without any are counted.
   plain, *_ = program_of(networks._replace(attention=attention.attend), work)
   weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
@@ -133,15 +135,15 @@ def report(found: Plan) -> str:
     (f'{work.made} in a call', f'{work.batch} of {work.size} px, {work.steps} steps'),
     ('weights', plan.gib(found.weight_bytes)),
   ]
-  if compiled.fits:
+  if compiled.needed_bytes:
     at_best = found.analytic_flops / plan.peak_of(found.topology)
     seconds = plan.scheduled(compiled, chip)
     hourly = 3600 * work.batch / max(seconds, at_best)
     rows += [
-      *plan.memory_rows(compiled, chip),
+      *plan.memory_rows(found.topology, compiled),
       ('FLOPs', f'{found.analytic_flops / 1e12:.1f} T asked for'),
       ('time at best', f'{at_best:.2f} s, by FLOPs'),
-      ('time as scheduled', plan.scheduled_time(compiled, chip)),
+      *plan.program_rows(found.topology, compiled),
       (f'{work.made} an hour', f'{hourly:,.0f} {"as scheduled" if seconds else "at best"}'),
     ]
   told = ['Try fewer at a time with --batch-size.'] if not compiled.fits and work.batch > 1 else []
