@@ -20,7 +20,15 @@ import typer
 from tqdm import tqdm
 from typer import Option
 
-from ip2p_jax import bundled, captions_cli, checkpoints, edit_files, gpus, plan_sampling
+from ip2p_jax import (
+  bundled,
+  captions_cli,
+  checkpoints,
+  edit_files,
+  gpus,
+  plan_devices,
+  plan_sampling,
+)
 from ip2p_jax import convert as conversion
 from ip2p_jax import images as pictures
 from ip2p_jax import plan as planning
@@ -603,7 +611,7 @@ def plan(
   for name in topology:
     if quick and gpus.is_gpu(name):
       raise InputError(f"--quick: of no use with {name}; a GPU's compiler does not know it.")
-    planning.describe(name)
+    plan_devices.describe(name)
   settings = {}  # by topology; mistakes are refused before the first long compile
   if of == 'training':
     loaded = load_config(config or Path('configs/train_256.py'), change or [])

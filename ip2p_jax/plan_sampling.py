@@ -11,7 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ip2p_jax import attention, edit_program, flops, gpus, pair_program, plan, sharding
+from ip2p_jax import (
+  attention,
+  edit_program,
+  flops,
+  gpus,
+  pair_program,
+  plan,
+  plan_compiler,
+  plan_devices,
+  sharding,
+)
 from ip2p_jax.diffusion import guidance, samplers
 from ip2p_jax.models.clip import TextEncoder, VisionEncoder
 from ip2p_jax.models.configs import TextConfig, VisionConfig
@@ -45,7 +55,7 @@ class Plan(NamedTuple):
   work: Work
   weight_bytes: int
   analytic_flops: float
-  compiled: plan.Compiled
+  compiled: plan_compiler.Compiled
 
 
 def plan_sampling(
@@ -59,7 +69,7 @@ def plan_sampling(
 
   `networks` are those of an editor, or for pairs of a text-to-image model.
   """
-  device = plan.describe(topology)[0]
+  device = plan_devices.describe(topology)[0]
   mesh = sharding.make_mesh(devices=[device])
   program_of = {'edits': _edit, 'pairs': _pairs}[work.made]
   on_device = networks._replace(attention=attention.dispatch(mesh=mesh))
@@ -71,7 +81,7 @@ def plan_sampling(
   say(f'{topology}: {work.batch} {work.made} of {work.size} px at a time; compiling')
   with gpus.lowering_for(device):
     lowered = jax.jit(program).lower(*placed)
-  compiled = plan.compiled_for(topology, lowered, is_quick)
+  compiled = plan_compiler.compiled_for(topology, lowered, is_quick)
   # Kernels hide their products, so those of the same program without any are counted.
   plain, *_ = program_of(networks._replace(attention=attention.attend), work)
   weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
@@ -129,14 +139,14 @@ def _pairs(networks: Networks, work: Work):
 
 def report(found: Plan) -> str:
   """A table of one plan, and what to do."""
-  chip, compiled, work = plan.chip_of(found.topology), found.compiled, found.work
+  chip, compiled, work = plan_devices.chip_of(found.topology), found.compiled, found.work
   rows = [
-    ('device', f'one of {plan.gib(chip.memory)}'),
+    ('device', f'one of {plan_devices.gib(chip.memory)}'),
     (f'{work.made} in a call', f'{work.batch} of {work.size} px, {work.steps} steps'),
-    ('weights', plan.gib(found.weight_bytes)),
+    ('weights', plan_devices.gib(found.weight_bytes)),
   ]
   if compiled.needed_bytes:
-    at_best = found.analytic_flops / plan.peak_of(found.topology)
+    at_best = found.analytic_flops / plan_devices.peak_of(found.topology)
     seconds = plan.scheduled(compiled, chip)
     hourly = 3600 * work.batch / max(seconds, at_best)
     rows += [

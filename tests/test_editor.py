@@ -10,7 +10,7 @@ import torch
 import torch_models as reference
 from PIL import Image
 
-from ip2p_jax import Editor, plan
+from ip2p_jax import Editor, program_text
 from ip2p_jax.editor import Sampling
 from ip2p_jax.errors import InputError
 from ip2p_jax.parameters import flatten
@@ -68,10 +68,10 @@ def test_keys_and_values_of_the_text_are_computed_once_and_not_in_every_step(edi
   compiled = program.lower(*seen).compile().as_text()
   tokens = 3 * editor.tokenizer.length  # of the three branches
   products = rf'= f32\[{tokens},\d+\]\S* (dot|custom-call)\('
-  times = [count for line, count in plan.walk(compiled) if re.search(products, line)]
+  times = [count for line, count in program_text.walk(compiled) if re.search(products, line)]
   layers = sum('attn2.to_k' in name or 'attn2.to_v' in name for name in kernels(editor))
   assert times == [1] * layers and layers
-  assert 7 in [count for _, count in plan.walk(compiled)]
+  assert 7 in [count for _, count in program_text.walk(compiled)]
 
 
 def kernels(editor):
