@@ -182,13 +182,18 @@ def splash(
 
   # Kept as scaled, else the scaling is a pass of its own, and again when q is computed again.
   q = checkpoint_name(q * q.shape[-1] ** -0.5, ATTENTION_OUT)
-  if mesh is not None and mesh.size > 1:
+  if mesh is not None and mesh.size > 1 and not _is_split(mesh):
     # XLA cannot split a kernel by itself. A batch that cannot be shared is done whole by each.
     rows = P(mesh.axis_names) if q.shape[0] % mesh.size == 0 else P()
     heads_first = jax.shard_map(
       heads_first, mesh=mesh, in_specs=(rows,) * 3, out_specs=rows, check_vma=False
     )
   return heads_first(q, k, v)
+
+
+def _is_split(mesh):
+  """Whether this is inside a shard_map over the mesh, where each device has its own rows already."""
+  return set(mesh.axis_names) <= set(jax.sharding.get_abstract_mesh().manual_axes)
 
 
 def _tile(length):

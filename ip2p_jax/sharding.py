@@ -5,6 +5,7 @@ ZeRO stage 1 (Rajbhandari et al. 2020) optimizer state and moving average over b
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,6 +16,8 @@ from jax.sharding import PartitionSpec as P
 from ip2p_jax.errors import InputError
 
 EVERYWHERE = ('data', 'fsdp')
+# How each device's part of an array is cut: its own rows, its own of the second axis, or all of it.
+ROWS, SECOND, WHOLE = P(EVERYWHERE), P(None, EVERYWHERE), P()
 SMALLEST_SPLIT = 4096  # numbers; what is smaller costs more to gather than to keep
 
 
@@ -35,11 +38,60 @@ def make_mesh(fsdp: int = 1, devices: list | None = None) -> Mesh:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  return NamedSharding(mesh, P())
+  return NamedSharding(mesh, WHOLE)
 
 
 def of_batch(mesh: Mesh) -> NamedSharding:
-  return NamedSharding(mesh, P(EVERYWHERE))
+  return NamedSharding(mesh, ROWS)
+
+
+def each_its_rows(f: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
+  """`f`, run by each device on its own part of the rows; devices never talk to each other.
+
+  Specs are ROWS, SECOND or WHOLE, as prefixes of the trees that go in and come out. On one device
+  it is `f` itself.
+  """
+  if mesh.size == 1:
+    return f
+  return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def padded_rows(mesh: Mesh, specs: Any, tree: Any, count: int) -> Any:
+  """`tree` of numpy arrays with `count` rows, repeated until all devices have as many."""
+  rows = np.arange(-(-count // mesh.size) * mesh.size) % count
+
+  def pad(spec, part):
+    if spec == WHOLE or len(rows) == count:
+      return part
+    axis = 0 if spec == ROWS else 1
+    return jax.tree.map(lambda x: np.take(x, rows, axis), part)
+
+  return jax.tree.map(pad, specs, tree, is_leaf=lambda x: isinstance(x, P))
+
+
+def copied(mesh: Mesh, tree: Any) -> Any:
+  """A whole copy of `tree` on every device of this process's mesh; one that is there serves."""
+  devices, where = list(mesh.devices.flat), replicated(mesh)
+
+  def copy(x):
+    if x.sharding.device_set == set(devices):
+      return x
+    of = {shard.device: shard.data for shard in x.addressable_shards if x.is_fully_replicated}
+    parts = [of[device] if device in of else jax.device_put(x, device) for device in devices]
+    return jax.make_array_from_single_device_arrays(x.shape, where, parts)
+
+  return jax.tree.map(copy, tree)
+
+
+def placed(mesh: Mesh, specs: Any, tree: Any) -> Any:
+  """Shapes and types of `tree`, as they lie on a mesh; specs may be prefixes."""
+
+  def place(spec, part):
+    where = NamedSharding(mesh, spec)
+    of = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+    return jax.tree.map(of, part)
+
+  return jax.tree.map(place, specs, tree, is_leaf=lambda x: isinstance(x, P))
 
 
 def split(mesh: Mesh, shape: tuple[int, ...], over: tuple[str, ...]) -> NamedSharding:
