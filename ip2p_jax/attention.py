@@ -192,7 +192,7 @@ def splash(
 
 
 def _is_split(mesh):
-  """Whether this is inside a shard_map over the mesh, where each device has its own rows already."""
+  """Whether a shard_map over the mesh is around this: then each device has its own rows already."""
   return set(mesh.axis_names) <= set(jax.sharding.get_abstract_mesh().manual_axes)
 
 

@@ -314,8 +314,10 @@ def test_the_tpu_compiler_compiles_edits_and_pairs(made, unet, more):
   pytest.importorskip('libtpu')
   networks = networks_of(reference.checkpoint(unet)[0])
   # 32 x 32 latents: the finest level has 1024 tokens, which get the kernel.
-  found = plan_sampling.plan_sampling(networks, plan_sampling.Work(made, 128, 4, 4), 'v5e-4')
-  longer = plan_sampling.plan_sampling(networks, plan_sampling.Work(made, 128, 4, 8), 'v5e-4')
+  work = plan_sampling.Work(made, 128, 4, 4)
+  with jax.default_matmul_precision('default'):  # no kernel takes the tests' 'highest'
+    found = plan_sampling.plan_sampling(networks, work, 'v5e-4')
+    longer = plan_sampling.plan_sampling(networks, work._replace(steps=8), 'v5e-4')
   assert found.compiled.fits and found.devices == 4 and not found.compiled.collectives
   assert 0 < found.compiled.temporary_bytes < plan.GIB
   # Loops count as often as they go round.
