@@ -79,15 +79,17 @@ class Programs(NamedTuple):
   end: Callable
 
 
-def programs(networks: Networks, mesh: Mesh) -> Programs:
-  """Each device of the mesh edits its own rows of a request."""
+def programs(networks: Networks, mesh: Mesh | None = None) -> Programs:
+  """Each device of the mesh edits its own rows; without a mesh, where the parameters lie."""
   conditions = Conditions(ROWS, WHOLE, ROWS, ROWS)
   given = (WHOLE, SPLIT)  # parameters, and the request
 
   def jitted(f, in_specs, out_specs):
     def run(plan, *inputs):
-      return each_its_rows(functools.partial(f, networks, plan), mesh, in_specs, out_specs)(*inputs)
+      whole = functools.partial(f, networks, plan)
+      return each_its_rows(whole, mesh, in_specs, out_specs)(*inputs)
 
+    run.__name__ = f.__name__  # what profiles and logs show
     return jax.jit(run, static_argnums=0)
 
   return Programs(

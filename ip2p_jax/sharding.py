@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -45,13 +46,13 @@ def of_batch(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, ROWS)
 
 
-def each_its_rows(f: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
+def each_its_rows(f: Callable, mesh: Mesh | None, in_specs: Any, out_specs: Any) -> Callable:
   """`f`, run by each device on its own part of the rows; devices never talk to each other.
 
-  Specs are ROWS, SECOND or WHOLE, as prefixes of the trees that go in and come out. On one device
-  it is `f` itself.
+  Specs are ROWS, SECOND or WHOLE, as prefixes of the trees that go in and come out. On one device,
+  or without a mesh, it is `f` itself.
   """
-  if mesh.size == 1:
+  if mesh is None or mesh.size == 1:
     return f
   return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
@@ -74,6 +75,7 @@ def copied(mesh: Mesh, tree: Any) -> Any:
   devices, where = list(mesh.devices.flat), replicated(mesh)
 
   def copy(x):
+    x = jnp.asarray(x)
     if x.sharding.device_set == set(devices):
       return x
     of = {shard.device: shard.data for shard in x.addressable_shards if x.is_fully_replicated}
@@ -105,6 +107,47 @@ def split(mesh: Mesh, shape: tuple[int, ...], over: tuple[str, ...]) -> NamedSha
         kept = tuple(axis for axis in axes if axis in over and mesh.shape[axis] > 1)
         return NamedSharding(mesh, P(*[None] * largest, kept)) if kept else replicated(mesh)
   return replicated(mesh)
+
+
+# Modules that take what others were split by, and so are split by what they take.
+TAKERS = ('o_proj', 'down_proj')
+
+
+def of_language(mesh: Mesh, shapes: dict[str, Any]) -> dict[str, Any]:
+  """A sharding over `fsdp` for every weight of a language model, so that it is written fast.
+
+  Products come in pairs (Shoeybi et al. 2019): the first is split by what it gives, the second by
+  what it takes, so that devices talk once for both. Embedding and head are split by tokens. What
+  does not divide, as norms, is whole everywhere.
+  """
+
+  def place(path, leaf):
+    *_, module, kind = (str(key.key) for key in path)
+    axes = {'kernel': 0 if module in TAKERS else 1, 'embedding': 0}
+    axis = axes.get(kind, 0 if module not in TAKERS and kind == 'bias' else None)
+    if axis is None or leaf.shape[axis] % mesh.shape['fsdp']:
+      return replicated(mesh)
+    return NamedSharding(mesh, P(*[None] * axis, 'fsdp'))
+
+  return jax.tree_util.tree_map_with_path(place, shapes)
+
+
+def mesh_for(weight_bytes: int, split: int | None = None) -> Mesh:
+  """All devices of this process, of which each `split` share one copy of the weights.
+
+  None takes the fewest that keep half of their memory free, one if that is not known, as of CPUs.
+  InputError if `split` does not divide the devices.
+  """
+  devices = jax.local_devices()
+  ways = [count for count in range(1, len(devices) + 1) if len(devices) % count == 0]
+  if split is None:
+    memory = (devices[0].memory_stats() or {}).get('bytes_limit', math.inf)
+    split = next((count for count in ways if weight_bytes / count <= memory / 2), ways[-1])
+  if split not in ways:
+    raise InputError(
+      f'--split-weights is {split}; of {len(devices)} devices use {", ".join(map(str, ways))}.'
+    )
+  return make_mesh(split, devices)
 
 
 def of_state(mesh: Mesh, state: dict[str, Any], zero1: bool) -> dict[str, Any]:

@@ -8,11 +8,11 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / 'ip2p_jax'
 FLOORS = (
   ('errors',),
-  ('attention', 'bundled', 'config', 'console', 'parameters', 'storage'),
+  ('attention', 'bundled', 'config', 'console', 'parameters', 'sharding', 'storage'),
   ('models', 'diffusion', 'weights', 'images', 'text'),
-  ('networks', 'alignment', 'prompt_to_prompt', 'similarity', 'language'),
-  ('prompts',),
-  ('optimizer', 'lora', 'loss', 'sharding', 'flops', 'metrics', 'data'),
+  ('networks', 'alignment', 'prompt_to_prompt', 'similarity', 'language_program'),
+  ('language', 'prompts'),
+  ('optimizer', 'lora', 'loss', 'flops', 'metrics', 'data'),
   ('checkpoints', 'edit_program', 'inversion', 'pair_program', 'train_step', 'triplets'),
   ('editor', 'language_step', 'language_workdir'),
   ('edit_files', 'convert', 'previews', 'setup_run', 'captions', 'training_loop'),

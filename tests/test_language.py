@@ -14,7 +14,7 @@ import transformers
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from ip2p_jax import language
+from ip2p_jax import language, language_program
 from ip2p_jax.errors import InputError
 from ip2p_jax.language import Language, write
 from ip2p_jax.weights.language_folder import read_language, write_language
@@ -292,7 +292,7 @@ def test_drawing_follows_the_probabilities(rng):
   scores = np.float32(3 * rng.standard_normal((1, 300)))
   scores[0, 7:140] = -np.inf  # more than a block of impossible ones
   uniform = ((np.arange(4096) + 0.5) / 4096).astype(np.float32)
-  found = language.draw(jnp.repeat(jnp.array(scores), 4096, 0), uniform)
+  found = language_program.draw(jnp.repeat(jnp.array(scores), 4096, 0), uniform)
   expected = np.exp(scores[0]) / np.exp(scores[0]).sum()
   np.testing.assert_allclose(np.bincount(found, minlength=300) / 4096, expected, atol=2 / 4096)
   assert np.all(np.diff(found) >= 0)
@@ -302,7 +302,7 @@ def test_drawing_never_takes_what_is_impossible(rng):
   scores = np.full((4, 300), -np.inf, np.float32)
   scores[np.arange(4), [0, 127, 128, 299]] = [1, -50, 80, 0]
   for uniform in (0.0, 0.5, 1 - 2**-24):
-    found = language.draw(scores, np.full(4, uniform, np.float32))
+    found = language_program.draw(scores, np.full(4, uniform, np.float32))
     np.testing.assert_array_equal(found, [0, 127, 128, 299])
 
 
@@ -311,7 +311,7 @@ def test_top_p_keeps_the_tokens_that_transformers_keeps(rng, top_p):
   scores = np.float32(2 * rng.standard_normal((5, 200)))
   warper = transformers.TopPLogitsWarper(top_p)
   theirs = torch.isfinite(warper(None, torch.from_numpy(scores))).numpy()
-  found = np.asarray(language.nucleus(jnp.array(scores), jnp.float32(top_p)))
+  found = np.asarray(language_program.nucleus(jnp.array(scores), jnp.float32(top_p)))
   np.testing.assert_array_equal(np.isfinite(found), theirs)
   np.testing.assert_array_equal(found[theirs], scores[theirs])
 
