@@ -127,7 +127,10 @@ def edit(
   interval: Annotated[
     tuple[float, float], Option(help='Part of the steps to guide in, as in 0.2 0.8; saves time.')
   ] = (0.0, 1.0),
-  batch_size: Annotated[int, Option(min=1, help='Pictures at a time.')] = 4,
+  batch_size: Annotated[
+    int | None,
+    Option(min=1, help='Pictures at a time, on all devices together; 4 for each if left out.'),
+  ] = None,
   dtype: Annotated[
     str | None, Option(help='float32, bfloat16 or float16; by default float32 on a CPU only.')
   ] = None,
@@ -176,6 +179,7 @@ def edit(
   _say(f'seed {seed}')
   cache_compilations()
   model = Editor.load(ckpt, dtype, variant=variant, ema=ema, prediction_type=prediction_type)
+  batch_size = batch_size or 4 * model.mesh.size
   networks = model.networks
   resolution = resolution or networks.unet_config.sample_size * networks.vae_config.factor
   settings = options | {

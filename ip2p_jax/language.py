@@ -29,6 +29,7 @@ from ip2p_jax.weights import names
 from ip2p_jax.weights.files import float_dtype
 from ip2p_jax.weights.language_folder import LanguageCheckpoint, read_language
 
+SLOTS = 64  # for each copy of the weights
 READ_AT_ONCE = 8  # prompts, by each group of devices
 LEAST_PROMPT = 16  # lengths of prompts are filled up to powers of two, ...
 CACHE_BLOCK = 64  # ... and those of the cache to multiples of this: one program for each
@@ -124,7 +125,7 @@ def write(
   frequency_penalty: float = 0.0,
   stop: str | None = '\nEND',
   max_tokens: int = 256,
-  slots: int = 64,
+  slots: int | None = None,
 ) -> Iterator[Completion]:
   """Continues every prompt; yields as rows end, in whatever order.
 
@@ -140,11 +141,13 @@ def write(
     frequency_penalty: taken off a token's logit for each time that the row has it already.
     stop: a text ends before it; None for no stop.
     max_tokens: a text has no more; nor more than the model's context has room for.
-    slots: rows at a time; more of them are faster in all and take more memory.
+    slots: rows at a time, on all devices together; more of them are faster in all and take more
+      memory. None takes SLOTS for each copy of the weights.
 
   Raises:
     InputError: an argument is out of range, or a prompt is empty or too long for the model.
   """
+  slots = SLOTS * language.mesh.shape['data'] if slots is None else slots
   knobs = _knobs(temperature, top_p, frequency_penalty)
   for name, count in (('max_tokens', max_tokens), ('slots', slots)):
     if not 1 <= count < 2**15:

@@ -139,15 +139,21 @@ def mesh_for(weight_bytes: int, split: int | None = None) -> Mesh:
   InputError if `split` does not divide the devices.
   """
   devices = jax.local_devices()
-  ways = [count for count in range(1, len(devices) + 1) if len(devices) % count == 0]
   if split is None:
     memory = (devices[0].memory_stats() or {}).get('bytes_limit', math.inf)
-    split = next((count for count in ways if weight_bytes / count <= memory / 2), ways[-1])
-  if split not in ways:
+    split = fewest(weight_bytes, memory, len(devices))
+  if split < 1 or len(devices) % split:
     raise InputError(
-      f'--split-weights is {split}; of {len(devices)} devices use {", ".join(map(str, ways))}.'
+      f'weights cannot be split over {split} of {len(devices)} devices; use a divisor of'
+      f' {len(devices)}.'
     )
   return make_mesh(split, devices)
+
+
+def fewest(weight_bytes: int, memory: float, devices: int) -> int:
+  """How many devices have to share the weights so that half of each one's memory is left."""
+  ways = [count for count in range(1, devices + 1) if devices % count == 0]
+  return next((count for count in ways if weight_bytes / count <= memory / 2), devices)
 
 
 def of_state(mesh: Mesh, state: dict[str, Any], zero1: bool) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import transformers
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from ip2p_jax import language, language_program
+from ip2p_jax import language, language_program, sharding
 from ip2p_jax.errors import InputError
 from ip2p_jax.language import Language, write
 from ip2p_jax.weights.language_folder import read_language, write_language
@@ -200,6 +200,33 @@ def test_a_text_depends_on_its_prompt_and_seed_only(model):
     found = texts(model, [PROMPTS[i] for i in order], [SEEDS[i] for i in order], slots=slots)
     for i, completion in zip(order, found, strict=True):
       assert completion[1:] == expected[i][1:]
+
+
+@pytest.mark.parametrize('kind', ['qwen2', 'smollm2'])  # of smollm2, no heads can be split
+def test_texts_and_bytes_of_many_devices_are_those_of_one(kind, tmp_path, monkeypatch):
+  changes = {'num_attention_heads': 8, 'num_key_value_heads': 4, 'hidden_size': 64}
+  llamas.write(tmp_path, kind, **(changes if kind == 'qwen2' else {}))
+  with monkeypatch.context() as patch:
+    patch.setattr(jax, 'local_devices', lambda: jax.devices()[:1])
+    lone = Language.load(tmp_path)
+  settings = {'temperature': 1.0, 'top_p': 0.95, 'frequency_penalty': 0.3, 'max_tokens': 30}
+  prompts, seeds = PROMPTS * 3, range(3 * len(PROMPTS))
+  expected = texts(lone, prompts, seeds, **settings)
+  assert lone.mesh.size == 1
+  total = sum(leaf.nbytes for leaf in jax.tree.leaves(lone.params))
+  whole = sum(leaf.nbytes for leaf in jax.tree.leaves(lone.params) if leaf.ndim == 1)
+  for split in (1, 4):
+    model = Language.load(tmp_path, split=split)
+    held = sharding.bytes_per_device(model.params, jax.tree.map(lambda x: x.sharding, model.params))
+    assert total / split <= held <= whole + (total - whole) / split
+    assert texts(model, prompts, seeds, **settings) == expected
+
+
+def test_weights_are_split_over_as_few_devices_as_leave_room():
+  assert [sharding.fewest(15, memory, 8) for memory in (30, 29, 10, 7, 1)] == [1, 2, 4, 8, 8]
+  assert sharding.fewest(15, float('inf'), 8) == 1
+  with pytest.raises(InputError, match='over 3 of 8 devices; use a divisor of 8'):
+    sharding.mesh_for(15, 3)
 
 
 def test_all_64_bits_of_a_seed_matter(model):
