@@ -217,8 +217,8 @@ def _split(kernel, mesh: Mesh | None, batch: int):
   return jax.shard_map(kernel, mesh=mesh, in_specs=(rows,) * 3, out_specs=rows, check_vma=False)
 
 
-def _is_split(mesh: Mesh) -> bool:
-  """Whether this is inside a shard_map over the mesh, so that each device has its rows already."""
+def _is_split(mesh):
+  """Whether a shard_map over the mesh is around this: then each device has its own rows already."""
   return set(mesh.axis_names) <= set(jax.sharding.get_abstract_mesh().manual_axes)
 
 

@@ -135,7 +135,10 @@ def edit(
   interval: Annotated[
     tuple[float, float], Option(help='Part of the steps to guide in, as in 0.2 0.8; saves time.')
   ] = (0.0, 1.0),
-  batch_size: Annotated[int, Option(min=1, help='Pictures at a time.')] = 4,
+  batch_size: Annotated[
+    int | None,
+    Option(min=1, help='Pictures at a time, on all devices together; 4 for each if left out.'),
+  ] = None,
   dtype: Annotated[
     str | None, Option(help='float32, bfloat16 or float16; by default float32 on a CPU only.')
   ] = None,
@@ -184,6 +187,7 @@ def edit(
   _say(f'seed {seed}')
   cache_compilations()
   model = Editor.load(ckpt, dtype, variant=variant, ema=ema, prediction_type=prediction_type)
+  batch_size = batch_size or 4 * model.mesh.size
   networks = model.networks
   resolution = resolution or networks.unet_config.sample_size * networks.vae_config.factor
   settings = options | {
@@ -574,7 +578,10 @@ def plan(
     int | None, Option(min=8, help='With edits and pairs: of the pictures, pixels; 512 by default.')
   ] = None,
   batch_size: Annotated[
-    int | None, Option(min=1, help='With edits and pairs: of one call; 8 by default.')
+    int | None,
+    Option(
+      min=1, help='With edits and pairs: of one call, on all devices of a host; 8 each by default.'
+    ),
   ] = None,
   steps: Annotated[
     int | None, Option(min=1, help='With edits and pairs: of the sampler; 100 by default.')
@@ -592,7 +599,7 @@ def plan(
 
   ip2p plan --quick --topology v6e-8 --topology v4-8 --config configs/train_512.py --device-batch 16
 
-  ip2p plan --topology v5e-8 --of edits --size 512 --batch-size 4
+  ip2p plan --topology v5e-8 --of edits --size 512 --batch-size 32
 
   ip2p plan --topology a100-40 --topology h100x8 --device-batch 32
 
@@ -624,11 +631,14 @@ def plan(
   else:
     networks = networks_of(checkpoints.load(ckpt))
   if of != 'training':
-    work = plan_sampling.Work(of, size or 512, batch_size or 8, steps or 100)
+    work = {
+      name: plan_sampling.work_on(name, of, size or 512, batch_size, steps or 100)
+      for name in topology
+    }
     check = check_is_editor if of == 'edits' else check_is_text_to_image
     check(networks, str(ckpt))
-    if work.size % networks.vae_config.factor:
-      raise InputError(f'--size is {work.size}; use a multiple of {networks.vae_config.factor}.')
+    if (size or 512) % networks.vae_config.factor:
+      raise InputError(f'--size is {size or 512}; use a multiple of {networks.vae_config.factor}.')
   failed = 0
   for name in topology:
     with ticking('compiling'):
@@ -636,7 +646,7 @@ def plan(
         found = planning.plan(settings[name], networks, name, not from_pictures, _say, quick)
         text = planning.report(found, settings[name])
       else:
-        found = plan_sampling.plan_sampling(networks, work, name, _say, quick)
+        found = plan_sampling.plan_sampling(networks, work[name], name, _say, quick)
         text = plan_sampling.report(found)
     print(text)
     failed += not found.compiled.fits

@@ -104,7 +104,7 @@ def describe(topology: str) -> list[Any]:
   try:
     found = topologies.get_topology_desc(
       topology_name='', platform='cuda', target_config=_TARGET.format(gpu=gpu),
-      topology=f'1x{count}x1',
+      topology=f'1x1x{count}',  # slices, hosts of each, GPUs of a host
     )  # fmt: skip
   except Exception as error:
     raise InputError(

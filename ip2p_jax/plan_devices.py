@@ -1,6 +1,7 @@
 """TPUs and GPUs that need not be there: their names, their data, and devices to compile for."""
 
 import importlib.util
+import math
 import os
 import re
 from typing import Any, NamedTuple
@@ -38,11 +39,11 @@ CHIPS = {
 SLICES = {
   'v3-8': 'v3:2x2', 'v3-32': 'v3:4x4', 'v3-128': 'v3:8x8',
   'v4-8': 'v4:2x2x1', 'v4-16': 'v4:2x2x2', 'v4-32': 'v4:2x2x4', 'v4-64': 'v4:2x4x4',
-  'v5e-4': 'v5e:2x2', 'v5e-8': 'v5e:2x4', 'v5e-16': 'v5e:4x4', 'v5e-32': 'v5e:4x8',
-  'v5e-64': 'v5e:8x8', 'v5e-128': 'v5e:8x16', 'v5e-256': 'v5e:16x16',
+  'v5e-1': 'v5e:1x1', 'v5e-4': 'v5e:2x2', 'v5e-8': 'v5e:2x4', 'v5e-16': 'v5e:4x4',
+  'v5e-32': 'v5e:4x8', 'v5e-64': 'v5e:8x8', 'v5e-128': 'v5e:8x16', 'v5e-256': 'v5e:16x16',
   'v5p-8': 'v5p:2x2x1', 'v5p-16': 'v5p:2x2x2', 'v5p-32': 'v5p:2x2x4', 'v5p-64': 'v5p:2x4x4',
-  'v6e-4': 'v6e:2x2', 'v6e-8': 'v6e:2x4', 'v6e-16': 'v6e:4x4', 'v6e-32': 'v6e:4x8',
-  'v6e-64': 'v6e:8x8', 'v6e-256': 'v6e:16x16',
+  'v6e-1': 'v6e:1x1', 'v6e-4': 'v6e:2x2', 'v6e-8': 'v6e:2x4', 'v6e-16': 'v6e:4x4',
+  'v6e-32': 'v6e:4x8', 'v6e-64': 'v6e:8x8', 'v6e-256': 'v6e:16x16',
 }  # fmt: skip
 # Else libtpu asks Google's network who it is, complains of having no answer, and a second process
 # may not load it. Programs are the same.
@@ -73,6 +74,9 @@ def describe(topology: str) -> list[Any]:
   try:
     # Both cores of a v4 are one device, as they are where JAX runs; the compiler has to be told.
     options = {'chip_config_name': 'megacore'} if generation(name) == 'v4' else {}
+    sides = [int(side) for side in name.split(':')[1].split('x')]
+    if generation(name) in ('v5e', 'v6e') and math.prod(sides) <= 8:  # all on one host
+      options['chips_per_host_bounds'] = (*sides, 1)
     found = topologies.get_topology_desc(platform='tpu', topology_name=name, **options)
     return list(found.devices)
   except Exception as error:

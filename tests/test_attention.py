@@ -174,6 +174,14 @@ def test_what_is_laid_beside_odd_tokens_for_cudnn_is_not_seen(
   assert asked == [('cudnn', 0, 0, *lengths)]
 
 
+def test_the_tpu_kernel_runs_where_each_device_has_its_rows_already(rng):
+  mesh = sharding.make_mesh(2)
+  q, k, v = qkv(rng, (8, 128, 1, 16), 'float32')
+  kernel = lambda *rows: splash(*rows, mesh=mesh, interpret=True)
+  apart = sharding.each_its_rows(kernel, mesh, (sharding.ROWS,) * 3, sharding.ROWS)
+  assert relative_error(jax.jit(apart)(q, k, v), attend(q, k, v)) <= 1e-5
+
+
 @pytest.mark.parametrize('batch', [8, 3], ids=['shared', 'whole'])
 def test_the_tpu_kernel_runs_over_a_mesh(batch, rng):
   mesh = sharding.make_mesh(2)

@@ -272,7 +272,8 @@ def test_an_unknown_topology_is_named(name):
 
 
 @pytest.mark.parametrize(
-  ('name', 'devices'), [('v3-8', 8), ('v4-8', 4), ('v5e-16', 16), ('v5p-64', 32), ('v6e-8', 8)]
+  ('name', 'devices'),
+  [('v5e-1', 1), ('v3-8', 8), ('v4-8', 4), ('v5e-16', 16), ('v5p-64', 32), ('v6e-8', 8)],
 )
 def test_a_slice_has_as_many_devices_as_jax_finds_there(name, devices):
   pytest.importorskip('libtpu')
@@ -325,12 +326,35 @@ def test_the_tpu_compiler_compiles_the_step(networks):
 def test_the_tpu_compiler_compiles_edits_and_pairs(made, unet, more):
   pytest.importorskip('libtpu')
   networks = networks_of(reference.checkpoint(unet)[0])
-  found = plan_sampling.plan_sampling(networks, plan_sampling.Work(made, 64, 2, 4), 'v5e-4')
-  longer = plan_sampling.plan_sampling(networks, plan_sampling.Work(made, 64, 2, 8), 'v5e-4')
-  assert found.compiled.fits and not found.compiled.collectives
+  # 32 x 32 latents: the finest level has 1024 tokens, which get the kernel.
+  work = plan_sampling.Work(made, 128, 4, 4)
+  with jax.default_matmul_precision('default'):  # no kernel takes the tests' 'highest'
+    found = plan_sampling.plan_sampling(networks, work, 'v5e-4')
+    longer = plan_sampling.plan_sampling(networks, work._replace(steps=8), 'v5e-4')
+  assert found.compiled.fits and found.devices == 4 and not found.compiled.collectives
   assert 0 < found.compiled.temporary_bytes < plan_devices.GIB
   # Loops count as often as they go round.
   assert longer.compiled.cycles > 1.2 * found.compiled.cycles
   assert longer.analytic_flops > more * found.analytic_flops
   text = plan_sampling.report(found)
   assert text.startswith('v5e-4: fits') and f'{made} an hour' in text
+
+
+@pytest.mark.parametrize(('made', 'unet'), [
+  ('edits', reference.TINY_UNET), ('pairs', reference.TINY_UNET | {'in_channels': 4}),
+])  # fmt: skip
+def test_what_is_planned_is_what_several_devices_run_with_the_kernel(made, unet):
+  """Lowered for a TPU's devices; jax refuses here what it would refuse there."""
+  pytest.importorskip('libtpu')
+  networks = networks_of(reference.checkpoint(unet)[0])
+  mesh = plan_sampling.host_mesh('v5e-4')
+  lowered, _ = plan_sampling.lower_call(networks, plan_sampling.Work(made, 128, 4, 2), mesh)
+  assert 'tpu_custom_call' in lowered.as_text()
+
+
+def test_a_batch_that_a_host_cannot_share_is_refused():
+  pytest.importorskip('libtpu')
+  assert plan_sampling.work_on('v5e-16', 'pairs', 64, None, 2).batch == 4 * 8
+  assert plan_sampling.host_mesh('v5e-8').size == 8
+  with pytest.raises(InputError, match='--batch-size is 6; use a multiple of the 4 devices'):
+    plan_sampling.work_on('v5e-16', 'pairs', 64, 6, 2)
