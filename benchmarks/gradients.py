@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from bench_tpu import append, options, schedule_of
 from flax import nnx
 
-from ip2p_jax import plan, sharding
+from ip2p_jax import plan_devices, program_text, sharding
 from ip2p_jax.models import layers
 from ip2p_jax.train_step import cast, sum_gradients
 
@@ -45,7 +45,7 @@ class Blocks(nnx.Module):
 
 def measure(topology: str, size: tuple[int, int, int], is_whole: bool) -> dict:
   examples, side, channels = size
-  mesh = sharding.make_mesh(devices=plan.describe(topology))
+  mesh = sharding.make_mesh(devices=plan_devices.describe(topology))
   definition, params = layers.abstract(lambda keys: Blocks(channels, keys))
   parts = jax.tree.map(lambda leaf: sharding.split(mesh, leaf.shape, mesh.axis_names), params)
   everywhere, rows = sharding.replicated(mesh), sharding.of_batch(mesh)
@@ -68,7 +68,7 @@ def measure(topology: str, size: tuple[int, int, int], is_whole: bool) -> dict:
   params = jax.tree.map(lambda leaf: place(leaf.shape, everywhere, jnp.float32), params)
   compiled = jax.jit(step, out_shardings=parts).lower(params, batch).compile()
   exchanged, schedule = collections.Counter(), schedule_of(topology, compiled)
-  for one in plan.collectives_of(compiled.as_text()):
+  for one in program_text.collectives_of(compiled.as_text()):
     exchanged[one.kind] += one.bytes * one.times / 1e6
   return {
     'ms': schedule.ms, 'exchanged': dict(exchanged), 'temporary': schedule.temporary / 1e6

@@ -109,7 +109,7 @@ class Jax:
       checkpoint.tensors[part],
       jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), networks.shapes[part]),
       part,
-      place=lambda view: jax.block_until_ready(jax.device_put(np.array(view, order='C'))),
+      place=lambda view, _: jax.block_until_ready(jax.device_put(np.array(view, order='C'))),
     )
     unet = parameters.flatten(read('unet', np.float32))
     recipe = train_step.Recipe(

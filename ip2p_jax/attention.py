@@ -50,7 +50,8 @@ class Row(NamedTuple):
   """Where a kernel can run, and from how many queries on it pays.
 
   Attributes:
-    capability: least compute capability of a GPU (9.0 is Hopper), or generation of a TPU.
+    capability: least compute capability of a GPU (9.0 is Hopper), or generation of a TPU; those
+      `before` another.
     width: largest number of channels of a head; `multiple` divides it.
     tokens: least number of queries; a choice of ours, the rest is the kernel's.
     block: divides the numbers of queries and keys.
@@ -60,6 +61,7 @@ class Row(NamedTuple):
   kernel: str
   platform: str
   capability: float
+  before: float
   width: int
   multiple: int
   tokens: int
@@ -71,9 +73,11 @@ HALVES = ('bfloat16', 'float16')
 # The first row that holds is taken; XLA's own attention where none does. XLA writes all scores to
 # memory, which is what long attentions spend their time on; below these lengths they are few.
 KERNELS = (
-  Row('splash', 'tpu', 4.0, 256, 8, 1024, 128, ('bfloat16', 'float32')),  # a v3 cannot run it
-  Row('cudnn', 'gpu', 9.0, 256, 8, 256, 1, HALVES),
-  Row('cudnn', 'gpu', 8.0, 128, 8, 256, 1, HALVES),
+  # A v3 cannot run it.
+  Row('splash', 'tpu', 4.0, math.inf, 256, 8, 1024, 128, ('bfloat16', 'float32')),
+  # Wide heads have gradients on Hopper alone (cuDNN's support matrix, 9.18).
+  Row('cudnn', 'gpu', 9.0, 10.0, 256, 8, 256, 1, HALVES),
+  Row('cudnn', 'gpu', 8.0, math.inf, 128, 8, 256, 1, HALVES),
 )
 CHOICES = ('auto', 'xla', 'splash', 'cudnn')
 
@@ -84,7 +88,7 @@ def dispatch(choice: str = 'auto', mesh: Mesh | None = None) -> Attention:
   Args:
     choice: 'auto' follows KERNELS; 'xla' uses no kernel; 'splash' and 'cudnn' are used wherever
       they can run, however short the attention.
-    mesh: batches are split over all its axes. A TPU's kernel needs to be told; XLA finds out.
+    mesh: batches are split over all its axes. Kernels need to be told.
 
   Raises InputError for a kernel that the devices do not have.
   """
@@ -94,7 +98,7 @@ def dispatch(choice: str = 'auto', mesh: Mesh | None = None) -> Attention:
   if choice not in CHOICES:
     raise InputError(f'attention is {choice!r}; use one of {", ".join(CHOICES)}.')
   if choice not in ('auto', 'xla') and not any(
-    row.kernel == choice and row.platform == platform and row.capability <= capability
+    row.kernel == choice and row.platform == platform and row.capability <= capability < row.before
     for row in KERNELS
   ):
     raise InputError(
@@ -102,7 +106,8 @@ def dispatch(choice: str = 'auto', mesh: Mesh | None = None) -> Attention:
     )
   if choice == 'xla' or platform not in {row.platform for row in KERNELS}:
     return attend
-  kernels = {'splash': functools.partial(splash, mesh=mesh), 'cudnn': _cudnn, 'xla': attend}
+  kernels = {kernel.__name__: functools.partial(kernel, mesh=mesh) for kernel in (splash, cudnn)}
+  kernels['xla'] = attend
 
   def attention(q, k, v, site=None):
     shape = (q.shape[1], k.shape[1], q.shape[-1])
@@ -132,7 +137,7 @@ def kernel_for(
   for row in KERNELS:
     if (
       (row.platform, choice) in ((platform, 'auto'), (platform, row.kernel))
-      and capability >= row.capability
+      and row.capability <= capability < row.before
       and width <= row.width
       and width % row.multiple == 0
       and (choice != 'auto' or queries >= row.tokens)
@@ -143,8 +148,24 @@ def kernel_for(
   return 'xla'
 
 
-def _cudnn(q, k, v):
-  return jax.nn.dot_product_attention(q, k, v, implementation='cudnn')
+def cudnn(q: Array, k: Array, v: Array, *, mesh: Mesh | None = None) -> Array:
+  """A GPU's flash attention, of NVIDIA's cuDNN.
+
+  Its gradients want even numbers of queries and keys; of odd ones, such as the 77 tokens of a text,
+  one more is laid beside and hidden by the lengths.
+  """
+  queries, keys = q.shape[1], k.shape[1]
+  even = lambda x: jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
+
+  def kernel(q, k, v):
+    lengths = {}
+    if queries % 2 or keys % 2:
+      of = lambda count: jnp.full(q.shape[0], count, jnp.int32)
+      lengths = {'query_seq_lengths': of(queries), 'key_value_seq_lengths': of(keys)}
+    return jax.nn.dot_product_attention(q, k, v, implementation='cudnn', **lengths)
+
+  # jax can split this kernel, but not its lengths.
+  return _split(kernel, mesh, q.shape[0])(even(q), even(k), even(v))[:, :queries]
 
 
 def splash(
@@ -182,13 +203,23 @@ def splash(
 
   # Kept as scaled, else the scaling is a pass of its own, and again when q is computed again.
   q = checkpoint_name(q * q.shape[-1] ** -0.5, ATTENTION_OUT)
-  if mesh is not None and mesh.size > 1:
-    # XLA cannot split a kernel by itself. A batch that cannot be shared is done whole by each.
-    rows = P(mesh.axis_names) if q.shape[0] % mesh.size == 0 else P()
-    heads_first = jax.shard_map(
-      heads_first, mesh=mesh, in_specs=(rows,) * 3, out_specs=rows, check_vma=False
-    )
-  return heads_first(q, k, v)
+  return _split(heads_first, mesh, q.shape[0])(q, k, v)
+
+
+def _split(kernel, mesh: Mesh | None, batch: int):
+  """The kernel, each device with its own rows of q, k and v; XLA cannot split it by itself.
+
+  A batch that cannot be shared is done whole by each.
+  """
+  if mesh is None or mesh.size == 1 or _is_split(mesh):
+    return kernel
+  rows = P(mesh.axis_names) if batch % mesh.size == 0 else P()
+  return jax.shard_map(kernel, mesh=mesh, in_specs=(rows,) * 3, out_specs=rows, check_vma=False)
+
+
+def _is_split(mesh):
+  """Whether a shard_map over the mesh is around this: then each device has its own rows already."""
+  return set(mesh.axis_names) <= set(jax.sharding.get_abstract_mesh().manual_axes)
 
 
 def _tile(length):

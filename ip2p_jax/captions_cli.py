@@ -27,7 +27,7 @@ from ip2p_jax.weights.language_folder import read_language
 OF_SERVER = ('server_model', 'api', 'key_variable', 'examples', 'from_triplets', 'body',
              'concurrency', 'timeout', 'retries', 'prompt_price', 'completion_price',
              'yes')  # fmt: skip
-OF_MODEL = ('slots', 'dtype')
+OF_MODEL = ('slots', 'split_weights', 'dtype')
 MOST_DOLLARS = 1e6  # per million tokens
 
 app = typer.Typer(
@@ -106,8 +106,22 @@ def write(
   ] = None,
   shard: Annotated[str, Option(help='i/n: this worker of n that share the captions.')] = '0/1',
   slots: Annotated[
-    int, Option(min=1, max=MOST_TOKENS, help='With --model: captions at a time.')
-  ] = 64,
+    int | None,
+    Option(
+      min=1,
+      max=MOST_TOKENS,
+      help='With --model: captions at a time, on all devices; 64 for each copy of the weights if'
+      ' left out.',
+    ),
+  ] = None,
+  split_weights: Annotated[
+    int | None,
+    Option(
+      min=1,
+      help='With --model: devices that share one copy of the weights; if left out, as few as keep'
+      ' half of their memory free.',
+    ),
+  ] = None,
   dtype: Annotated[
     str | None, Option(help='With --model: float32 or bfloat16; by default float32 on a CPU only.')
   ] = None,
@@ -182,7 +196,7 @@ def write(
     identity |= {'examples': _digest(shown), 'body': _digest(asked.body)}  # that may hold secrets
     complete = caption_server.backend(asked, writing, usage, _once(tqdm.write))
   else:
-    loaded, identity = _load(model, dtype)
+    loaded, identity = _load(model, dtype, split_weights)
     complete = local(loaded, writing, slots)
 
   def confirm(texts):
@@ -266,7 +280,7 @@ def _check_options(context, names, backend) -> None:
       raise InputError(f'{parameter.opts[0]} goes with {backend}; leave it out.')
 
 
-def _load(folder, dtype):
+def _load(folder, dtype, split):
   """A model of this machine, and what tells it apart."""
   cache_compilations()
   dtype = dtype or ('float32' if jax.default_backend() == 'cpu' else 'bfloat16')
@@ -277,12 +291,12 @@ def _load(folder, dtype):
     'weights': weights_digest(checkpoint.tensors),
     'tokenizer': hashlib.blake2b(checkpoint.tokenizer, digest_size=8).hexdigest(),
   }
-  model = language.Language.of(checkpoint, dtype)
+  model = language.Language.of(checkpoint, dtype, split)
   return model, identity | {'config': _digest(dataclasses.asdict(model.config))}
 
 
-def local(model: language.Language, writing: Writing, slots: int) -> Complete:
-  """Asks a model on the devices of this machine, `slots` captions at a time."""
+def local(model: language.Language, writing: Writing, slots: int | None = None) -> Complete:
+  """Asks a model on the devices of this machine; `slots` as of `language.write`."""
 
   def complete(captions, seeds):
     prompts = [triplets.prompt(caption) for caption in captions]

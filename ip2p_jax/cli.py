@@ -20,7 +20,15 @@ import typer
 from tqdm import tqdm
 from typer import Option
 
-from ip2p_jax import bundled, captions_cli, checkpoints, edit_files, plan_sampling
+from ip2p_jax import (
+  bundled,
+  captions_cli,
+  checkpoints,
+  edit_files,
+  gpus,
+  plan_devices,
+  plan_sampling,
+)
 from ip2p_jax import convert as conversion
 from ip2p_jax import images as pictures
 from ip2p_jax import plan as planning
@@ -127,7 +135,10 @@ def edit(
   interval: Annotated[
     tuple[float, float], Option(help='Part of the steps to guide in, as in 0.2 0.8; saves time.')
   ] = (0.0, 1.0),
-  batch_size: Annotated[int, Option(min=1, help='Pictures at a time.')] = 4,
+  batch_size: Annotated[
+    int | None,
+    Option(min=1, help='Pictures at a time, on all devices together; 4 for each if left out.'),
+  ] = None,
   dtype: Annotated[
     str | None, Option(help='float32, bfloat16 or float16; by default float32 on a CPU only.')
   ] = None,
@@ -176,6 +187,7 @@ def edit(
   _say(f'seed {seed}')
   cache_compilations()
   model = Editor.load(ckpt, dtype, variant=variant, ema=ema, prediction_type=prediction_type)
+  batch_size = batch_size or 4 * model.mesh.size
   networks = model.networks
   resolution = resolution or networks.unet_config.sample_size * networks.vae_config.factor
   settings = options | {
@@ -533,7 +545,11 @@ def _filter_to_shards(sources, out, *how, holdout):
 
 def plan(
   topology: Annotated[
-    list[str], Option(help='A slice such as v5e-16, or a shape such as v5e:4x4; may be repeated.')
+    list[str],
+    Option(
+      help='A slice of TPUs (v5e-16, or its shape v5e:4x4), or GPUs of one host (h100, h100x8); may'
+      ' be repeated.'
+    ),
   ],
   config: Annotated[
     Path | None,
@@ -562,26 +578,34 @@ def plan(
     int | None, Option(min=8, help='With edits and pairs: of the pictures, pixels; 512 by default.')
   ] = None,
   batch_size: Annotated[
-    int | None, Option(min=1, help='With edits and pairs: of one call; 8 by default.')
+    int | None,
+    Option(
+      min=1, help='With edits and pairs: of one call, on all devices of a host; 8 each by default.'
+    ),
   ] = None,
   steps: Annotated[
     int | None, Option(min=1, help='With edits and pairs: of the sampler; 100 by default.')
   ] = None,
   quick: Annotated[
     bool,
-    Option('--quick', help='Compile sooner, to tell whether it fits but not how long it takes.'),
+    Option(
+      '--quick', help='On TPUs: compile sooner; tells whether it fits, not how long it takes.'
+    ),
   ] = False,
 ) -> None:
-  """Tells what work needs on TPUs: does it fit, what does it cost. No TPU is needed.
+  """Tells what work needs on TPUs or GPUs: does it fit, what does it cost. Neither is needed.
 
   ip2p plan --topology v5e-16 --device-batch 32
 
   ip2p plan --quick --topology v6e-8 --topology v4-8 --config configs/train_512.py --device-batch 16
 
-  ip2p plan --topology v5e-8 --of edits --size 512 --batch-size 4
+  ip2p plan --topology v5e-8 --of edits --size 512 --batch-size 32
 
-  The real compiler compiles the real program, which takes 7 to 60 minutes at full size on two
-  cores, and up to 16 GB. It comes with `pip install 'jax[tpu]'`.
+  ip2p plan --topology a100-40 --topology h100x8 --device-batch 32
+
+  The real compiler compiles the real program. At full size on two cores a TPU's takes 7 to 60
+  minutes and up to 16 GB, a GPU's about 5 minutes. They come with `pip install 'jax[tpu]'` and
+  `'jax[cuda13]'`. GPUs: a100-40, a100-80, a6000, h100, h200, b200.
   """
   if of not in ('training', 'edits', 'pairs'):
     raise InputError(f'--of is {of!r}; use training, edits or pairs.')
@@ -592,7 +616,9 @@ def plan(
      '--config': config},
   )  # fmt: skip
   for name in topology:
-    planning.describe(name)
+    if quick and gpus.is_gpu(name):
+      raise InputError(f"--quick: of no use with {name}; a GPU's compiler does not know it.")
+    plan_devices.describe(name)
   settings = {}  # by topology; mistakes are refused before the first long compile
   if of == 'training':
     loaded = load_config(config or Path('configs/train_256.py'), change or [])
@@ -605,11 +631,14 @@ def plan(
   else:
     networks = networks_of(checkpoints.load(ckpt))
   if of != 'training':
-    work = plan_sampling.Work(of, size or 512, batch_size or 8, steps or 100)
+    work = {
+      name: plan_sampling.work_on(name, of, size or 512, batch_size, steps or 100)
+      for name in topology
+    }
     check = check_is_editor if of == 'edits' else check_is_text_to_image
     check(networks, str(ckpt))
-    if work.size % networks.vae_config.factor:
-      raise InputError(f'--size is {work.size}; use a multiple of {networks.vae_config.factor}.')
+    if (size or 512) % networks.vae_config.factor:
+      raise InputError(f'--size is {size or 512}; use a multiple of {networks.vae_config.factor}.')
   failed = 0
   for name in topology:
     with ticking('compiling'):
@@ -617,7 +646,7 @@ def plan(
         found = planning.plan(settings[name], networks, name, not from_pictures, _say, quick)
         text = planning.report(found, settings[name])
       else:
-        found = plan_sampling.plan_sampling(networks, work, name, _say, quick)
+        found = plan_sampling.plan_sampling(networks, work[name], name, _say, quick)
         text = plan_sampling.report(found)
     print(text)
     failed += not found.compiled.fits

@@ -6,16 +6,20 @@ steps -> VAE decode. Instructions, scales, seeds and noise are traced, so changi
 recompiles; what is static is in `Networks`, in `Plan` and in the shapes.
 """
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.sharding import Mesh
 
 from ip2p_jax.diffusion import guidance, noise, samplers
 from ip2p_jax.diffusion.denoiser import denoiser
 from ip2p_jax.networks import Networks
+from ip2p_jax.sharding import ROWS, SECOND, WHOLE, each_its_rows
 
 CONDITIONAL = (guidance.TEXT_AND_IMAGE,)
 
@@ -46,6 +50,10 @@ class Request(NamedTuple):
   step_noise: Array | None  # float32 [S, B, h, w, 4], standard normal
 
 
+# How devices share a request, field by field.
+SPLIT = Request(ROWS, ROWS, WHOLE, ROWS, ROWS, ROWS, ROWS, WHOLE, WHOLE, WHOLE, ROWS, ROWS, SECOND)
+
+
 class Conditions(NamedTuple):
   """What the UNet is told besides latents and time, computed once per edit."""
 
@@ -60,6 +68,36 @@ class Edit(NamedTuple):
 
   images: Array
   latents: Array
+
+
+class Programs(NamedTuple):
+  """The edit, and its three parts, jitted; the first argument of each is a Plan."""
+
+  edit: Callable
+  begin: Callable
+  advance: Callable
+  end: Callable
+
+
+def programs(networks: Networks, mesh: Mesh | None = None) -> Programs:
+  """Each device of the mesh edits its own rows; without a mesh, where the parameters lie."""
+  conditions = Conditions(ROWS, WHOLE, ROWS, ROWS)
+  given = (WHOLE, SPLIT)  # parameters, and the request
+
+  def jitted(f, in_specs, out_specs):
+    def run(plan, *inputs):
+      whole = functools.partial(f, networks, plan)
+      return each_its_rows(whole, mesh, in_specs, out_specs)(*inputs)
+
+    run.__name__ = f.__name__  # what profiles and logs show
+    return jax.jit(run, static_argnums=0)
+
+  return Programs(
+    jitted(edit_program, given, ROWS),
+    jitted(begin, given, (conditions, ROWS)),
+    jitted(advance, (*given, conditions, ROWS, WHOLE), ROWS),
+    jitted(end, (*given, ROWS), ROWS),
+  )
 
 
 def edit_program(networks: Networks, plan: Plan, params, request: Request) -> Edit:

@@ -5,7 +5,6 @@ VAE's factor, 8), S steps.
 """
 
 import dataclasses
-import functools
 import os
 import secrets
 import warnings
@@ -14,9 +13,10 @@ from typing import NamedTuple, Self
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from PIL import Image
 
-from ip2p_jax import attention, bundled, checkpoints, weights
+from ip2p_jax import attention, bundled, checkpoints, sharding, weights
 from ip2p_jax import edit_program as program
 from ip2p_jax import images as pictures
 from ip2p_jax.diffusion import guidance, samplers
@@ -68,18 +68,27 @@ class Sampling:
 
 
 class Editor:
-  """A checkpoint that edits pictures."""
+  """A checkpoint that edits pictures: one on one device, several on all of this process."""
 
-  def __init__(self, networks: Networks, params, tokenizer: ClipTokenizer, source: str = 'editor'):
-    """`params` holds a parameter tree each for 'unet', 'vae' and 'text_encoder'."""
+  def __init__(
+    self,
+    networks: Networks,
+    params,
+    tokenizer: ClipTokenizer,
+    source: str = 'editor',
+    mesh: Mesh | None = None,
+  ):
+    """`params` holds a parameter tree each for 'unet', 'vae' and 'text_encoder'.
+
+    `mesh` has the devices that share the pictures of a call; None takes all of this process.
+    """
     check_is_editor(networks, source)
     self.networks, self.params, self.tokenizer = networks, params, tokenizer
     self.dtype = str(jax.tree.leaves(params['unet'])[0].dtype)
-    bind = lambda f: jax.jit(functools.partial(f, networks), static_argnums=0)
-    self._program = bind(program.edit_program)
-    self._begin = bind(program.begin)
-    self._advance = bind(program.advance)
-    self._end = bind(program.end)
+    self.mesh = mesh or sharding.make_mesh(devices=jax.local_devices())
+    self._alone = program.programs(networks)
+    self._shared = program.programs(networks, self.mesh)
+    self._copies = None, None  # parameters, and the same on all devices
 
   @classmethod
   def load(
@@ -160,8 +169,9 @@ class Editor:
       init_noise, step_noise: standard normal [B, h, w, 4] and [S, B, h, w, 4], to repeat a run of
         another framework.
       resolution: of the longer side at work; None works at the picture's own size.
-      batch_size: pictures per call of the program; fewer are padded, so that one compiled program
-        serves all. None puts all pictures of one working size into one call.
+      batch_size: pictures per call of the program, on all devices together; fewer are padded, so
+        that one compiled program serves all. None puts all pictures of one working size into one
+        call.
       progress: called as (steps done, steps in all); the program then runs step by step, and
         computes keys and values of the text in each (1.6% of a step at 256 px, 0.4% at 512 px).
 
@@ -219,10 +229,11 @@ class Editor:
     step_noise: np.ndarray | None = None,
     progress: Progress | None = None,
   ) -> program.Edit:
-    """Runs the program on a batch: uint8 [B, H, W, 3] in, images and latents out, on the device.
+    """Runs the program on a batch: uint8 [B, H, W, 3] in, images and latents out, on the devices.
 
     Sides must be multiples of the VAE's factor; `mask` is float32 [B, h, w, 1]; the rest is as in
-    `edit`.
+    `edit`. Several pictures are shared by all devices, each of which has as many: some are made
+    twice if they do not divide.
     """
     images = self._checked_images(images)
     batch, height, width, _ = images.shape
@@ -251,21 +262,17 @@ class Editor:
       init_noise=_checked('init_noise', init_noise, latents_shape),
       step_noise=_checked('step_noise', step_noise, (sampling.steps, *latents_shape)),
     )
-    if progress is None:
-      return self._program(plan, self.params, request)
-    return self._stepwise(plan, request, sampling.steps, progress)
+    if batch == 1 or self.mesh.size == 1:
+      return _run(self._alone, plan, self.params, request, sampling.steps, progress)
+    request = sharding.padded_rows(self.mesh, program.SPLIT, request, batch)
+    edit = _run(self._shared, plan, self._on_all(), request, sampling.steps, progress)
+    return edit if len(request.images) == batch else program.Edit(*(x[:batch] for x in edit))
 
-  def _stepwise(self, plan, request, steps, progress) -> program.Edit:
-    """The program in parts, so that the host can count. One step is always in flight."""
-    conditions, state = self._begin(plan, self.params, request)
-    for i in range(steps):
-      previous = state
-      state = self._advance(plan, self.params, request, conditions, state, np.int32(i))
-      jax.block_until_ready(previous)
-      progress(i, steps)
-    edit = jax.block_until_ready(self._end(plan, self.params, request, state))
-    progress(steps, steps)
-    return edit
+  def _on_all(self):
+    """The parameters on every device; copied when several pictures are first made."""
+    if self._copies[0] is not self.params:
+      self._copies = self.params, sharding.copied(self.mesh, self.params)
+    return self._copies[1]
 
   def _tokens(self, name, texts, count):
     if len(texts) != count:
@@ -322,6 +329,21 @@ class Rows(NamedTuple):
 
   def take(self, rows: Sequence[int]) -> 'Rows':
     return Rows(*([column[row] for row in rows] for column in self))
+
+
+def _run(programs, plan, params, request, steps, progress) -> program.Edit:
+  """The program; in parts, so that the host can count, if there is somebody to tell."""
+  if progress is None:
+    return programs.edit(plan, params, request)
+  conditions, state = programs.begin(plan, params, request)
+  for i in range(steps):
+    previous = state
+    state = programs.advance(plan, params, request, conditions, state, np.int32(i))
+    jax.block_until_ready(previous)  # one step is always in flight
+    progress(i, steps)
+  edit = jax.block_until_ready(programs.end(plan, params, request, state))
+  progress(steps, steps)
+  return edit
 
 
 def _is_many(value):

@@ -36,6 +36,7 @@ PEAKS = (
   (r'(NVIDIA )?H100 PCIe', 756),
   (r'(NVIDIA )?A100-(SXM4|PCIE|PCIe)-(40|80)GB', 312),
   (r'(NVIDIA )?A100 80GB PCIe', 312),
+  (r'(NVIDIA )?RTX A6000', 154.8),
   (r'(NVIDIA )?L4', 121),
   (r'(NVIDIA )?A10G', 70),
   (r'(NVIDIA )?GeForce RTX 4090', 165.2),

@@ -3,22 +3,25 @@
 A batch has a fixed number of slots. A row that ends leaves its slot to the next prompt while its
 neighbours go on, so that the weights, which every step has to read whole, always serve a full
 batch. S slots, R prompts read at once, P tokens of a prompt, V vocabulary, M places of the cache.
+
+Slots are split over `data` of the mesh, weights over `fsdp`. Groups of devices that share the
+weights never talk to another.
 """
 
-import functools
 import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import Array
+from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
+from ip2p_jax import sharding
 from ip2p_jax.errors import InputError
+from ip2p_jax.language_program import STEPS, Knobs, Rows, programs
 from ip2p_jax.models import llama
 from ip2p_jax.models.layers import Params, abstract
 from ip2p_jax.models.llama import Llama, LlamaConfig
@@ -26,8 +29,8 @@ from ip2p_jax.weights import names
 from ip2p_jax.weights.files import float_dtype
 from ip2p_jax.weights.language_folder import LanguageCheckpoint, read_language
 
-STEPS = 8  # between two looks of the host; a row that ended waits for half of them
-READ_AT_ONCE = 8  # prompts
+SLOTS = 64  # for each copy of the weights
+READ_AT_ONCE = 8  # prompts, by each group of devices
 LEAST_PROMPT = 16  # lengths of prompts are filled up to powers of two, ...
 CACHE_BLOCK = 64  # ... and those of the cache to multiples of this: one program for each
 
@@ -56,26 +59,44 @@ class Language(NamedTuple):
   params: Params
   tokenizer: Tokenizer
   source: str
+  mesh: Mesh  # its `fsdp` devices share the weights
 
   @classmethod
-  def load(cls, path: str | os.PathLike, dtype: str = 'float32') -> Self:
-    """Reads a folder of transformers; `dtype` is the weights' and so the arithmetic's.
+  def load(cls, path: str | os.PathLike, dtype: str = 'float32', split: int | None = None) -> Self:
+    """Reads a folder of transformers, onto all devices of this process.
+
+    Args:
+      path: the folder.
+      dtype: the weights' and so the arithmetic's.
+      split: how many devices share one copy of the weights; None takes as few as keep half of
+        their memory free.
 
     Raises InputError naming the file, key or tensor that is amiss.
     """
-    return cls.of(read_language(path), dtype)
+    return cls.of(read_language(path), dtype, split)
 
   @classmethod
-  def of(cls, checkpoint: LanguageCheckpoint, dtype: str = 'float32') -> Self:
+  def of(
+    cls, checkpoint: LanguageCheckpoint, dtype: str = 'float32', split: int | None = None
+  ) -> Self:
     kind, source = float_dtype(dtype), checkpoint.source
     config = LlamaConfig.from_json(checkpoint.config, f'{source}/config.json')
     tokenizer = tokenizer_of(checkpoint)
     definition, shapes = abstract(lambda keys: Llama(config, rngs=keys))
     target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, kind), shapes)
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(target))
+    mesh = sharding.mesh_for(size, split)
+    target = placed(mesh, target)
     params = names.to_params(
-      checkpoint.tensors, target, 'language', source=source, place=_on_device
+      checkpoint.tensors, target, 'language', source=source, place=_on_devices
     )
-    return cls(config, definition, params, tokenizer, source)
+    return cls(config, definition, params, tokenizer, source, mesh)
+
+
+def placed(mesh: Mesh, shapes: Params) -> Params:
+  """Shapes of weights, as they lie on a mesh."""
+  of = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+  return jax.tree.map(of, shapes, sharding.of_language(mesh, shapes))
 
 
 def tokenizer_of(checkpoint: LanguageCheckpoint) -> Tokenizer:
@@ -104,7 +125,7 @@ def write(
   frequency_penalty: float = 0.0,
   stop: str | None = '\nEND',
   max_tokens: int = 256,
-  slots: int = 64,
+  slots: int | None = None,
 ) -> Iterator[Completion]:
   """Continues every prompt; yields as rows end, in whatever order.
 
@@ -120,11 +141,13 @@ def write(
     frequency_penalty: taken off a token's logit for each time that the row has it already.
     stop: a text ends before it; None for no stop.
     max_tokens: a text has no more; nor more than the model's context has room for.
-    slots: rows at a time; more of them are faster in all and take more memory.
+    slots: rows at a time, on all devices together; more of them are faster in all and take more
+      memory. None takes SLOTS for each copy of the weights.
 
   Raises:
     InputError: an argument is out of range, or a prompt is empty or too long for the model.
   """
+  slots = SLOTS * language.mesh.shape['data'] if slots is None else slots
   knobs = _knobs(temperature, top_p, frequency_penalty)
   for name, count in (('max_tokens', max_tokens), ('slots', slots)):
     if not 1 <= count < 2**15:
@@ -146,57 +169,45 @@ def has_room(language: Language, prompts: Sequence[str]) -> list[bool]:
   return [len(tokens) < most for tokens in _tokens(language, prompts)]
 
 
-class Knobs(NamedTuple):
-  """Scalars, traced: other values run the same program."""
-
-  temperature: np.float32
-  top_p: np.float32
-  frequency_penalty: np.float32
-
-
-class Rows(NamedTuple):
-  """What each slot is at, int32 [S] but for `seeds`.
-
-  Attributes:
-    token: the last one, which the model has not read.
-    position: its place in the row; -1 in a free slot.
-    last: the place of the last token that the row may have.
-    seeds: uint32 [S, 2], high and low half.
-  """
-
-  token: np.ndarray
-  position: np.ndarray
-  last: np.ndarray
-  seeds: np.ndarray
-
-
 class Slots:
-  """A batch of rows: their caches on the device, where they are at on the host."""
+  """A batch of rows: their caches on the devices, where they are at on the host."""
 
   def __init__(self, language: Language, count: int, max_tokens: int):
     self.language, self.max_tokens = language, max_tokens
-    config, params = language.config, language.params
-    dtype = jax.tree.leaves(params)[0].dtype
-    self.cache = llama.empty_cache(config, count, CACHE_BLOCK, dtype)
-    self.counts = jnp.zeros((count, config.vocab_size), jnp.int16)  # of each token in each row
+    self.groups = language.mesh.shape['data']
+    count = -(-count // language.mesh.size) * language.mesh.size
+    self.each = count // self.groups  # slots of a group
+    self.programs = programs(language.definition, language.config, language.mesh)
+    dtype = jax.tree.leaves(language.params)[0].dtype
+    self.cache, self.counts = self.programs.begin(count, CACHE_BLOCK, str(dtype))
     self.rows = Rows(*np.full((3, count), -1, np.int32), np.zeros((count, 2), np.uint32))
-    self.read, self.step = programs(language.definition, config)
+
+  def room(self, taken: Collection[int]) -> list[int]:
+    """Free slots for prompts to be read at once, of all groups in turn."""
+    slots = np.arange(len(self.rows.token)).reshape(self.groups, -1)
+    free = ([slot for slot in group if slot not in taken][:READ_AT_ONCE] for group in slots)
+    return [slot for turn in itertools.zip_longest(*free) for slot in turn if slot is not None]
 
   def fill(self, prompts: Mapping[int, tuple[np.ndarray, int]]):
-    """Begins rows: slot -> prompt's tokens and seed; READ_AT_ONCE of them at most."""
+    """Begins rows: slot -> prompt's tokens and seed; slots are of one `room`."""
     longest = max(len(tokens) for tokens, _ in prompts.values())
-    shape = READ_AT_ONCE, max(LEAST_PROMPT, _power_of_two(longest))
-    slots = np.full(READ_AT_ONCE, len(self.rows.token), np.int32)  # no slot at all
+    shape = self.groups, READ_AT_ONCE, max(LEAST_PROMPT, _power_of_two(longest))
+    slots = np.full(shape[:2], self.each, np.int32)  # no slot at all
     tokens, positions = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
-    for i, (slot, (prompt, seed)) in enumerate(prompts.items()):
-      slots[i], known = slot, len(prompt) - 1  # the last token is read when the row goes on
-      tokens[i, :known], positions[i, :known] = prompt[:-1], np.arange(known)
+    filled = [0] * self.groups
+    for slot, (prompt, seed) in prompts.items():
+      group, known = slot // self.each, len(prompt) - 1
+      place, filled[group] = (group, filled[group]), filled[group] + 1
+      slots[place] = slot % self.each
+      tokens[place][:known], positions[place][:known] = prompt[:-1], np.arange(known)
+      # The last token is read when the row goes on.
       room = min(self.max_tokens, self.language.config.max_position_embeddings - len(prompt))
       self.rows.token[slot], self.rows.position[slot] = prompt[-1], known
       self.rows.last[slot], self.rows.seeds[slot] = known + room, divmod(seed, 2**32)
     self._make_room()
-    self.cache, self.counts = self.read(
-      self.language.params, self.cache, self.counts, slots, tokens, positions
+    flat = (x.reshape(-1, *x.shape[2:]) for x in (slots, tokens, positions))
+    self.cache, self.counts = self.programs.read(
+      self.language.params, self.cache, self.counts, *flat
     )
 
   def go_on(self, knobs: Knobs) -> np.ndarray:
@@ -204,8 +215,9 @@ class Slots:
     rows = self.rows
     busy = rows.position >= 0
     self._make_room()
-    self.cache, self.counts, new = self.step(
-      self.language.params, self.cache, self.counts, rows, knobs
+    steps = min(STEPS, (rows.last - rows.position)[busy].max())
+    self.cache, self.counts, new = self.programs.step(
+      self.language.params, self.cache, self.counts, rows, np.int32(steps), knobs
     )
     new = np.asarray(new)
     grown = (new >= 0).sum(1)
@@ -223,15 +235,14 @@ class Slots:
     read = np.minimum(self.rows.position + STEPS, self.rows.last)[self.rows.position >= 0]
     length = -(-int(read.max()) // CACHE_BLOCK) * CACHE_BLOCK
     if length != llama.cache_length(self.cache):
-      self.cache = _resized(self.cache, length)
+      self.cache = self.programs.resized(self.cache, length)
 
 
 def _write(slots, prompts, knobs, stop):
   tokenizer, ends = slots.language.tokenizer, slots.language.config.eos_token_id
   waiting, texts = iter(enumerate(prompts)), {}  # slot -> index of the prompt, tokens so far
   while True:
-    free = (slot for slot in range(len(slots.rows.token)) if slot not in texts)
-    while begun := list(itertools.islice(zip(free, waiting, strict=False), READ_AT_ONCE)):
+    while begun := list(zip(slots.room(texts), waiting, strict=False)):
       slots.fill({slot: prompt for slot, (_, prompt) in begun})
       texts |= {slot: (index, []) for slot, (index, _) in begun}
     if not texts:
@@ -265,101 +276,6 @@ def _ended(tokenizer, tokens, known, stop, ends):
   return None
 
 
-@functools.lru_cache(maxsize=4)
-def programs(definition: nnx.GraphDef, config: LlamaConfig) -> tuple[Callable, Callable]:
-  """`read` and `step` of `Slots`, jitted; cache and counts are donated."""
-
-  def read(params, cache, counts, slots, tokens, positions):
-    """Fills the caches of `slots` [R] from tokens and positions [R, P]."""
-    model = nnx.merge(definition, params)
-    _, part = model.model(tokens, positions, jax.tree.map(lambda x: x[slots], cache))
-    put = lambda old, new: old.at[slots].set(new, mode='drop')
-    return jax.tree.map(put, cache, part), counts.at[slots].set(0, mode='drop')
-
-  def step(params, cache, counts, rows, knobs):
-    """STEPS tokens of each row, fewer at its end -> cache, counts, int32 [S, STEPS]."""
-    model = nnx.merge(definition, params)
-    seeds = jax.random.wrap_key_data(rows.seeds, impl='threefry2x32')
-    ends = jnp.array(config.eos_token_id, jnp.int32)[None]
-
-    def is_on(state):
-      return (state[0] < STEPS) & (state[4] >= 0).any()
-
-    def go_on(state):
-      i, cache, counts, token, position, new = state
-      states, cache = model.model(token[:, None], position[:, None], cache)
-      logits = model.logits(states)[:, 0]
-      token = choose(logits, counts, jax.vmap(jax.random.fold_in)(seeds, position), knobs)
-      is_row = position >= 0
-      counts = counts.at[jnp.arange(len(token)), token].add(is_row.astype(counts.dtype))
-      new = new.at[:, i].set(jnp.where(is_row, token, -1))
-      goes_on = is_row & (position + 1 < rows.last) & ~(token[:, None] == ends).any(-1)
-      return i + 1, cache, counts, token, jnp.where(goes_on, position + 1, -1), new
-
-    new = jnp.full((len(rows.token), STEPS), -1, jnp.int32)
-    state = jax.lax.while_loop(is_on, go_on, (0, cache, counts, rows.token, rows.position, new))
-    return state[1], state[2], state[5]
-
-  return (
-    jax.jit(read, donate_argnames=('cache', 'counts')),
-    jax.jit(step, donate_argnames=('cache', 'counts')),
-  )
-
-
-def choose(logits: Array, counts: Array, keys: Array, knobs: Knobs) -> Array:
-  """The next token of each row, int32 [S].
-
-  Args:
-    logits: float32 [S, V].
-    counts: int [S, V], how often each row has each token already.
-    keys: [S].
-    knobs: float32 scalars.
-  """
-  logits = logits - knobs.frequency_penalty * counts.astype(jnp.float32)
-
-  def sample():
-    scaled = logits / knobs.temperature
-    kept = jax.lax.cond(knobs.top_p < 1, nucleus, lambda logits, _: logits, scaled, knobs.top_p)
-    return draw(kept, jax.vmap(jax.random.uniform)(keys))
-
-  greedy = lambda: logits.argmax(-1).astype(jnp.int32)
-  return jax.lax.cond(knobs.temperature > 0, sample, greedy)
-
-
-def nucleus(logits: Array, top_p: Array) -> Array:
-  """[S, V] with -inf for all but the fewest likeliest that have `top_p` (Holtzman et al. 2020)."""
-  probabilities = jax.nn.softmax(logits)
-  falling = -jnp.sort(-probabilities)
-  is_kept = falling.cumsum(-1) - falling < top_p
-  least = jnp.where(is_kept, falling, jnp.inf).min(-1, keepdims=True)
-  return jnp.where(probabilities >= least, logits, -jnp.inf)
-
-
-def draw(logits: Array, uniform: Array) -> Array:
-  """Indices int32 [S] with the probabilities softmax(logits) [S, V]; `uniform` [S] is in [0, 1).
-
-  Finds where the sum of probabilities passes that number. jax.random.categorical would need V
-  numbers for each row, which can take longer than all the rest of a small model.
-  """
-  S, V = logits.shape
-  weights = jnp.exp(logits - logits.max(-1, keepdims=True))
-  blocks = jnp.pad(weights, ((0, 0), (0, -V % 128))).reshape(S, -1, 128)
-  sums = blocks.sum(-1)
-  passed = sums.cumsum(-1)
-  target = uniform * passed[:, -1]
-  block = (passed <= target[:, None]).sum(-1)
-  rows = jnp.arange(S)
-  before = jnp.where(block > 0, passed[rows, block - 1], 0)
-  inside = blocks[rows, block]
-  is_past = before[:, None] + inside.cumsum(-1) > target[:, None]
-  # A sum in another order may end just short of the target.
-  place = jnp.where(is_past.any(-1), is_past.argmax(-1), inside.argmax(-1))
-  return (128 * block + place).astype(jnp.int32)
-
-
-_resized = jax.jit(llama.resized, static_argnames='length')
-
-
 def _power_of_two(count):
   return 1 << max(0, count - 1).bit_length()
 
@@ -390,6 +306,6 @@ def _tokens(language, prompts) -> Iterator[list[int]]:
       yield found.ids
 
 
-def _on_device(view):
+def _on_devices(view, leaf):
   # Waits, so that no more than one array is in memory twice.
-  return jax.block_until_ready(jax.device_put(np.asarray(view, order='C')))
+  return jax.block_until_ready(sharding.put(view, leaf.sharding))

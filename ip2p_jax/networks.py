@@ -139,6 +139,7 @@ def params_of(checkpoint: Checkpoint, networks: Networks, dtype: Any) -> dict[st
   return params
 
 
-def _put(view):
+def _put(view, leaf):
+  del leaf
   # Waits, so that no more than one array is in memory twice.
   return jax.block_until_ready(jax.device_put(np.asarray(view, order='C')))

@@ -27,7 +27,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 from PIL import Image
 
 from ip2p_jax import alignment, attention, images, inversion, pair_program, sharding, storage
@@ -37,7 +36,8 @@ from ip2p_jax.diffusion.noise import Schedule
 from ip2p_jax.errors import InputError
 from ip2p_jax.networks import Networks, check_is_text_to_image
 from ip2p_jax.prompts import Prompt
-from ip2p_jax.similarity import Clip, Scores
+from ip2p_jax.sharding import ROWS, SECOND, WHOLE
+from ip2p_jax.similarity import Clip, Scores, Towers
 from ip2p_jax.text import ClipTokenizer
 
 INJECTIONS = ('replace', 'refine', 'auto')
@@ -128,6 +128,42 @@ def _samples(seed, prompt, count, threshold, guidance) -> list[Sample]:
   return list(found.values())
 
 
+# How devices share what `program` takes.
+SPLIT = pair_program.Request(
+  SECOND, WHOLE, ROWS, ROWS, WHOLE, ROWS, init_noise=ROWS, step_noise=SECOND, null_contexts=SECOND
+)
+SPECS = WHOLE, SPLIT, SECOND, ROWS
+
+
+def program(networks: Networks, towers: Towers, mesh: Mesh) -> Callable:
+  """Jitted; each device of the mesh draws its own pairs, and never talks to another.
+
+  It takes a Plan (static), parameters with 'clip', a Request, CLIP's own tokens [2, P, L], and
+  pictures uint8 [P, H, W, 3] to begin with, or None; and gives what `Generator.draw` does.
+  """
+
+  def draw(plan, params, request, clip_ids, pictures):
+    if pictures is not None:
+      found = inversion.invert(
+        networks, params, pictures, request.token_ids[0], request.negative_ids, request.guidance,
+        request.grid,
+      )  # fmt: skip
+      request = request._replace(**found._asdict())
+    pairs, scores = pair_program.scored_pairs(networks, towers, plan, params, request, clip_ids)
+    return jax.numpy.round(pairs.images * 255).astype(np.uint8), scores, pairs.attention
+
+  def run(plan, *inputs):
+    of_devices = sharding.each_its_rows(
+      functools.partial(draw, plan),
+      mesh,
+      in_specs=SPECS,
+      out_specs=(SECOND, ROWS, SECOND),
+    )
+    return of_devices(*inputs)
+
+  return jax.jit(run, static_argnums=0)
+
+
 class Generator:
   """Draws batches of pairs on all local devices."""
 
@@ -158,7 +194,7 @@ class Generator:
     params = {**params, 'clip': clip.params}
     self.params = jax.device_put(params, sharding.replicated(self.mesh))
     self._negative = tokenizer([drawing.negative])
-    self._programs: dict[pair_program.Plan, Callable] = {}
+    self._program = program(self.networks, clip.towers, self.mesh)
 
   def draw(
     self, prompts: Sequence[Prompt], samples: Sequence[Sample], shows_attention: bool = False
@@ -187,41 +223,7 @@ class Generator:
       if self.drawing.sampler != inversion.SAMPLER:
         raise InputError(f'pairs of given pictures are drawn by the sampler {inversion.SAMPLER}.')
       pictures = np.stack([_square(prompt.image, self.drawing.size) for prompt in prompts])
-    return self._program(plan, request, pictures)(self.params, request, clip_ids, pictures)
-
-  def _program(self, plan, request, pictures):
-    """Each device draws its own pairs, and never talks to another."""
-    has_blend = request.control.blend is not None
-    key = plan, has_blend
-    if key not in self._programs:
-      rows, second = P(sharding.EVERYWHERE), P(None, sharding.EVERYWHERE)
-      specs = jax.tree.map(lambda _: rows, request)._replace(
-        token_ids=second, negative_ids=P(), grid=jax.tree.map(lambda _: P(), request.grid)
-      )
-
-      def program(params, request, clip_ids, pictures):
-        if pictures is not None:
-          found = inversion.invert(
-            self.networks, params, pictures, request.token_ids[0], request.negative_ids,
-            request.guidance, request.grid,
-          )  # fmt: skip
-          request = request._replace(**found._asdict())
-        pairs, scores = pair_program.scored_pairs(
-          self.networks, self.clip.towers, plan, params, request, clip_ids
-        )
-        pictures = jax.numpy.round(pairs.images * 255).astype(np.uint8)
-        return pictures, scores, pairs.attention
-
-      self._programs[key] = jax.jit(
-        jax.shard_map(
-          program,
-          mesh=self.mesh,
-          in_specs=(P(), specs, second, rows),
-          out_specs=(second, rows, second),
-          check_vma=False,
-        )
-      )
-    return self._programs[key]
+    return self._program(plan, self.params, request, clip_ids, pictures)
 
   def _control(self, prompts: Sequence[Prompt], samples: Sequence[Sample]) -> p2p.Control:
     control, steps = self.drawing.control, self.drawing.steps

@@ -1,112 +1,35 @@
-"""What a training run will cost on a TPU, told by the real TPU compiler on a machine without one.
+"""What a training run will cost on TPUs or GPUs, told by their real compiler without having them.
 
-The compiler comes with `pip install 'jax[tpu]'`. It is given the very step that `train.py` runs, on
-the shapes of the config, for a described slice of TPUs; memory is what it will allocate, FLOPs,
-bytes and cycles are its own cost model, collectives are read from the program it made. Nothing is
-timed.
+The compilers come with `pip install 'jax[tpu]'` and `'jax[cuda13]'`. They are given the very step
+that `train.py` runs, on the shapes of the config, for described devices; memory is what will be
+allocated; of a TPU, FLOPs, bytes and cycles are the compiler's own cost model. Collectives, and of
+a GPU kernels and bytes, are read from the program. Nothing is timed.
 """
 
 import collections
 import dataclasses
 import functools
-import importlib.util
 import math
-import os
-import re
-import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from ip2p_jax import attention, flops, optimizer, parameters, sharding, train_step
+from ip2p_jax import attention, flops, gpus, optimizer, parameters, sharding, train_step
 from ip2p_jax.config import TrainConfig, check_values
 from ip2p_jax.diffusion.noise import Schedule
 from ip2p_jax.errors import InputError
 from ip2p_jax.models.configs import TextConfig, UNetConfig, VAEConfig
 from ip2p_jax.networks import Networks, networks_of_configs
+from ip2p_jax.plan_compiler import Compiled, compiled_for
+from ip2p_jax.plan_devices import Chip, chip_of, describe, gib, peak_of
+from ip2p_jax.program_text import Collective
 from ip2p_jax.setup_run import trained_shapes
 from ip2p_jax.train_step import Recipe
 
-GIB = 1 << 30
-# Less of the compiler's time and memory, for a slower program that needs about as much memory.
-QUICK = {'exec_time_optimization_effort': -1.0}
 NOT_TOLD = 'not told by --quick'
-
-
-class Chip(NamedTuple):
-  """Of one JAX device: memory in bytes, bandwidth in bytes/s, clock in Hz; system pages of Google.
-
-  The clock turns the compiler's cycles into time, and is an assumption.
-  """
-
-  memory: float
-  bandwidth: float
-  clock: float
-
-
-CHIPS = {
-  'v3': Chip(16 * GIB, 450e9, 0.94e9),
-  'v4': Chip(32 * GIB, 1228e9, 1.05e9),
-  'v5e': Chip(16 * GIB, 819e9, 1.5e9),
-  'v5p': Chip(95 * GIB, 2765e9, 1.75e9),
-  'v6e': Chip(32 * GIB, 1640e9, 1.75e9),
-}
-# A slice is sold by its number of cores (v3, v4, v5p: two to a chip) or of chips (v5e, v6e).
-SLICES = {
-  'v3-8': 'v3:2x2', 'v3-32': 'v3:4x4', 'v3-128': 'v3:8x8',
-  'v4-8': 'v4:2x2x1', 'v4-16': 'v4:2x2x2', 'v4-32': 'v4:2x2x4', 'v4-64': 'v4:2x4x4',
-  'v5e-4': 'v5e:2x2', 'v5e-8': 'v5e:2x4', 'v5e-16': 'v5e:4x4', 'v5e-32': 'v5e:4x8',
-  'v5e-64': 'v5e:8x8', 'v5e-128': 'v5e:8x16', 'v5e-256': 'v5e:16x16',
-  'v5p-8': 'v5p:2x2x1', 'v5p-16': 'v5p:2x2x2', 'v5p-32': 'v5p:2x2x4', 'v5p-64': 'v5p:2x4x4',
-  'v6e-4': 'v6e:2x2', 'v6e-8': 'v6e:2x4', 'v6e-16': 'v6e:4x4', 'v6e-32': 'v6e:4x8',
-  'v6e-64': 'v6e:8x8', 'v6e-256': 'v6e:16x16',
-}  # fmt: skip
-COLLECTIVES = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'collective-permute')
-# Else libtpu asks Google's network who it is, complains of having no answer, and a second process
-# may not load it. Programs are the same.
-ALONE = {
-  'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
-  'TPU_WORKER_HOSTNAMES': 'localhost', 'TPU_ACCELERATOR_TYPE': 'v5litepod-8',
-}  # fmt: skip
-_WIDTHS = {'pred': 1, 's8': 1, 'u8': 1, 'bf16': 2, 'f16': 2, 's16': 2, 'u16': 2,
-           's32': 4, 'u32': 4, 'f32': 4, 's64': 8, 'u64': 8, 'f64': 8}  # fmt: skip
-
-
-class Collective(NamedTuple):
-  """One exchange between devices: its kind, the bytes of its result on a device, whence it came."""
-
-  kind: str
-  bytes: int
-  times: int
-  source: str
-
-
-class Compiled(NamedTuple):
-  """What the compiler says of one program. Bytes, FLOPs and cycles are of one device.
-
-  Bytes accessed and cycles are 0 of a program compiled quickly, which is not the one that will run.
-  Cycles are 0, too, if jax could not read the program; then collectives are not known, either.
-
-  `fits` is whether it compiled; then the rest is known, else only what `problem` says. What is in a
-  loop counts once in FLOPs and bytes accessed, and as often as it runs in cycles and collectives.
-  """
-
-  fits: bool
-  problem: str = ''
-  argument_bytes: int = 0
-  alias_bytes: int = 0
-  temporary_bytes: int = 0
-  flops: float = 0.0
-  bytes_accessed: float = 0.0
-  cycles: float = 0.0
-  collectives: tuple[Collective, ...] = ()
-  seconds: float = 0.0  # of compiling
-  is_quick: bool = False
 
 
 class Plan(NamedTuple):
@@ -120,41 +43,6 @@ class Plan(NamedTuple):
   frozen_bytes: int
   analytic_flops: float
   compiled: Compiled
-
-
-def describe(topology: str) -> list[Any]:
-  """Devices of a slice ('v5e-16') or shape ('v5e:4x4') that need not exist.
-
-  InputError for a name that is unknown, or where libtpu is not installed.
-  """
-  name = SLICES.get(topology, topology)
-  sides = r'\d+x\d+x\d+' if generation(name) in ('v4', 'v5p') else r'\d+x\d+'
-  if not re.fullmatch(f'({"|".join(CHIPS)}):{sides}', name):
-    raise InputError(
-      f'topology is {topology!r}; use a slice such as v5e-16, or a shape such as v5e:4x4'
-      f' (of {", ".join(CHIPS)}; v4 and v5p have three sides).'
-    )
-  for key, value in ALONE.items():
-    os.environ.setdefault(key, value)
-  try:
-    # Both cores of a v4 are one device, as they are where JAX runs; the compiler has to be told.
-    options = {'chip_config_name': 'megacore'} if generation(name) == 'v4' else {}
-    found = topologies.get_topology_desc(platform='tpu', topology_name=name, **options)
-    return list(found.devices)
-  except Exception as error:
-    if importlib.util.find_spec('libtpu') is None:
-      raise InputError(
-        "the TPU compiler is missing: pip install 'jax[tpu]', which brings the libtpu that belongs"
-      ) from None
-    raise InputError(
-      f'the TPU compiler knows no {topology!r} ({str(error).splitlines()[0][:120]}); use a shape'
-      f' that is sold, such as v5e:4x4, or a slice: {", ".join(SLICES)}.'
-    ) from None
-
-
-def generation(topology: str) -> str:
-  """'v5e' of 'v5e-16' or 'v5e:4x4'."""
-  return re.split('[-:]', topology)[0]
 
 
 def settled(config: TrainConfig, topology: str, device_batch: int | None = None) -> TrainConfig:
@@ -176,10 +64,6 @@ def settled(config: TrainConfig, topology: str, device_batch: int | None = None)
     config = dataclasses.replace(config, accumulation=accumulation)
   sharding.check_batch(mesh, config.batch_size, config.accumulation)
   return config
-
-
-def chip_of(topology: str) -> Chip:
-  return CHIPS[generation(topology)]
 
 
 def stable_diffusion(is_editor: bool) -> Networks:
@@ -226,7 +110,9 @@ def lower_step(config: TrainConfig, networks: Networks, mesh: Mesh, from_latents
     batch |= {f'{of_one}image': of(pixels, jnp.uint8) for of_one in edits}
   state = jax.tree.map(placed, state, shardings)
   step = train_step.jitted(recipe, mesh, shardings)
-  return step.lower(state, frozen, batch), state, shardings, frozen
+  with gpus.lowering_for(mesh.devices.flat[0]):
+    lowered = step.lower(state, frozen, batch)
+  return lowered, state, shardings, frozen
 
 
 def plan(
@@ -262,137 +148,7 @@ def plan(
     'analytic_flops': per_example * config.batch_size / len(devices),
   }
   say(f'{topology}: {len(devices)} devices, {device_batch} examples at a time each; compiling')
-  return Plan(**known, compiled=compiled_for_tpu(lowered, is_quick))
-
-
-def compiled_for_tpu(lowered: jax.stages.Lowered, is_quick: bool = False) -> Compiled:
-  """Compiles, which may take many minutes; too little memory is a finding, not an error.
-
-  `is_quick`: with little effort; then it is not told how long the program takes.
-  """
-  began = time.time()
-  try:  # in a thread of its own, so that Ctrl-C is heard meanwhile
-    options = QUICK if is_quick else None
-    compiled = ThreadPoolExecutor(1).submit(lowered.compile, options).result()
-  except Exception as error:
-    found = re.search(r'Used ([\d.]+)([MG]) of ([\d.]+)([MG]) hbm', str(error))
-    if found is None and 'RESOURCE_EXHAUSTED' not in str(error):
-      said = str(error).splitlines()[0][:300]
-      raise InputError(f'the TPU compiler refuses this program: {said}') from error
-    problem = 'needs more memory than there is'
-    if found:
-      problem = f'needs {found[1]} {found[2]}iB of {found[3]} {found[4]}iB'
-    return Compiled(False, problem, seconds=time.time() - began, is_quick=is_quick)
-  memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
-  try:
-    program = compiled.as_text()
-  except Exception:  # of a compiler that knows operations which this jaxlib does not
-    program = ''
-  return Compiled(
-    fits=True,
-    argument_bytes=memory.argument_size_in_bytes,
-    alias_bytes=memory.alias_size_in_bytes,
-    temporary_bytes=memory.temp_size_in_bytes,
-    flops=cost.get('flops', 0.0),
-    bytes_accessed=0.0 if is_quick else cost.get('bytes accessed', 0.0),
-    cycles=0.0 if is_quick else cycles_of(program),
-    collectives=tuple(collectives_of(program)),
-    seconds=time.time() - began,
-    is_quick=is_quick,
-  )
-
-
-# Reading the compiled program.
-
-
-def _computations(program: str) -> tuple[dict[str, list[str]], str]:
-  """Lines of every computation by name, and the name of the entry."""
-  found, entry, name = {}, '', None
-  for line in program.splitlines():
-    opened = re.match(r'(ENTRY )?%?([\w.\-]+) .*\{$', line)
-    if opened and not line.startswith(' '):
-      name = opened[2]
-      found[name] = []
-      entry = name if opened[1] else entry
-    elif name is not None and line.startswith(' '):
-      found[name].append(line)
-  return found, entry
-
-
-def walk(program: str):
-  """Every line that runs by itself, and how often: bodies of loops as often as these go round."""
-  computations, entry = _computations(program)
-  waiting = [(entry, 1)]
-  while waiting:
-    name, times = waiting.pop()
-    for line in computations.get(name, ()):
-      yield line, times
-      body = re.search(r'\bwhile\(.*body=%?([\w.\-]+)', line)
-      if body:
-        waiting.append((body[1], times * _rounds(line, computations)))
-      # Branches; and what is fused with an exchange between devices, or waits for one.
-      for called in re.findall(
-        r'(?:branch_computations=\{|_computation=|calls=)%?([\w.\-]+)', line
-      ):
-        waiting.append((called, times))
-
-
-def _rounds(line: str, computations: dict[str, list[str]]) -> int:
-  """How often a loop goes round; 1 if the program does not tell."""
-  if known := re.search(r'known_trip_count\D+(\d+)', line):
-    return int(known[1])
-  # A TPU's program only says until where it counts: from 0, `counter < constant`.
-  condition = computations.get(re.search(r'condition=%?([\w.\-]+)', line)[1], ())
-  if not any('direction=LT' in one for one in condition):
-    return 1
-  limits = [found[1] for one in condition if (found := re.search(r'\bconstant\((\d+)\)', one))]
-  return int(limits[0]) if len(limits) == 1 else 1
-
-
-def cycles_of(program: str) -> float:
-  """The compiler's estimate for one run; custom kernels count as nothing."""
-  total = 0.0
-  for line, times in walk(program):  # only whole fusions have an estimate, nothing within them
-    if found := re.search(r'"estimated_cycles":"(\d+)"', line):
-      total += times * int(found[1])
-  return total
-
-
-def collectives_of(program: str) -> list[Collective]:
-  """What devices exchange, equal ones together, the largest first."""
-  found = collections.Counter()
-  pattern = re.compile(rf'= (.*?) ({"|".join(COLLECTIVES)})(-start)?\(')
-  for line, times in walk(program):
-    match = pattern.search(line)
-    if not match:
-      continue
-    is_pair = match[3] and match[2] != 'all-reduce'  # started: (what it takes, what it gives, ...)
-    size = _bytes(_elements(match[1])[1] if is_pair else match[1])
-    source = re.search(r'op_name="([^"]*)"', line)
-    found[match[2], size, source[1] if source else ''] += times
-  return sorted(
-    (Collective(kind, size, times, source) for (kind, size, source), times in found.items()),
-    key=lambda one: -one.bytes * one.times,
-  )
-
-
-def _elements(shape: str) -> list[str]:
-  """The elements of a tuple's shape, '(f32[2]{0}, (f32[8], u32[]))', which may be tuples."""
-  found, depth = [''], 0
-  for character in shape.strip()[1:-1]:
-    depth += (character in '([{') - (character in ')]}')
-    if character == ',' and not depth:
-      found.append('')
-    else:
-      found[-1] += character
-  return found
-
-
-def _bytes(shapes: str) -> int:
-  return sum(
-    _WIDTHS.get(kind, 0) * math.prod(map(int, sides.split(','))) if sides else _WIDTHS.get(kind, 0)
-    for kind, sides in re.findall(r'\b([a-z]+\d*)\[([\d,]*)\]', shapes)
-  )
+  return Plan(**known, compiled=compiled_for(topology, lowered, is_quick))
 
 
 # For people.
@@ -412,24 +168,31 @@ def report(found: Plan, config: TrainConfig) -> str:
     ('state on a device', gib(found.state_bytes)),
     ('frozen on a device', gib(found.frozen_bytes)),
   ]
-  if compiled.fits:
+  if compiled.needed_bytes:
+    is_gpu = gpus.is_gpu(found.topology)
     rounds = config.accumulation  # nearly all of a step is in that loop
-    moved = rounds * compiled.bytes_accessed
+    moved = compiled.bytes_accessed * (1 if is_gpu else rounds)
     at_best = max(found.analytic_flops / peak_of(found.topology), moved / chip.bandwidth)
+    counted = '' if is_gpu else f'{rounds * compiled.flops / 1e12:.2f} T compiled, '
     rows += [
-      *memory_rows(compiled, chip),
+      *memory_rows(found.topology, compiled),
       ('reused for the new state', gib(compiled.alias_bytes)),
-      (
-        'FLOPs',
-        f'{rounds * compiled.flops / 1e12:.2f} T compiled,'
-        f' {found.analytic_flops / 1e12:.2f} T asked for',
-      ),
+      ('FLOPs', f'{counted}{found.analytic_flops / 1e12:.2f} T asked for'),
       ('bytes moved', f'{moved / 1e9:.1f} GB' if moved else NOT_TOLD),
       ('time at best', f'{1e3 * at_best:.0f} ms, by FLOPs{" or bytes" * bool(moved)}'),
-      ('time as scheduled', scheduled_time(compiled, chip)),
+      *program_rows(found.topology, compiled),
     ]
-    rows += collective_rows(compiled.collectives)
   return table(found.topology, compiled, rows, advice(found, config))
+
+
+def program_rows(topology: str, compiled: Compiled) -> list[tuple[str, str]]:
+  """Of a TPU the time, of a GPU the kernels; and what devices exchange."""
+  if gpus.is_gpu(topology):
+    calls = sorted(compiled.kernels.items(), key=lambda item: -item[1])
+    first = ('kernels called', ', '.join(f'{count} {name}' for name, count in calls) or 'none')
+  else:
+    first = ('time as scheduled', scheduled_time(compiled, chip_of(topology)))
+  return [first, *collective_rows(compiled.collectives)]
 
 
 def collective_rows(collectives: Sequence[Collective]) -> list[tuple[str, str]]:
@@ -469,11 +232,17 @@ def table(
   return '\n'.join([f'{name}: {verdict}', *(f'  {line}' for line in (*lines, *told))])
 
 
-def memory_rows(compiled: Compiled, chip: Chip) -> list[tuple[str, str]]:
-  needed = compiled.argument_bytes + compiled.temporary_bytes
+def memory_rows(topology: str, compiled: Compiled) -> list[tuple[str, str]]:
+  share = compiled.needed_bytes / chip_of(topology).memory
+  told = ''
+  if gpus.is_gpu(topology) and compiled.fits:
+    taken = f'JAX takes {gpus.SHARE:.0%} if not told'
+    told = f'; {taken}'
+    if share > gpus.SHARE:
+      told = f'; set {gpus.SETTING}={gpus.LARGEST_SHARE}, for {taken}'
   return [
     ('temporary', gib(compiled.temporary_bytes)),
-    ('memory in all', f'{gib(needed)}, {needed / chip.memory:.0%}'),
+    ('memory in all', f'{gib(compiled.needed_bytes)}, {share:.0%}{told}'),
   ]
 
 
@@ -482,21 +251,13 @@ def scheduled(compiled: Compiled, chip: Chip) -> float:
   return compiled.cycles / chip.clock
 
 
-def peak_of(topology: str) -> float:
-  """FLOP/s of one device."""
-  return flops.peak_of_kind(f'TPU {generation(topology)}')
-
-
-def gib(count: float) -> str:
-  return f'{count / GIB:.2f} GiB'
-
-
 def advice(found: Plan, config: TrainConfig) -> list[str]:
   """What to change, most effective first; nothing if it fits with room."""
   compiled, memory = found.compiled, chip_of(found.topology).memory
   if compiled.fits:
-    share = (compiled.argument_bytes + compiled.temporary_bytes) / memory
-    return ['Tight: accumulate more if it fails.'] if share > 0.95 else []
+    most = gpus.LARGEST_SHARE if gpus.is_gpu(found.topology) else 1.0
+    is_tight = compiled.needed_bytes > 0.95 * most * memory
+    return ['Tight: accumulate more if it fails.'] if is_tight else []
   told = []
   if found.device_batch > 1:
     told.append(f'Try --config.accumulation={2 * config.accumulation}: half as many at a time.')

@@ -1,6 +1,6 @@
-"""What an edit, or the drawing of pairs, costs on one TPU, told by the TPU compiler without one.
+"""What edits, or the drawing of pairs, cost on a host's TPUs or GPUs, told by their compiler alone.
 
-Both run on every device by itself, so one device's program is all there is to compile. As in
+Compiled is the very program that `Editor` or `ip2p pairs` runs on all devices of one host. As in
 `plan`, nothing is timed.
 """
 
@@ -10,9 +10,22 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from ip2p_jax import attention, edit_program, flops, pair_program, plan, sharding
+from ip2p_jax import (
+  attention,
+  edit_program,
+  flops,
+  gpus,
+  pair_program,
+  pairs,
+  plan,
+  plan_compiler,
+  plan_devices,
+  sharding,
+)
 from ip2p_jax.diffusion import guidance, samplers
+from ip2p_jax.errors import InputError
 from ip2p_jax.models.clip import TextEncoder, VisionEncoder
 from ip2p_jax.models.configs import TextConfig, VisionConfig
 from ip2p_jax.models.layers import abstract
@@ -29,7 +42,7 @@ class Work(NamedTuple):
   Attributes:
     made: 'edits' or 'pairs'.
     size: of the pictures, pixels.
-    batch: how many edits, or pairs, in one call.
+    batch: how many edits, or pairs, in one call, on all devices together.
   """
 
   made: str
@@ -39,13 +52,58 @@ class Work(NamedTuple):
 
 
 class Plan(NamedTuple):
-  """Of one call on one device; weights are in bfloat16."""
+  """Of one call; bytes and FLOPs are of one device. Weights are in bfloat16."""
 
   topology: str
+  devices: int
   work: Work
   weight_bytes: int
   analytic_flops: float
-  compiled: plan.Compiled
+  compiled: plan_compiler.Compiled
+
+
+class Call(NamedTuple):
+  """One call of a program on shapes alone.
+
+  Attributes:
+    program: jitted; takes a static plan, and the inputs.
+    inputs: parameters first.
+    specs: of how devices share each input.
+  """
+
+  program: Callable
+  settings: edit_program.Plan | pair_program.Plan
+  inputs: tuple
+  specs: tuple
+
+
+def host_mesh(topology: str) -> Mesh:
+  """The devices of one host of a topology, all that one process of edits or pairs runs on."""
+  devices = plan_devices.describe(topology)
+  return sharding.make_mesh(
+    devices=[device for device in devices if device.process_index == devices[0].process_index]
+  )
+
+
+def work_on(topology: str, made: str, size: int, batch: int | None, steps: int) -> Work:
+  """`batch` None is 8 on each device; InputError for one that a host's devices cannot share."""
+  devices = host_mesh(topology).size
+  batch = 8 * devices if batch is None else batch
+  if batch % devices:
+    raise InputError(
+      f'--batch-size is {batch}; use a multiple of the {devices} devices that a host of {topology}'
+      ' has.'
+    )
+  return Work(made, size, batch, steps)
+
+
+def lower_call(networks: Networks, work: Work, mesh: Mesh) -> tuple[jax.stages.Lowered, Call]:
+  """The program that the devices of a mesh would run, with all that it depends on."""
+  networks = networks._replace(attention=attention.dispatch(mesh=mesh))
+  call = _CALLS[work.made](networks, work, mesh)
+  placed = sharding.placed(mesh, call.specs, call.inputs)
+  with gpus.lowering_for(mesh.devices.flat[0]):
+    return call.program.lower(call.settings, *placed), call
 
 
 def plan_sampling(
@@ -55,28 +113,26 @@ def plan_sampling(
   say: Callable[[str], None] = lambda text: None,
   is_quick: bool = False,
 ) -> Plan:
-  """Compiles one call for one device of a topology; takes minutes at full size.
+  """Compiles one call for one host of a topology; takes minutes at full size.
 
   `networks` are those of an editor, or for pairs of a text-to-image model.
   """
-  device = plan.describe(topology)[0]
-  mesh = sharding.make_mesh(devices=[device])
-  program_of = {'edits': _edit, 'pairs': _pairs}[work.made]
-  on_device = networks._replace(attention=attention.dispatch(mesh=mesh))
-  program, params, inputs = program_of(on_device, work)
-  where = sharding.replicated(mesh)
-  placed = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), (params, inputs)
+  mesh = host_mesh(topology)
+  lowered, call = lower_call(networks, work, mesh)
+  share = work.batch // mesh.size
+  say(f'{topology}: {mesh.size} devices, {share} {work.made} of {work.size} px each; compiling')
+  compiled = plan_compiler.compiled_for(topology, lowered, is_quick)
+  # Kernels hide their products, so those of one device's program without any are counted.
+  alone = sharding.make_mesh(devices=jax.devices()[:1])
+  plain = _CALLS[work.made](
+    networks._replace(attention=attention.attend), work._replace(batch=share), alone
   )
-  say(f'{topology}: {work.batch} {work.made} of {work.size} px at a time; compiling')
-  compiled = plan.compiled_for_tpu(jax.jit(program).lower(*placed), is_quick)
-  # Kernels hide their products, so those of the same program without any are counted.
-  plain, *_ = program_of(networks._replace(attention=attention.attend), work)
-  weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
-  return Plan(topology, work, weights, float(flops.count(plain, params, inputs)), compiled)
+  counted = flops.count(lambda *inputs: plain.program(plain.settings, *inputs), *plain.inputs)
+  weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(call.inputs[0]))
+  return Plan(topology, mesh.size, work, weights, float(counted), compiled)
 
 
-def _edit(networks: Networks, work: Work):
+def _edits(networks: Networks, work: Work, mesh: Mesh) -> Call:
   settings = edit_program.Plan('euler_ancestral', BOTH, False)
   B, length = work.batch, networks.text_config.max_position_embeddings
   request = edit_program.Request(
@@ -91,14 +147,12 @@ def _edit(networks: Networks, work: Work):
     guided_sigmas=_array(jnp.float32, 2),
     rescale=None, mask=None, init_noise=None, step_noise=None,
   )  # fmt: skip
-
-  def program(params, request):
-    return edit_program.edit_program(networks, settings, params, request)
-
-  return program, _bfloat16(networks.shapes), request
+  program = edit_program.programs(networks, mesh).edit
+  inputs = _bfloat16(networks.shapes), request
+  return Call(program, settings, inputs, (sharding.WHOLE, edit_program.SPLIT))
 
 
-def _pairs(networks: Networks, work: Work):
+def _pairs(networks: Networks, work: Work, mesh: Mesh) -> Call:
   """As the paper's: shared self-attention, and CLIP ViT-L/14 to score."""
   side = work.size // networks.vae_config.factor
   settings = pair_program.Plan('euler_ancestral', side, side)
@@ -116,35 +170,38 @@ def _pairs(networks: Networks, work: Work):
     grid=_grid(networks, work.steps),
     control=Control(share_until=_array(jnp.int32, P)),
   )
+  inputs = _bfloat16(params), request, _array(jnp.int32, 2, P, length), None
+  return Call(pairs.program(networks, towers, mesh), settings, inputs, pairs.SPECS)
 
-  def program(params, inputs):
-    request, clip_ids = inputs
-    pairs, scores = pair_program.scored_pairs(networks, towers, settings, params, request, clip_ids)
-    return jnp.round(pairs.images * 255).astype(jnp.uint8), scores
 
-  return program, _bfloat16(params), (request, _array(jnp.int32, 2, P, length))
+_CALLS = {'edits': _edits, 'pairs': _pairs}
 
 
 def report(found: Plan) -> str:
   """A table of one plan, and what to do."""
-  chip, compiled, work = plan.chip_of(found.topology), found.compiled, found.work
+  chip, compiled, work = plan_devices.chip_of(found.topology), found.compiled, found.work
   rows = [
-    ('device', f'one of {plan.gib(chip.memory)}'),
-    (f'{work.made} in a call', f'{work.batch} of {work.size} px, {work.steps} steps'),
-    ('weights', plan.gib(found.weight_bytes)),
+    ('devices', f'{found.devices} of {plan_devices.gib(chip.memory)}, of one host'),
+    (
+      f'{work.made} in a call',
+      f'{work.batch} of {work.size} px, {work.batch // found.devices} on a device,'
+      f' {work.steps} steps',
+    ),
+    ('weights on a device', plan_devices.gib(found.weight_bytes)),
   ]
-  if compiled.fits:
-    at_best = found.analytic_flops / plan.peak_of(found.topology)
+  if compiled.needed_bytes:
+    at_best = found.analytic_flops / plan_devices.peak_of(found.topology)
     seconds = plan.scheduled(compiled, chip)
     hourly = 3600 * work.batch / max(seconds, at_best)
     rows += [
-      *plan.memory_rows(compiled, chip),
+      *plan.memory_rows(found.topology, compiled),
       ('FLOPs', f'{found.analytic_flops / 1e12:.1f} T asked for'),
       ('time at best', f'{at_best:.2f} s, by FLOPs'),
-      ('time as scheduled', plan.scheduled_time(compiled, chip)),
+      *plan.program_rows(found.topology, compiled),
       (f'{work.made} an hour', f'{hourly:,.0f} {"as scheduled" if seconds else "at best"}'),
     ]
-  told = ['Try fewer at a time with --batch-size.'] if not compiled.fits and work.batch > 1 else []
+  is_more = work.batch > found.devices
+  told = ['Try fewer at a time with --batch-size.'] if not compiled.fits and is_more else []
   return plan.table(found.topology, compiled, rows, told)
 
 

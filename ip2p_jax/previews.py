@@ -15,14 +15,17 @@ import numpy as np
 from flax import nnx
 from jax import Array
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from PIL import Image
 
 from ip2p_jax import images as pictures
+from ip2p_jax import sharding
 from ip2p_jax.data.rows import LatentRow
 from ip2p_jax.diffusion import guidance, noise, samplers
 from ip2p_jax.diffusion.denoiser import denoiser
 from ip2p_jax.editor import Editor, Sampling
 from ip2p_jax.networks import Networks, is_editor
+from ip2p_jax.sharding import ROWS, WHOLE
 from ip2p_jax.text import ClipTokenizer
 
 Example = dict[str, Any]
@@ -39,26 +42,28 @@ def make_preview(
   seed: int = 0,
   text_guidance: float = 7.5,
   image_guidance: float = 1.5,
+  mesh: Mesh | None = None,
 ) -> Callable[[Any], Image.Image]:
   """Returns `preview(params)`, a picture with one row per example, under its instruction.
 
   A row is input, target and edit; for a text-to-image model, which `image_guidance` does not
   concern, target and sample. `params` has trees for 'unet', 'vae' and 'text_encoder', of any dtype,
   which is that of the arithmetic. The first call compiles, later ones do not. Noise depends on
-  `seed` and the example's place only, so that previews of different steps can be compared. In a run
-  of several processes all of them must call it.
+  `seed` and the example's place only, so that previews of different steps can be compared. The
+  devices of `mesh`, where the parameters lie, share the examples. In a run of several processes all
+  of them must call it.
   """
   instructions = [example['instruction'] for example in examples]
   if is_editor(networks):
     columns = ('input', 'edited')
     inputs = np.stack([example['input'] for example in examples])
     scales = {'text_guidance': text_guidance, 'image_guidance': image_guidance}
-    run = _editing(networks, tokenizer, inputs, instructions, steps, seed, scales)
+    run = _editing(networks, tokenizer, inputs, instructions, steps, seed, scales, mesh)
     labels = ['input', 'target', 'edit']
   else:
     columns = ('edited',)
     size = examples[0]['edited'].shape[:2]
-    run = _sampling(networks, tokenizer, size, instructions, steps, seed, text_guidance)
+    run = _sampling(networks, tokenizer, size, instructions, steps, seed, text_guidance, mesh)
     labels = ['target', 'sample']
 
   def preview(params) -> Image.Image:
@@ -103,16 +108,19 @@ def sample_program(
   size: tuple[int, int],
   params: Any,
   token_ids: Array,
+  null_ids: Array,
+  indices: Array,
   grid: samplers.Grid,
   text_guidance: Array,
   seed: Array,
 ) -> Array:
   """Text to picture with classifier-free guidance (Ho and Salimans 2022): uint8 [B, *size, 3].
 
-  `token_ids` [B + 1, L] has the empty text last; all but the networks and the size is traced.
+  `token_ids` [B, L], `null_ids` [1, L] of the empty text, `indices` uint32 [B] of each one's noise;
+  all but the networks and the size is traced.
   """
   text_encoder = nnx.merge(networks.text_encoder_def, params['text_encoder'])
-  context = text_encoder(token_ids)  # [B + 1, L, C]
+  context = text_encoder(jnp.concatenate([token_ids, null_ids]))  # [B + 1, L, C]
   batch, factor = len(context) - 1, networks.vae_config.factor
   null_context = jnp.broadcast_to(context[-1:], context[:-1].shape)
   contexts = jnp.concatenate([context[:-1], null_context])
@@ -126,7 +134,7 @@ def sample_program(
     return guidance.combine(predictions, branches, text_guidance, text_guidance)
 
   shape = (size[0] // factor, size[1] // factor, networks.vae_config.latent_channels)
-  keys = noise.image_keys(jnp.full(batch, seed, jnp.uint32), jnp.arange(batch))
+  keys = noise.image_keys(jnp.full(batch, seed, jnp.uint32), indices)
   latents = samplers.sample(
     SAMPLER,
     denoiser(predict, networks.schedule),
@@ -137,8 +145,8 @@ def sample_program(
   return _pixels(networks, params['vae'], latents / networks.vae_config.scaling_factor)
 
 
-def _editing(networks, tokenizer, inputs, instructions, steps, seed, scales) -> Run:
-  editor = Editor(networks, networks.shapes, tokenizer, 'previews')
+def _editing(networks, tokenizer, inputs, instructions, steps, seed, scales, mesh) -> Run:
+  editor = Editor(networks, networks.shapes, tokenizer, 'previews', mesh)
 
   def run(params):
     current = copy.copy(editor)  # shares the compiled program, and lets go of the parameters
@@ -148,11 +156,17 @@ def _editing(networks, tokenizer, inputs, instructions, steps, seed, scales) -> 
   return run
 
 
-def _sampling(networks, tokenizer, size, instructions, steps, seed, text_guidance) -> Run:
-  program = jax.jit(functools.partial(sample_program, networks, size))
-  token_ids = tokenizer([*instructions, ''])
+def _sampling(networks, tokenizer, size, instructions, steps, seed, text_guidance, mesh) -> Run:
+  specs = (WHOLE, ROWS, WHOLE, ROWS, WHOLE, WHOLE, WHOLE)
+  program = functools.partial(sample_program, networks, size)
+  program = jax.jit(sharding.each_its_rows(program, mesh, specs, ROWS))
+  count = len(instructions)
+  rows = tokenizer(instructions), np.arange(count, dtype=np.uint32)
+  if mesh is not None:
+    rows = sharding.padded_rows(mesh, (ROWS, ROWS), rows, count)
   grid = samplers.noise_levels(networks.schedule, SAMPLER, steps)
-  return lambda params: program(params, token_ids, grid, np.float32(text_guidance), np.uint32(seed))
+  others = tokenizer(['']), rows[1], grid, np.float32(text_guidance), np.uint32(seed)
+  return lambda params: program(params, rows[0], *others)[:count]
 
 
 def _pixels(networks, vae_params, latents):

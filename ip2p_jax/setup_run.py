@@ -256,7 +256,7 @@ def _frozen(config, checkpoint, networks, in_base, trained, tokenizer, mesh):
     where = sharding.split(mesh, value.shape, ('fsdp',))
     frozen['unet'][name] = sharding.put(value.astype(dtype), where)
   for part in ('vae', 'text_encoder'):
-    place = lambda x: sharding.put(np.asarray(x).astype(config.dtype), everywhere)
+    place = lambda x, _: sharding.put(np.asarray(x).astype(config.dtype), everywhere)
     frozen[part] = names.to_params(
       checkpoint.tensors[part], networks.shapes[part], part, source=checkpoint.source, place=place
     )

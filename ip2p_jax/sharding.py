@@ -5,9 +5,11 @@ ZeRO stage 1 (Rajbhandari et al. 2020) optimizer state and moving average over b
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -15,6 +17,8 @@ from jax.sharding import PartitionSpec as P
 from ip2p_jax.errors import InputError
 
 EVERYWHERE = ('data', 'fsdp')
+# How each device's part of an array is cut: its own rows, its own of the second axis, or all of it.
+ROWS, SECOND, WHOLE = P(EVERYWHERE), P(None, EVERYWHERE), P()
 SMALLEST_SPLIT = 4096  # numbers; what is smaller costs more to gather than to keep
 
 
@@ -35,11 +39,61 @@ def make_mesh(fsdp: int = 1, devices: list | None = None) -> Mesh:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  return NamedSharding(mesh, P())
+  return NamedSharding(mesh, WHOLE)
 
 
 def of_batch(mesh: Mesh) -> NamedSharding:
-  return NamedSharding(mesh, P(EVERYWHERE))
+  return NamedSharding(mesh, ROWS)
+
+
+def each_its_rows(f: Callable, mesh: Mesh | None, in_specs: Any, out_specs: Any) -> Callable:
+  """`f`, run by each device on its own part of the rows; devices never talk to each other.
+
+  Specs are ROWS, SECOND or WHOLE, as prefixes of the trees that go in and come out. On one device,
+  or without a mesh, it is `f` itself.
+  """
+  if mesh is None or mesh.size == 1:
+    return f
+  return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def padded_rows(mesh: Mesh, specs: Any, tree: Any, count: int) -> Any:
+  """`tree` of numpy arrays with `count` rows, repeated until all devices have as many."""
+  rows = np.arange(-(-count // mesh.size) * mesh.size) % count
+
+  def pad(spec, part):
+    if spec == WHOLE or len(rows) == count:
+      return part
+    axis = 0 if spec == ROWS else 1
+    return jax.tree.map(lambda x: np.take(x, rows, axis), part)
+
+  return jax.tree.map(pad, specs, tree, is_leaf=lambda x: isinstance(x, P))
+
+
+def copied(mesh: Mesh, tree: Any) -> Any:
+  """A whole copy of `tree` on every device of this process's mesh; one that is there serves."""
+  devices, where = list(mesh.devices.flat), replicated(mesh)
+
+  def copy(x):
+    x = jnp.asarray(x)
+    if x.sharding.device_set == set(devices):
+      return x
+    of = {shard.device: shard.data for shard in x.addressable_shards if x.is_fully_replicated}
+    parts = [of[device] if device in of else jax.device_put(x, device) for device in devices]
+    return jax.make_array_from_single_device_arrays(x.shape, where, parts)
+
+  return jax.tree.map(copy, tree)
+
+
+def placed(mesh: Mesh, specs: Any, tree: Any) -> Any:
+  """Shapes and types of `tree`, as they lie on a mesh; specs may be prefixes."""
+
+  def place(spec, part):
+    where = NamedSharding(mesh, spec)
+    of = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+    return jax.tree.map(of, part)
+
+  return jax.tree.map(place, specs, tree, is_leaf=lambda x: isinstance(x, P))
 
 
 def split(mesh: Mesh, shape: tuple[int, ...], over: tuple[str, ...]) -> NamedSharding:
@@ -53,6 +107,53 @@ def split(mesh: Mesh, shape: tuple[int, ...], over: tuple[str, ...]) -> NamedSha
         kept = tuple(axis for axis in axes if axis in over and mesh.shape[axis] > 1)
         return NamedSharding(mesh, P(*[None] * largest, kept)) if kept else replicated(mesh)
   return replicated(mesh)
+
+
+# Modules that take what others were split by, and so are split by what they take.
+TAKERS = ('o_proj', 'down_proj')
+
+
+def of_language(mesh: Mesh, shapes: dict[str, Any]) -> dict[str, Any]:
+  """A sharding over `fsdp` for every weight of a language model, so that it is written fast.
+
+  Products come in pairs (Shoeybi et al. 2019): the first is split by what it gives, the second by
+  what it takes, so that devices talk once for both. Embedding and head are split by tokens. What
+  does not divide, as norms, is whole everywhere.
+  """
+
+  def place(path, leaf):
+    *_, module, kind = (str(key.key) for key in path)
+    axes = {'kernel': 0 if module in TAKERS else 1, 'embedding': 0}
+    axis = axes.get(kind, 0 if module not in TAKERS and kind == 'bias' else None)
+    if axis is None or leaf.shape[axis] % mesh.shape['fsdp']:
+      return replicated(mesh)
+    return NamedSharding(mesh, P(*[None] * axis, 'fsdp'))
+
+  return jax.tree_util.tree_map_with_path(place, shapes)
+
+
+def mesh_for(weight_bytes: int, split: int | None = None) -> Mesh:
+  """All devices of this process, of which each `split` share one copy of the weights.
+
+  None takes the fewest that keep half of their memory free, one if that is not known, as of CPUs.
+  InputError if `split` does not divide the devices.
+  """
+  devices = jax.local_devices()
+  if split is None:
+    memory = (devices[0].memory_stats() or {}).get('bytes_limit', math.inf)
+    split = fewest(weight_bytes, memory, len(devices))
+  if split < 1 or len(devices) % split:
+    raise InputError(
+      f'weights cannot be split over {split} of {len(devices)} devices; use a divisor of'
+      f' {len(devices)}.'
+    )
+  return make_mesh(split, devices)
+
+
+def fewest(weight_bytes: int, memory: float, devices: int) -> int:
+  """How many devices have to share the weights so that half of each one's memory is left."""
+  ways = [count for count in range(1, devices + 1) if devices % count == 0]
+  return next((count for count in ways if weight_bytes / count <= memory / 2), devices)
 
 
 def of_state(mesh: Mesh, state: dict[str, Any], zero1: bool) -> dict[str, Any]:

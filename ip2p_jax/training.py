@@ -157,7 +157,7 @@ def _preview(run: Run, data: Data) -> Callable[[Any], Any] | None:
   if not shown:
     return None
   preview = previews.make_preview(
-    run.networks, run.tokenizer, shown, steps=run.config.log.preview_steps
+    run.networks, run.tokenizer, shown, steps=run.config.log.preview_steps, mesh=run.mesh
   )
   gather = jax.jit(
     functools.partial(train_step.unet_params, run.recipe),

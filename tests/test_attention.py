@@ -11,7 +11,7 @@ from jax.ad_checkpoint import print_saved_residuals
 from torch_models import relative_error
 
 from ip2p_jax import config, sharding
-from ip2p_jax.attention import CHOICES, attend, dispatch, kernel_for, splash
+from ip2p_jax.attention import CHOICES, attend, cudnn, dispatch, kernel_for, splash
 from ip2p_jax.errors import InputError
 from ip2p_jax.models.layers import REMATS
 
@@ -63,7 +63,14 @@ def test_a_large_attention_never_holds_all_its_scores_on_a_cpu(rng):
     (('gpu', 9.0), 1024, 77, 40, 'bfloat16', 'cudnn'),
     (('gpu', 9.0), 256, 256, 160, 'float16', 'cudnn'),
     (('gpu', 8.0), 256, 256, 128, 'bfloat16', 'cudnn'),
+    (('gpu', 8.0), 1024, 77, 80, 'bfloat16', 'cudnn'),
+    (('gpu', 8.6), 289, 289, 64, 'bfloat16', 'cudnn'),  # 17 x 17, odd
     (('gpu', 8.0), 256, 256, 160, 'bfloat16', 'xla'),  # too wide before Hopper
+    (('gpu', 10.0), 256, 256, 160, 'bfloat16', 'xla'),  # and after it has no gradients
+    (('gpu', 10.0), 1024, 77, 80, 'bfloat16', 'cudnn'),
+    (('gpu', 12.0), 256, 256, 160, 'float16', 'xla'),
+    (('gpu', 9.0), 1024, 77, 40, 'float32', 'xla'),
+    (('gpu', 9.0), 40, 77, 64, 'bfloat16', 'xla'),
     (('gpu', 9.0), 1024, 1024, 36, 'bfloat16', 'xla'),
     (('gpu', 9.0), 1024, 1024, 40, 'float32', 'xla'),
     (('gpu', 9.0), 64, 64, 160, 'bfloat16', 'xla'),
@@ -135,6 +142,46 @@ def test_the_tpu_kernel_gives_the_same_numbers(dtype, tolerance, rng):
   for ours, exact in zip(*both_ways(rng, dtype), strict=True):
     assert ours.dtype == dtype
     assert relative_error(ours.astype(jnp.float32), exact) <= tolerance
+
+
+@pytest.mark.parametrize(
+  ('queries', 'keys'),
+  [(64, 77), (81, 81), (81, 78), (64, 64)],
+  ids=['text', 'odd', 'odd queries', 'even'],
+)
+@pytest.mark.parametrize('devices', [1, 2])
+def test_what_is_laid_beside_odd_tokens_for_cudnn_is_not_seen(
+  queries, keys, devices, rng, monkeypatch
+):
+  """By XLA's arithmetic in place of cuDNN's, which takes the same lengths."""
+  asked = []
+
+  def plain(q, k, v, implementation, **lengths):
+    asked.append((implementation, q.shape[1] % 2, k.shape[1] % 2, *map(len, lengths.values())))
+    return jax_attention(q, k, v, implementation='xla', **lengths)
+
+  jax_attention = jax.nn.dot_product_attention
+  monkeypatch.setattr(jax.nn, 'dot_product_attention', plain)
+  mesh = sharding.make_mesh(devices=jax.devices()[:devices])
+  q, k, v, out = (
+    jnp.asarray(rng.standard_normal((4, count, 2, 8), np.float32))
+    for count in (queries, keys, keys, queries)
+  )
+  run = lambda f: jax.jit(lambda *qkv: (lambda y, back: (y, *back(out)))(*jax.vjp(f, *qkv)))(
+    q, k, v
+  )
+  for ours, exact in zip(run(lambda *qkv: cudnn(*qkv, mesh=mesh)), run(attend), strict=True):
+    assert relative_error(ours, exact) <= 1e-5
+  lengths = [4 // devices] * 2 if queries % 2 or keys % 2 else []  # of a device's own rows
+  assert asked == [('cudnn', 0, 0, *lengths)]
+
+
+def test_the_tpu_kernel_runs_where_each_device_has_its_rows_already(rng):
+  mesh = sharding.make_mesh(2)
+  q, k, v = qkv(rng, (8, 128, 1, 16), 'float32')
+  kernel = lambda *rows: splash(*rows, mesh=mesh, interpret=True)
+  apart = sharding.each_its_rows(kernel, mesh, (sharding.ROWS,) * 3, sharding.ROWS)
+  assert relative_error(jax.jit(apart)(q, k, v), attend(q, k, v)) <= 1e-5
 
 
 @pytest.mark.parametrize('batch', [8, 3], ids=['shared', 'whole'])

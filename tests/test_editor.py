@@ -11,7 +11,7 @@ import tiny_models
 import torch_models as reference
 from PIL import Image
 
-from ip2p_jax import Editor, plan
+from ip2p_jax import Editor, program_text, sharding
 from ip2p_jax.editor import Sampling
 from ip2p_jax.errors import InputError
 from ip2p_jax.parameters import flatten
@@ -62,21 +62,28 @@ def run_torch(pipeline, photo, instruction, init_noise, step_noise, **options):
   return reference.nhwc(latents), 255 * (reference.nhwc(decoded) / 2 + 0.5).clip(0, 1)
 
 
-def test_keys_and_values_of_the_text_are_computed_once_and_not_in_every_step(editor, photo):
+def watch(editor, monkeypatch, instead):
+  """Puts a function in the place of the program for one picture, which is returned."""
+  programs = editor._alone
+  monkeypatch.setattr(editor, '_alone', programs._replace(edit=instead))
+  return programs.edit
+
+
+def test_keys_and_values_of_the_text_are_computed_once_and_not_in_every_step(
+  editor, photo, monkeypatch
+):
   """XLA moves out of the loop what no step changes."""
   seen = []
-  program, editor._program = editor._program, lambda *inputs: seen.extend(inputs)
-  try:
-    editor.edit_arrays(photo, ['make it winter'], Sampling(7))
-  finally:
-    editor._program = program
+  program = watch(editor, monkeypatch, lambda *inputs: seen.extend(inputs))
+  editor.edit_arrays(photo, ['make it winter'], Sampling(7))
+  monkeypatch.undo()
   compiled = program.lower(*seen).compile().as_text()
   tokens = 3 * editor.tokenizer.length  # of the three branches
   products = rf'= f32\[{tokens},\d+\]\S* (dot|custom-call)\('
-  times = [count for line, count in plan.walk(compiled) if re.search(products, line)]
+  times = [count for line, count in program_text.walk(compiled) if re.search(products, line)]
   layers = sum('attn2.to_k' in name or 'attn2.to_v' in name for name in kernels(editor))
   assert times == [1] * layers and layers
-  assert 7 in [count for _, count in plan.walk(compiled)]
+  assert 7 in [count for _, count in program_text.walk(compiled)]
 
 
 def kernels(editor):
@@ -122,16 +129,51 @@ def test_image_i_of_eight_equals_the_same_edit_alone(editor, rng):
     assert reference.relative_error(alone.latents[0], np.asarray(together.latents[i])) <= 1e-5
 
 
+@pytest.mark.parametrize('batch', [3, 10])
+def test_a_picture_is_the_same_on_however_many_devices_and_step_by_step(editor, rng, batch):
+  lone = Editor(
+    editor.networks, editor.params, editor.tokenizer,
+    mesh=sharding.make_mesh(devices=jax.devices()[:1]),
+  )  # fmt: skip
+  photos = rng.integers(0, 256, (batch, 32, 32, 3), np.uint8)
+  options = {
+    'seeds': range(batch), 'text_guidance': np.linspace(3, 9, batch),
+    'mask': np.float32(rng.random((batch, 8, 8, 1)) > 0.5),
+    'step_noise': rng.standard_normal((2, batch, 8, 8, 4), np.float32),
+  }  # fmt: skip
+  run = lambda editor, **more: editor.edit_arrays(
+    photos, [f'make it {i}' for i in range(batch)], Sampling(2), **options, **more
+  )
+  expected = np.asarray(run(lone).latents)
+  for found in (run(editor), run(editor, progress=lambda *_: None)):
+    assert found.images.shape == photos.shape
+    assert reference.relative_error(found.latents, expected) <= 1e-5
+
+
+def test_pictures_are_shared_by_all_devices_and_a_single_one_is_not(editor, rng):
+  photos = rng.integers(0, 256, (8, 32, 32, 3), np.uint8)
+  several = editor.edit_arrays(photos, ['go'] * 8, Sampling(1))
+  alone = editor.edit_arrays(photos[:1], ['go'], Sampling(1))
+  assert several.images.sharding.shard_shape(several.images.shape) == (1, 32, 32, 3)
+  assert alone.images.devices() == {jax.devices()[0]}
+  # The first device's weights are those that were there, not another copy.
+  weights, copies = jax.tree.leaves(editor.params)[0], jax.tree.leaves(editor._on_all())[0]
+  pointer = lambda shard: shard.data.unsafe_buffer_pointer()
+  assert [pointer(shard) for shard in copies.addressable_shards].count(
+    weights.unsafe_buffer_pointer()
+  ) == 1  # fmt: skip
+
+
 def test_changing_instruction_scales_seed_or_negative_never_recompiles(editor, photo):
   run = lambda text, text_guidance, image_guidance, seed, negative='': editor.edit_arrays(
     photo, [text], Sampling(3), text_guidance=text_guidance, image_guidance=image_guidance,
     seeds=seed, negative=negative,
   )  # fmt: skip
   run('make it winter', 7.5, 1.5, 0)
-  before = editor._program._cache_size()
+  before = editor._alone.edit._cache_size()
   run('make it summer', 5, 1.2, 9)
   run('a longer instruction, with more words', 10, 2.2, 2**32 - 1, 'people')
-  assert editor._program._cache_size() == before
+  assert editor._alone.edit._cache_size() == before
 
 
 def test_a_branch_that_cancels_is_not_computed_and_the_result_is_the_same(editor, photo):
@@ -147,22 +189,14 @@ def test_a_branch_that_cancels_is_not_computed_and_the_result_is_the_same(editor
     assert reference.relative_error(fast.latents, np.asarray(full.latents)) <= 1e-4
 
 
-def flops(editor, photo, **options):
-  """Of one compiled program."""
-  compiled = {}
-  original = editor._program
-  try:
-    editor._program = lambda *args: compiled.update(original.lower(*args).compile().cost_analysis())
-    editor.edit_arrays(photo, ['go'], Sampling(1, sampler='euler'), **options)
-  finally:
-    editor._program = original
-  return compiled['flops']
-
-
-def test_cancelled_branches_save_their_share_of_the_work(editor, photo):
-  three = flops(editor, photo, text_guidance=7.5, image_guidance=1.5)
-  two = flops(editor, photo, text_guidance=7.5, image_guidance=1.0)
-  one = flops(editor, photo, text_guidance=1.0, image_guidance=1.0)
+def test_cancelled_branches_save_their_share_of_the_work(editor, photo, monkeypatch):
+  lowered = []
+  program = watch(editor, monkeypatch, lambda *args: lowered.append(program.lower(*args)))
+  for scales in ((7.5, 1.5), (7.5, 1.0), (1.0, 1.0)):
+    editor.edit_arrays(
+      photo, ['go'], Sampling(1, sampler='euler'), text_guidance=scales[0], image_guidance=scales[1]
+    )
+  three, two, one = (each.compile().cost_analysis()['flops'] for each in lowered)
   assert one < two < three
   assert abs((three - two) / (two - one) - 1) < 0.1
 
@@ -318,13 +352,10 @@ def test_noise_of_the_wrong_shape_is_refused(editor, photo):
     editor.edit_arrays(photo, ['go'], Sampling(2), step_noise=np.zeros((3, 1, 8, 12, 4)))
 
 
-def test_the_program_holds_no_weights_of_its_own(editor, photo):
+def test_the_program_holds_no_weights_of_its_own(editor, photo, monkeypatch):
   """Weights baked into a program would be copied by every compilation."""
   jaxprs = []
-  original = editor._program
-  try:
-    editor._program = lambda *args: jaxprs.append(jax.make_jaxpr(original, static_argnums=0)(*args))
-    editor.edit_arrays(photo, ['go'], Sampling(1))
-  finally:
-    editor._program = original
+  jaxpr_of = lambda *args: jaxprs.append(jax.make_jaxpr(program, static_argnums=0)(*args))
+  program = watch(editor, monkeypatch, jaxpr_of)
+  editor.edit_arrays(photo, ['go'], Sampling(1))
   assert sum(np.size(const) for const in jaxprs[0].consts) < 10_000

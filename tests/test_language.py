@@ -13,7 +13,7 @@ import torch_models as reference
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from ip2p_jax import language
+from ip2p_jax import language, language_program, sharding
 from ip2p_jax.errors import InputError
 from ip2p_jax.language import Language, write
 from ip2p_jax.weights.language_folder import read_language, write_language
@@ -208,6 +208,33 @@ def test_a_text_depends_on_its_prompt_and_seed_only(model):
       assert completion[1:] == expected[i][1:]
 
 
+@pytest.mark.parametrize('kind', ['qwen2', 'smollm2'])  # of smollm2, no heads can be split
+def test_texts_and_bytes_of_many_devices_are_those_of_one(kind, tmp_path, monkeypatch):
+  changes = {'num_attention_heads': 8, 'num_key_value_heads': 4, 'hidden_size': 64}
+  llamas.write(tmp_path, kind, **(changes if kind == 'qwen2' else {}))
+  with monkeypatch.context() as patch:
+    patch.setattr(jax, 'local_devices', lambda: jax.devices()[:1])
+    lone = Language.load(tmp_path)
+  settings = {'temperature': 1.0, 'top_p': 0.95, 'frequency_penalty': 0.3, 'max_tokens': 30}
+  prompts, seeds = PROMPTS * 3, range(3 * len(PROMPTS))
+  expected = texts(lone, prompts, seeds, **settings)
+  assert lone.mesh.size == 1
+  total = sum(leaf.nbytes for leaf in jax.tree.leaves(lone.params))
+  whole = sum(leaf.nbytes for leaf in jax.tree.leaves(lone.params) if leaf.ndim == 1)
+  for split in (1, 4):
+    model = Language.load(tmp_path, split=split)
+    held = sharding.bytes_per_device(model.params, jax.tree.map(lambda x: x.sharding, model.params))
+    assert total / split <= held <= whole + (total - whole) / split
+    assert texts(model, prompts, seeds, **settings) == expected
+
+
+def test_weights_are_split_over_as_few_devices_as_leave_room():
+  assert [sharding.fewest(15, memory, 8) for memory in (30, 29, 10, 7, 1)] == [1, 2, 4, 8, 8]
+  assert sharding.fewest(15, float('inf'), 8) == 1
+  with pytest.raises(InputError, match='over 3 of 8 devices; use a divisor of 8'):
+    sharding.mesh_for(15, 3)
+
+
 def test_all_64_bits_of_a_seed_matter(model):
   seeds = [0, 1, 2**31, 2**32, 2**63]
   assert len({c.tokens for c in texts(model, ['snow'] * 5, seeds)}) == 5
@@ -298,7 +325,7 @@ def test_drawing_follows_the_probabilities(rng):
   scores = np.float32(3 * rng.standard_normal((1, 300)))
   scores[0, 7:140] = -np.inf  # more than a block of impossible ones
   uniform = ((np.arange(4096) + 0.5) / 4096).astype(np.float32)
-  found = language.draw(jnp.repeat(jnp.array(scores), 4096, 0), uniform)
+  found = language_program.draw(jnp.repeat(jnp.array(scores), 4096, 0), uniform)
   expected = np.exp(scores[0]) / np.exp(scores[0]).sum()
   np.testing.assert_allclose(np.bincount(found, minlength=300) / 4096, expected, atol=2 / 4096)
   assert np.all(np.diff(found) >= 0)
@@ -308,7 +335,7 @@ def test_drawing_never_takes_what_is_impossible(rng):
   scores = np.full((4, 300), -np.inf, np.float32)
   scores[np.arange(4), [0, 127, 128, 299]] = [1, -50, 80, 0]
   for uniform in (0.0, 0.5, 1 - 2**-24):
-    found = language.draw(scores, np.full(4, uniform, np.float32))
+    found = language_program.draw(scores, np.full(4, uniform, np.float32))
     np.testing.assert_array_equal(found, [0, 127, 128, 299])
 
 
@@ -317,7 +344,7 @@ def test_top_p_keeps_the_tokens_that_transformers_keeps(rng, top_p):
   scores = np.float32(2 * rng.standard_normal((5, 200)))
   warper = transformers.TopPLogitsWarper(top_p)
   theirs = torch.isfinite(warper(None, torch.from_numpy(scores))).numpy()
-  found = np.asarray(language.nucleus(jnp.array(scores), jnp.float32(top_p)))
+  found = np.asarray(language_program.nucleus(jnp.array(scores), jnp.float32(top_p)))
   np.testing.assert_array_equal(np.isfinite(found), theirs)
   np.testing.assert_array_equal(found[theirs], scores[theirs])
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 from ip2p_jax import inversion, pair_program, pairs, sharding
 from ip2p_jax import prompt_to_prompt as p2p
+from ip2p_jax.attention import attend, splash
 from ip2p_jax.errors import InputError
 from ip2p_jax.networks import networks_of, params_of, tokenizer_of
 from ip2p_jax.pairs import Drawing, Generator, Sample, draw_all
@@ -182,6 +183,29 @@ def test_pairs_do_not_depend_on_devices_or_neighbours(parts, prompts, whole, rng
     with Image.open(whole / '0000001' / f'{sample.seed}_{side}.jpg') as file:
       found = np.asarray(file).astype(int)
     assert np.abs(found - np.asarray(pictures)[side, 0]).max() <= 4  # JPEG
+
+
+def test_pairs_of_two_devices_with_the_kernel_are_those_of_one(parts, prompts, monkeypatch):
+  mesh_of = lambda count: sharding.make_mesh(devices=jax.devices()[:count])
+  drawing = Drawing(steps=2, size=64, batch_size=2)
+  samples = [drawing.sample(i, 0) for i in range(2)]
+  expected, *_ = Generator(*parts, drawing, mesh_of(1)).draw(prompts[:2], samples)
+  used = []
+
+  def dispatch(mesh):  # as on a TPU, whose kernel runs anywhere by being interpreted
+    def attention(q, k, v, site=None):
+      if q.shape[1] % 128 or k.shape[1] % 128:
+        return attend(q, k, v)
+      used.append(mesh.size)
+      return splash(q, k, v, mesh=mesh, interpret=True)
+
+    return attention
+
+  monkeypatch.setattr(pairs.attention, 'dispatch', dispatch)
+  found, *_ = Generator(*parts, drawing, mesh_of(2)).draw(prompts[:2], samples)
+  assert set(used) == {2}
+  assert found.sharding.shard_shape(found.shape) == (2, 1, 64, 64, 3)
+  assert np.abs(np.asarray(found, int) - np.asarray(expected, int)).max() <= 1
 
 
 def test_other_settings_do_not_go_on_with_a_run(parts, generator, prompts, whole):

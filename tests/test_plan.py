@@ -14,7 +14,16 @@ import numpy as np
 import pytest
 import tiny_models
 
-from ip2p_jax import cli, plan, plan_sampling, sharding, train_step
+from ip2p_jax import (
+  cli,
+  plan,
+  plan_compiler,
+  plan_devices,
+  plan_sampling,
+  program_text,
+  sharding,
+  train_step,
+)
 from ip2p_jax import config as configuration
 from ip2p_jax.config import DataConfig, MeshConfig, TrainConfig
 from ip2p_jax.errors import InputError
@@ -95,10 +104,10 @@ def test_products_are_in_bfloat16_but_for_gradients_of_attention_scores(lowered)
 
 
 def test_collectives_and_cycles_are_read_with_their_loops():
-  gather, reduce = plan.collectives_of(PROGRAM)
+  gather, reduce = program_text.collectives_of(PROGRAM)
   assert gather == ('all-gather', 32, 5, 'gather')
   assert reduce == ('all-reduce', 48, 1, 'gradients')
-  assert plan.cycles_of(PROGRAM) == 5 * 10 + 3 * 100 + 7
+  assert program_text.cycles_of(PROGRAM) == 5 * 10 + 3 * 100 + 7
 
 
 @pytest.mark.parametrize(
@@ -112,11 +121,11 @@ def test_collectives_and_cycles_are_read_with_their_loops():
 )
 def test_what_is_started_counts_by_what_it_gives(started, size):
   program = f'ENTRY %main (p: f32[4]) -> f32[4] {{\n  %x = {started}%p), channel_id=1\n}}\n'
-  assert [one.bytes for one in plan.collectives_of(program)] == [size]
+  assert [one.bytes for one in program_text.collectives_of(program)] == [size]
 
 
 def test_a_report_tells_where_exchanges_come_from():
-  rows = plan.collective_rows(plan.collectives_of(PROGRAM))
+  rows = plan.collective_rows(program_text.collectives_of(PROGRAM))
   assert rows[1] == ('all-reduce', '0.0 MB a device, 100% of gradients')
 
 
@@ -124,7 +133,7 @@ def test_devices_exchange_gradients_and_weights_alone(networks):
   mesh = sharding.make_mesh(devices=jax.devices()[:4])
   config = settings(mesh=MeshConfig(zero1=True))
   step, state, *_ = plan.lower_step(config, networks, mesh)
-  found = plan.collectives_of(step.compile().as_text())
+  found = program_text.collectives_of(step.compile().as_text())
   weights = sum(x.size * 4 for x in jax.tree.leaves(state['params']))
   bytes_by = collections.Counter()
   for one in found:
@@ -138,10 +147,14 @@ def test_devices_exchange_gradients_and_weights_alone(networks):
 def told(**changes):
   known = {
     'topology': 'v5e-16', 'devices': 16, 'device_batch': 64, 'parameters': 10**9,
-    'state_bytes': 13 * plan.GIB, 'frozen_bytes': plan.GIB, 'analytic_flops': 35e12,
+    'state_bytes': 13 * plan_devices.GIB, 'frozen_bytes': plan_devices.GIB, 'analytic_flops': 35e12,
   }  # fmt: skip
-  compiled = {'fits': True, 'argument_bytes': 14 * plan.GIB, 'temporary_bytes': plan.GIB}
-  compiled = plan.Compiled(**compiled | {'bytes_accessed': 4e11} | changes)
+  compiled = {
+    'fits': True,
+    'argument_bytes': 14 * plan_devices.GIB,
+    'temporary_bytes': plan_devices.GIB,
+  }
+  compiled = plan_compiler.Compiled(**compiled | {'bytes_accessed': 4e11} | changes)
   return plan.report(plan.Plan(**known, compiled=compiled), settings())
 
 
@@ -164,7 +177,7 @@ def test_what_the_compiler_refuses_is_one_sentence():
   with pytest.raises(
     InputError, match=r'refuses this program: INTERNAL: Mosaic failed to compile$'
   ):
-    plan.compiled_for_tpu(Lowered())
+    plan_compiler.compiled_for_tpu(Lowered())
 
 
 def test_a_report_says_what_to_do_where_it_does_not_fit():
@@ -185,10 +198,10 @@ def test_a_compiler_that_is_missing_is_no_fault_of_the_topology(monkeypatch):
   def not_installed(*_, **__):
     raise RuntimeError('JAX TPU support not installed; cannot generate TPU topology.')
 
-  monkeypatch.setattr(plan.topologies, 'get_topology_desc', not_installed)
-  monkeypatch.setattr(plan.importlib.util, 'find_spec', lambda name: None)
+  monkeypatch.setattr(plan_devices.topologies, 'get_topology_desc', not_installed)
+  monkeypatch.setattr(plan_devices.importlib.util, 'find_spec', lambda name: None)
   with pytest.raises(InputError, match="compiler is missing: pip install 'jax"):
-    plan.describe('v5e-8')
+    plan_devices.describe('v5e-8')
 
 
 def test_an_interrupt_is_heard_while_the_compiler_works():
@@ -200,7 +213,7 @@ def test_an_interrupt_is_heard_while_the_compiler_works():
   done = threading.Event()
   before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
   with pytest.raises(KeyboardInterrupt):
-    plan.compiled_for_tpu(Lowered())
+    plan_compiler.compiled_for_tpu(Lowered())
   signal.signal(signal.SIGINT, before)
   assert not done.is_set()  # nobody waited
   done.set()
@@ -255,15 +268,16 @@ def test_options_that_do_not_go_together_are_refused(options, message, capsys, m
 @pytest.mark.parametrize('name', ['v5e', 'v9-8', 'v5e:4', 'gpu', 'v4:2x2', 'v5e:2x2x2'])
 def test_an_unknown_topology_is_named(name):
   with pytest.raises(InputError, match='use a slice such as v5e-16'):
-    plan.describe(name)
+    plan_devices.describe(name)
 
 
 @pytest.mark.parametrize(
-  ('name', 'devices'), [('v3-8', 8), ('v4-8', 4), ('v5e-16', 16), ('v5p-64', 32), ('v6e-8', 8)]
+  ('name', 'devices'),
+  [('v5e-1', 1), ('v3-8', 8), ('v4-8', 4), ('v5e-16', 16), ('v5p-64', 32), ('v6e-8', 8)],
 )
 def test_a_slice_has_as_many_devices_as_jax_finds_there(name, devices):
   pytest.importorskip('libtpu')
-  assert sharding.make_mesh(devices=plan.describe(name)).size == devices
+  assert sharding.make_mesh(devices=plan_devices.describe(name)).size == devices
 
 
 def test_a_config_is_read_with_changes(tmp_path):
@@ -312,12 +326,35 @@ def test_the_tpu_compiler_compiles_the_step(networks):
 def test_the_tpu_compiler_compiles_edits_and_pairs(made, unet, more):
   pytest.importorskip('libtpu')
   networks = networks_of(tiny_models.checkpoint(unet))
-  found = plan_sampling.plan_sampling(networks, plan_sampling.Work(made, 64, 2, 4), 'v5e-4')
-  longer = plan_sampling.plan_sampling(networks, plan_sampling.Work(made, 64, 2, 8), 'v5e-4')
-  assert found.compiled.fits and not found.compiled.collectives
-  assert 0 < found.compiled.temporary_bytes < plan.GIB
+  # 32 x 32 latents: the finest level has 1024 tokens, which get the kernel.
+  work = plan_sampling.Work(made, 128, 4, 4)
+  with jax.default_matmul_precision('default'):  # no kernel takes the tests' 'highest'
+    found = plan_sampling.plan_sampling(networks, work, 'v5e-4')
+    longer = plan_sampling.plan_sampling(networks, work._replace(steps=8), 'v5e-4')
+  assert found.compiled.fits and found.devices == 4 and not found.compiled.collectives
+  assert 0 < found.compiled.temporary_bytes < plan_devices.GIB
   # Loops count as often as they go round.
   assert longer.compiled.cycles > 1.2 * found.compiled.cycles
   assert longer.analytic_flops > more * found.analytic_flops
   text = plan_sampling.report(found)
   assert text.startswith('v5e-4: fits') and f'{made} an hour' in text
+
+
+@pytest.mark.parametrize(('made', 'unet'), [
+  ('edits', reference.TINY_UNET), ('pairs', reference.TINY_UNET | {'in_channels': 4}),
+])  # fmt: skip
+def test_what_is_planned_is_what_several_devices_run_with_the_kernel(made, unet):
+  """Lowered for a TPU's devices; jax refuses here what it would refuse there."""
+  pytest.importorskip('libtpu')
+  networks = networks_of(tiny_models.checkpoint(unet))
+  mesh = plan_sampling.host_mesh('v5e-4')
+  lowered, _ = plan_sampling.lower_call(networks, plan_sampling.Work(made, 128, 4, 2), mesh)
+  assert 'tpu_custom_call' in lowered.as_text()
+
+
+def test_a_batch_that_a_host_cannot_share_is_refused():
+  pytest.importorskip('libtpu')
+  assert plan_sampling.work_on('v5e-16', 'pairs', 64, None, 2).batch == 4 * 8
+  assert plan_sampling.host_mesh('v5e-8').size == 8
+  with pytest.raises(InputError, match='--batch-size is 6; use a multiple of the 4 devices'):
+    plan_sampling.work_on('v5e-16', 'pairs', 64, 6, 2)

@@ -7,7 +7,6 @@ Our path *is* the diffusers name but for three renames, so converting is transpo
 """
 
 import dataclasses
-import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -47,7 +46,7 @@ def to_params(
   component: str,
   tower: str | None = None,
   source: str = 'the checkpoint',
-  place: Callable[[np.ndarray], Any] = functools.partial(np.asarray, order='C'),
+  place: Callable[[np.ndarray, Any], Any] = lambda view, leaf: np.asarray(view, order='C'),
 ) -> dict:
   """A parameter tree, shaped and typed as `abstract`, from torch tensors; nothing may be left over.
 
@@ -57,7 +56,8 @@ def to_params(
     component: 'unet', 'vae', 'text_encoder', 'image_encoder' (CLIP's vision tower alone) or 'clip'.
     tower: 'text' or 'vision' to take one tower out of a file of the whole CLIP model.
     source: where the tensors come from, for messages.
-    place: takes each array to where it will live; what it gets may be a view in any order.
+    place: takes each array, and its leaf of `abstract`, to where it will live; the array may be a
+      view in any order.
 
   Raises:
     InputError: naming the tensors that are missing, unknown, of another shape or not finite.
@@ -81,7 +81,7 @@ def to_params(
     node = params
     for key in path[:-1]:
       node = node.setdefault(key, {})
-    node[path[-1]] = place(_from_torch(path[-1], array))
+    node[path[-1]] = place(_from_torch(path[-1], array), leaf)
   return params
 
 
