@@ -14,7 +14,7 @@ FLOORS = (
   ('prompts',),
   ('optimizer', 'lora', 'loss', 'sharding', 'flops', 'metrics', 'data'),
   ('checkpoints', 'edit_program', 'inversion', 'pair_program', 'train_step', 'triplets'),
-  ('editor', 'language_step', 'language_workdir'),
+  ('editor', 'language_step', 'language_workdir', 'triplet_rules'),
   ('edit_files', 'convert', 'previews', 'setup_run', 'captions', 'training_loop'),
   ('training', 'language_training', 'pairs', 'plan', 'caption_server', 'triplet_check'),
   ('filtering', 'captions_cli', 'plan_sampling'),
