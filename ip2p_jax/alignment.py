@@ -33,30 +33,37 @@ class Alignment(NamedTuple):
 
 
 def align(tokenizer: ClipTokenizer, source: str, target: str) -> tuple[str, Alignment]:
-  """('replace', ...) if the captions differ in words that can be paired, else ('refine', ...)."""
-  if _pairs(tokenizer.words(source), tokenizer.words(target)) is None:
-    return 'refine', refine(tokenizer, source, target)
-  return 'replace', replace(tokenizer, source, target)
+  """('replace', ...) if the captions differ in words that were swapped, else ('refine', ...)."""
+  is_replace = (
+    _swapped(tokenizer, source, target) or _pieces_in_order(tokenizer, source, target) is not None
+  )
+  if is_replace:
+    return 'replace', replace(tokenizer, source, target)
+  return 'refine', refine(tokenizer, source, target)
 
 
 def replace(tokenizer: ClipTokenizer, source: str, target: str) -> Alignment:
   """Every word of the target gets the attention of the word in its place in the source.
 
-  Words of as many tokens go token by token; else each token of the new word gets an equal share of
-  what all tokens of the old one have. InputError if words were inserted or left out.
+  Words are what stands between spaces, signs included, if both captions have as many, as in the
+  released code; else single words and signs, if these follow each other alike. Words of as many
+  tokens go token by token; else each token of the new word gets an equal share of what all tokens
+  of the old one have. InputError if words were inserted or left out.
   """
-  words, target_words = tokenizer.words(source), tokenizer.words(target)
-  pairs = _pairs(words, target_words)
+  words, target_words = tokenizer.spaced_words(source), tokenizer.spaced_words(target)
+  pairs = list(zip(words, target_words, strict=False))
+  if len(words) != len(target_words):
+    pairs = _pieces_in_order(tokenizer, source, target)
   if pairs is None:
     raise InputError(
-      f'{source!r} and {target!r} do not differ in single words that were swapped; use refine.'
+      f'{source!r} has {len(words)} words and {target!r} has {len(target_words)}, so that none can'
+      ' take the place of another; use refine.'
     )
   matrix = _ends(tokenizer, source, target)
-  for i, j in pairs:
-    old, new = words[i][1], target_words[j][1]
+  for old, new in pairs:
     if len(old) == len(new):
       matrix[old, new] = 1
-    else:
+    elif old and new:
       matrix[np.ix_(old, new)] = 1 / len(new)
   return Alignment(matrix, (matrix.sum(0) > 0).astype(np.float32))
 
@@ -109,29 +116,54 @@ def windows(
 ) -> np.ndarray:
   """int32 [2, L]: each token's control begins at step [0] and ends before step [1].
 
-  A span is two fractions of the steps, or the second alone; `words` have spans of their own.
+  A span is two fractions of steps + 1, or the second alone; `words` have spans of their own. The
+  released code has one row of its table more than steps, and so 0.95 of 10 steps are all ten.
   """
-  result = np.tile(np.array(step_window(span, steps), np.int32)[:, None], (1, tokenizer.length))
+  window = lambda span: np.minimum(step_window(span, steps + 1), steps)[:, None]
+  result = np.tile(window(span).astype(np.int32), (1, tokenizer.length))
   for phrase, span in words.items():
-    found = places(tokenizer, text, phrase)
-    result[:, found] = np.array(step_window(span, steps))[:, None]
+    result[:, places(tokenizer, text, phrase)] = window(span)
   return result
 
 
 def step_window(span: Span, steps: int) -> tuple[int, int]:
-  """The first step, and the one after the last, of a span; InputError outside of 0 to 1."""
+  """The first step, and the one after the last, of a span; InputError outside of 0 to 1.
+
+  Rounded down in double precision, to the bit as the released code: 0.29 of 100 steps are 28.
+  """
   start, stop = span if isinstance(span, tuple) else (0.0, span)
   if not 0 <= start <= stop <= 1:
     raise InputError(f'{span} is no part of the steps; give fractions of 0 to 1, as in (0, 0.8).')
-  # What 0.8 * 50 lacks in floating point shall not cost a step.
-  return int(start * steps + 1e-6), int(stop * steps + 1e-6)
+  return int(start * steps), int(stop * steps)
 
 
-def _pairs(words, target_words) -> list[tuple[int, int]] | None:
-  """Places of words that answer to each other; None if some have no partner."""
-  names = [[word for word, _ in side] for side in (words, target_words)]
+def _swapped(tokenizer, source, target) -> bool:
+  """Whether words between spaces were swapped, and none became longer ('snow' to 'snow,')."""
+  names, target_names = (
+    [tuple(name for name, at in tokenizer.words(text) if at.start in tokens)
+     for tokens in tokenizer.spaced_words(text)]
+    for text in (source, target)
+  )  # fmt: skip
+  pairs = _in_order(names, target_names)
+  return pairs is not None and all(
+    names[i] == target_names[j]
+    or not (set(names[i]) <= set(target_names[j]) or set(target_names[j]) <= set(names[i]))
+    for i, j in pairs
+  )
+
+
+def _pieces_in_order(tokenizer, source, target) -> list[tuple[range, range]] | None:
+  """The tokens of words and signs that answer to each other; None if some have no partner."""
+  words, target_words = tokenizer.words(source), tokenizer.words(target)
+  pairs = _in_order([name for name, _ in words], [name for name, _ in target_words])
+  return None if pairs is None else [(words[i][1], target_words[j][1]) for i, j in pairs]
+
+
+def _in_order(names, target_names) -> list[tuple[int, int]] | None:
+  """Places of names that answer to each other, in order; None if some have no partner."""
   pairs = []
-  for _, i, i_end, j, j_end in difflib.SequenceMatcher(None, *names, autojunk=False).get_opcodes():
+  matcher = difflib.SequenceMatcher(None, names, target_names, autojunk=False)
+  for _, i, i_end, j, j_end in matcher.get_opcodes():
     if i_end - i != j_end - j:
       return None
     pairs += zip(range(i, i_end), range(j, j_end), strict=True)

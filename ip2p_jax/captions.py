@@ -13,7 +13,6 @@ import collections
 import contextlib
 import dataclasses
 import fcntl
-import functools
 import hashlib
 import itertools
 import json
@@ -27,8 +26,7 @@ from typing import Any, NamedTuple
 from ip2p_jax import storage, triplets
 from ip2p_jax.data.columns import ALIASES
 from ip2p_jax.errors import InputError
-from ip2p_jax.text import ClipTokenizer
-from ip2p_jax.weights import clip_tokenizer
+from ip2p_jax.triplet_rules import fits, plain, problems
 
 SETTINGS, PROMPTS = 'captions.json', 'prompts.jsonl'
 COLUMNS = (*ALIASES['caption'], *ALIASES['text'])  # groups; LAION's 'TEXT' is among them
@@ -43,6 +41,8 @@ REASONS = {
   'parts': 'not an instruction and a caption',
   'unchanged': 'the caption unchanged',
   'long': 'too long',
+  'unrelated': 'the caption of something else',
+  'undrawable': 'of places, numbers or the camera',
   'flagged': 'flagged by moderation',
 }
 # Why a caption gets no (other) answer.
@@ -106,7 +106,7 @@ class Captions(NamedTuple):
   """Those to write for, and how many more there were."""
 
   kept: list[Caption]
-  left_out: dict[str, int]  # by reason: 'empty', 'duplicate', 'long', 'like a mark of the formats'
+  left_out: dict[str, int]  # by reason: 'empty', 'duplicate', 'long', 'garbled', ...
 
 
 def read_captions(path: Path, column: str = '') -> Captions:
@@ -125,6 +125,8 @@ def read_captions(path: Path, column: str = '') -> Captions:
       left_out['duplicate'] += 1
     elif triplets.mark_in(text):
       left_out['like a mark of the formats'] += 1
+    elif triplets.is_garbled(text):
+      left_out['garbled'] += 1
     elif not fits(text):
       left_out['long'] += 1
     else:
@@ -166,22 +168,6 @@ def _texts(path: Path, column: str) -> Iterator[tuple[str, str]]:
     yield triplets.text(values.get(name)), triplets.text(values.get(url))
 
 
-def fits(text: str) -> bool:
-  """Whether the 77 tokens that CLIP reads hold all of it."""
-  return not _clip_tokenizer().cut_off(text)
-
-
-@functools.cache
-def _clip_tokenizer() -> ClipTokenizer:
-  return ClipTokenizer(clip_tokenizer())
-
-
-def plain(text: str) -> str:
-  """What makes two captions the same: not case, white space, or a stop at the end."""
-  text = ' '.join(text.split()).lower()
-  return text.rstrip(' .!?') or text
-
-
 def judge(
   caption: str, answer: str, writing: Writing, is_flagged: Moderate | None
 ) -> tuple[str, tuple[str, str] | None]:
@@ -193,13 +179,9 @@ def judge(
   parts = triplets.parse(answer)
   if parts is None or any('\n' in part or triplets.is_garbled(part) for part in parts):
     return 'parts', None
-  instruction, edited = parts = tuple(' '.join(part.split()) for part in parts)
-  if plain(instruction) == plain(edited):
-    return 'parts', None
-  if plain(edited) == plain(caption):
-    return 'unchanged', None
-  if len(instruction.split()) > writing.max_words or not all(map(fits, parts)):
-    return 'long', None
+  parts = tuple(' '.join(part.split()) for part in parts)
+  for problem in problems(triplets.Triplet(caption, *parts), writing.max_words):
+    return problem.kind, None
   if is_flagged and any(map(is_flagged, parts)):
     return 'flagged', None
   return '', parts

@@ -21,7 +21,9 @@ from ip2p_jax.networks import Networks
 
 SAMPLER = 'ddim'
 TRIES = 10  # updates of one step's empty text, at most
-RATE, RATE_END = 1e-2, 100  # the learning rate falls to 0 in so many steps
+# As published for PUBLISHED_STEPS: more steps pass through the same values in finer parts.
+PUBLISHED_STEPS = 50
+RATE, RATE_END = 1e-2, 100  # the learning rate; it would be 0 after so many steps
 GOOD, GOOD_PER_STEP = 1e-5, 2e-5  # a squared error to stop at, and how much it grows each step
 
 
@@ -104,9 +106,11 @@ def null_texts(
   unet = _unet(networks, params)
   sigmas, scale = jnp.asarray(grid.sigmas), guidance[:, None, None, None]
   optimizer = optax.scale_by_adam()
+  steps = len(grid.timesteps)
 
   def step(carry, i):
     x, start = carry
+    place = i * min(1.0, PUBLISHED_STEPS / steps)
     sigma, below = sigmas[i], sigmas[i + 1]
     noise = lambda text: _noise(unet, networks.schedule, x, sigma, text)
     with_text = noise(context)
@@ -124,16 +128,16 @@ def null_texts(
       tries, text, moments, is_bad = state
       (_, each), grads = jax.value_and_grad(errors, has_aux=True)(text)
       changes, moments = optimizer.update(grads, moments)
-      rate = RATE * (1 - i / RATE_END)
+      rate = RATE * (1 - place / RATE_END)
       text = text - jnp.where(is_bad[:, None, None], rate * changes, 0)
-      return tries + 1, text, moments, is_bad & (each >= GOOD + GOOD_PER_STEP * i)
+      return tries + 1, text, moments, is_bad & (each >= GOOD + GOOD_PER_STEP * place)
 
     go_on = lambda state: (state[0] < TRIES) & state[3].any()
     begin = (0, start, optimizer.init(start), jnp.ones(len(start), bool))
     _, text, *_ = jax.lax.while_loop(go_on, update, begin)
     return (down(text), text), text
 
-  _, texts = jax.lax.scan(step, (path[0], null_context), jnp.arange(len(grid.timesteps)))
+  _, texts = jax.lax.scan(step, (path[0], null_context), jnp.arange(steps))
   return texts
 
 

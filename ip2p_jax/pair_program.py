@@ -78,11 +78,13 @@ def pair_program(networks: Networks, plan: Plan, params, request: Request) -> Pa
         maps.append(probabilities)
 
     wants_maps = blend is not None or plan.shows_attention
-    attend = p2p.controlled(
-      control, i, level, record if wants_maps else None, inner=networks.attention
-    )
 
     def predict(x, timestep):
+      # Both evaluations of a heun step are controlled as its step is, and the first, which every
+      # step has, tells where words look: the second lies in a `lax.cond`, which no map may leave.
+      attend = p2p.controlled(
+        control, i, level, record if wants_maps and not maps else None, inner=networks.attention
+      )
       nothing = null_context if request.null_contexts is None else request.null_contexts[i]
       nothing = jnp.broadcast_to(nothing, context.shape[1:])
       contexts = jnp.concatenate([*context, nothing, nothing])

@@ -6,6 +6,7 @@ torch where that is installed). Gives the ids of transformers' CLIPTokenizer.
 
 import itertools
 import json
+import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -73,6 +74,16 @@ class ClipTokenizer:
       first, last = encoding.offsets[tokens[0]][0], encoding.offsets[tokens[-1]][1]
       words.append((text[first:last].strip().lower(), range(tokens[0] + 1, tokens[-1] + 2)))
     return words
+
+  def spaced_words(self, text: str) -> list[range]:
+    """The places of the tokens of what stands between spaces, signs included; empty if cut off."""
+    offsets, found, stop = self._bpe.encode(text).offsets[: self.length - 2], [], 0
+    for word in re.finditer(r'\S+', text):
+      start = stop
+      while stop < len(offsets) and offsets[stop][0] < word.end():
+        stop += 1
+      found.append(range(start + 1, stop + 1))
+    return found
 
   def cut_off(self, text: str) -> str:
     """The end of `text` that does not fit and is ignored; '' if all of it fits."""

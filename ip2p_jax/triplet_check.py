@@ -2,52 +2,18 @@
 
 import collections
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ip2p_jax import triplets
-from ip2p_jax.captions import fits, plain
 from ip2p_jax.errors import InputError
+from ip2p_jax.triplet_rules import plain, problems, words
 from ip2p_jax.triplets import Triplet
 
 NEAR = 0.8  # Jaccard index of the words of two captions that are nearly the same
-RELATED = 0.2  # least part of the caption's words, or of the edited one's, that the other has too
 RECENT = 500  # captions with a word, that another with it is compared with
-MOST_WORDS = 25  # of an instruction
 SHOWN_VERBS = 12
 LENGTHS = (3, 6, 9, 12, 16, 25)  # words: last of each bar of the histogram
-WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
-SMALL_WORDS = frozenset(
-  'a an and are as at be by for from has have in into is it its of on or that the their this to'
-  ' was were with'.split()
-)
-# What pairs of pictures that share attention cannot show. Words, and what they ask for.
-SPATIAL = {
-  'the camera': r"""(?:move|turn|tilt|lower|raise|change)\ the\ camera|zoom(?:s|ed|ing)?\b
-    |close-?\s?up|wide[- ](?:angle|shot)|(?:low|high|bird['’]?s)[- ](?:angle|eye)|bird['’]s[- ]eye
-    |(?:aerial|top-down|drone|overhead)\ (?:view|shot)|macro\ shot|fish-?\s?eye|viewpoint
-    |point\ of\ view|perspective|camera\ angle|crop(?:ped)?\ (?:it|the\ (?:picture|image|photo))
-    |crop\ (?:out|to)|closer|further\ away|farther|from\ a\ distance
-    |from\ (?:above|below|behind|the\ (?:side|back|front))|pan\ (?:to|left|right|up|down)""",
-  'places': r"""moves?|moved|relocat\w*|slide\ (?:it|the)|shift(?:s|ed)?(?!.*colou?rs?)
-    |swap\w*(?!.*\ (?:for|with)\ )|switch\ (?:places|positions|sides)|rearrange\w*|rotat\w*
-    |flip(?:s|ped)?(?![-\w]|\ (?:phone|chart))|mirror\ (?:it|the|image)|reflect\ (?:it|the\ image)
-    |upside[- ]down|turn(?:ed)?\ around|(?:other|opposite)\ (?:way|side)
-    |(?:to|on)\ the\ right|left(?![-\w])|right[- ](?:side|hand)|to\ the\ foreground
-    |(?:at|in)\ the\ (?:bottom|top|cent(?:er|re)|middle|corners?)(?!\ (?:of|ages|east|class))
-    |(?:put|place|bring|stand|set)\ (?:it|him|her|them|the\ \w+)
-     \ (?:behind|in\ front|next\ to|beside)
-    |cent(?:er|re)\ (?:it|the)|enlarge\w*|shrink\w*|resize\w*|bigger|smaller|scale\ (?:it|the)""",
-  'numbers': r"""(?:two|three|four|five|six|seven|eight|nine|ten|eleven|twelve)(?![- ]?piece|-)
-    |(?:a\ )?hundreds?|several|dozens?|twice|triple\ the|double\ the|a\ couple\ of|one\ more
-    |a\ (?:second|third)|(?<!formula\ )(?<!windows\ )
-     \d{1,3}(?!\ ?(?:mm|th|st|nd|rd|°|%|am|pm|years?|o'clock)|[-:.,]?\d)""",
-}
-PATTERNS = {
-  what: re.compile(rf'\b(?:{words})\b', re.IGNORECASE | re.VERBOSE)
-  for what, words in SPATIAL.items()
-}
 
 
 def check(
@@ -71,7 +37,7 @@ def check(
       places.append(place)
       read.append(triplet)
       for problem in problems(triplet):
-        report(f'{place}: {problem}')
+        report(f'{place}: {problem.text}')
         findings += 1
     progress(i + 1, len(rows))
   for later, earlier, is_same in repeated([triplet.caption for triplet in read]):
@@ -79,44 +45,6 @@ def check(
     report(f'{places[later]}: {what} {places[earlier].removeprefix(f"{path}: ")}')
     findings += 1
   return read, findings
-
-
-def problems(triplet: Triplet) -> Iterator[str]:
-  """Of a triplet by itself."""
-  if fault := triplets.fault(triplet):
-    yield fault
-    return
-  caption, instruction, edited = triplet
-  for name, text in triplets.by_name(triplet).items():
-    if not fits(text):
-      yield f'the {name} is longer than the 77 tokens that CLIP reads'
-    if '\n' in text:
-      yield f'the {name} has more than one line'
-    if triplets.is_garbled(text):
-      yield f'the {name} has control characters, or signs that stand for broken ones'
-  if plain(instruction) in (plain(caption), plain(edited)):
-    yield 'the instruction is one of the captions'
-  if plain(caption) == plain(edited):
-    yield 'the edited caption is the caption'
-  elif is_unrelated(caption, edited):
-    yield f'the edited caption {edited!r} has little to do with the caption {caption!r}'
-  if (count := len(instruction.split())) > MOST_WORDS:
-    yield f'the instruction has {count} words; use at most {MOST_WORDS}'
-  for what, pattern in PATTERNS.items():
-    if found := pattern.search(instruction):
-      yield f'the instruction asks for a change of {what} ({found[0]!r}), which pairs cannot show'
-
-
-def is_unrelated(caption: str, edited: str) -> bool:
-  """Whether two captions share next to no words that mean something."""
-  one, other = words(caption) - SMALL_WORDS, words(edited) - SMALL_WORDS
-  if min(len(one), len(other)) < 2:  # one thing may become another; or of other writing systems
-    return False
-  return len(one & other) < RELATED * min(len(one), len(other))
-
-
-def words(text: str) -> frozenset[str]:
-  return frozenset(word.lower() for word in WORD.findall(text))
 
 
 def repeated(captions: Sequence[str]) -> Iterator[tuple[int, int, bool]]:

@@ -1,6 +1,8 @@
 """Edits for many captions: what is read, kept, refused and written, and how a run goes on."""
 
+import collections
 import datetime
+import itertools
 import json
 import random
 import re
@@ -9,7 +11,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from ip2p_jax import captions, prompts
+from ip2p_jax import captions, prompts, triplet_rules, triplets
 from ip2p_jax.captions import Caption, Writing, judge, read_answers, read_captions, write_all
 from ip2p_jax.errors import InputError
 
@@ -195,12 +197,39 @@ def test_captions_are_the_same_but_for_case_space_and_last_stop(one, other, is_s
     ('make it red\n%%\na' + ' red' * 80 + ' cat\nEND', 'long'),
     ('make it rude\n%%\na red cat\nEND', 'flagged'),
     ('make it red\n%%\na rude cat\nEND', 'flagged'),
+    ('A cat\n%%\na red cat\nEND', 'parts'),
+    ('##\n%%\na red cat\nEND', 'parts'),
+    ('make it bigger\n%%\na red cat\nEND', 'undrawable'),
+    ('add two dogs\n%%\na cat and two dogs\nEND', 'undrawable'),
+    ('zoom out\n%%\na red cat\nEND', 'undrawable'),
   ],
 )
 def test_an_answer_is_refused_for_a_reason(answer, reason):
   refused, parts = judge('a cat', answer, WRITING, lambda text: 'rude' in text)
   assert refused == reason and (reason == '' or reason in captions.REASONS)
   assert parts == (None if reason else ('make it red', 'a red cat'))
+
+
+def test_an_answer_is_kept_if_a_check_finds_nothing_in_it():
+  caption = 'a cat on a mat'
+  texts = (
+    'make it a lion', 'a lion on a mat', 'A cat on a mat.', 'END', '%%', 'put it on the left',
+    'stock market report 2020', 'make ' * 26, 'a cat ' * 40, 'view it from above',
+  )  # fmt: skip
+  reasons = collections.Counter()
+  for parts in itertools.product(texts, texts):
+    refused, kept = judge(caption, f'{parts[0]}\n%%\n{parts[1]}\nEND', WRITING, None)
+    clean = tuple(' '.join(part.split()) for part in parts)
+    found = list(triplet_rules.problems(triplets.Triplet(caption, *clean)))
+    assert bool(refused) == bool(found) and kept == (None if found else clean)
+    reasons[refused] += 1
+  assert {*reasons} == {'', 'parts', 'unchanged', 'long', 'unrelated', 'undrawable'}
+
+
+def test_captions_that_a_check_refuses_are_not_asked_for(tmp_path):
+  (tmp_path / 'some.txt').write_text('a caf\ufffd\na cat\x07\na dog\n')
+  found = read_captions(tmp_path / 'some.txt')
+  assert found.kept == [Caption(2, 'a dog')] and found.left_out == {'garbled': 2}
 
 
 def test_settings_that_make_no_sense_are_refused():

@@ -26,9 +26,9 @@ CHAIN = {
   'red': {'\n%%\n': 20, '\nEND': 19},
   'blue': {'\n%%\n': 20},
   'gold': {'\n%%\n': 20},
-  '\n%%\n': {'a red cat': 20, 'a blue dog': 20, 'a golden house': 20},
+  '\n%%\n': {'a red cat': 20, 'a blue cat': 20, 'a golden house': 20},
   'a red cat': {'\nEND': 20, '\n%%\n': 19},
-  'a blue dog': {'\nEND': 20},
+  'a blue cat': {'\nEND': 20},
   'a golden house': {'\nEND': 20},
 }
 
@@ -119,7 +119,7 @@ def test_a_model_of_this_machine_writes_edits(ip2p, model, source, tmp_path):
   kept = [line for line in answers if 'edit' in line]
   assert {line['edit'] for line in kept} == {'make it red', 'make it blue', 'make it gold'}
   assert {line['output'] for line in kept} <= set(CHAIN)
-  assert {line['refused'] for line in answers if 'refused' in line} == {'parts'}
+  assert {line['refused'] for line in answers if 'refused' in line} == {'parts', 'unrelated'}
 
   for i in (1, 0):  # with other slots, and two workers: the very same
     code, said = ip2p('write', source, tmp_path / 'two', '--model', model, '--shard', f'{i}/2')
@@ -128,7 +128,7 @@ def test_a_model_of_this_machine_writes_edits(ip2p, model, source, tmp_path):
   assert (tmp_path / 'two' / name).read_bytes() == (tmp_path / 'one' / name).read_bytes()
 
   code, said = ip2p('check', tmp_path / 'one' / name)
-  assert code == 1 and 'has little to do with' in said  # 'a golden house', of a cat
+  assert code == 0 and 'has little to do with' not in said  # 'a golden house' of a cat is refused
 
   code, said = ip2p('write', source, tmp_path / 'one', *words, '--temperature', 0)
   assert code == 2 and 'begun with temperature 0.7, not 0.0' in said

@@ -14,7 +14,7 @@ FLOORS = (
   ('language', 'prompts'),
   ('optimizer', 'lora', 'loss', 'flops', 'gpus', 'metrics', 'program_text', 'data'),
   ('checkpoints', 'plan_devices', 'edit_program', 'inversion', 'pair_program', 'train_step'),
-  ('triplets', 'editor', 'plan_compiler', 'language_step', 'language_workdir'),
+  ('triplets', 'editor', 'plan_compiler', 'language_step', 'language_workdir', 'triplet_rules'),
   ('edit_files', 'convert', 'previews', 'setup_run', 'captions', 'training_loop'),
   ('training', 'language_training', 'pairs', 'plan', 'caption_server', 'triplet_check'),
   ('filtering', 'captions_cli', 'plan_sampling'),

@@ -76,13 +76,14 @@ def their_null_texts(unet, schedule, path, grid, context, nothing, scale):
       return x + step * (without_text + scale * (with_text - without_text))
 
     nothing = nothing.detach().requires_grad_()
-    optimizer = torch.optim.Adam([nothing], lr=1e-2 * (1 - i / 100))
+    place = i * min(1, 50 / len(grid.timesteps))  # of 50 steps, as published
+    optimizer = torch.optim.Adam([nothing], lr=1e-2 * (1 - place / 100))
     for _ in range(10):
       loss = torch.nn.functional.mse_loss(unit(down(nothing), below), unit(path[i + 1], below))
       optimizer.zero_grad()
       loss.backward()
       optimizer.step()
-      if loss.item() < 1e-5 + i * 2e-5:
+      if loss.item() < 1e-5 + place * 2e-5:
         break
     texts.append(nothing.detach().clone())
     with torch.no_grad():

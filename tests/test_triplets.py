@@ -6,7 +6,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from ip2p_jax import triplet_check, triplets
+from ip2p_jax import triplet_check, triplet_rules, triplets
 from ip2p_jax.errors import InputError
 from ip2p_jax.triplets import Triplet
 
@@ -178,12 +178,12 @@ def test_a_finding_has_its_line(tmp_path, triplet, finding):
   ],
 )  # fmt: skip
 def test_what_the_method_can_do_is_no_finding(instruction):
-  assert not list(triplet_check.problems(CAT._replace(instruction=instruction)))
+  assert not list(triplet_rules.problems(CAT._replace(instruction=instruction)))
 
 
 def test_one_thing_may_become_another():
-  assert not triplet_check.is_unrelated('A dog', 'A fox')
-  assert triplet_check.is_unrelated('a dog on a mat', 'a stock market report')
+  assert not triplet_rules.is_unrelated('A dog', 'A fox')
+  assert triplet_rules.is_unrelated('a dog on a mat', 'a stock market report')
 
 
 def test_a_row_that_cannot_be_read_is_a_finding_and_the_rest_is_read(tmp_path):
@@ -211,7 +211,7 @@ def test_no_near_caption_is_missed(rng):
   captions = [
     ' '.join(f'w{j}' for j in rng.choice(9, rng.integers(3, 9), False)) for _ in range(200)
   ]
-  sets = [triplet_check.words(caption) for caption in captions]
+  sets = [triplet_rules.words(caption) for caption in captions]
   expected = [
     i
     for i, own in enumerate(sets)
