@@ -96,6 +96,13 @@ def adamw(
   )
 
 
+def only_scheduled(old: optax.OptState, new: optax.OptState) -> optax.OptState:
+  """The state of `adamw` after a step without a gradient: moments as in `old`, the schedule's count
+  as in `new`, so that the run ends at the rate it is to end at.
+  """
+  return (*old[:-1], new[-1])
+
+
 def trainable(names: Collection[str], rates: Rules) -> set[str]:
   """The names that learn; those whose rate is 0 are frozen, and belong outside `params`.
 
