@@ -10,22 +10,28 @@ _NUMBER = r'[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?'
 _RULE = re.compile(rf'\s*(.*?)\s*=\s*({_NUMBER})\s*(?:,|$)')
 
 
+RULES = ('optimizer.rates', 'optimizer.decays')
+
+
 def parse(name: str, text: str, known: Any) -> Any:
-  """The value that `text` stands for, of the type of `known`; InputError if it is none.
+  """The value that `text` gives the setting `name`, of the type of `known`, which it has else.
 
   Rules, ((pattern, number), ...), may be written as 'pattern=number,pattern=number', as a dict, or
-  as they are; other tuples with or without their brackets.
+  as they are; other tuples with or without their brackets. InputError for what is no such value.
   """
   if isinstance(known, str):
     return text
-  is_rules = isinstance(known, tuple) and bool(known) and isinstance(known[0], tuple)
-  value = _rules(text) if is_rules else _plain(text, known)
-  if type(value) is not type(known) or (isinstance(known, tuple) and not is_rules and not (
-    [type(x) for x in value] == [type(x) for x in known]
-  )):  # fmt: skip
-    how = f'{name}={_written(known, is_rules)}'
-    kind = 'rules' if is_rules else f'a {type(known).__name__}'
-    raise InputError(f'{name}={text}: {name} takes {kind}, as in {how}.')
+  value = _rules(text) if name in RULES else _plain(text, known)
+  is_fitting = type(value) is type(known)
+  if is_fitting and isinstance(known, tuple) and name not in RULES:
+    is_fitting = list(map(type, value)) == list(map(type, known))
+  if not is_fitting:
+    kind, shown = f'a {type(known).__name__}', known
+    if name in RULES:
+      kind, shown = 'rules', "'attn2=0.5,.*=1' (the first pattern that is found in a name wins)"
+    elif isinstance(known, tuple):
+      kind, shown = f'{len(known)} numbers', ','.join(map(str, known))
+    raise InputError(f'{name}={text}: {name} takes {kind}, as in {name}={shown}.')
   return value
 
 
@@ -43,10 +49,11 @@ def _rules(text):
   if value is None:
     return _short_rules(text)
   if isinstance(value, dict):
-    return tuple(value.items())
-  if isinstance(value, (tuple, list)):
-    return tuple(tuple(rule) if isinstance(rule, list) else rule for rule in value)
-  return None
+    value = tuple(value.items())
+  if not isinstance(value, (tuple, list)):
+    return None
+  # What is no pair is refused by name when rules are used.
+  return tuple(tuple(rule) if isinstance(rule, list) else rule for rule in value)
 
 
 def _short_rules(text):
@@ -66,9 +73,3 @@ def _literal(text):
     return ast.literal_eval(text)
   except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
     return None
-
-
-def _written(known, is_rules):
-  if not is_rules:
-    return ','.join(map(str, known)) if isinstance(known, tuple) else known
-  return "'attn2=0.5,.*=1'"

@@ -83,7 +83,7 @@ def train_language(config: LanguageConfig, workdir: str) -> int:
     stack.enter_context(claimed(workdir))
     manager = stack.enter_context(contextlib.closing(Checkpoints(workdir, config.log.keep)))
     if manager.latest_step() is not None:
-      config = as_begun(config, ('lora.alpha',), workdir, say)
+      config = as_begun(config, ('lora.rank', 'lora.alpha'), workdir, say)
     checkpoint = _starting_point(config, workdir, manager)
     rows = tokenized(learnt + held_out, checkpoint, config)
     data, validation = (

@@ -175,7 +175,7 @@ def prepare(
   microbatch = sharding.check_batch(mesh, config.batch_size, config.accumulation)
   is_resumed = manager.latest_step() is not None
   if is_resumed:
-    config = as_begun(config, ('task', 'lora.alpha'), workdir, say)
+    config = as_begun(config, ('task', 'lora.rank', 'lora.alpha'), workdir, say)
   checkpoint = workdirs.load_base(workdir) if is_resumed else starting_checkpoint(config)
   if checkpoint is None:
     raise InputError(f'{workdir}: has checkpoints but no {workdirs.BASE}; use a new workdir.')
@@ -219,9 +219,7 @@ def started(recipe: Any, values: Mapping[str, np.ndarray], shardings: State) -> 
   return jax.jit(start, out_shardings=shardings, donate_argnums=0)(params)
 
 
-def as_begun(
-  config: Any, fixed: Collection[str], workdir: str, say: Callable[[str], None]
-) -> Any:
+def as_begun(config: Any, fixed: Collection[str], workdir: str, say: Callable[[str], None]) -> Any:
   """The config with the starting checkpoint that the run really had, which is not read again.
 
   InputError for another value of a knob that gives the saved weights their meaning.

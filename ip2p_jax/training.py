@@ -194,7 +194,9 @@ def _meter(run: Run, data: Data) -> metrics.Meter:
   return metrics.Meter(run.config.batch_size, work, run.mesh.size, flops.peak(devices[0]))
 
 
-def _check_finite(run: Run, data: Data, ahead, save, manager, workdir, values, state, course) -> None:
+def _check_finite(
+  run: Run, data: Data, ahead, save, manager, workdir, values, state, course
+) -> None:
   """Stops at a loss that is not finite, and keeps what is needed to look into it.
 
   The batch lies in W/failures, with each example's loss and draws.

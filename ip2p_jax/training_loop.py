@@ -222,7 +222,7 @@ def course_of(extras: dict[str, Any], config: Any) -> Course:
 
 
 def keep_config(config: Any, workdir: str, step: int) -> None:
-  """Writes config.json; says what differs if the run was begun with another.
+  """Writes config.json; says what differs if the run was begun with another, and what is short.
 
   InputError for steps to profile that are new and past.
   """
@@ -236,6 +236,11 @@ def keep_config(config: Any, workdir: str, step: int) -> None:
     )
   for line in lines:
     say(f'changed since the last start: {line}')
+  if config.optimizer.warmup_steps > config.steps:
+    say(
+      f'the warm-up of {config.optimizer.warmup_steps:,} steps is longer than the run: the learning'
+      f' rate ends at {config.steps / config.optimizer.warmup_steps:.0%} of what is set'
+    )
   workdirs.write_config(workdir, new)
 
 
