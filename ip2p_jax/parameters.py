@@ -66,7 +66,7 @@ def check_rules(rules: Collection[tuple[str, Any]], names: Collection[str], what
 
 
 def check_order(rules: Collection[tuple[str, Any]], names: Collection[str], what: str) -> None:
-  """Raises an InputError for a rule that does nothing, since others before it take all it matches."""
+  """Raises an InputError for a rule whose names are all taken by rules before it."""
   patterns = [pattern for pattern, _ in _pairs(rules, what)]
   searches = [compiled(pattern, what).search for pattern in patterns]
   matching = [[i for i, search in enumerate(searches) if search(name)] for name in names]

@@ -8,11 +8,12 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / 'ip2p_jax'
 FLOORS = (
   ('errors',),
+  ('config_text', 'xla_alarms'),
   ('attention', 'bundled', 'config', 'console', 'parameters', 'storage'),
   ('models', 'diffusion', 'weights', 'images', 'text'),
   ('networks', 'alignment', 'prompt_to_prompt', 'similarity', 'language'),
   ('prompts',),
-  ('optimizer', 'lora', 'loss', 'sharding', 'flops', 'metrics', 'data'),
+  ('optimizer', 'lora', 'loss', 'sharding', 'flops', 'metrics', 'loss_course', 'data'),
   ('checkpoints', 'edit_program', 'inversion', 'pair_program', 'train_step', 'triplets'),
   ('editor', 'language_step', 'language_workdir'),
   ('edit_files', 'convert', 'previews', 'setup_run', 'captions', 'training_loop'),
