@@ -218,7 +218,7 @@ def test_a_run_that_diverged_goes_on_from_the_last_good_checkpoint(folder, tmp_p
   training.train(a_config(folder, steps=4, log=log), workdir)
   # Grows until it is not finite, past more checkpoints than are kept.
   wild = a_config(folder, steps=50, log=log, optim=DIVERGING)
-  with pytest.raises(InputError, match='the loss had grown|The loss had grown') as stop:
+  with pytest.raises(InputError, match='The loss had grown') as stop:
     training.train(wild, workdir)
   first, *spoilt = checkpoints.steps(tmp_path)
   assert first == 4 and spoilt[-1] > 6 and f'go on from step {first},' in str(stop.value)
@@ -268,7 +268,7 @@ def test_settings_that_would_change_what_is_saved_are_refused(folder, tmp_path):
   late = dataclasses.replace(
     adapting, steps=20, log=dataclasses.replace(adapting.log, profile=(1, 1))
   )
-  with pytest.raises(InputError, match='log.profile is .1, 1., and this run is at step 1 already'):
+  with pytest.raises(InputError, match=r'log\.profile is .1, 1., and this run is at step 1 already'):
     training.train(late, str(tmp_path))
   kept = checkpoints.read_config(tmp_path)
   assert kept['lora']['alpha'] == 4 and kept['prediction_type'] == 'epsilon'
