@@ -268,7 +268,7 @@ def test_settings_that_would_change_what_is_saved_are_refused(folder, tmp_path):
   late = dataclasses.replace(
     adapting, steps=20, log=dataclasses.replace(adapting.log, profile=(1, 1))
   )
-  with pytest.raises(InputError, match=r'log\.profile is .1, 1., and this run is at step 1 already'):
+  with pytest.raises(InputError, match=r'log\.profile is .1, 1., and this run is at step 1'):
     training.train(late, str(tmp_path))
   kept = checkpoints.read_config(tmp_path)
   assert kept['lora']['alpha'] == 4 and kept['prediction_type'] == 'epsilon'
