@@ -30,7 +30,7 @@ def parse(name: str, text: str, known: Any) -> Any:
     if name in RULES:
       kind, shown = 'rules', "'attn2=0.5,.*=1' (the first pattern that is found in a name wins)"
     elif isinstance(known, tuple):
-      kind, shown = f'{len(known)} numbers', ','.join(map(str, known))
+      kind, shown = 'two whole numbers, of steps', '100,5'
     raise InputError(f'{name}={text}: {name} takes {kind}, as in {name}={shown}.')
   return value
 
