@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ip2p_jax import language, language_program, plan, sharding
+from ip2p_jax import language, language_program, plan, plan_compiler, plan_devices, sharding
 from ip2p_jax.models.layers import abstract
 from ip2p_jax.models.llama import Llama, LlamaConfig, Rope
 

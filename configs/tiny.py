@@ -15,5 +15,5 @@ def get_config():
     steps=20,
     dtype='float32',
     data=DataConfig(workers=0),
-    log=LogConfig(every=5, checkpoint_every=10, validate_every=10, previews=2, preview_steps=4),
+    log=LogConfig(every=5, checkpoint_every=10, validate_every=10, previews=2),
   )

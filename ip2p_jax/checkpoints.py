@@ -42,14 +42,21 @@ class Checkpoints:
   """The checkpoints of a run that is going on. Every process of it must make every call."""
 
   def __init__(self, workdir: Workdir, keep: int = 3):
-    """Clears what an interrupted run left half-written; `keep` newest checkpoints stay."""
+    """Clears what an interrupted run left half-written; `keep` newest checkpoints stay, and one
+    that `save` is told is good.
+    """
     _hush()
     self.folder = storage.folder(workdir) / CHECKPOINTS
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+    self._kept = _Kept(keep)
+    options = ocp.CheckpointManagerOptions(
+      preservation_policy=self._kept, cleanup_tmp_directories=True
+    )
     handlers = {'state': _state_handler(), 'extras': ocp.JsonCheckpointHandler()}
     self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
-  def save(self, step: int, state: State, extras: Mapping[str, Any]) -> None:
+  def save(
+    self, step: int, state: State, extras: Mapping[str, Any], good: int | None = None
+  ) -> None:
     """Begins to write a checkpoint, and returns once the state is copied off the devices.
 
     From then on the state may be donated. A step that is there already is not written again.
@@ -57,11 +64,13 @@ class Checkpoints:
     Args:
       state: tree of arrays.
       extras: a JSON object.
+      good: step of a checkpoint that stays, however many newer ones there are.
 
     Raises OSError if the disk refused this checkpoint or the one before it.
     """
     if step == self.latest_step():
       return
+    self._kept.good = good
     items = {'state': ocp.args.PyTreeSave(state), 'extras': ocp.args.JsonSave(dict(extras))}
     with _writing(self.folder):
       self._manager.save(step, args=ocp.args.Composite(**items))
@@ -101,6 +110,10 @@ class Checkpoints:
     """Of the newest complete checkpoint, or of one on its way."""
     return self._manager.latest_step()
 
+  def steps(self) -> list[int]:
+    """Of all complete checkpoints, and of one on its way, ascending."""
+    return sorted(self._manager.all_steps())
+
   def wait(self) -> None:
     """Returns when all is written; raises OSError if the disk refused it."""
     with _writing(self.folder):
@@ -110,6 +123,17 @@ class Checkpoints:
     """Waits, and lets go of threads."""
     with _writing(self.folder):
       self._manager.close()
+
+
+class _Kept(ocp.checkpoint_managers.PreservationPolicy):
+  """The `keep` newest checkpoints stay, and that of step `good`."""
+
+  def __init__(self, keep: int):
+    self.keep, self.good = keep, None
+
+  def should_preserve(self, checkpoints, *, context):
+    newest = sorted(found.step for found in checkpoints)[-self.keep :]
+    return [found.step in (*newest, self.good) for found in checkpoints]
 
 
 def is_workdir(path: Workdir) -> bool:

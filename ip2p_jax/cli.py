@@ -39,7 +39,7 @@ from ip2p_jax.console import (
   cache_compilations,
   complain,
   one_line,
-  ticking,
+  waiting,
 )
 from ip2p_jax.data.check import check as check_data_set
 from ip2p_jax.data.latents import pack_latents
@@ -195,7 +195,7 @@ def edit(
     'dtype': model.dtype, 'variant': variant, 'ema': ema, 'prediction_type': prediction_type,
   }  # fmt: skip
   sheet = []
-  with _progress('step') as progress:
+  with _progress('step', compiles=True) as progress:
     for job, result in edit_files.run_jobs(
       model, jobs, edit, resolution=resolution, batch_size=batch_size, mask=mask,
       options=options, progress=progress,
@@ -305,7 +305,7 @@ def pack(
   cache_compilations()
   opened = {split: open_source(src, split, columns, task) for split in SPLITS}
   common = {'holdout': holdout, 'shard': shard, 'workers': workers, 'max_corrupt': max_corrupt}
-  with _progress('row') as progress:
+  with _progress('row', compiles=latents) as progress:
     told = common | {'say': _say, 'progress': progress or (lambda done, total: None)}
     if latents:
       summary = _pack_latents(opened, dst, ckpt, size, resize, dtype, batch_size, told)
@@ -446,7 +446,7 @@ def pairs(
   digest = lambda content: hashlib.blake2b(content, digest_size=8).hexdigest()
   identity = {'dtype': dtype, 'prompts': digest(prompts.read_bytes())}
   identity['weights'] = weights_digest(checkpoint.tensors['unet'])
-  with _progress('pair') as progress:
+  with _progress('pair', compiles=True) as progress:
     told = progress or (lambda done, total: None)
     count = draw_all(generator, read, str(out), identity, number, told)
   _say(f'{out}: {count} pairs; `ip2p filter {out} DST` keeps the good ones')
@@ -641,7 +641,7 @@ def plan(
       raise InputError(f'--size is {size or 512}; use a multiple of {networks.vae_config.factor}.')
   failed = 0
   for name in topology:
-    with ticking('compiling'):
+    with waiting('compiling, minutes to an hour'):
       if of == 'training':
         found = planning.plan(settings[name], networks, name, not from_pictures, _say, quick)
         text = planning.report(found, settings[name])
@@ -730,17 +730,27 @@ def _save(picture, path, settings):
 
 
 @contextlib.contextmanager
-def _progress(unit: str) -> Iterator[Callable[[int, int], None] | None]:
-  """Counts steps, or rows, on a terminal; None where nobody is looking."""
-  if not sys.stderr.isatty():
-    yield None
-    return
-  with tqdm(unit=unit, dynamic_ncols=True, desc='starting') as bar:
+def _progress(unit: str, compiles: bool = False) -> Iterator[Callable[[int, int], None] | None]:
+  """Counts steps, or rows, on a terminal; None where nobody is looking.
+
+  `compiles`: whether the first of them waits for the compiler, and is to say so.
+  """
+  is_watched = sys.stderr.isatty()
+  with contextlib.ExitStack() as stack:
+    starting = stack.enter_context(contextlib.ExitStack())
+    if compiles:
+      starting.enter_context(waiting(f'compiling, about a minute, then the first {unit}'))
+    if not is_watched:
+      yield None
+      return
+    bars = []
 
     def count(done, total):
-      bar.total = total
-      bar.set_description('working', refresh=False)
-      bar.update(done - bar.n)
+      if not bars:
+        starting.close()
+        bars.append(stack.enter_context(tqdm(unit=unit, dynamic_ncols=True)))
+      bars[0].total = total
+      bars[0].update(done - bars[0].n)
 
     yield count
 

@@ -3,9 +3,9 @@
 `configs/*.py` make these, `--config.optimizer.learning_rate=3e-5` overrides them, and the workdir
 keeps them as `config.json`. Rules are ((pattern, value), ...) over dotted parameter names, such as
 'down_blocks.0.attentions.1.transformer_blocks.0.attn2.to_k.kernel'; `re.search`, first match wins.
+On the command line they are 'pattern=value,pattern=value': --config.optimizer.rates='attn2=1,.*=0'.
 """
 
-import ast
 import dataclasses
 import difflib
 import functools
@@ -15,6 +15,7 @@ import runpy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from ip2p_jax.config_text import parse
 from ip2p_jax.errors import InputError
 
 Rules = tuple[tuple[str, float], ...]
@@ -108,13 +109,16 @@ class LogConfig:
   """What is written, and how often, in steps.
 
   Attributes:
-    every: metrics, the only time the host waits for the devices.
-    checkpoint_every, keep: checkpoints, and how many stay.
+    every: metrics. Between them, and but for checkpoints, validation and previews, the host only
+      waits for the step before last, to be no further ahead.
+    checkpoint_every, keep: checkpoints, and how many of the newest stay; the last after which the
+      loss was near its running mean does, too.
     validate_every: validation loss; 0 never.
     validation_examples: how many examples that loss is over.
     previews: validation examples edited at every checkpoint; 0 none.
     preview_steps: sampler steps of a preview.
-    profile: steps (first, number) that the profiler records into the workdir.
+    profile: steps (first, number) that the profiler records into the workdir; number 0 none. The
+      first step of a start compiles, and is not recorded.
   """
 
   every: int = 50
@@ -189,10 +193,9 @@ class LanguageLogConfig:
   """What is written, and how often, in steps.
 
   Attributes:
-    every: metrics, the only time the host waits for the devices.
-    checkpoint_every, keep: checkpoints, and how many stay.
+    every, checkpoint_every, keep: as of `LogConfig`.
     validate_every: loss of the held-out triplets; 0 never.
-    profile: steps (first, number) that the profiler records into the workdir.
+    profile: as of `LogConfig`.
   """
 
   every: int = 10
@@ -257,6 +260,17 @@ AT_LEAST_ZERO = ('seed', 'min_snr_gamma', 'lora.rank', 'data.workers', 'data.max
                  'log.previews')  # fmt: skip
 
 
+# A setting, and the one without which it does nothing.
+NEEDS = (
+  ('lora.alpha', 'lora.rank'),
+  ('lora.targets', 'lora.rank'),
+  ('optimizer.final_rate', 'optimizer.schedule'),
+  ('log.validate_every', 'log.validation_examples'),
+  ('log.validation_examples', 'log.validate_every'),
+  ('log.preview_steps', 'log.previews'),
+)
+
+
 def check(config: TrainConfig) -> None:
   """Raises an InputError that names the first knob whose value makes no sense."""
   check_values(config)
@@ -303,6 +317,30 @@ def _check_common(config):
     raise InputError(f'seed is {config.seed}; use at most {MAX_SEED}.')
   if config.lora.rank and not 0 < config.lora.alpha < math.inf:
     raise InputError(f'lora.alpha is {config.lora.alpha}; use a number above 0.')
+  _check_acting(config, values)
+
+
+def _check_acting(config, values):
+  """Refuses what was set and would do nothing."""
+  usual = dict(knobs(type(config)()))
+  for name, other in NEEDS:
+    is_set = name in values and values[name] and values[name] != usual[name]
+    if is_set and values[other] in (0, 'constant'):
+      raise InputError(
+        f'{name} is {values[name]!r}, which does nothing while {other} is {values[other]!r}; change'
+        f' {other}, or leave {name} at {usual[name]!r}.'
+      )
+  window = config.log.profile
+  if len(window) != 2 or not all(isinstance(x, int) and x >= 0 for x in window):
+    raise InputError(f'log.profile is {window!r}; give the first step and how many, as in 100,5.')
+  first, count = window
+  if first and not count:
+    raise InputError(f'log.profile is {window!r}, no step; give how many, as in {first},5.')
+  if count and max(first, 2) > config.steps:
+    raise InputError(
+      f'log.profile begins at step {max(first, 2)}, and the run ends at step {config.steps}; name'
+      ' earlier steps.'
+    )
 
 
 def _check_paths(config):
@@ -332,6 +370,22 @@ def check_overrides(argv: Sequence[str], kinds: Sequence[type] = (TrainConfig,))
       raise InputError(f'--config.{name} is no setting of a training run; {hint}')
 
 
+def plain_overrides(argv: Sequence[str], kinds: Sequence[type]) -> list[str]:
+  """The arguments, with tuples as absl reads them, where they are written as `parse` takes them."""
+  known = {name: value for kind in kinds for name, value in knobs(kind())}
+  argv = list(argv)
+  for i, argument in enumerate(argv):
+    flag, is_joined, text = argument.partition('=')
+    name = flag.lstrip('-').removeprefix('config.')
+    if not flag.startswith(('--config.', '-config.')) or not isinstance(known.get(name), tuple):
+      continue
+    if is_joined:
+      argv[i] = f'{flag}={parse(name, text, known[name])!r}'
+    elif i + 1 < len(argv):
+      argv[i + 1] = repr(parse(name, argv[i + 1], known[name]))
+  return argv
+
+
 def load(path: str | os.PathLike, changes: Sequence[str] = (), kind: type = TrainConfig) -> Any:
   """What `get_config()` of a file gives, with changes such as 'optimizer.learning_rate=3e-5'.
 
@@ -353,15 +407,9 @@ def load(path: str | os.PathLike, changes: Sequence[str] = (), kind: type = Trai
     name, is_given, text = change.partition('=')
     *sections, knob = name.split('.')
     owner = functools.reduce(getattr, sections, config)
-    known = getattr(owner, knob)
-    try:
-      value = text if isinstance(known, str) else ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-      value = None
-    value = float(value) if isinstance(known, float) and isinstance(value, int) else value
-    if not is_given or type(value) is not type(known):
-      raise InputError(f'{change}: {name} takes a {type(known).__name__}, as in {name}={known}.')
-    setattr(owner, knob, value)
+    if not is_given:
+      raise InputError(f'{change}: has no value; write {name}=VALUE.')
+    setattr(owner, knob, parse(name, text, getattr(owner, knob)))
   return config
 
 

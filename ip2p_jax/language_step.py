@@ -38,7 +38,8 @@ def language_step(
 ) -> tuple[State, Flat]:
   """As `train_step.train_step`: the mean loss over the batch's predicted tokens, and one update."""
   config = recipe.config
-  total = jnp.maximum(batch['weight'][:, 1:].sum(), 1.0)
+  count = batch['weight'][:, 1:].sum()
+  total = jnp.maximum(count, 1.0)
   # Adapters stay in float32; a whole network travels in the type of arithmetic.
   is_whole = not config.lora.rank
   copy = train_step.cast(state['params'], config.dtype) if is_whole else state['params']
@@ -47,7 +48,7 @@ def language_step(
     return summed_loss(recipe, params, frozen, part) / total
 
   loss, grads = train_step.sum_gradients(loss_of, copy, batch, config.accumulation, shardings)
-  new, metrics = train_step.updated(recipe, shardings, state, loss, grads)
+  new, metrics = train_step.updated(recipe, shardings, state, loss, grads, count)
   del metrics['skipped']  # triplets are in memory, and whole
   return new, metrics
 

@@ -36,9 +36,18 @@ from ip2p_jax.data import loader
 from ip2p_jax.errors import InputError
 from ip2p_jax.language import tokenizer_of
 from ip2p_jax.language_step import Recipe
-from ip2p_jax.setup_run import check_unchanged, claimed, resumed, sizes, started, trained_shapes
+from ip2p_jax.setup_run import as_begun, claimed, resumed, sizes, started, trained_shapes
 from ip2p_jax.train_step import State
-from ip2p_jax.training_loop import Job, describe_params, keep_config, loop, say, signals
+from ip2p_jax.training_loop import (
+  Job,
+  course_of,
+  describe_params,
+  keep_config,
+  loop,
+  say,
+  signals,
+  stop_if_bad,
+)
 from ip2p_jax.triplets import Triplet
 from ip2p_jax.weights.language_folder import LanguageCheckpoint, read_language
 
@@ -73,6 +82,8 @@ def train_language(config: LanguageConfig, workdir: str) -> int:
   with contextlib.ExitStack() as stack:
     stack.enter_context(claimed(workdir))
     manager = stack.enter_context(contextlib.closing(Checkpoints(workdir, config.log.keep)))
+    if manager.latest_step() is not None:
+      config = as_begun(config, ('lora.rank', 'lora.alpha'), workdir, say)
     checkpoint = _starting_point(config, workdir, manager)
     rows = tokenized(learnt + held_out, checkpoint, config)
     data, validation = (
@@ -87,7 +98,8 @@ def train_language(config: LanguageConfig, workdir: str) -> int:
     if step >= config.steps:
       say(f'done: already at step {step:,} of {config.steps:,}')
       return 0
-    keep_config(config, workdir)
+    keep_config(config, workdir, step)
+    course = course_of(extras, config)
     if extras['rows'] not in (None, len(learnt)):
       say(f'there were {extras["rows"]} triplets, and now are {len(learnt)}: the order is another')
     writer = stack.enter_context(metrics.Writer(workdir, step))
@@ -98,7 +110,8 @@ def train_language(config: LanguageConfig, workdir: str) -> int:
     # Counted in batches of today's size, in case that has changed; no triplet comes twice.
     ahead = -(-extras['examples'] // config.batch_size) - step
     job = _job(run, data, validation, manager, ahead, step)
-    status = loop(job, config, state, workdir, manager, writer, _meter(run, rows), must_stop)
+    meter = _meter(run, rows)
+    status = loop(job, config, state, workdir, manager, writer, meter, must_stop, course)
   if status == 0:
     say(f'done: {config.steps:,} steps')
     say(f'ip2p convert {workdir} DST exports the averaged weights')
@@ -165,7 +178,6 @@ def batches(rows: Rows, config: LanguageConfig, mesh: Mesh, start: int) -> Itera
 def _starting_point(config, workdir, manager) -> LanguageCheckpoint:
   if manager.latest_step() is None:
     return read_language(config.checkpoint)
-  check_unchanged(config, ('lora.alpha',), workdir, say)
   checkpoint = language_workdir.load_base(workdir)
   if checkpoint is None:
     raise InputError(f'{workdir}: has checkpoints of no language model; use a new workdir.')
@@ -205,21 +217,22 @@ def _job(run: Run, data: Rows, validation: Rows, manager, ahead, first) -> Job:
     batches=batches(data, run.config, run.mesh, first + ahead),
     shardings=run.shardings,
     save=save,
-    check=functools.partial(_check_finite, run, save),
+    check=lambda values, state, course: stop_if_bad(values, state, course, save, manager),
     validate=_validation(run, validation),
   )
 
 
-def _save(run, data, manager, ahead, step, state) -> None:
+def _save(run, data, manager, ahead, step, state, course) -> None:
   extras = {
     'examples': (step + ahead) * run.config.batch_size,
     'rows': len(data['tokens']),
     'config': dataclasses.asdict(run.config),
+    'course': course._asdict(),
   }
-  manager.save(step, state, extras)
+  manager.save(step, state, extras, course.good)
 
 
-def _validation(run: Run, rows: Rows) -> Callable[[Any], float] | None:
+def _validation(run: Run, rows: Rows) -> Callable[[Any], float | None] | None:
   """`validate(ema)`: the mean loss over all held-out triplets' completions."""
   size, count = run.microbatch * run.mesh.size, len(rows['tokens'])
   if not (run.config.log.validate_every and count):
@@ -242,21 +255,9 @@ def _validation(run: Run, rows: Rows) -> Callable[[Any], float] | None:
       batch = loader.globally(host, sharding.of_batch(run.mesh), size)
       totals.append(jax.device_get(losses(ema, run.frozen, batch)))
     loss, weight = np.sum(np.array(totals, np.float64), 0)
-    return float(loss / weight)
+    return float(loss / weight) if weight else None
 
   return validate
-
-
-def _check_finite(run, save, values, state) -> None:
-  """Stops at a loss that is not finite; the state before it becomes a checkpoint."""
-  step = int(values['bad_step'])
-  if step < 0:
-    return
-  save(step, state | {'bad_step': jax.device_put(np.int32(-1), sharding.replicated(run.mesh))})
-  raise InputError(
-    f'step {step + 1}: the loss or a gradient is not finite; the state before it is saved. Go on'
-    ' with a lower optimizer.learning_rate, or optimizer.clip_norm=1, or dtype=float32.'
-  )
 
 
 def _meter(run: Run, rows: Rows) -> metrics.Meter:

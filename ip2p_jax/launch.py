@@ -20,6 +20,7 @@ def parse(argv: Sequence[str]) -> list[str]:
   """absl's flags, with one line for a mistake."""
   with one_line(NAME, ''):
     configuration.check_overrides(argv, KINDS)
+    argv = configuration.plain_overrides(argv, KINDS)
     for path in (flag.partition('=')[2] for flag in argv if flag.startswith('--config=')):
       if not Path(path).is_file():
         raise InputError(f'--config={path}: no such file; see configs/.')

@@ -3,6 +3,7 @@
   metrics.jsonl   one line per log: {"step": 50, "time": 1764000000.123, "loss": 0.0412, ...}
   tensorboard/    the same for TensorBoard, with pictures and texts
   previews/       the pictures as files
+  loss.png        loss and validation loss by step
 
 A workdir may be remote (gs://...). Such files cannot be appended to, so lines and events gather in
 a temporary folder, and are uploaded whole, at most once a minute and at the end; a crash loses the
@@ -18,7 +19,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from PIL import Image
 from ip2p_jax import storage
 from ip2p_jax.errors import InputError
 
-LINES, EVENTS, PREVIEWS = 'metrics.jsonl', 'tensorboard', 'previews'
+LINES, EVENTS, PREVIEWS, CURVE = 'metrics.jsonl', 'tensorboard', 'previews', 'loss.png'
 UPLOAD_EVERY = 60  # seconds
 
 
@@ -102,6 +103,14 @@ class Writer:
       return
     code = ''.join(f'    {line}\n' for line in text.splitlines())  # Markdown's way to say so
     self._events.add_text(name, code, step)
+
+  def curve(self) -> None:
+    """Draws the losses so far as loss.png, which appears whole or not at all."""
+    if not self._writes:
+      return
+    lines = (json.loads(line) for line in (self._local / LINES).read_text().splitlines())
+    if png := loss_curve(list(lines)):
+      storage.write_bytes(self._workdir / CURVE, png)
 
   def close(self) -> None:
     """Writes and uploads all that is left. May be called again."""
@@ -190,6 +199,39 @@ class Meter:
       yield
     finally:
       self._since += self._clock() - start
+
+
+def loss_curve(lines: Sequence[Mapping[str, Any]]) -> bytes | None:
+  """A PNG of `loss` and `validation_loss` by `step`; None if no line has any.
+
+  The losses' axis is logarithmic, since a run's losses may be orders of magnitude apart.
+  """
+  from matplotlib import ticker  # takes half a second
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(8, 4.5), dpi=100, layout='constrained')
+  axes, is_empty = figure.subplots(), True
+  for name, marker in (('loss', ''), ('validation_loss', 'o')):
+    points = [(x['step'], x[name]) for x in lines if isinstance(x.get(name), numbers.Real)]
+    points = [(step, loss) for step, loss in points if loss > 0]  # others have no logarithm
+    if points:
+      marker = 'o' if len(points) == 1 else marker  # a line of one point is not seen
+      label = name.replace('_', ' ')
+      axes.plot(*zip(*points, strict=True), marker=marker, markersize=4, linewidth=1, label=label)
+      is_empty = False
+  if is_empty:
+    return None
+  axes.set(xlabel='step', ylabel='mean loss', yscale='log')
+  axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+  axes.xaxis.set_major_formatter('{x:,.0f}')
+  axes.yaxis.set_major_formatter('{x:g}')
+  low, high = axes.get_ylim()
+  axes.yaxis.set_minor_formatter('{x:g}' if high < 20 * low else ticker.NullFormatter())
+  axes.grid(which='both', alpha=0.3)
+  axes.legend()
+  png = io.BytesIO()
+  figure.savefig(png, format='png')
+  return png.getvalue()
 
 
 def progress_line(step: int, steps: int, values: Mapping[str, float]) -> str:

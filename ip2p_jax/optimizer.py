@@ -14,7 +14,7 @@ from jax import Array
 
 from ip2p_jax.config import OptimizerConfig, Rules
 from ip2p_jax.errors import InputError
-from ip2p_jax.parameters import check_rules, first_match
+from ip2p_jax.parameters import check_order, check_rules, first_match
 
 SCHEDULES = ('constant', 'cosine')
 
@@ -70,10 +70,12 @@ def adamw(
     steps: optimizer steps of the whole run.
 
   Raises:
-    InputError: a knob has a wrong value, a rule matches no name, or a name matches no rule.
+    InputError: a knob has a wrong value, a rule is the first match of no name, or a name matches no
+      rule.
   """
   schedule = learning_rate(config, steps)
   check_rules(config.decays, names, 'optimizer.decays')
+  check_order(config.decays, names, 'optimizer.decays')
   decays = _values(config.decays, names, 'optimizer.decays')
   rates = _values(config.rates, names, 'optimizer.rates')
 
@@ -96,13 +98,22 @@ def adamw(
   )
 
 
+def only_scheduled(old: optax.OptState, new: optax.OptState) -> optax.OptState:
+  """The state of `adamw` after a step without a gradient: moments as in `old`, the schedule's count
+  as in `new`, so that the run ends at the rate it is to end at.
+  """
+  return (*old[:-1], new[-1])
+
+
 def trainable(names: Collection[str], rates: Rules) -> set[str]:
   """The names that learn; those whose rate is 0 are frozen, and belong outside `params`.
 
   Raises:
-    InputError: a rule matches no name, a name matches no rule, a rate is negative, or all are 0.
+    InputError: a rule is the first match of no name, a name matches no rule, a rate is negative, or
+      all are 0.
   """
   check_rules(rates, names, 'optimizer.rates')
+  check_order(rates, names, 'optimizer.rates')
   found = {name for name, rate in _values(rates, names, 'optimizer.rates').items() if rate}
   if not found:
     raise InputError('optimizer.rates: every parameter has rate 0, so nothing would learn.')

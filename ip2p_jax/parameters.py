@@ -49,7 +49,8 @@ def first_match(rules: Collection[tuple[str, Any]], name: str, what: str) -> Any
     if compiled(pattern, what).search(name):
       return value
   raise InputError(
-    f"{what}: no rule matches parameter {name}; end the rules with ('', VALUE) for all the rest."
+    f"{what}: no rule matches parameter {name}; end the rules with ('', VALUE), on the command line"
+    ' .*=VALUE, for all the rest.'
   )
 
 
@@ -62,6 +63,19 @@ def check_rules(rules: Collection[tuple[str, Any]], names: Collection[str], what
         f'{what}: rule {pattern!r} matches no parameter; mend the pattern or leave it out '
         f'(names are like {next(iter(names), "conv_in.kernel")}).'
       )
+
+
+def check_order(rules: Collection[tuple[str, Any]], names: Collection[str], what: str) -> None:
+  """Raises an InputError for a rule whose names are all taken by rules before it."""
+  patterns = [pattern for pattern, _ in _pairs(rules, what)]
+  searches = [compiled(pattern, what).search for pattern in patterns]
+  matching = [[i for i, search in enumerate(searches) if search(name)] for name in names]
+  first, any_at_all = {found[0] for found in matching if found}, {i for x in matching for i in x}
+  for i in sorted(any_at_all - first):
+    raise InputError(
+      f'{what}: rule {patterns[i]!r} does nothing, since the rules before it match all that it'
+      ' matches and the first match wins; put it before them, or leave it out.'
+    )
 
 
 def compiled(pattern: str, what: str) -> re.Pattern:

@@ -1,6 +1,7 @@
 """From a config to all that a training run holds: data, networks, and its state on the devices."""
 
 import contextlib
+import dataclasses
 import fcntl
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -40,7 +41,7 @@ from ip2p_jax.weights import Checkpoint, names
 
 OURS = (
   workdirs.CONFIG, workdirs.BASE, workdirs.CHECKPOINTS, metrics.LINES, metrics.EVENTS,
-  metrics.PREVIEWS, 'failures', 'profile',
+  metrics.PREVIEWS, metrics.CURVE, 'failures', 'profile',
 )  # fmt: skip
 
 
@@ -167,17 +168,20 @@ def prepare(
 ) -> tuple[Run, State, dict[str, Any]]:
   """Starts or resumes: (run, state, {'examples': seen so far, 'rows': of the data sets or None}).
 
+  The run's config says what the run does: what it goes on from decides some of it.
+
   Raises InputError for a config, checkpoint or workdir that does not fit the others.
   """
   microbatch = sharding.check_batch(mesh, config.batch_size, config.accumulation)
   is_resumed = manager.latest_step() is not None
   if is_resumed:
-    check_unchanged(config, ('task', 'lora.alpha'), workdir, say)
+    config = as_begun(config, ('task', 'lora.rank', 'lora.alpha'), workdir, say)
   checkpoint = workdirs.load_base(workdir) if is_resumed else starting_checkpoint(config)
   if checkpoint is None:
     raise InputError(f'{workdir}: has checkpoints but no {workdirs.BASE}; use a new workdir.')
   networks = networks_of(checkpoint)
   networks = networks._replace(attention=attention.dispatch(config.attention, mesh))
+  config = _with_prediction_type(config, networks, workdir)
   _check_resolution(config, networks)
   tokenizer = tokenizer_of(checkpoint, networks)
   check_latents(config, checkpoint, tokenizer)
@@ -215,17 +219,31 @@ def started(recipe: Any, values: Mapping[str, np.ndarray], shardings: State) -> 
   return jax.jit(start, out_shardings=shardings, donate_argnums=0)(params)
 
 
-def check_unchanged(
-  config: Any, fixed: Collection[str], workdir: str, say: Callable[[str], None]
-) -> None:
-  """Refuses to go on with another value of a knob that gives the saved weights their meaning."""
+def as_begun(config: Any, fixed: Collection[str], workdir: str, say: Callable[[str], None]) -> Any:
+  """The config with the starting checkpoint that the run really had, which is not read again.
+
+  InputError for another value of a knob that gives the saved weights their meaning.
+  """
   old, new = parameters.flatten(workdirs.read_config(workdir) or {}), dict(knobs(config))
   for knob in fixed:
     was, now = old.get(knob, new[knob]), new[knob]
     if was != now:
       raise InputError(f'{knob} was {was!r} in this workdir; set it so, or use a new workdir.')
-  if old.get('checkpoint', config.checkpoint) != config.checkpoint:
-    say('checkpoint is not read again: this workdir goes on from its own weights')
+  begun = old.get('checkpoint', config.checkpoint)
+  if begun != config.checkpoint:
+    say(f'checkpoint is not read again: this workdir, begun with {begun}, has its own weights')
+  return dataclasses.replace(config, checkpoint=begun)
+
+
+def _with_prediction_type(config, networks, workdir):
+  """The config, with what the network really predicts."""
+  known = networks.schedule.prediction_type
+  if config.prediction_type not in ('', known):
+    raise InputError(
+      f'prediction_type was {known!r} in {workdir}, which cannot change any more; set it so, or use'
+      ' a new workdir.'
+    )
+  return dataclasses.replace(config, prediction_type=known)
 
 
 def trained_shapes(

@@ -59,16 +59,20 @@ def train_step(
   """One optimizer step on a global batch.
 
   A step whose loss or gradients are not finite changes nothing but `bad_step`, and neither does any
-  step after it, so that the host may look some steps later and still find the state as it was.
+  step after it, so that the host may look some steps later and still find the state as it was. A
+  step whose examples are all broken learns nothing: weights, average and moments stay, and only the
+  steps taken, which the schedule follows, and the broken examples are counted.
 
   Args:
     shardings: of the state, since the update runs where the optimizer state lies.
 
-  Returns the new state and {'loss', 'grad_norm', 'learning_rate', 'skipped', 'bad_step'}.
+  Returns the new state and {'loss', 'weight', 'grad_norm', 'learning_rate', 'skipped', 'bad_step'};
+  `weight` is how many examples the mean is over, and where it is 0, `loss` and `grad_norm` are
+  means of nothing, and 0.
   """
   loss, grads = mean_gradients(recipe, shardings, state['params'], frozen, batch, state['step'])
   skipped = (batch['weight'] == 0).sum(dtype=jnp.int32)
-  return updated(recipe, shardings, state, loss, grads, skipped)
+  return updated(recipe, shardings, state, loss, grads, batch['weight'].sum(), skipped)
 
 
 def jitted(recipe: Any, mesh: Mesh, shardings: State, step: Callable = train_step) -> Callable:
@@ -86,13 +90,20 @@ def is_donated(mesh: Mesh) -> bool:
 
 
 def updated(
-  recipe: Any, shardings: State, state: State, loss: Array, grads: Params, skipped: Array | int = 0
+  recipe: Any,
+  shardings: State,
+  state: State,
+  loss: Array,
+  grads: Params,
+  weight: Array,
+  skipped: Array | int = 0,
 ) -> tuple[State, dict[str, Array]]:
   """What `train_step` returns, once loss and gradients are known; `skipped` examples are added.
 
   Args:
     recipe: anything with `config.optimizer`, `config.steps` and `transform`.
     grads: {dotted name: float32}, as the state's `params`.
+    weight: how much the mean loss is over, float32 []; with 0 there is nothing to learn from.
   """
   config, step = recipe.config, state['step']
   # ZeRO: each device updates its part, then the parts are gathered.
@@ -111,11 +122,19 @@ def updated(
     'skipped': state['skipped'] + skipped,
     'bad_step': state['bad_step'],
   }
+  # Without examples the gradient is 0, on which decay and momentum would still move the weights.
+  unlearnt = new | {
+    'params': state['params'],
+    'ema': state['ema'],
+    'opt_state': optimizer.only_scheduled(state['opt_state'], opt_state),
+  }
+  new = jax.tree.map(lambda new, old: jnp.where(weight > 0, new, old), new, unlearnt)
   is_fine = (state['bad_step'] < 0) & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
   old = state | {'bad_step': jnp.where(state['bad_step'] < 0, step, state['bad_step'])}
   new = jax.tree.map(lambda new, old: jnp.where(is_fine, new, old), new, old)
   metrics = {
     'loss': loss,
+    'weight': weight,
     'grad_norm': grad_norm,
     'learning_rate': optimizer.learning_rate(config.optimizer, config.steps)(step),
     'skipped': new['skipped'],

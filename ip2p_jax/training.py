@@ -20,7 +20,16 @@ from ip2p_jax.data import examples, loader
 from ip2p_jax.data.rows import LatentRow
 from ip2p_jax.errors import InputError
 from ip2p_jax.setup_run import Data, Run, claimed, open_data, prepare
-from ip2p_jax.training_loop import Job, describe_params, keep_config, loop, say, signals
+from ip2p_jax.training_loop import (
+  Job,
+  course_of,
+  describe_params,
+  keep_config,
+  loop,
+  say,
+  signals,
+  stop_if_bad,
+)
 
 
 def train(config: TrainConfig, workdir: str) -> int:
@@ -38,6 +47,7 @@ def train(config: TrainConfig, workdir: str) -> int:
     stack.enter_context(claimed(workdir))
     manager = stack.enter_context(contextlib.closing(Checkpoints(workdir, config.log.keep)))
     run, state, extras = prepare(config, workdir, mesh, manager, say)
+    config = run.config
     sharding.check_placed(state, run.shardings)
     step = int(state['step'])
     if step:
@@ -45,7 +55,8 @@ def train(config: TrainConfig, workdir: str) -> int:
     if step >= config.steps:
       say(f'done: already at step {step:,} of {config.steps:,}')
       return 0
-    keep_config(config, workdir)
+    keep_config(config, workdir, step)
+    course = course_of(extras, config)
     if extras['rows'] not in (None, _rows(data)):
       say(
         f'the data set had {extras["rows"]} rows, and now has {_rows(data)}: the order is another'
@@ -57,9 +68,11 @@ def train(config: TrainConfig, workdir: str) -> int:
     # Counted in batches of today's size, in case that has changed; no example comes twice.
     ahead = -(-extras['examples'] // config.batch_size) - step
     job = _job(run, data, manager, workdir, ahead, step)
-    status = loop(job, config, state, workdir, manager, writer, _meter(run, data), must_stop)
+    meter = _meter(run, data)
+    status = loop(job, config, state, workdir, manager, writer, meter, must_stop, course)
   if status == 0:
-    say(f'done: {config.steps:,} steps, pictures in {workdir}/previews')
+    pictures = f', pictures in {workdir}/previews' if job.preview else ''
+    say(f'done: {config.steps:,} steps{pictures}')
     say(f'ip2p convert {workdir} DST exports the averaged weights')
   return status
 
@@ -74,20 +87,21 @@ def _job(run: Run, data: Data, manager, workdir, ahead, first) -> Job:
     batches=_batches(run, data, first + ahead),
     shardings=run.shardings,
     save=save,
-    check=functools.partial(_check_finite, run, data, ahead, save, workdir),
+    check=functools.partial(_check_finite, run, data, ahead, save, manager, workdir),
     validate=validate and (lambda ema: validate(ema, run.frozen)),
     preview=_preview(run, data),
     check_log=functools.partial(_check_skipped, run, data, ahead, save),
   )
 
 
-def _save(manager: Checkpoints, run: Run, data: Data, ahead: int, step: int, state) -> None:
+def _save(manager: Checkpoints, run: Run, data: Data, ahead: int, step: int, state, course) -> None:
   extras = {
     'examples': (step + ahead) * run.config.batch_size,
     'rows': _rows(data),
     'config': dataclasses.asdict(run.config),
+    'course': course._asdict(),
   }
-  manager.save(step, state, extras)
+  manager.save(step, state, extras, course.good)
 
 
 def _rows(data: Data) -> list[int]:
@@ -110,8 +124,8 @@ def _name_broken(errors: list[str]) -> None:
     print(f'skipped a broken example: {error}', file=sys.stderr, flush=True)
 
 
-def _validation(run: Run, data: Data) -> Callable[[Any, Any], float] | None:
-  """`validate(ema, frozen)`: the mean loss over the first validation examples."""
+def _validation(run: Run, data: Data) -> Callable[[Any, Any], float | None] | None:
+  """`validate(ema, frozen)`: the mean loss over the first validation examples that are good."""
   log, size = run.config.log, run.microbatch * run.mesh.size
   if not (log.validate_every and log.validation_examples and len(data.validation)):
     return None
@@ -129,7 +143,7 @@ def _validation(run: Run, data: Data) -> Callable[[Any, Any], float] | None:
     with contextlib.closing(placed) as batches:
       totals = [jax.device_get(losses(ema, frozen, batch)) for batch in batches]
     loss, weight = np.sum(np.array(totals, np.float64), 0)
-    return float(loss / max(weight, 1))
+    return float(loss / weight) if weight else None
 
   return validate
 
@@ -180,49 +194,50 @@ def _meter(run: Run, data: Data) -> metrics.Meter:
   return metrics.Meter(run.config.batch_size, work, run.mesh.size, flops.peak(devices[0]))
 
 
-def _check_finite(run: Run, data: Data, ahead, save, workdir, values, state) -> None:
+def _check_finite(
+  run: Run, data: Data, ahead, save, manager, workdir, values, state, course
+) -> None:
   """Stops at a loss that is not finite, and keeps what is needed to look into it.
 
-  The state is still that before the step; it becomes a checkpoint, so that the run, started again,
-  takes that very step first. The batch lies in W/failures, with each example's loss and draws.
+  The batch lies in W/failures, with each example's loss and draws.
   """
-  step = int(values['bad_step'])
-  if step < 0:
-    return
-  config = run.config
-  save(step, state | {'bad_step': jax.device_put(np.int32(-1), sharding.replicated(run.mesh))})
-  rows = sharding.local_rows(run.mesh, config.batch_size)
+  look = functools.partial(_keep_batch, run, data, ahead, workdir, state)
+  stop_if_bad(values, state, course, save, manager, look)
+
+
+def _keep_batch(run: Run, data: Data, ahead, workdir, state, step) -> str:
+  """Writes the batch of the step after `step`, which `state` stands before; says where."""
+  config, rows = run.config, sharding.local_rows(run.mesh, run.config.batch_size)
   host = loader.batch_at(
     data.train, data.weights, seed=config.seed, batch_size=config.batch_size, step=step + ahead,
     rows=rows, config=config, tokenizer=run.tokenizer,
   )  # fmt: skip
   errors = host.pop('error')
   batch = loader.globally(host, sharding.of_batch(run.mesh), config.batch_size)
-  losses = jax.jit(
-    functools.partial(train_step.losses_at, run.recipe),
-    out_shardings=sharding.replicated(run.mesh),
-  )
-  each, draws = jax.device_get(losses(state, run.frozen, batch))
+
+  def look(state, frozen, batch):
+    return *train_step.losses_at(run.recipe, state, frozen, batch), batch['weight']
+
+  everywhere = sharding.replicated(run.mesh)
+  found = jax.jit(look, out_shardings=everywhere)(state, run.frozen, batch)
+  each, draws, weight = jax.device_get(found)
   found = host | {'error': errors, 'rows': rows, 'losses': each} | draws._asdict()
   content = io.BytesIO()
   np.savez_compressed(content, **found)
   name = f'step_{step + 1:08d}_process_{jax.process_index()}.npz'
   file = epath.Path(workdir) / 'failures' / name
   storage.write_bytes(file, content.getvalue())
-  worst = int(np.argmax(np.where(np.isfinite(each), each, np.inf)))
-  raise InputError(
-    f'step {step + 1}: the loss or a gradient is not finite. The state before it is saved, and the'
-    f' batch with every example’s loss is in {file} (worst: row {worst}). Look at it; or go on'
-    ' with a lower optimizer.learning_rate, or optimizer.clip_norm=1, or another seed.'
-  )
+  badness = np.where(np.isfinite(each), each, np.inf)
+  worst = int(np.argmax(np.where(weight > 0, badness, -np.inf)))  # broken rows do not count
+  return f' The batch with every example’s loss is in {file} (worst: row {worst}).'
 
 
-def _check_skipped(run: Run, data: Data, ahead, save, step, values, state) -> None:
+def _check_skipped(run: Run, data: Data, ahead, save, step, values, state, course) -> None:
   """Stops at too many broken examples, saved first. Each is met again in every pass of the data."""
   config, skipped = run.config, values['skipped']
   passes = max(1.0, (step + ahead) * config.batch_size / sum(_rows(data)))
   if skipped > config.data.max_corrupt * passes:
-    save(step, state)
+    save(step, state, course)
     raise InputError(
       f'{int(skipped)} broken examples were met in {passes:.1f} passes of the data, more than'
       f' data.max_corrupt ({config.data.max_corrupt}) in each; ip2p check names them all. Mend'

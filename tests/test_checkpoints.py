@@ -109,6 +109,17 @@ def test_the_newest_stay_and_saving_twice_is_no_error(tmp_path, rng):
   assert restored(tmp_path, target_of(state))[1] == {'step': 3}
 
 
+def test_a_good_checkpoint_stays_however_many_newer_there_are(tmp_path, rng):
+  run = Checkpoints(tmp_path, keep=2)
+  state = state_of(small_params(rng))
+  for step, good in ((1, None), (2, 1), (3, 1), (4, 1), (5, 1)):
+    run.save(step, state, {}, good)
+  assert run.steps() == [1, 4, 5]
+  run.save(6, state, {}, good=5)
+  run.close()
+  assert checkpoints.steps(tmp_path) == [5, 6]
+
+
 @pytest.mark.parametrize(
   'meshes', [[(8, 1), (1, 1), (4, 1)], [(8, 1), (8, 4), (8, 2)], [(4, 4), (8, 8), (2, 1)]], ids=str
 )

@@ -8,11 +8,12 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / 'ip2p_jax'
 FLOORS = (
   ('errors',),
+  ('config_text', 'xla_alarms'),
   ('attention', 'bundled', 'config', 'console', 'parameters', 'sharding', 'storage'),
   ('models', 'diffusion', 'weights', 'images', 'text'),
   ('networks', 'alignment', 'prompt_to_prompt', 'similarity', 'language_program'),
   ('language', 'prompts'),
-  ('optimizer', 'lora', 'loss', 'flops', 'gpus', 'metrics', 'program_text', 'data'),
+  ('optimizer', 'lora', 'loss', 'flops', 'gpus', 'metrics', 'loss_course', 'program_text', 'data'),
   ('checkpoints', 'plan_devices', 'edit_program', 'inversion', 'pair_program', 'train_step'),
   ('triplets', 'editor', 'plan_compiler', 'language_step', 'language_workdir', 'triplet_rules'),
   ('edit_files', 'convert', 'previews', 'setup_run', 'captions', 'training_loop'),

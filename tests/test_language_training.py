@@ -78,7 +78,7 @@ def a_config(rank=0, optim=None, alpha=3.0, **settings) -> LanguageConfig:
   return LanguageConfig(
     **defaults | settings,
     optimizer=OptimizerConfig(**{'learning_rate': 1e-3} | (optim or {})),
-    lora=LoraConfig(rank=rank, alpha=alpha, targets=TARGETS),
+    lora=LoraConfig(rank=rank, alpha=alpha, targets=TARGETS) if rank else LanguageConfig().lora,
   )
 
 
@@ -287,6 +287,20 @@ def test_bfloat16_takes_nearly_the_same_step_and_keeps_float32_masters():
   assert history[0]['loss'] == pytest.approx(exact[0]['loss'], rel=1e-2)
   assert history[0]['grad_norm'] == pytest.approx(exact[0]['grad_norm'], rel=5e-2)
   assert {str(x.dtype) for x in jax.tree.leaves([state['params'], state['ema']])} == {'float32'}
+
+
+def test_a_batch_without_a_token_to_predict_changes_nothing_but_the_steps():
+  recipe, state, frozen = start(a_config())
+  mesh = devices(1)
+  shardings = sharding.of_state(mesh, state, True)
+  step = train_step.jitted(recipe, mesh, shardings, language_step.language_step)
+  state, _ = step(jax.device_put(state, shardings), frozen, a_batch())
+  empty = a_batch() | {'weight': np.zeros_like(a_batch()['weight'])}
+  after, metrics = step(state, frozen, empty)
+  assert metrics['weight'] == 0 and after['step'] == 2
+  for name in ('params', 'ema'):
+    for new, old in zip(jax.tree.leaves(after[name]), jax.tree.leaves(state[name]), strict=True):
+      np.testing.assert_array_equal(new, old)
 
 
 # Whole runs.

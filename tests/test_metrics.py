@@ -89,6 +89,27 @@ def test_a_preview_is_a_file_and_an_event(tmp_path):
   assert (image.height, image.width) == (4, 4)
 
 
+def test_the_losses_are_drawn_in_one_picture_that_names_its_axes(tmp_path):
+  with metrics.Writer(tmp_path) as writer:
+    writer.curve()
+    assert not (tmp_path / 'loss.png').exists()  # nothing to draw yet
+    writer.scalars(1, {'loss': 1.0, 'grad_norm': float('inf')})
+    writer.curve()
+    with Image.open(tmp_path / 'loss.png') as one_point:
+      few = (np.asarray(one_point.convert('RGB')) == BLUE).all(-1).sum()
+    writer.scalars(2, {'learning_rate': 1e-4})  # all examples were broken
+    writer.scalars(1000, {'loss': 0.1, 'validation_loss': 0.2})
+    writer.curve()
+  with Image.open(tmp_path / 'loss.png') as picture:
+    pixels = np.asarray(picture.convert('RGB'))
+  blue, orange = ((pixels == colour).all(-1).sum() for colour in (BLUE, ORANGE))
+  assert few > 10 and blue > 300 and orange > 10
+  assert not list(tmp_path.glob('.*'))
+
+
+BLUE, ORANGE = (31, 119, 180), (255, 127, 14)
+
+
 def test_a_text_goes_to_tensorboard_as_it_is(tmp_path):
   with metrics.Writer(tmp_path) as writer:
     writer.text(0, 'overview', '| a |\n| b |')
@@ -102,6 +123,7 @@ def test_only_process_0_writes(tmp_path, monkeypatch):
     writer.scalars(1, {'loss': 1.0})
     writer.image(1, 'edits', Image.new('RGB', (4, 4)))
     writer.text(1, 'overview', 'text')
+    writer.curve()
   assert not (tmp_path / 'run').exists()
 
 
@@ -147,6 +169,8 @@ def test_a_remote_workdir_gets_whole_files(cloud, monkeypatch):
     early = cloud['/bucket/run/metrics.jsonl'].getvalue()
     writer.scalars(100, {'loss': 2.0})
     writer.image(100, 'edits', Image.new('RGB', (4, 4)))
+    writer.curve()
+  assert cloud['/bucket/run/loss.png'].getvalue().startswith(b'\x89PNG')
   assert early.count(b'\n') == 1
   with metrics.Writer('gs://bucket/run', start_step=50) as writer:
     writer.scalars(75, {'loss': 3.0})

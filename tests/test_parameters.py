@@ -9,7 +9,7 @@ from ip2p_jax.errors import InputError
 from ip2p_jax.models.configs import UNetConfig
 from ip2p_jax.models.layers import abstract
 from ip2p_jax.models.unet import UNet
-from ip2p_jax.parameters import check_rules, compiled, first_match, flatten, unflatten
+from ip2p_jax.parameters import check_order, check_rules, compiled, first_match, flatten, unflatten
 
 NAMES = ['conv_in.kernel', 'conv_in.bias', 'mid_block.attentions.0.norm.scale']
 
@@ -52,6 +52,14 @@ def test_a_rule_that_matches_nothing_is_named():
 
 def test_a_rule_hidden_by_an_earlier_one_is_no_typo():
   check_rules((('', 0.0), ('norm', 0.1)), NAMES, 'rates')
+
+
+def test_a_rule_that_never_is_the_first_match_is_named():
+  check_order((('norm', 0.0), ('conv', 0.5), ('', 0.1)), NAMES, 'rates')
+  for rules in ((('', 0.0), ('norm', 0.1)), (('in', 1), ('norm', 1), ('conv_in', 0), ('', 2))):
+    with pytest.raises(InputError, match=r"rates: rule '(norm|conv_in)' does nothing"):
+      check_order(rules, NAMES, 'rates')
+  check_order((('absent', 1), ('', 2)), NAMES, 'rates')  # `check_rules` names that one
 
 
 @pytest.mark.parametrize('use', [first_match, check_rules])

@@ -163,6 +163,25 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_names_its_step():
       np.testing.assert_array_equal(kept, old)
 
 
+def test_a_batch_of_broken_examples_counts_the_step_and_them_and_changes_nothing_else():
+  config = tiny.config(optim={'warmup_steps': 10, 'decays': (('', 0.5),)})
+  step, state, frozen = start(config, devices(1))
+  fine = jax.device_put(tiny.batch(), sharding.of_batch(devices(1)))
+  empty = fine | {'weight': fine['weight'] * 0}
+  state, first = step(state, frozen, fine)
+  after, values = step(state, frozen, empty)
+  assert first['weight'] == 8 and values['weight'] == 0 and values['bad_step'] == -1
+  assert after['step'] == 2 and after['skipped'] == 8
+  adam = lambda state: next(part for part in state['opt_state'] if hasattr(part, 'mu'))
+  trees = lambda state: (state['params'], state['ema'], adam(state))
+  for new, old in zip(jax.tree.leaves(trees(after)), jax.tree.leaves(trees(state)), strict=True):
+    np.testing.assert_array_equal(new, old)
+  # The schedule goes on, so that the rate that is logged is the one that is used.
+  _, later = step(after, frozen, fine)
+  assert later['learning_rate'] == pytest.approx(3e-5)
+  assert jax.tree.leaves(after['opt_state'][-1]) == [2]
+
+
 def test_a_broken_example_is_left_out_and_counted():
   batch = tiny.batch()
   batch['weight'][3] = 0

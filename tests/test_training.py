@@ -1,9 +1,11 @@
 """Whole runs: what they leave behind, how they end, and how they go on."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -26,6 +28,7 @@ from ip2p_jax.errors import InputError
 
 ROOT = Path(__file__).parent.parent
 ROWS = 10
+DIVERGING = {'learning_rate': 1e3}
 
 
 @pytest.fixture(scope='module')
@@ -128,6 +131,8 @@ def test_a_run_goes_on_without_its_starting_checkpoint_and_on_other_devices(
   devices(4)
   elsewhere = a_config(folder, checkpoint='/no/longer/there', mesh=MeshConfig(fsdp=2))
   training.train(elsewhere, str(tmp_path))
+  begun = str(folder / 'checkpoint')
+  assert checkpoints.read_config(tmp_path)['checkpoint'] == begun, 'it was begun with that one'
   ours, theirs = (weights_of(workdir) for workdir in (tmp_path, uninterrupted))
   for name in ours:
     np.testing.assert_allclose(ours[name], theirs[name], atol=2e-5, err_msg=name)
@@ -142,7 +147,10 @@ def test_changed_settings_are_told(folder, uninterrupted, capsys, tmp_path):
   training.train(a_config(folder, steps=2), str(tmp_path))
   capsys.readouterr()
   training.train(a_config(folder, steps=3, optim={'learning_rate': 1e-5}), str(tmp_path))
-  assert 'optimizer.learning_rate: 0.0001 -> 1e-05' in capsys.readouterr().out
+  said = capsys.readouterr().out
+  assert 'optimizer.learning_rate: 0.0001 -> 1e-05' in said
+  # The first step of a start is also a log, and one line.
+  assert said.count('step 3/3') == 1 and re.search(r'step 3/3 .* ready after', said)
 
 
 def test_validation_and_previews_look_at_the_validation_split(folder, tmp_path):
@@ -184,10 +192,50 @@ def test_broken_examples_are_named_skipped_and_limited(folder, tmp_path, capsys)
   assert metrics(tmp_path / 'run')[6]['skipped'] == 3
   assert 'metadata.jsonl: line 2' in capsys.readouterr().err
 
-  pictures[4].write_bytes(b'no picture')
+  # Batches of nothing but broken examples, one in every pass, are in no mean.
+  for picture in pictures[:10]:
+    picture.write_bytes(b'no picture')
+  data = {'path': str(tmp_path / 'data'), 'max_corrupt': 5}
+  log = {'every': 1, 'checkpoint_every': 1}
+  training.train(a_config(folder, data=data, log=log, steps=4, batch_size=3), str(tmp_path / 'few'))
+  lines = list(metrics(tmp_path / 'few').values())
+  assert [('loss' in line, 'grad_norm' in line) for line in lines].count((False, False)) == 2
+  assert all(line['loss'] > 0.1 for line in lines if 'loss' in line)
+  assert lines[3]['skipped'] == 10
+  empty = next(i for i, line in enumerate(lines) if 'loss' not in line and i)
+  if empty in checkpoints.steps(tmp_path / 'few'):  # the one before it is kept
+    before, after = (weights_of(tmp_path / 'few', step) for step in (empty, empty + 1))
+    assert_same(before, after)
+  data = {'path': str(tmp_path / 'data'), 'max_corrupt': 1}
+
   with pytest.raises(InputError, match='broken examples were met'):
     training.train(a_config(folder, data=data, steps=20, batch_size=3), str(tmp_path / 'run'))
   assert checkpoints.steps(tmp_path / 'run')[-1] > 6, 'the work so far should be saved'
+
+
+def test_a_run_that_diverged_goes_on_from_the_last_good_checkpoint(folder, tmp_path, capsys):
+  workdir, log = str(tmp_path), {'every': 1, 'keep': 1}
+  training.train(a_config(folder, steps=4, log=log), workdir)
+  # Grows until it is not finite, past more checkpoints than are kept.
+  wild = a_config(folder, steps=50, log=log, optim=DIVERGING)
+  with pytest.raises(InputError, match='The loss had grown') as stop:
+    training.train(wild, workdir)
+  first, *spoilt = checkpoints.steps(tmp_path)
+  assert first == 4 and spoilt[-1] > 6 and f'go on from step {first},' in str(stop.value)
+  removed = re.search(r'remove ([\d, ]+) from', str(stop.value))[1].split(', ')
+  assert removed == list(map(str, spoilt))
+
+  # A lower rate alone does not help, and the advice stays.
+  lower = a_config(folder, steps=spoilt[-1] + 4, log=log)
+  with contextlib.suppress(InputError):
+    training.train(lower, workdir)
+  assert f'after step {first} it was as before' in capsys.readouterr().out
+  assert all(line['loss'] < 10 for step, line in metrics(tmp_path).items() if step <= first)
+  for step in checkpoints.steps(tmp_path)[1:]:
+    shutil.rmtree(tmp_path / 'checkpoints' / str(step))
+  assert training.train(lower, workdir) == 0
+  assert all(line['loss'] < 10 for line in metrics(tmp_path).values())
+  assert (tmp_path / 'loss.png').exists()
 
 
 def test_lora_trains_adapters_and_exports_the_merged_editor(folder, tmp_path):
@@ -214,7 +262,16 @@ def test_settings_that_would_change_what_is_saved_are_refused(folder, tmp_path):
     training.train(louder, str(tmp_path))
   with pytest.raises(InputError, match="task was 'edit'"):
     training.train(dataclasses.replace(adapting, task='text_to_image'), str(tmp_path))
-  assert checkpoints.read_config(tmp_path)['lora']['alpha'] == 4
+  other = dataclasses.replace(adapting, prediction_type='v_prediction', steps=2)
+  with pytest.raises(InputError, match="prediction_type was 'epsilon'"):
+    training.train(other, str(tmp_path))
+  late = dataclasses.replace(
+    adapting, steps=20, log=dataclasses.replace(adapting.log, profile=(1, 1))
+  )
+  with pytest.raises(InputError, match=r'log\.profile is .1, 1., and this run is at step 1'):
+    training.train(late, str(tmp_path))
+  kept = checkpoints.read_config(tmp_path)
+  assert kept['lora']['alpha'] == 4 and kept['prediction_type'] == 'epsilon'
 
 
 def test_a_second_run_in_the_same_workdir_is_refused(folder, tmp_path):
@@ -292,6 +349,11 @@ def test_a_text_to_image_model_gets_channels_that_start_at_zero(folder, tmp_path
     ({'steps': 0}, 'steps is 0; use 1 or more'),
     ({'seed': 2**70}, 'seed is 1180591620717411303424; use at most'),
     ({'min_snr_gamma': float('nan')}, 'min_snr_gamma is nan'),
+    ({'optim': {'rates': (('', 1.0), ('attn', 0.0))}}, "rule 'attn' does nothing"),
+    ({'optim': {'decays': (('', 1.0), ('attn', 0.0))}}, "decays: rule 'attn' does nothing"),
+    ({'lora': LoraConfig(alpha=8.0)}, 'lora.alpha is 8.0, which does nothing'),
+    ({'log': {'profile': (9, 1)}}, 'log.profile begins at step 9'),
+    ({'attention': 'splash'}, "attention is 'splash'"),
   ],
 )
 def test_mistakes_are_one_sentence_and_leave_nothing_behind(folder, tmp_path, settings, message):

@@ -1,0 +1,131 @@
+"""Settings: how people write them, and which would do nothing."""
+
+import re
+
+import pytest
+
+from ip2p_jax import config
+from ip2p_jax.config import LanguageConfig, TrainConfig, check_language, check_values, knobs
+from ip2p_jax.config_text import parse
+from ip2p_jax.errors import InputError
+
+RATES = TrainConfig().optimizer.rates
+
+
+@pytest.mark.parametrize(
+  'text, value',
+  [
+    ('attn2=0.5,.*=1', (('attn2', 0.5), ('.*', 1.0))),
+    ('attn2=0.5,=0', (('attn2', 0.5), ('', 0.0))),
+    (' attn = 1e-1 , conv_in=.5 ', (('attn', 0.1), ('conv_in', 0.5))),
+    (r'\.(q|k)_proj\.kernel$=2', ((r'\.(q|k)_proj\.kernel$', 2.0),)),
+    ('a{1,2}=0,b=1', (('a{1,2}', 0.0), ('b', 1.0))),
+    ('{"attn": 0.1, "": 0}', (('attn', 0.1), ('', 0.0))),
+    ("(('attn', 1.0), ('', 0.0))", (('attn', 1.0), ('', 0.0))),
+    ("[['attn', 1.0]]", (('attn', 1.0),)),
+  ],
+)
+def test_rules_may_be_written_as_people_do(text, value):
+  assert parse('optimizer.rates', text, RATES) == value
+  flags = [f'--config.optimizer.rates={text}', '--config.optimizer.rates', text, '--config.steps=3']
+  written = config.plain_overrides(flags, [TrainConfig, LanguageConfig])
+  shown = [written[0].partition('=')[2], written[2]]
+  assert [eval(x) for x in shown] == [value, value] and written[3] == flags[3]
+
+
+@pytest.mark.parametrize('text', ['attn', 'attn=fast', '3', '', 'attn=1,b'])
+def test_what_is_no_rule_is_one_sentence_that_shows_how(text):
+  with pytest.raises(InputError, match=r"optimizer\.rates takes rules, as in .*'attn2=0.5,\.\*=1'"):
+    parse('optimizer.rates', text, RATES)
+
+
+@pytest.mark.parametrize(
+  'name, text, known, value',
+  [
+    ('log.profile', '100,5', (0, 0), (100, 5)),
+    ('log.profile', '(100, 5)', (0, 0), (100, 5)),
+    ('mesh.zero1', 'false', True, False),
+    ('mesh.zero1', 'False', True, False),
+    ('steps', '10_000', 1, 10_000),
+    ('optimizer.learning_rate', '1', 1e-4, 1.0),
+    ('data.path', 'a=3,b=1', '', 'a=3,b=1'),
+  ],
+)
+def test_a_value_is_of_its_settings_type(name, text, known, value):
+  found = parse(name, text, known)
+  assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+  'name, text, known',
+  [
+    ('log.profile', '100', (0, 0)),
+    ('log.profile', '1,2,3', (0, 0)),
+    ('log.profile', '1,x', (0, 0)),
+    ('log.profile', '1.5,2', (0, 0)),
+    ('steps', '1.5', 1),
+    ('steps', 'True', 1),
+    ('mesh.zero1', '1', True),
+    ('optimizer.learning_rate', 'True', 1e-4),
+  ],
+)
+def test_a_value_of_another_type_names_the_setting(name, text, known):
+  with pytest.raises(InputError, match=re.escape(f'{name} takes ')):
+    parse(name, text, known)
+
+
+def changed(kind, **values):
+  """A config with settings changed; '__' stands for the dot."""
+  made = kind()
+  for name, value in values.items():
+    *sections, knob = name.split('__')
+    owner = made
+    for section in sections:
+      owner = getattr(owner, section)
+    setattr(owner, knob, value)
+  return made
+
+
+BOTH = (TrainConfig, LanguageConfig)
+# Settings that cannot act, and what the sentence names.
+INERT = [
+  (BOTH, {'lora__alpha': 8.0}, 'lora.alpha is 8.0, which does nothing while lora.rank is 0'),
+  (BOTH, {'lora__targets': 'attn'}, 'lora.targets .* while lora.rank is 0'),
+  (BOTH, {'optimizer__schedule': 'constant', 'optimizer__final_rate': 0.1},
+   "optimizer.final_rate is 0.1, which does nothing while optimizer.schedule is 'constant'"),
+  (BOTH, {'log__profile': (5, 0)}, 'log.profile is .5, 0., no step'),
+  (BOTH, {'log__profile': (20, 5), 'steps': 10}, 'begins at step 20, and the run ends at step 10'),
+  (BOTH, {'log__profile': (5,)}, 'give the first step and how many'),
+  (BOTH, {'log__profile': (-5, 1)}, 'give the first step and how many'),
+  (TrainConfig, {'log__validation_examples': 64, 'log__validate_every': 0},
+   'log.validation_examples .* while log.validate_every is 0'),
+  (TrainConfig, {'log__validation_examples': 0, 'log__validate_every': 20},
+   'log.validate_every .* while log.validation_examples is 0'),
+  (TrainConfig, {'log__previews': 0, 'log__preview_steps': 50},
+   'log.preview_steps .* while log.previews is 0'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize('kinds, values, message', INERT)
+def test_a_setting_that_cannot_act_is_refused(kinds, values, message):
+  for kind in kinds if isinstance(kinds, tuple) else (kinds,):
+    made = changed(kind, **values)
+    with pytest.raises(InputError, match=message):
+      if kind is TrainConfig:
+        check_values(made)
+      else:
+        made.checkpoint = made.data.path = 'x'
+        check_language(made)
+
+
+def test_what_is_switched_off_as_a_whole_is_no_mistake():
+  check_values(changed(TrainConfig, log__validate_every=0, log__previews=0))
+  check_values(changed(TrainConfig, log__validate_every=0, log__validation_examples=0))
+  check_values(changed(TrainConfig, optimizer__schedule='cosine', optimizer__final_rate=0.1))
+  check_values(changed(TrainConfig, lora__rank=4, lora__alpha=8.0, lora__targets='attn'))
+  check_values(changed(TrainConfig, log__profile=(100, 5)))
+
+
+def test_every_setting_that_needs_another_exists():
+  names = {name for kind in BOTH for name, _ in knobs(kind())}
+  assert {name for pair in config.NEEDS for name in pair} <= names
