@@ -125,7 +125,7 @@ def _open(kind, path, split, columns, task):
     reader = tables.Parquet(_parquets(path, split), path)
   if not len(reader):
     return []
-  return tables.Table(reader, find(reader.names, columns, task, path))
+  return tables.Table(reader, find(reader.names, columns, task, path, reader.kinds()))
 
 
 def _metadata(path, split):
