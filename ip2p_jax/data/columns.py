@@ -232,7 +232,9 @@ class _Search:
         self._check_kind(role, name)
     found = next(filter(None, groups), [])
     if not found and said is None and rest:
-      left = [x for x in self._free(role) if self.kinds.get(x) == 'picture' and 'mask' not in plain(x)]
+      left = [
+        x for x in self._free(role) if self.kinds.get(x) == 'picture' and 'mask' not in plain(x)
+      ]
       found = left if len(left) == 1 else []
     if not found and not required and not said:
       return None

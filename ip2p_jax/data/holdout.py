@@ -64,8 +64,8 @@ def hold_out(
   first, sizes = np.unique(group, return_counts=True)
   if len(first) < 2:
     raise InputError(
-      f'holdout is {share}, and all {len(source)} rows belong together, since they share pictures with'
-      ' one another; leave it out.'
+      f'holdout is {share}, and all {len(source)} rows belong together, since they share pictures'
+      ' with one another; leave it out.'
     )
   room = max(int(len(source) * share), 1)
   chosen = []
@@ -103,9 +103,7 @@ def groups(keys: Iterable[Sequence[int]]) -> np.ndarray:
 
 def _keys(source, progress) -> list[list[int]]:
   """Of each row; none for a broken one, which is in no split."""
-  chunks = [
-    range(start, min(start + CHUNK, len(source))) for start in range(0, len(source), CHUNK)
-  ]
+  chunks = [range(start, min(start + CHUNK, len(source))) for start in range(0, len(source), CHUNK)]
   keys = []
   with concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
     for found in pool.map(lambda rows: [_keys_of(source, i) for i in rows], chunks):

@@ -5,8 +5,8 @@
   metadata.jsonl, metadata.csv         rows with names of picture files, relative to it
   *.parquet                            one file, or a folder of them, at most two levels deep
 
-Splits are 'train', 'validation' and 'test'. Packed shards, the original's folders (by position), and
-files or folders that are named after a split (`validation-00000-of-00002.parquet`,
+Splits are 'train', 'validation' and 'test'. Packed shards, the original's folders (by position),
+and files or folders that are named after a split (`validation-00000-of-00002.parquet`,
 `val/metadata.jsonl`) have them; the rest is 'train', and so is a file that is given by itself, and
 all that `ip2p filter` wrote.
 """
@@ -71,14 +71,12 @@ def open_splits(
   Arguments and errors are those of `open_source`; besides, InputError for a `holdout` of a data set
   that has a validation split of its own, and for `columns` that none has.
   """
-  opened = {
-    split: open_source(path, split, columns, task, holdout is not None) for split in SPLITS
-  }
+  opened = {split: open_source(path, split, columns, task, holdout is not None) for split in SPLITS}
   check_columns(columns, opened.values(), path)
   if holdout and len(opened['validation']):
     raise InputError(
-      f'{path}: has {len(opened["validation"])} rows for validation already; leave --holdout out, or'
-      ' give the training files alone'
+      f'{path}: has {len(opened["validation"])} rows for validation already; leave --holdout out,'
+      ' or give the training files alone'
     )
   return opened
 

@@ -1,7 +1,7 @@
 """Tables of examples: metadata files beside pictures, and Parquet files.
 
-A reader gives rows as dicts: `names` of the columns, `kinds()` of what they hold, `len(reader)`, and
-`reader.read(i, columns) -> (name for people, folders that pictures are relative to, values)`.
+A reader gives rows as dicts: `names` of the columns, `kinds()` of what they hold, `len(reader)`,
+and `reader.read(i, columns) -> (name for people, folders that pictures are relative to, values)`.
 """
 
 import collections
