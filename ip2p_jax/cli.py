@@ -41,11 +41,12 @@ from ip2p_jax.console import (
   one_line,
   waiting,
 )
+from ip2p_jax.data import settings as data_settings
 from ip2p_jax.data.check import check as check_data_set
 from ip2p_jax.data.latents import pack_latents
 from ip2p_jax.data.pack import pack as pack_pictures
 from ip2p_jax.data.shard_writing import parse_shard
-from ip2p_jax.data.sources import SPLITS, open_source
+from ip2p_jax.data.sources import open_splits
 from ip2p_jax.editor import MAX_SCALE, Editor, Sampling
 from ip2p_jax.errors import InputError
 from ip2p_jax.filtering import LABELS, MOST, PAPER, draw_histograms, filter_pairs
@@ -65,7 +66,7 @@ from ip2p_jax.similarity import Clip, Scores
 from ip2p_jax.weights import to_params
 
 MAX_TEXT = 10_000  # characters; more would not fit into the metadata of a JPEG
-# The paper's; the bundled miniature has its own.
+# The paper's; the bundled miniature, and what is like it, has its own.
 STEPS, CFG_TEXT, CFG_IMAGE, SAMPLER = 100, 7.5, 1.5, 'euler_ancestral'
 
 
@@ -169,7 +170,7 @@ def edit(
     raise InputError(f'--edit and --negative are over {MAX_TEXT:,} characters; 77 tokens are read.')
   seed = secrets.randbelow(2**31) if seed is None else seed
   own = (bundled.STEPS, bundled.TEXT_GUIDANCE, bundled.IMAGE_GUIDANCE, bundled.SAMPLER)
-  defaults = own if bundled.is_it(ckpt) else (STEPS, CFG_TEXT, CFG_IMAGE, SAMPLER)
+  defaults = own if bundled.is_like_it(ckpt) else (STEPS, CFG_TEXT, CFG_IMAGE, SAMPLER)
   steps, cfg_text, cfg_image, sampler = (
     default if given is None else given
     for given, default in zip((steps, cfg_text, cfg_image, sampler), defaults, strict=True)
@@ -268,7 +269,14 @@ def convert(
 def pack(
   src: Annotated[str, typer.Argument(help='Any data set; or packed shards, to make latents of.')],
   dst: Annotated[Path, typer.Argument(help='A new folder; or one that an earlier try began.')],
-  size: Annotated[int, Option(min=0, help='Pixels you will train at; 0 keeps files as are.')] = 256,
+  size: Annotated[
+    int | None,
+    Option(
+      min=0,
+      help='Pixels you will train at; 0 keeps files as are.  [default: 256, or that of packed'
+      ' shards]',
+    ),
+  ] = None,
   latents: Annotated[
     bool, Option('--latents', help='Store what the VAE makes of the pictures; needs --ckpt.')
   ] = False,
@@ -276,17 +284,29 @@ def pack(
     Path | None, Option(help='With --latents: the checkpoint that training will start from.')
   ] = None,
   holdout: Annotated[
-    float, Option(min=0, max=0.5, help='Share of the rows, the last, to keep for validation.')
-  ] = 0.0,
+    float | None,
+    Option(
+      min=0,
+      max=0.5,
+      help='Share of the rows, the last, to keep for validation; rows that share a picture stay'
+      " together.  [default: the data set's own splits; of the original's folders 90, 5 and 5 %]",
+    ),
+  ] = None,
   columns: Annotated[
     str, Option(help='Unusual column names: "input=before,edited=after,instruction=text".')
   ] = '',
   task: Annotated[str, Option(help='edit, or text_to_image.')] = 'edit',
-  resize: Annotated[str, Option(help='With --latents: crop, or squash as the original.')] = 'crop',
-  dtype: Annotated[str, Option(help='With --latents: of the VAE; float32 or bfloat16.')] = (
-    'float32'
-  ),
-  batch_size: Annotated[int, Option(min=1, help='With --latents: pictures at once.')] = 32,
+  resize: Annotated[
+    str | None,
+    Option(help='With --latents: crop, or squash as the original.  [default: crop]'),
+  ] = None,
+  dtype: Annotated[
+    str | None,
+    Option(help='With --latents: of the VAE; float32 or bfloat16.  [default: float32]'),
+  ] = None,
+  batch_size: Annotated[
+    int | None, Option(min=1, help='With --latents: pictures at once.  [default: 32]')
+  ] = None,
   workers: Annotated[int, Option(min=0, help='Processes (threads, for latents).')] = 8,
   shard: Annotated[str, Option(help='i/n: this machine of n that share the work.')] = '0/1',
   max_corrupt: Annotated[int, Option(min=0, help='Broken rows to leave out before stopping.')] = 0,
@@ -300,15 +320,22 @@ def pack(
   SRC: the original's folders, a folder with metadata.jsonl or metadata.csv, Parquet files, or local
   copies of the data sets on the Hugging Face hub. Killed, it goes on where it was.
   """
-  if ckpt and not latents:
-    raise InputError('--ckpt is only for --latents; add that, or leave --ckpt out.')
+  of_latents = {'--ckpt': ckpt, '--resize': resize, '--dtype': dtype, '--batch-size': batch_size}
+  given = [option for option, value in of_latents.items() if value is not None]
+  if given and not latents:
+    raise InputError(f'{given[0]} is only for --latents; add that, or leave {given[0]} out.')
   cache_compilations()
-  opened = {split: open_source(src, split, columns, task) for split in SPLITS}
-  common = {'holdout': holdout, 'shard': shard, 'workers': workers, 'max_corrupt': max_corrupt}
+  opened = open_splits(src, columns, task, holdout)
+  size = data_settings.pack_size(src, size, latents)
+  common = {
+    'holdout': holdout or 0.0, 'shard': shard, 'workers': workers, 'max_corrupt': max_corrupt,
+  }  # fmt: skip
   with _progress('row', compiles=latents) as progress:
     told = common | {'say': _say, 'progress': progress or (lambda done, total: None)}
     if latents:
-      summary = _pack_latents(opened, dst, ckpt, size, resize, dtype, batch_size, told)
+      own = {'resize': resize, 'dtype': dtype, 'batch_size': batch_size}
+      own = {name: value for name, value in own.items() if value is not None}
+      summary = _pack_latents(opened, dst, ckpt, size, told | own)
     else:
       summary = pack_pictures(opened, dst, size=size or None, **told)
   rows = ', '.join(f'{count} {split}' for split, count in summary.rows.items() if count)
@@ -317,7 +344,7 @@ def pack(
     _say('other shards are still missing: the data set is complete when all machines are done')
 
 
-def _pack_latents(opened, dst, ckpt, size, resize, dtype, batch_size, told):
+def _pack_latents(opened, dst, ckpt, size, options):
   if ckpt is None or not size:
     raise InputError('--latents needs --ckpt, the checkpoint to train from, and a --size.')
   checkpoint = checkpoints.load(ckpt)
@@ -328,8 +355,7 @@ def _pack_latents(opened, dst, ckpt, size, resize, dtype, batch_size, told):
   )
   return pack_latents(
     opened, dst, networks=networks, params=vae, tokenizer=tokenizer, resolution=size,
-    fingerprint=fingerprint(checkpoint, tokenizer), dtype=dtype, resize=resize,
-    batch_size=batch_size, **told,
+    fingerprint=fingerprint(checkpoint, tokenizer), **options,
   )  # fmt: skip
 
 
@@ -352,6 +378,9 @@ def check(
   """
   is_checkpoint = checkpoints.is_workdir(path) or Path(path, 'unet').is_dir()
   if is_checkpoint or Path(path).suffix in ('.safetensors', '.ckpt'):
+    of_data = {'--columns': columns, '--task': task != 'edit', '--split': split, '--limit': limit}
+    if given := [option for option, value in of_data.items() if value]:
+      raise InputError(f'{path}: is a checkpoint, and {given[0]} is for data sets; leave it out.')
     conversion.check(checkpoints.load(path))
     _say(f'{path}: a checkpoint, every tensor as its architecture wants it')
     return
@@ -364,6 +393,12 @@ def check(
   _say(f'{path}: {splits} rows, {found.pairs} pairs; warnings: {doubts}')
   if found.broken:
     raise InputError(f'{path}: {found.broken} of {found.rows} rows are broken, see above.')
+  if found.edits_nothing:
+    raise InputError(
+      f'{path}: in {found.warnings["unchanged"]} of {found.pairs} pairs both pictures are the same,'
+      ' so there is no edit to learn; see which columns are input and edited, and say it by'
+      ' --columns.'
+    )
   _say('nothing is broken')
 
 
@@ -537,7 +572,7 @@ def _filter_to_shards(sources, out, *how, holdout):
     found = filter_pairs(sources, pairs, *how)
     if not found.kept:
       raise InputError('no pair passes all thresholds, so there is nothing to pack; lower them.')
-    rows = {split: open_source(str(pairs), split) for split in SPLITS}
+    rows = open_splits(str(pairs), holdout=holdout)
     pack_pictures(rows, packed, holdout=holdout, workers=0, say=_say)
     packed.rename(out)
   return found

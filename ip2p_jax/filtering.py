@@ -6,6 +6,7 @@ thresholds can be tried at no cost; writes the original's layout, ready to pack 
   OUT/0000007/prompt.json, metadata.jsonl     one line per pair that stays, the best first
   OUT/0000007/SEED_0.jpg, SEED_1.jpg
   OUT/seeds.json
+  OUT/filter.json                             the thresholds; with it, all rows are for training
 """
 
 import json
@@ -18,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from ip2p_jax.data.original import FILTERED
 from ip2p_jax.errors import InputError
 from ip2p_jax.pairs import PROMPT, SCORES, passes, read_scores
 from ip2p_jax.similarity import Scores
@@ -80,6 +82,8 @@ def filter_pairs(
       _copy(place, unfinished / place.name, good)
       seeds.append((place.name, sorted(str(line['seed']) for line in good)))
     progress(done + 1, len(places))
+  about = thresholds._asdict() | {'most': most, 'drop_duplicates': drop_duplicates}
+  (unfinished / FILTERED).write_text(json.dumps(about) + '\n')
   (unfinished / 'seeds.json').write_text(json.dumps(seeds))
   unfinished.rename(out)
   scores = np.array(rows, np.float32).reshape(-1, len(Scores._fields))

@@ -25,6 +25,7 @@ from ip2p_jax import (
 from ip2p_jax import checkpoints as workdirs
 from ip2p_jax.checkpoints import Checkpoints
 from ip2p_jax.config import TrainConfig, knobs
+from ip2p_jax.data import settings as data_settings
 from ip2p_jax.data import shards, sources
 from ip2p_jax.data.rows import Source
 from ip2p_jax.errors import InputError
@@ -105,6 +106,7 @@ def claimed(workdir: str) -> Iterator[None]:
 def open_data(config: TrainConfig) -> Data:
   """Opens every data set of the mixture; the first that has a validation split gives it."""
   opened, mixture, validation = [], sources.mixture(config.data.path), ()
+  data_settings.check_training(config, [path for path, _ in mixture])
   kinds = []
   for path, _ in mixture:
     opener = functools.partial(
@@ -116,6 +118,7 @@ def open_data(config: TrainConfig) -> Data:
     opened.append(train)
     kinds.append(shards.is_shards(path) and shards.describe(path)['kind'] == 'latents')
     validation = validation if len(validation) else opener('validation')
+  sources.check_columns(config.data.columns, opened, config.data.path)
   return Data(opened, [weight for _, weight in mixture], validation, all(kinds))
 
 

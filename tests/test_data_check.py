@@ -33,7 +33,9 @@ def png(size, mode='RGB', **options):
 
 
 def latents(**changed):
-  fields = {name: np.zeros((1, 2, 4, 4, 4), np.float16) for name in checking.LATENTS}
+  fields = {
+    name: np.full((1, 2, 4, 4, 4), k, np.float16) for k, name in enumerate(checking.LATENTS)
+  }
   return LatentRow('memory: row 0', np.zeros((1, 77), np.int32), **(fields | changed))
 
 

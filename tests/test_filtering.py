@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from ip2p_jax import filtering
-from ip2p_jax.data.sources import open_source
+from ip2p_jax.data.sources import SPLITS, open_source
 from ip2p_jax.errors import InputError
 from ip2p_jax.similarity import Scores
 
@@ -67,7 +67,8 @@ def test_the_best_by_direction_stay_best_first_and_seeds_break_ties(tmp_path):
 def test_a_prompt_without_a_good_pair_is_left_out(tmp_path):
   raw = write_raw(tmp_path / 'raw', {0: [(1, GOOD)], 1: [(2, GOOD._replace(clip_sim_0=0.0))]})
   filtering.filter_pairs([raw], tmp_path / 'out')
-  assert [path.name for path in sorted((tmp_path / 'out').iterdir())] == ['0000000', 'seeds.json']
+  names = ['0000000', 'filter.json', 'seeds.json']
+  assert [path.name for path in sorted((tmp_path / 'out').iterdir())] == names
 
 
 def test_other_thresholds_can_be_tried_on_the_same_pairs(tmp_path):
@@ -99,6 +100,8 @@ def test_of_pairs_that_look_the_same_the_best_stays(tmp_path):
 def test_the_result_is_a_data_set(tmp_path):
   raw = write_raw(tmp_path / 'raw', {i: [(1, GOOD), (2, GOOD)] for i in range(10)})
   filtering.filter_pairs([raw], tmp_path / 'out')
+  lengths = [len(open_source(str(tmp_path / 'out'), split)) for split in SPLITS]
+  assert lengths == [10, 0, 0]  # none is lost to the original's 90, 5 and 5 %
   row = open_source(str(tmp_path / 'out'), 'train', '', 'edit')[0]
   assert row.instructions == ('make it a dog',) and len(row.pairs) == 2
   assert (row.caption, row.edited_caption) == ('a cat', 'a dog')

@@ -13,7 +13,7 @@ from PIL import Image, UnidentifiedImageError
 
 from ip2p_jax import images
 from ip2p_jax.data.rows import LatentRow, Pair, Row, Source
-from ip2p_jax.data.sources import SPLITS, open_source
+from ip2p_jax.data.sources import SPLITS, check_columns, open_source
 from ip2p_jax.errors import InputError
 from ip2p_jax.text import ClipTokenizer
 from ip2p_jax.weights import clip_tokenizer
@@ -22,6 +22,7 @@ ASPECT = 0.05  # how far the shapes of a pair may differ
 SMALL = 64  # pixels; a shorter side is worth a warning
 CHUNK = 16  # neighbouring rows that a thread takes at a time
 LATENTS = ('input_mean', 'edited_mean', 'edited_log_variance')
+ALMOST_ALL = 0.9  # of the pairs; so many without an edit are a mistake
 SHOWN = 10  # warnings of a kind that are reported one by one
 
 
@@ -40,6 +41,11 @@ class Summary(NamedTuple):
   pairs: int
   broken: int
   warnings: dict[str, int]
+
+  @property
+  def edits_nothing(self) -> bool:
+    """Whether in almost all pairs both pictures are the same, as where a column was mistaken."""
+    return self.warnings.get('unchanged', 0) > ALMOST_ALL * self.pairs
 
 
 class _Finding(NamedTuple):
@@ -64,7 +70,7 @@ def check(
 
   A row is broken if a file or a text is missing, a picture does not decode, or the pictures of a
   pair differ in shape by more than 5 %. Warnings: a side under 64 pixels, an instruction that does
-  not fit into CLIP's 77 tokens, an edited picture that is the very file of the input.
+  not fit into CLIP's 77 tokens, an edited picture that is the same as the input, to the pixel.
 
   Args:
     path, columns, task: as of `sources.open_source`.
@@ -75,9 +81,13 @@ def check(
     limit: the first rows of each split only.
     workers: threads; by default one per core, at most 16.
 
-  Raises InputError if there is no such data set, or it cannot be opened at all.
+  Raises InputError if there is no such data set or split, or it cannot be opened at all.
   """
-  opened = {name: open_source(path, name, columns, task) for name in ([split] if split else SPLITS)}
+  wanted = [split] if split else SPLITS
+  opened = {name: open_source(path, name, columns, task) for name in wanted}
+  if split and not len(opened[split]):
+    raise InputError(f'{path}: has no rows in the split {split}; leave --split out')
+  check_columns(columns, opened.values(), path)
   lengths = {name: len(source) for name, source in opened.items()}
   if limit is not None:
     lengths = {name: min(length, limit) for name, length in lengths.items()}
@@ -150,11 +160,12 @@ def _pictures(row: Row, tokenizer: ClipTokenizer) -> _Finding:
 def _pair(pair: Pair, where: str) -> list[tuple[str, str]]:
   """Warnings of a pair, (kind, what); raises InputError if it is broken."""
   named = {'input': pair.input_image, 'edited': pair.edited_image}
-  sizes = {
-    name: _size(encoded, f'the {name} picture{where}')
+  decoded = {
+    name: _decode(encoded, f'the {name} picture{where}')
     for name, encoded in named.items()
     if encoded is not None
   }
+  sizes = {name: image.size for name, image in decoded.items()}
   found = [
     ('small', f'the {name} picture{where} is only {width}x{height}')
     for name, (width, height) in sizes.items()
@@ -170,11 +181,13 @@ def _pair(pair: Pair, where: str) -> list[tuple[str, str]]:
       )
     if pair.input_image == pair.edited_image:
       found.append(('unchanged', f'the pictures{where} are the same file, so nothing is edited'))
+    elif decoded['input'] == decoded['edited']:
+      found.append(('unchanged', f'the pictures{where} have the same pixels: nothing is edited'))
   return found
 
 
-def _size(encoded, what):
-  """(width, height), upright, of a picture that decodes to its end."""
+def _decode(encoded, what) -> Image.Image:
+  """The picture, upright, RGB or RGBA, decoded to its end."""
   try:
     with Image.open(io.BytesIO(encoded), 'r', images.READ_FORMATS) as image:
       width, height = image.size
@@ -182,7 +195,7 @@ def _size(encoded, what):
         raise Image.DecompressionBombError
       if min(width, height) < images.MIN_SIDE:
         raise InputError(f'{what} is {width}x{height}; give at least {images.MIN_SIDE} pixels')
-      return images.plain(image).size
+      return images.plain(image)
   except InputError:
     raise
   except Image.DecompressionBombError as error:
@@ -200,4 +213,9 @@ def _latents(row: LatentRow) -> _Finding:
       continue
     if value.shape != row.edited_mean.shape or not np.isfinite(value).all():
       raise InputError(f'{name} is not finite or of another shape; pack the data set again')
-  return _Finding(len(row.edited_mean))
+  pairs, found = range(len(row.edited_mean)), ()
+  if row.input_mean is not None:
+    same = [k for k in pairs if np.array_equal(row.input_mean[k], row.edited_mean[k])]
+    what = f'{row.name}: warning: both pictures have the same latents: nothing is edited'
+    found = tuple(('unchanged', what) for _ in same)
+  return _Finding(len(pairs), warnings=found)

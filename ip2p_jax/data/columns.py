@@ -1,8 +1,9 @@
 """Columns of a table, whatever they are called, and the rows made of them.
 
-A role is what we need ('input', 'instruction'); a column is what a data set calls it. Names that
-data sets on the Hugging Face hub are known to use are found by themselves; others are said by
-`columns`, such as 'input=before,edited=after,instruction=text'.
+A role is what we need ('input', 'instruction'); a column is what a data set calls it, and has one
+role at most. Names that data sets on the Hugging Face hub are known to use are found by themselves;
+others are said by `columns`, such as 'input=before,edited=after,instruction=text'. What a column
+holds counts as well as its name: a column of text is never taken for pictures, or the other way.
 """
 
 import re
@@ -16,15 +17,24 @@ from ip2p_jax.errors import InputError
 # that 'input' is a caption beside 'input_image' (HQ-Edit), and a picture file without it.
 ALIASES = {
   'input': (
-    ('input_image', 'original_image', 'source_image', 'source_img', 'src_img', 'before_image'),
+    (
+      'input_image', 'original_image', 'source_image', 'source_img', 'src_img', 'before_image',
+      'image_file', 'conditioning_image', 'control_image',
+    ),
     ('input', 'original', 'source', 'before', 'image'),
   ),
   'edited': (
-    ('edited_image', 'output_image', 'target_image', 'target_img', 'edited_img', 'after_image'),
+    (
+      'edited_image', 'output_image', 'target_image', 'target_img', 'edited_img', 'after_image',
+      'edited_file', 'ground_truth_image', 'cartoonized_image',
+    ),
     ('edited', 'output', 'target', 'after'),
   ),
   'instruction': (
-    ('instruction', 'instructions', 'edit_prompt', 'edit', 'edited_prompt_list'),
+    (
+      'instruction', 'instructions', 'edit_prompt', 'edit', 'edited_prompt_list',
+      'edit_instruction',
+    ),
     ('prompt', 'text'),
   ),
   'inverse': (('inverse_edit', 'inverse_instruction'),),
@@ -38,7 +48,16 @@ ALIASES = {
   ),
   'image': (('image', 'img', 'picture', 'photo'),),
   'text': (('text', 'caption', 'captions', 'prompt'), ('input_caption', 'description')),
+}  # fmt: skip
+# Beside one of these, 'image' is the picture that is made, as in diffusers' ControlNet scripts.
+CONDITIONS = ('conditioning_image', 'control_image')
+PICTURES = ('input', 'edited', 'image')
+ROLES = {
+  'edit': ('input', 'edited', 'instruction', 'inverse', 'caption', 'edited_caption'),
+  'text_to_image': ('image', 'text', 'edited', 'edited_caption'),
 }
+# Columns whose equal values tell that rows are about one picture, as turns of an edit are.
+GROUPS = ('img_id', 'image_id')
 # English words after which a mirrored picture would be wrong: sides, senses of rotation, writing.
 SIDED = re.compile(
   r"""\b(left|right)(-?(most|hand|handed|wards?|side))?\b
@@ -53,7 +72,10 @@ SIDED = re.compile(
 
 
 class Columns(NamedTuple):
-  """The column of each role; None where there is none. Text-to-image has no `input`."""
+  """The column of each role; None where there is none. Text-to-image has no `input`.
+
+  `group` is the column that tells which rows are about one picture.
+  """
 
   input: str | None
   edited: str
@@ -61,10 +83,17 @@ class Columns(NamedTuple):
   inverse: str | None = None
   caption: str | None = None
   edited_caption: str | None = None
+  group: str | None = None
 
 
-def find(names: Sequence[str], columns: str = '', task: str = 'edit', place: str = '') -> Columns:
-  """Which column has which role.
+def find(
+  names: Sequence[str],
+  columns: str = '',
+  task: str = 'edit',
+  place: str = '',
+  kinds: Mapping[str, str] | None = None,
+) -> Columns:
+  """Which column has which role. No column has two.
 
   Args:
     names: of the columns there are. Hugging Face's 'input_image_file_name' counts as
@@ -73,30 +102,30 @@ def find(names: Sequence[str], columns: str = '', task: str = 'edit', place: str
       data sets are mixed; a role without a column ('inverse=') is left out.
     task: 'edit' or 'text_to_image', which takes the edited picture and its caption of an edit set.
     place: the data set, for messages.
+    kinds: what columns hold, 'picture', 'text' or anything else in words; a column that is not in
+      it may hold anything.
 
-  Raises InputError if a role has no column, or more than one that it could be.
+  Raises InputError if a role has no column, or more than one that it could be, or one that holds
+  something else.
   """
-  said = _parse(columns)
-  pick = lambda role, **options: _pick(role, names, said, place, **options)
+  said = parse(columns, task)
+  search = _Search(names, said, kinds or {}, place)
   if task == 'text_to_image':
     if not {'image', 'text'} & set(said):
-      edited = pick('edited', required=False)
-      caption = pick('edited_caption', required=False, taken=(edited,))
+      is_said = bool(said)
+      edited = search.pick('edited', required=is_said)
+      caption = search.pick('edited_caption', required=is_said)
       if edited and caption:
-        return Columns(None, edited, caption, edited_caption=caption)
-    image, text = pick('image'), pick('text')
-    return Columns(None, image, text, edited_caption=text)
-  before, after = pick('input'), pick('edited')
-  instruction = pick('instruction')
-  optional = lambda role: pick(role, required=False, taken=(before, after))
-  return Columns(
-    before,
-    after,
-    instruction,
-    optional('inverse'),
-    optional('caption'),
-    optional('edited_caption'),
-  )
+        return Columns(None, edited, caption, edited_caption=caption, group=search.group())
+      search.taken.clear()
+    image, text = search.pick('image'), search.pick('text')
+    return Columns(None, image, text, edited_caption=text, group=search.group())
+  before = search.pick('input', rest='edited' in said)
+  also = ('image',) if plain(before) in CONDITIONS else ()
+  after = search.pick('edited', rest='input' in said, also=also)
+  instruction = search.pick('instruction')
+  optional = [search.pick(role, required=False) for role in ROLES['edit'][3:]]
+  return Columns(before, after, instruction, *optional, search.group())
 
 
 def to_row(
@@ -138,6 +167,7 @@ def to_row(
     (pair,),
     all(map(may_flip, instructions)),
     *(' '.join(texts(values.get(column))[:1]) for column in (caption, edited_caption)),
+    '' if columns.group is None else str(values.get(columns.group) or ''),
   )
 
 
@@ -156,8 +186,12 @@ def may_flip(instruction: str) -> bool:
   return not SIDED.search(instruction)
 
 
-def _parse(columns):
-  said = {}
+def parse(columns: str, task: str) -> dict[str, list[str]]:
+  """What the user says as {role: columns}, without any for a role that is to be left out.
+
+  Raises InputError if it is no list of roles and columns, or gives a column two roles.
+  """
+  said, role_of = {}, {}
   for item in filter(None, (item.strip() for item in columns.split(','))):
     role, equals, column = (part.strip() for part in item.partition('='))
     if not equals or role not in ALIASES:
@@ -165,36 +199,96 @@ def _parse(columns):
         f'columns: {item!r} is not a role and a column, such as input=before; roles are '
         f'{", ".join(ALIASES)}'
       )
-    said.setdefault(role, []).append(column)
-  return {role: [column for column in found if column] for role, found in said.items()}
+    if role not in ROLES[task]:
+      raise InputError(
+        f'columns: {item!r} is of no use for {task}, whose roles are {", ".join(ROLES[task])}'
+      )
+    if column and role_of.setdefault(column, role) != role:
+      raise InputError(
+        f'columns: {column!r} is named for both the {role_of[column]} and the {role}; a column has'
+        ' one role'
+      )
+    said.setdefault(role, []).extend([column] if column else [])
+  if {'image', 'text'} & set(said) and {'edited', 'edited_caption'} & set(said):
+    raise InputError('columns: give image and text, or edited and edited_caption, not some of each')
+  return said
 
 
-def _pick(role, names, said, place, required=True, taken=()):
-  free = [name for name in names if name not in taken]
-  if role in said:
-    groups = [[name for name in free if name in said[role]]]
-  else:
-    groups = [[name for name in free if _plain(name) in group] for group in ALIASES[role]]
-  found = next(filter(None, groups), [])
-  if len(found) == 1 or (found and not required):
+class _Search:
+  """Columns that are still free, and what is known of them; `pick` takes one."""
+
+  def __init__(self, names, said, kinds, place):
+    self.names, self.said, self.kinds, self.place = names, said, kinds, place
+    self.taken = set()
+
+  def pick(self, role, required=True, rest=False, also=()):
+    """The column of a role; with `rest`, where no name fits, the only pictures that are left."""
+    said, groups = self.said.get(role), (*ALIASES[role], also)
+    if said is None:
+      groups = [[x for x in self._free(role) if plain(x) in group] for group in groups]
+    else:
+      groups = [[x for x in self.names if x in said]]
+      for name in groups[0]:
+        self._check_kind(role, name)
+    found = next(filter(None, groups), [])
+    if not found and said is None and rest:
+      left = [
+        x for x in self._free(role) if self.kinds.get(x) == 'picture' and 'mask' not in plain(x)
+      ]
+      found = left if len(left) == 1 else []
+    if not found and not required and not said:
+      return None
+    if len(found) != 1 and (required or said or role in PICTURES):
+      self._refuse(role, found)
+    self.taken.add(found[0])
     return found[0]
-  if not found and not required and not said.get(role):
-    return None
-  have = f'the columns are {", ".join(names)}' if names else 'there are no columns'
-  wanted = ' or '.join(map(repr, said.get(role, ())))
-  problem = (
-    f'{" and ".join(map(repr, found))} could each be the {role}'
-    if found
-    else f'there is no column {wanted} (for the {role})'
-    if wanted
-    else f'no column looks like the {role}'
-  )
-  raise InputError(
-    f'{place}: {problem}; {have}; say which it is by --columns {role}=NAME'
-    f' (when training: --config.data.columns={role}=NAME)'
-  )
+
+  def group(self):
+    """The free column that tells which rows are about one picture; None if there is none."""
+    return next((x for x in self.names if plain(x) in GROUPS and x not in self.taken), None)
+
+  def _free(self, role):
+    """Columns that have no role yet, are said to have none, and hold what the role needs."""
+    others = {name for columns in self.said.values() for name in columns} | self.taken
+    return [x for x in self.names if x not in others and self._fits(role, x)]
+
+  def _fits(self, role, name):
+    return self.kinds.get(name, '') in ('', 'picture' if role in PICTURES else 'text')
+
+  def _check_kind(self, role, name):
+    if not self._fits(role, name):
+      what = 'a picture' if role in PICTURES else 'text'
+      raise InputError(
+        f'{self.place}: columns: the {role} is to be {what}, and the column {name!r} holds'
+        f' {self.kinds[name]}; {self._columns()}; name another'
+      )
+
+  def _columns(self):
+    if not self.names:
+      return 'there are no columns'
+    return f'the columns are {", ".join(self.names)}'
+
+  def _refuse(self, role, found):
+    said = self.said.get(role)
+    named = [x for groups in ALIASES[role] for x in groups]
+    unfit = [x for x in self.names if plain(x) in named and not self._fits(role, x)]
+    if found:
+      problem = f'{" and ".join(map(repr, found))} could each be the {role}'
+    elif said:
+      problem = f'there is no column {" or ".join(map(repr, said))} (for the {role})'
+    elif said is not None:
+      problem = f'columns: {role}= names no column, and the {role} is needed'
+    else:
+      problem = f'no column looks like the {role}'
+      if unfit:
+        problem += f' ({unfit[0]!r} holds {self.kinds[unfit[0]]})'
+    raise InputError(
+      f'{self.place}: {problem}; {self._columns()}; say which it is by --columns {role}=NAME'
+      f' (when training: --config.data.columns={role}=NAME)'
+    )
 
 
-def _plain(name):
+def plain(name: str) -> str:
+  """A column's name as aliases are written."""
   name = name.lower().replace('-', '_').replace(' ', '_')
   return 'image' if name == 'file_name' else name.removesuffix('_file_name')

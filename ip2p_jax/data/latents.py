@@ -99,10 +99,14 @@ def pack_latents(
   """
   config = TrainConfig(resolution=resolution, data=DataConfig(resize=resize))
   _check(config, networks, dtype, batch_size, workers)
-  sources = hold_out(sources, holdout)
+  sources, held = hold_out(sources, holdout, dst, say, progress)
   samples = sample(sources)
   config.task = 'edit' if has_input(samples) else 'text_to_image'
-  plan = _plan(config, networks, sources, samples, dtype, fingerprint, tokenizer, shard_bytes)
+  settings = _settings(config, networks, dtype, fingerprint, tokenizer)
+  side_bytes = math.prod(settings['latent_shape']) * np.float16().nbytes
+  arrays = 3 if settings['has_input'] else 2
+  size_of = lambda row: len(row.pairs) * arrays * 2 * side_bytes
+  plan = make_plan('latents', settings, sources, samples, size_of, shard_bytes, held)
   job = shard_writing.begin(dst, plan, shard, max_corrupt)
   encode, batch_size = encoder(networks, params, dtype, batch_size)
   prepare_row = functools.partial(prepare, config=config, tokenizer=tokenizer)
@@ -185,21 +189,17 @@ def _check(config, networks, dtype, batch_size, workers):
     raise InputError(f'batch_size is {batch_size} and workers {workers}; use 1 or more.')
 
 
-def _plan(config, networks, sources, samples, dtype, fingerprint, tokenizer, shard_bytes) -> dict:
+def _settings(config, networks, dtype, fingerprint, tokenizer) -> dict:
   side = config.resolution // networks.vae_config.factor
-  shape = [side, side, networks.vae_config.latent_channels]
-  settings = {
+  return {
     'has_input': config.task == 'edit',
     'resolution': config.resolution,
     'resize': config.data.resize,
     'dtype': dtype,
     'fingerprint': fingerprint,
-    'latent_shape': shape,
+    'latent_shape': [side, side, networks.vae_config.latent_channels],
     'tokens': tokenizer.length,
   }
-  arrays = 3 if settings['has_input'] else 2
-  size_of = lambda row: len(row.pairs) * arrays * 2 * np.float16().nbytes * math.prod(shape)
-  return make_plan('latents', settings, sources, samples, size_of, shard_bytes)
 
 
 def _ahead(function, items, threads, number):

@@ -4,6 +4,7 @@ DIR/seeds.json                        [["0000000", ["123", "456"]], ...], by nam
 DIR/0000000/prompt.json               {"caption" or "input": ..., "edit": ..., "output": ...}
 DIR/0000000/123_0.jpg, 123_1.jpg      before, after
 DIR/shard-00/0000000/...              the same one level down
+DIR/filter.json                       where `ip2p filter` wrote it, which makes no splits
 """
 
 import concurrent.futures
@@ -19,6 +20,7 @@ from ip2p_jax.data import columns
 from ip2p_jax.data.rows import Pair, Row
 from ip2p_jax.errors import InputError
 
+FILTERED = 'filter.json'
 THREADS = 16  # that list folders, where waiting for a network disk is all the work
 
 
@@ -62,6 +64,7 @@ class Original:
       columns.may_flip(texts[key]),
       (texts['input'] or texts['caption']) if editing else '',
       texts['output'],
+      ' '.join(columns.texts(prompt.get('image'))),  # the photograph that all its pairs begin with
     )
 
 
@@ -78,12 +81,16 @@ def looks_original(folder: str) -> bool:
   return any(os.path.isfile(os.path.join(folder, name, 'prompt.json')) for name in first + second)
 
 
-def open_original(folder: str, split: str, task: str = 'edit') -> Original:
-  """The rows of a split: the first 90 % train, then 5 % validation, 5 % test.
+def open_original(folder: str, split: str, task: str = 'edit', whole: bool = False) -> Original:
+  """The rows of a split: the first 90 % train, then 5 % validation, 5 % test, as the original.
+
+  With `whole`, and of what `ip2p filter` wrote, all rows are 'train': there `--holdout` decides.
 
   Raises InputError if seeds.json is damaged.
   """
   entries = _read_seeds(folder) or _list(folder)
+  if whole or os.path.isfile(os.path.join(folder, FILTERED)):
+    return Original(folder, entries if split == 'train' else [], task)
   return Original(folder, entries[split_of(len(entries), split)], task)
 
 

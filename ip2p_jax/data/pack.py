@@ -70,7 +70,8 @@ def pack(
       transparency on white; others, and all if this is None, keep their very bytes.
     quality: JPEG's for those that are made smaller, without chroma subsampling; None is lossless
       PNG, about three times as large (95 is 41 to 45 dB from it on photos).
-    holdout: rate of rows, the last ones, that become 'validation' if there is none.
+    holdout: share of the rows, the last ones, that become 'validation' if there is none; rows that
+      share a picture stay together, see `holdout.hold_out`.
     shard_bytes: about how large a file should be (more where there would be over 512 of them); only
       counts at the first call.
     shard: 'i/n', this machine of n that share the folder; the last to end completes the data set.
@@ -84,11 +85,11 @@ def pack(
       impossible, or the disk failed.
   """
   _check(size, quality, workers, max_corrupt)
-  sources = hold_out(sources, holdout)
+  sources, held = hold_out(sources, holdout, dst, say, progress)
   samples = sample(sources)
   form = Form(size, quality, has_input(samples))
   size_of = lambda row: sum(len(image or b'') for pair in packed(row, form).pairs for image in pair)
-  plan = make_plan('images', form._asdict(), sources, samples, size_of, shard_bytes)
+  plan = make_plan('images', form._asdict(), sources, samples, size_of, shard_bytes, held)
   job = shard_writing.begin(dst, plan, shard, max_corrupt)
   with _results(job, sources, form, workers) as results:
     shard_writing.work(job, results, say, progress)

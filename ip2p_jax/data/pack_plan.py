@@ -7,10 +7,12 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from ip2p_jax.data import shards
+from ip2p_jax.data import holdout, shards
+from ip2p_jax.data.holdout import HeldOut
 from ip2p_jax.data.rows import LatentRow, Row, Source
 from ip2p_jax.errors import InputError
 
@@ -31,38 +33,47 @@ class Shard(NamedTuple):
   stop: int
 
 
-class Slice:
-  """Rows [start, stop) of a source."""
+def hold_out(
+  sources: Sources,
+  share: float,
+  folder: str | os.PathLike,
+  say: Callable[[str], None],
+  progress: Callable[[int, int], None],
+) -> tuple[dict[str, Source], HeldOut | None]:
+  """The sources that have rows, and what of 'train' is 'validation' now if there was none.
 
-  def __init__(self, source: Source, start: int, stop: int):
-    self._source, self._rows = source, range(start, stop)
-
-  def __len__(self) -> int:
-    return len(self._rows)
-
-  def __getitem__(self, i: int):
-    return self._source[self._rows[i]]
-
-
-def hold_out(sources: Sources, rate: float) -> dict[str, Source]:
-  """The sources that have rows; the last `rate` of 'train' is 'validation' if there is none."""
+  A pack that was begun in `folder` has chosen already, so that neither another machine nor a second
+  try has to read all rows for it.
+  """
   unknown = set(sources) - set(shards.SPLITS)
   if unknown:
     raise InputError(f'splits {sorted(unknown)} are unknown; use {", ".join(shards.SPLITS)}.')
-  if not 0 <= rate < 1:
-    raise InputError(f'holdout is {rate}; use a rate from 0 up to, but not including, 1.')
+  if not 0 <= share < 1:
+    raise InputError(f'holdout is {share}; use a share from 0 up to, but not including, 1.')
   sources = {split: sources[split] for split in shards.SPLITS if len(sources.get(split, ()))}
   if not sources:
     raise InputError('there is nothing to pack: the source has no rows.')
-  rows = len(sources.get('train', ()))
-  held = min(max(math.floor(rows * rate), 1), rows - 1) if rate else 0  # some, if asked for
-  if held > 0 and 'validation' not in sources:
-    train, kept = sources['train'], len(sources['train']) - held
-    validation = Slice(train, kept, len(train))
-    sources = {'train': Slice(train, 0, kept), 'validation': validation} | {
-      split: sources[split] for split in sources if split != 'train'
-    }
-  return sources
+  if not share or 'train' not in sources or 'validation' in sources:
+    return sources, None
+  train = sources['train']
+  held = _chosen(folder, share, len(train))
+  if held is None:
+    say(f'reading {len(train):,} rows once, since rows that share a picture stay in one split')
+    held = holdout.hold_out(train, share, progress)
+  kept, validation = holdout.split(train, held)
+  rest = {split: source for split, source in sources.items() if split != 'train'}
+  return {'train': kept, 'validation': validation} | rest, held
+
+
+def _chosen(folder, share, rows) -> HeldOut | None:
+  """What the plan in the folder holds out, if it is of as many rows and the same share."""
+  if not shards.is_shards(folder):
+    return None
+  plan = shards.read_plan(folder)
+  sizes = [plan['splits'].get(split, {}).get('rows', 0) for split in ('train', 'validation')]
+  if 'holdout' not in plan or plan['holdout']['share'] != share or sum(sizes) != rows:
+    return None
+  return HeldOut(**plan['holdout'])
 
 
 def sample(sources: Sources) -> Samples:
@@ -101,7 +112,7 @@ def check_row(row: Row, has_input: bool) -> None:
     problem = 'lacks its input image' if has_input else 'has an input image, which others lack'
     raise InputError(f'{row.name}: {problem}.')
   try:
-    ''.join((row.name, row.caption, row.edited_caption, *row.instructions)).encode()
+    ''.join((row.name, row.caption, row.edited_caption, row.group, *row.instructions)).encode()
   except UnicodeEncodeError as error:
     raise InputError(f'{row.name}: holds text that is not Unicode ({error.reason}).') from None
 
@@ -113,6 +124,7 @@ def make_plan(
   samples: Samples,
   size_of: Callable[[Row], int],
   shard_bytes: int,
+  held: HeldOut | None = None,
 ) -> dict:
   """The plan, as `pack.json` has it.
 
@@ -122,6 +134,7 @@ def make_plan(
     sources, samples: from `hold_out` and `sample`.
     size_of: bytes of a row in the file; raises InputError if the row is broken.
     shard_bytes: about how large a file should be.
+    held: what `hold_out` took from 'train'.
   """
   if shard_bytes < 1:
     raise InputError(f'shard_bytes is {shard_bytes}; use at least 1.')
@@ -138,7 +151,8 @@ def make_plan(
     count = math.ceil(sum(sizes) / max(len(sizes), 1) * len(source) / shard_bytes)
     count = max(1, min(count, MAX_SHARDS, len(source)))
     splits[split] = {'rows': len(source), 'shards': count, 'sample': hashes}
-  return {'format': shards.FORMAT, 'kind': kind, 'settings': settings, 'splits': splits}
+  plan = {'format': shards.FORMAT, 'kind': kind, 'settings': settings, 'splits': splits}
+  return plan | ({'holdout': held._asdict()} if held else {})
 
 
 def differences(found: dict, wanted: dict) -> list[str]:
@@ -149,7 +163,8 @@ def differences(found: dict, wanted: dict) -> list[str]:
 
   def flat(plan):
     rows = {f'rows of {split}': sizes['rows'] for split, sizes in plan['splits'].items()}
-    return {'kind': plan['kind']} | plan['settings'] | rows
+    share = plan.get('holdout', {}).get('share', 0)
+    return {'kind': plan['kind'], 'holdout': share} | plan['settings'] | rows
 
   one, other = flat(found), flat(wanted)
   lines = [

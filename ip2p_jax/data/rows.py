@@ -27,6 +27,7 @@ class Row(NamedTuple):
     may_flip: whether mirroring keeps the instruction true.
     caption: of the input image, '' if unknown.
     edited_caption: of the edited image, '' if unknown.
+    group: rows of the same group are about one picture, and so in one split; '' if unknown.
   """
 
   name: str
@@ -35,6 +36,7 @@ class Row(NamedTuple):
   may_flip: bool = True
   caption: str = ''
   edited_caption: str = ''
+  group: str = ''
 
 
 class LatentRow(NamedTuple):

@@ -135,7 +135,7 @@ def features_of(plan: dict) -> tfds.features.FeaturesDict:
     token_ids = f.Tensor(shape=(None, settings['tokens']), dtype=np.int32)
     return f.FeaturesDict(common | {'token_ids': token_ids} | dict.fromkeys(names, latents))
   images = ('input_image', 'edited_image') if settings['has_input'] else ('edited_image',)
-  texts = {'caption': f.Text(), 'edited_caption': f.Text()}
+  texts = {'caption': f.Text(), 'edited_caption': f.Text(), 'group': f.Text()}
   pairs = f.Sequence({name: f.Image() for name in images})  # given and kept as encoded files
   return f.FeaturesDict(common | texts | {'instructions': f.Sequence(f.Text()), 'pairs': pairs})
 
@@ -153,6 +153,7 @@ def image_example(row: Row, has_input: bool) -> dict[str, Any]:
     'may_flip': row.may_flip,
     'caption': row.caption,
     'edited_caption': row.edited_caption,
+    'group': row.group,
   }
 
 
@@ -168,6 +169,7 @@ def image_row(features, settings: dict) -> Row:
     bool(features['may_flip'].int64_list.value[0]),
     _text(features, 'caption'),
     _text(features, 'edited_caption'),
+    _text(features, 'group') if 'group' in features else '',  # of older packs
   )
 
 

@@ -5,15 +5,17 @@
   metadata.jsonl, metadata.csv         rows with names of picture files, relative to it
   *.parquet                            one file, or a folder of them, at most two levels deep
 
-Splits are 'train', 'validation' and 'test'. Packed shards, the original's folders, and files or
-folders that are named after a split (`validation-00000-of-00002.parquet`, `val/metadata.jsonl`)
-have them; the rest is 'train', and so is a file that is given by itself.
+Splits are 'train', 'validation' and 'test'. Packed shards, the original's folders (by position),
+and files or folders that are named after a split (`validation-00000-of-00002.parquet`,
+`val/metadata.jsonl`) have them; the rest is 'train', and so is a file that is given by itself, and
+all that `ip2p filter` wrote.
 """
 
 import glob
 import math
 import os
 import re
+from collections.abc import Iterable
 
 from ip2p_jax.data import original, shards, tables
 from ip2p_jax.data.columns import find, may_flip
@@ -29,7 +31,9 @@ LOOKED_FOR = (
 SPLIT_NAMES = re.compile(r'(train|validation|valid|val|dev|test)(?![a-z])', re.IGNORECASE)
 
 
-def open_source(path: str, split: str = 'train', columns: str = '', task: str = 'edit') -> Source:
+def open_source(
+  path: str, split: str = 'train', columns: str = '', task: str = 'edit', whole: bool = False
+) -> Source:
   """A split of a data set, as a sequence of rows that can be pickled.
 
   Args:
@@ -39,6 +43,7 @@ def open_source(path: str, split: str = 'train', columns: str = '', task: str = 
       edited=after,instruction=text' (for text-to-image 'image=...,text=...').
     task: 'edit', or 'text_to_image', whose rows have captions as instructions and no input
       picture; of an edit data set these are the edited pictures and their captions.
+    whole: whether the original's folders are all 'train', because the caller makes the splits.
 
   Raises:
     InputError: at once for a path, a column or a file as a whole; for a row when that is asked for.
@@ -50,12 +55,45 @@ def open_source(path: str, split: str = 'train', columns: str = '', task: str = 
   kind = _kind(path)
   if kind is None:
     _refuse(path)
-  source = _open(kind, path, split, columns, task)
+  source = _open(kind, path, split, columns, task, whole)
   if not len(source) and not any(
-    len(_open(kind, path, other, columns, task)) for other in SPLITS if other != split
+    len(_open(kind, path, other, columns, task, whole)) for other in SPLITS if other != split
   ):
     raise InputError(f'{path}: the data set is empty; check that it was copied whole')
   return source
+
+
+def open_splits(
+  path: str, columns: str = '', task: str = 'edit', holdout: float | None = None
+) -> dict[str, Source]:
+  """All splits of a data set, to be packed with this `holdout`; None leaves them as they are.
+
+  Arguments and errors are those of `open_source`; besides, InputError for a `holdout` of a data set
+  that has a validation split of its own, and for `columns` that none has.
+  """
+  opened = {split: open_source(path, split, columns, task, holdout is not None) for split in SPLITS}
+  check_columns(columns, opened.values(), path)
+  if holdout and len(opened['validation']):
+    raise InputError(
+      f'{path}: has {len(opened["validation"])} rows for validation already; leave --holdout out,'
+      ' or give the training files alone'
+    )
+  return opened
+
+
+def check_columns(columns: str, opened: Iterable[Source], path: str) -> None:
+  """Raises InputError if `columns` names something that none of the opened sources has."""
+  named = [name for item in columns.split(',') if (name := item.partition('=')[2].strip())]
+  found = [source.names for source in opened if isinstance(source, tables.Table)]
+  if columns.strip() and not found:
+    raise InputError(
+      f'{path}: has no columns to choose from (its layout says what is what); leave columns out'
+    )
+  for name in named:
+    if not any(name in names for names in found):
+      raise InputError(
+        f'{path}: there is no column {name!r}; the columns are {", ".join(found[0])}'
+      )
 
 
 def is_data_set(path: str) -> bool:
@@ -111,11 +149,11 @@ def _refuse(path):
   raise InputError(f'{path}: no data set was recognised; looked for {LOOKED_FOR}')
 
 
-def _open(kind, path, split, columns, task):
+def _open(kind, path, split, columns, task, whole):
   if kind == 'shards':
     return _packed(path, split, task)
   if kind == 'original':
-    return original.open_original(path, split, task)
+    return original.open_original(path, split, task, whole)
   if kind == 'metadata':
     file = _metadata(path, split)
     if not file:
@@ -125,7 +163,7 @@ def _open(kind, path, split, columns, task):
     reader = tables.Parquet(_parquets(path, split), path)
   if not len(reader):
     return []
-  return tables.Table(reader, find(reader.names, columns, task, path))
+  return tables.Table(reader, find(reader.names, columns, task, path, reader.kinds()))
 
 
 def _metadata(path, split):

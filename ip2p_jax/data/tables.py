@@ -1,9 +1,10 @@
 """Tables of examples: metadata files beside pictures, and Parquet files.
 
-A reader gives rows as dicts: `names` of the columns, `len(reader)`, and
-`reader.read(i, columns) -> (name for people, folders that pictures are relative to, values)`.
+A reader gives rows as dicts: `names` of the columns, `kinds()` of what they hold, `len(reader)`,
+and `reader.read(i, columns) -> (name for people, folders that pictures are relative to, values)`.
 """
 
+import collections
 import contextlib
 import csv
 import functools
@@ -18,12 +19,14 @@ import numpy as np
 import pyarrow
 from pyarrow import parquet
 
+from ip2p_jax import images
 from ip2p_jax.data import columns
 from ip2p_jax.data.rows import Row
 from ip2p_jax.errors import InputError
 
 BATCH_ROWS = 16  # decoded at a time; a row group can be a gigabyte of pictures
 FIRST_ROWS = 100  # that say which keys a JSON lines file has
+LOOK_ROWS = 20  # whose values say what a column holds
 
 
 class Table:
@@ -35,6 +38,7 @@ class Table:
   def __init__(self, reader: 'JsonLines | Csv | Parquet', found: columns.Columns):
     self._reader, self._columns = reader, found
     self._ways = 2 if found.inverse else 1
+    self.names = reader.names
 
   def __len__(self) -> int:
     return len(self._reader) * self._ways
@@ -64,6 +68,9 @@ class JsonLines:
 
   def __len__(self) -> int:
     return len(self._starts)
+
+  def kinds(self) -> dict[str, str]:
+    return _kinds(self, self.names)
 
   def read(self, i: int, wanted: Sequence[str]) -> tuple[str, tuple[str, ...], dict[str, Any]]:
     del wanted  # a line is read whole
@@ -103,6 +110,9 @@ class Csv:
   def __len__(self) -> int:
     return len(self._rows)
 
+  def kinds(self) -> dict[str, str]:
+    return _kinds(self, self.names)
+
   def read(self, i: int, wanted: Sequence[str]) -> tuple[str, tuple[str, ...], dict[str, Any]]:
     del wanted
     line, row = self._rows[i]
@@ -123,9 +133,11 @@ class Parquet:
   def __init__(self, files: Sequence[str], root: str):
     self._root = root
     self._groups, starts, self.names = [], [0], []  # (file, row group, rows of the file before)
+    self._types = {}
     for path in files:
       with _reading(path), parquet.ParquetFile(path, memory_map=True) as file:
         metadata, names = file.metadata, file.schema_arrow.names
+        self._types = self._types or {field.name: field.type for field in file.schema_arrow}
       if self._groups and set(names) != set(self.names):
         raise InputError(
           f'{path}: has columns {", ".join(names)}, and {self._groups[0][0]} has '
@@ -141,6 +153,12 @@ class Parquet:
 
   def __len__(self) -> int:
     return int(self._starts[-1])
+
+  def kinds(self) -> dict[str, str]:
+    """By type; of strings, which may be text or names of files, by the first values."""
+    known = {name: _kind_of_type(kind) for name, kind in self._types.items()}
+    unknown = [name for name in self.names if known[name] == 'string']
+    return known | dict.fromkeys(unknown, '') | _kinds(self, unknown)
 
   def __getstate__(self):
     return {name: value for name, value in vars(self).items() if name != '_local'}
@@ -191,6 +209,59 @@ def _reading(name):
     raise InputError(f'{name}: cannot be read ({reason}); it may be damaged') from error
 
 
+def _kind_of_type(kind) -> str:
+  """What a Parquet column holds, in a word; 'string' if its values must tell; '' for nothing."""
+  types = pyarrow.types
+  if types.is_dictionary(kind):
+    return _kind_of_type(kind.value_type)
+  if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+    inner = _kind_of_type(kind.value_type)
+    return inner if inner in ('', 'string') else f'lists ({inner})'
+  if types.is_struct(kind):
+    is_picture = {'bytes', 'path'} & {field.name for field in kind}
+    return 'picture' if is_picture else 'structures'
+  if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
+    return 'string'
+  if types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind):
+    return 'picture'
+  return '' if types.is_null(kind) else 'numbers'
+
+
+def _kinds(reader, names) -> dict[str, str]:
+  """What columns hold, by most of their first values; columns without any are left out."""
+  votes = {name: collections.Counter() for name in names}
+  for i in range(min(len(reader), LOOK_ROWS) if names else 0):
+    with contextlib.suppress(InputError):  # a broken row is for whoever reads it
+      _, folders, values = reader.read(i, names)
+      for name in names:
+        votes[name].update(filter(None, [_kind_of_value(values.get(name), folders)]))
+  return {name: count.most_common(1)[0][0] for name, count in votes.items() if count}
+
+
+def _kind_of_value(value, folders) -> str:
+  if isinstance(value, dict):
+    return 'picture' if {'bytes', 'path'} & set(value) else 'structures'
+  if isinstance(value, list | tuple):
+    inner = next(filter(None, (_kind_of_value(one, folders) for one in value)), '')
+    return inner if inner in ('', 'text') else f'lists ({inner})'
+  if isinstance(value, bytes):
+    return 'picture'
+  if not isinstance(value, str):
+    return '' if value is None else 'numbers'
+  if not value.strip():
+    return ''
+  if value.startswith(('http://', 'https://')):
+    return 'web addresses'
+  is_named = Path(value).suffix.lower() in images.READ_EXTENSIONS
+  return 'picture' if is_named or _file(folders, value) else 'text'
+
+
+def _file(folders, name) -> Path | None:
+  """The file of that name in the first of the folders that has it."""
+  with contextlib.suppress(OSError, ValueError):  # a text is too long for a name, or has a NUL
+    return next((path for folder in folders if (path := Path(folder, name)).is_file()), None)
+
+
 def _picture(name, folders, value, column):
   """The encoded picture of a cell: bytes, a path, or Hugging Face's {'bytes', 'path'}."""
   if isinstance(value, dict):
@@ -199,9 +270,9 @@ def _picture(name, folders, value, column):
     return value
   if not isinstance(value, str) or not value.strip():
     raise InputError(f'{name}: {column!r} holds no picture; take the row out')
-  paths = [Path(folder, value) for folder in folders]
+  path = _file(folders, value) or Path(folders[0], value)
   try:
-    return next((path for path in paths if path.is_file()), paths[0]).read_bytes()
+    return path.read_bytes()
   except (OSError, ValueError) as error:
     reason = getattr(error, 'strerror', None) or error
-    raise InputError(f'{name}: cannot read the picture {paths[0]} ({reason})') from error
+    raise InputError(f'{name}: cannot read the picture {path} ({reason})') from error

@@ -1,0 +1,135 @@
+"""Which rows to hold out for validation: never one of two rows that show the same picture.
+
+A pair and its way back, turns of one picture, several instructions of one: if one of them were
+trained on, the other would be no test. So rows are put together that share a picture (the same
+bytes, as input or edited), or say that they are of one (`Row.group`), directly or by way of others;
+and whole groups are held out, the last ones that fit into the share. That follows from the rows and
+their order alone.
+"""
+
+import concurrent.futures
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from ip2p_jax.data.rows import LatentRow, Source
+from ip2p_jax.errors import InputError
+
+CHUNK = 64  # neighbouring rows that a thread reads at a time
+
+
+class HeldOut(NamedTuple):
+  """Rows of 'train' that become 'validation'.
+
+  Attributes:
+    share: of the rows, as it was asked for.
+    ranges: the rows as [start, stop), ascending, so that a plan of millions of rows stays short.
+  """
+
+  share: float
+  ranges: list[list[int]]
+
+  def rows(self) -> np.ndarray:
+    """int64 [H], ascending."""
+    parts = [np.arange(start, stop) for start, stop in self.ranges]
+    return np.concatenate(parts).astype(np.int64)
+
+
+class Picked:
+  """Some rows of a source, in the order given."""
+
+  def __init__(self, source: Source, rows: np.ndarray):
+    self._source, self._rows = source, rows
+
+  def __len__(self) -> int:
+    return len(self._rows)
+
+  def __getitem__(self, i: int):
+    return self._source[int(self._rows[i])]
+
+
+def hold_out(
+  source: Source, share: float, progress: Callable[[int, int], None] = lambda done, total: None
+) -> HeldOut:
+  """Chooses about `share` of the rows, in whole groups. Reads every row once.
+
+  Never more than the share, unless the smallest group is larger: then that one.
+
+  Raises InputError if all rows belong together, so that none can be held out.
+  """
+  group = groups(_keys(source, progress))
+  first, sizes = np.unique(group, return_counts=True)
+  if len(first) < 2:
+    raise InputError(
+      f'holdout is {share}, and all {len(source)} rows belong together, since they share pictures'
+      ' with one another; leave it out.'
+    )
+  room = max(int(len(source) * share), 1)
+  chosen = []
+  for number in range(len(first) - 1, -1, -1):
+    if sizes[number] <= room:
+      chosen.append(first[number])
+      room -= sizes[number]
+  if not chosen:
+    chosen = [first[len(sizes) - 1 - np.argmin(sizes[::-1])]]
+  return HeldOut(share, _ranges(np.flatnonzero(np.isin(group, chosen))))
+
+
+def split(source: Source, held: HeldOut) -> tuple[Picked, Picked]:
+  """(what is trained on, what is held out), each in the source's order."""
+  rows = held.rows()
+  return Picked(source, np.delete(np.arange(len(source)), rows)), Picked(source, rows)
+
+
+def groups(keys: Iterable[Sequence[int]]) -> np.ndarray:
+  """For each row the first row of its group, int64 [N]; rows with a key in common are together."""
+  parent, seen = [], {}
+
+  def root(i):
+    while parent[i] != i:
+      parent[i] = i = parent[parent[i]]
+    return i
+
+  for i, of_row in enumerate(keys):
+    parent.append(i)
+    for key in of_row:
+      one, other = root(seen.setdefault(key, i)), root(i)
+      parent[max(one, other)] = min(one, other)
+  return np.array([root(i) for i in range(len(parent))], np.int64)
+
+
+def _keys(source, progress) -> list[list[int]]:
+  """Of each row; none for a broken one, which is in no split."""
+  chunks = [range(start, min(start + CHUNK, len(source))) for start in range(0, len(source), CHUNK)]
+  keys = []
+  with concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
+    for found in pool.map(lambda rows: [_keys_of(source, i) for i in rows], chunks):
+      keys += found
+      progress(len(keys), len(source))
+  return keys
+
+
+def _keys_of(source, i) -> list[int]:
+  try:
+    row = source[i]
+  except InputError:
+    return []
+  if isinstance(row, LatentRow):  # which cannot be packed again, and are refused where that is told
+    return []
+  pictures = {image for pair in row.pairs for image in pair if image is not None}
+  return [_digest(b'picture', image) for image in pictures] + (
+    [_digest(b'group', row.group.encode('utf-8', 'surrogatepass'))] if row.group else []
+  )
+
+
+def _digest(kind, content) -> int:
+  return int.from_bytes(hashlib.blake2b(content, digest_size=8, person=kind).digest())
+
+
+def _ranges(rows) -> list[list[int]]:
+  """Ascending numbers as [start, stop) of runs."""
+  runs = np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1)
+  return [[int(run[0]), int(run[-1]) + 1] for run in runs]
