@@ -94,7 +94,7 @@ def run_jobs(
   """Makes the pictures batch by batch; `options` are those of `Editor.edit`."""
   batches = _batches(jobs, resolution, editor.networks.vae_config.factor, batch_size)
   for done, batch in enumerate(batches):
-    originals = [pictures.read(job.file) for job in batch]
+    originals = [pictures.for_file(pictures.read(job.file), job.output) for job in batch]
     results = editor.edit(
       originals,
       instruction,

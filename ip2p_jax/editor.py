@@ -167,7 +167,7 @@ class Editor:
 
     Returns PIL images, RGB or RGBA, or an array if arrays came in. Raises InputError on bad values.
     """
-    originals = [pictures.plain(image) for image in _pictures(images)]
+    originals = [pictures.with_metadata(image) for image in _pictures(images)]
     rows = Rows.of(originals, instructions, text_guidance, image_guidance, seed, mask, indices)
     sampling = Sampling(steps, sampler, spacing, karras, rescale, interval)
     if min(batch_size or 1, resolution or 1) < 1:
