@@ -175,7 +175,7 @@ def read_mask(path: str | Path, size: tuple[int, int]) -> np.ndarray:
 
 
 def for_file(image: Image.Image, path: str | Path) -> Image.Image:
-  """The picture in colours that a file of this name can hold: CMYK becomes sRGB for PNG and WebP."""
+  """The picture in colours that a file of this name can hold: sRGB for CMYK as PNG or WebP."""
   is_cmyk = image.mode == 'CMYK' and _format(path) not in CMYK_FORMATS
   return colour.to_srgb(image) if is_cmyk else image
 

@@ -1,8 +1,8 @@
 """What a picture file tells besides its pixels: EXIF, resolution, and the settings of an edit.
 
-Kept are EXIF's lines about the photo, its camera and its place, and dots per inch. Not kept are what
-an edit makes wrong or meaningless (orientation, which is applied; the thumbnail; the size; makers'
-notes, which point to places in the old file) and other blocks (XMP, IPTC).
+Kept are EXIF's lines about the photo, its camera and its place, and dots per inch. Not kept are
+what an edit makes wrong or meaningless (orientation, which is applied; the thumbnail; the size;
+makers' notes, which point to places in the old file) and other blocks (XMP, IPTC).
 """
 
 import contextlib
@@ -14,6 +14,7 @@ from PIL import ExifTags, Image, PngImagePlugin
 
 SETTINGS_KEY = 'ip2p'
 COMMENT_PREFIX = b'ASCII\0\0\0ip2p '  # EXIF's UserComment: eight bytes name the code, then our mark
+FORMATS_WITH_EXIF_DPI = ('JPEG', 'MPO', 'TIFF', 'WEBP')
 MAX_JPEG_EXIF = 65533  # bytes
 B, IFD = ExifTags.Base, ExifTags.IFD
 # Of the first IFD; the others say how a TIFF file stores its pixels.
@@ -57,8 +58,9 @@ def options(info: dict[str, Any], settings: dict, format: str) -> dict[str, Any]
   if format == 'WEBP' and 'dpi' in info:  # it has no other place
     for exif in (old, new):
       exif[B.XResolution], exif[B.YResolution], exif[B.ResolutionUnit] = *info['dpi'], 2
-  is_too_long = format == 'JPEG' and len(old.tobytes()) > MAX_JPEG_EXIF
-  return result | {'exif': new if is_too_long else old}
+  whole = old.tobytes()
+  is_too_long = format == 'JPEG' and len(whole) > MAX_JPEG_EXIF
+  return result | {'exif': new.tobytes() if is_too_long else whole}
 
 
 def settings_of(image: Image.Image) -> dict | None:
@@ -110,12 +112,13 @@ def _exif(lines):
 
 
 def _dpi(image, exif) -> tuple[float, float] | None:
-  """Dots per inch; None if the file does not say, where Pillow puts in 72 for JPEG."""
-  is_made_up = image.format in ('JPEG', 'MPO') and not (
-    image.info.get('jfif_unit') in (1, 2) or B.XResolution in exif
-  )
+  """Dots per inch; None if the file does not say, where Pillow puts in 72 for JPEG, 1 for TIFF."""
   with contextlib.suppress(Exception):
-    dpi = tuple(float(side) for side in image.info['dpi'])
-    if not is_made_up and len(dpi) == 2 and all(0 < side < math.inf for side in dpi):
+    if image.format in FORMATS_WITH_EXIF_DPI and image.info.get('jfif_unit') not in (1, 2):
+      scale = 2.54 if exif.get(B.ResolutionUnit) == 3 else 1
+      dpi = scale * float(exif[B.XResolution]), scale * float(exif[B.YResolution])
+    else:
+      dpi = tuple(float(side) for side in image.info['dpi'])
+    if all(0 < side < math.inf for side in dpi):
       return dpi[::-1] if exif.get(B.Orientation) in range(5, 9) else dpi
   return None

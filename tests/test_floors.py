@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / 'ip2p_jax'
 FLOORS = (
   ('errors',),
-  ('attention', 'bundled', 'config', 'console', 'parameters', 'storage'),
+  ('attention', 'bundled', 'colour', 'config', 'console', 'metadata', 'parameters', 'storage'),
   ('models', 'diffusion', 'weights', 'images', 'text'),
   ('networks', 'alignment', 'prompt_to_prompt', 'similarity', 'language'),
   ('prompts',),
