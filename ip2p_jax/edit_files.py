@@ -27,6 +27,17 @@ class Job:
   output: Path
 
 
+def check_options(given: dict[str, Any]) -> None:
+  """Raises InputError for a flag that others, given or not, keep from acting; None is not given."""
+  needs = {'--index': '--seed', '--grid-text': '--grid', '--grid-image': '--grid'}
+  for flag, other in needs.items():
+    if given[flag] is not None and given[other] in (None, False):
+      raise InputError(f'{flag}: of no use without {other}; add that, or leave {flag} out.')
+  for flag, instead in {'--cfg-text': '--grid-text', '--cfg-image': '--grid-image'}.items():
+    if given['--grid'] and given[flag] is not None:
+      raise InputError(f'{flag}: of no use with --grid, whose scales are those of {instead}.')
+
+
 def plan_jobs(
   input: Path,
   output: Path,
@@ -129,6 +140,8 @@ def parse_scales(text: str, image: str) -> list[tuple[float, float]]:
     texts, images = ([float(part) for part in scales.split(',')] for scales in (text, image))
     if not all(abs(scale) <= MAX_SCALE for scale in texts + images):
       raise ValueError
+    if len(set(texts)) < len(texts) or len(set(images)) < len(images):
+      raise InputError('--grid-text and --grid-image take each scale once; leave out what repeats.')
   except ValueError:
     raise InputError(
       '--grid-text and --grid-image take numbers with commas between, as in 3,5,7.5, none over'

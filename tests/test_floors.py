@@ -10,7 +10,7 @@ FLOORS = (
   ('errors',),
   ('attention', 'bundled', 'colour', 'config', 'console', 'metadata', 'parameters', 'storage'),
   ('models', 'diffusion', 'weights', 'images', 'text'),
-  ('networks', 'alignment', 'prompt_to_prompt', 'similarity', 'language'),
+  ('networks', 'alignment', 'prompt_to_prompt', 'sampling', 'similarity', 'language'),
   ('prompts',),
   ('optimizer', 'lora', 'loss', 'sharding', 'flops', 'metrics', 'data'),
   ('checkpoints', 'edit_program', 'inversion', 'pair_program', 'train_step', 'triplets'),
