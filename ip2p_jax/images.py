@@ -58,8 +58,10 @@ def read(path: str | Path) -> Image.Image:
       raise Image.DecompressionBombError
     if min(width, height) < MIN_SIDE:
       raise InputError(f'{path} is {width}x{height}; give at least {MIN_SIDE}x{MIN_SIDE} pixels')
-    picture, problem = _plain(image)
-    picture.info |= metadata.kept(image)
+    # Pillow turns a TIFF as it loads it, and forgets how; PNG may hold EXIF behind its pixels.
+    kept = metadata.kept(image) if image.format == 'TIFF' else None
+    picture, problem = plain_and_problem(image)
+    picture.info |= metadata.kept(image) if kept is None else kept
   if 'icc_profile' not in picture.info:
     with open(path, 'rb') as file:
       problem = problem or colour.told_by_cicp(file.read(4096))
@@ -92,12 +94,29 @@ def plain(image: Image.Image) -> Image.Image:
 
   A profile that cannot be read is passed over; one that cannot be written to leads to sRGB.
   """
-  return _plain(image)[0]
+  return plain_and_problem(image)[0]
+
+
+def plain_and_problem(image: Image.Image) -> tuple[Image.Image, str]:
+  """`plain`, and what of the colours cannot be honoured; '' if there is nothing."""
+  image.load()
+  profile, problem = colour.own_profile(image)
+  image = _upright(image)
+  if image.mode[0] in 'IF':
+    image = _eight_bits(image)
+  if image.mode == 'CMYK' and profile:
+    result = image.copy()
+  else:
+    result = image.convert('RGBA' if image.has_transparency_data else 'RGB')
+  result.info = {'icc_profile': profile} if profile else {}
+  if profile and not colour.has_way_back(profile):
+    return colour.to_srgb(result), 'its colour profile has no way back; the result will be in sRGB'
+  return result, problem
 
 
 def with_metadata(image: Image.Image, name: str = 'the picture') -> Image.Image:
   """`plain`, with the metadata that is kept; warns of colours that cannot be honoured."""
-  picture, problem = _plain(image)
+  picture, problem = plain_and_problem(image)
   picture.info |= metadata.kept(image)
   if problem:
     warnings.warn(f'{name}: {problem}', stacklevel=2)
@@ -287,23 +306,6 @@ def _format(path):
   if extension not in WRITE_FORMATS:
     raise InputError(f'the name {path} must end in one of {" ".join(WRITE_FORMATS)}')
   return WRITE_FORMATS[extension]
-
-
-def _plain(image) -> tuple[Image.Image, str]:
-  """The picture, and what of its colours cannot be honoured; '' if there is nothing."""
-  image.load()
-  profile, problem = colour.own_profile(image)
-  image = _upright(image)
-  if image.mode[0] in 'IF':
-    image = _eight_bits(image)
-  if image.mode == 'CMYK' and profile:
-    result = image.copy()
-  else:
-    result = image.convert('RGBA' if image.has_transparency_data else 'RGB')
-  result.info = {'icc_profile': profile} if profile else {}
-  if profile and not colour.has_way_back(profile):
-    return colour.to_srgb(result), 'its colour profile has no way back; the result will be in sRGB'
-  return result, problem
 
 
 def _says_srgb(encoded):

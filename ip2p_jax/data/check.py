@@ -32,7 +32,7 @@ class Summary(NamedTuple):
     splits: rows read, by split.
     rows, pairs: how many were read; a broken row counts as a row.
     broken: rows that cannot be trained on.
-    warnings: how many, by kind: 'small', 'long', 'unchanged'.
+    warnings: how many, by kind: 'small', 'long', 'unchanged', 'colour'.
   """
 
   splits: dict[str, int]
@@ -64,7 +64,8 @@ def check(
 
   A row is broken if a file or a text is missing, a picture does not decode, or the pictures of a
   pair differ in shape by more than 5 %. Warnings: a side under 64 pixels, an instruction that does
-  not fit into CLIP's 77 tokens, an edited picture that is the very file of the input.
+  not fit into CLIP's 77 tokens, an edited picture that is the very file of the input, colours that
+  cannot be honoured.
 
   Args:
     path, columns, task: as of `sources.open_source`.
@@ -150,12 +151,14 @@ def _pictures(row: Row, tokenizer: ClipTokenizer) -> _Finding:
 def _pair(pair: Pair, where: str) -> list[tuple[str, str]]:
   """Warnings of a pair, (kind, what); raises InputError if it is broken."""
   named = {'input': pair.input_image, 'edited': pair.edited_image}
-  sizes = {
-    name: _size(encoded, f'the {name} picture{where}')
+  seen = {
+    name: _size_and_problem(encoded, f'the {name} picture{where}')
     for name, encoded in named.items()
     if encoded is not None
   }
-  found = [
+  sizes = {name: size for name, (size, _) in seen.items()}
+  found = [('colour', f'the {name} picture{where}: {p}') for name, (_, p) in seen.items() if p]
+  found += [
     ('small', f'the {name} picture{where} is only {width}x{height}')
     for name, (width, height) in sizes.items()
     if min(width, height) < SMALL
@@ -173,8 +176,8 @@ def _pair(pair: Pair, where: str) -> list[tuple[str, str]]:
   return found
 
 
-def _size(encoded, what):
-  """(width, height), upright, of a picture that decodes to its end."""
+def _size_and_problem(encoded, what):
+  """(width, height), upright, of a picture that decodes to its end; what is odd of its colours."""
   try:
     with Image.open(io.BytesIO(encoded), 'r', images.READ_FORMATS) as image:
       width, height = image.size
@@ -182,7 +185,8 @@ def _size(encoded, what):
         raise Image.DecompressionBombError
       if min(width, height) < images.MIN_SIDE:
         raise InputError(f'{what} is {width}x{height}; give at least {images.MIN_SIDE} pixels')
-      return images.plain(image).size
+      picture, problem = images.plain_and_problem(image)
+      return picture.size, problem
   except InputError:
     raise
   except Image.DecompressionBombError as error:
