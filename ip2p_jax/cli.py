@@ -686,7 +686,8 @@ def run(app: typer.Typer | Callable, name: str) -> None:
     app.command()(function)
   with warnings.catch_warnings():
     warnings.simplefilter('default', UserWarning)
-    warnings.showwarning = lambda message, *_: complain(name, f'warning: {message}')
+    tell = functools.cache(lambda message: complain(name, f'warning: {message}'))  # each once
+    warnings.showwarning = lambda message, *_: tell(str(message))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that we tidy up
     status = _status(app, name)
   if status == INTERRUPTED:  # the device may still be at work, and would fail under our feet

@@ -164,6 +164,17 @@ def test_a_long_instruction_is_a_warning_that_names_what_is_cut(edit):
   assert text.startswith('sample.py: warning: ') and 'tail' in text and text.count('\n') == 1
 
 
+def test_a_profile_that_cannot_be_read_is_one_line_that_names_the_file(edit, photo, tmp_path):
+  with Image.open(photo) as picture:
+    picture.save(tmp_path / 'odd.png', icc_profile=b'garbage')
+  status, text = edit(input=tmp_path / 'odd.png', num=2)
+  assert status == 0 and text.count('\n') == 1
+  assert f'warning: {tmp_path}/odd.png: its colour profile cannot be read' in text
+  assert edit(num=2)[0] == 0
+  for name in ('out-0.png', 'out-1.png'):
+    assert Image.open(tmp_path / name).info.get('icc_profile') is None
+
+
 def test_a_mistake_is_one_line_and_status_2_and_leaves_no_file(edit, tmp_path, photo):
   broken = tmp_path / 'broken.png'
   broken.write_bytes(photo.read_bytes()[:300])
