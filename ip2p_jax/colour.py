@@ -38,6 +38,8 @@ def own_profile(image: Image.Image) -> tuple[bytes | None, str]:
   known kind.
   """
   profile = image.info.get('icc_profile')
+  if image.mode == 'LAB':  # Pillow knows what it is
+    return None, ''
   if not profile:
     return _told_otherwise(image)
   try:

@@ -106,6 +106,13 @@ def test_a_palette_is_seen_by_its_profile(tmp_path, photo):
   assert difference(images.to_array(images.read(tmp_path / 'in.png'), photo.size), expected) == 0
 
 
+def test_lab_needs_no_profile(tmp_path, photo):
+  lab = ImageCms.ImageCmsProfile(ImageCms.createProfile('LAB')).tobytes()
+  own = profiles.converted(photo, None, lab, 'LAB')
+  own.save(tmp_path / 'lab.tif', icc_profile=lab)
+  assert difference(images.read(tmp_path / 'lab.tif'), photo) < 2
+
+
 def test_transparency_is_no_colour(tmp_path, photo):
   own = profiles.tagged(photo, 'ProPhoto').convert('RGBA')
   alpha = Image.linear_gradient('L').resize(photo.size)
