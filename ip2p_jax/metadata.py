@@ -51,16 +51,15 @@ def options(info: dict[str, Any], settings: dict, format: str) -> dict[str, Any]
     result['pnginfo'] = PngImagePlugin.PngInfo()
     result['pnginfo'].add_text(SETTINGS_KEY, text)
     return result | ({'exif': info['exif']} if 'exif' in info else {})
-  old, new = Image.Exif(), Image.Exif()
-  old.load(info.get('exif', b''))
-  for exif in (old, new):
-    exif.get_ifd(IFD.Exif)[B.UserComment] = COMMENT_PREFIX + text.encode()
+  own = [(IFD.Exif, B.UserComment, COMMENT_PREFIX + text.encode())]
   if format == 'WEBP' and 'dpi' in info:  # it has no other place
-    for exif in (old, new):
-      exif[B.XResolution], exif[B.YResolution], exif[B.ResolutionUnit] = *info['dpi'], 2
-  whole = old.tobytes()
-  is_too_long = format == 'JPEG' and len(whole) > MAX_JPEG_EXIF
-  return result | {'exif': new.tobytes() if is_too_long else whole}
+    x, y = info['dpi']
+    own += [(None, B.XResolution, x), (None, B.YResolution, y), (None, B.ResolutionUnit, 2)]
+  exif = _exif(own).tobytes()
+  with contextlib.suppress(Exception):  # of pictures that were not read by us
+    whole = _exif(own, info.get('exif', b'')).tobytes()
+    exif = exif if format == 'JPEG' and len(whole) > MAX_JPEG_EXIF else whole
+  return result | {'exif': exif}
 
 
 def settings_of(image: Image.Image) -> dict | None:
@@ -104,8 +103,9 @@ def _encoded(lines) -> bytes:
   return _exif(writable).tobytes() if writable else b''
 
 
-def _exif(lines):
+def _exif(lines, encoded=b'') -> Image.Exif:
   exif = Image.Exif()
+  exif.load(encoded)
   for ifd, tag, value in lines:
     (exif if ifd is None else exif.get_ifd(ifd))[tag] = value
   return exif

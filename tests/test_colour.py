@@ -124,6 +124,8 @@ def test_transparency_is_no_colour(tmp_path, photo):
   assert difference(array, on_white) < 1
   result = images.restore(array, original)
   assert result.getchannel('A').tobytes() == alpha.tobytes()
+  images.save(result, tmp_path / 'out.tif', {})
+  assert images.read(tmp_path / 'out.tif').tobytes() == result.tobytes()
   images.save(result, tmp_path / 'out.jpg', {})
   assert profiles.as_seen(Image.open(tmp_path / 'out.jpg')).getpixel((0, 0)) == (255, 255, 255)
 
@@ -406,6 +408,9 @@ def test_exif_in_ruins_or_without_end_stops_nothing(tmp_path, photo):
   original.info = {'exif': exif.tobytes()}
   images.save(original, tmp_path / 'long.jpg', {'instruction': 'x' * 1000})
   assert images.read_settings(tmp_path / 'long.jpg') == {'instruction': 'x' * 1000}
+  original.info = {'exif': b'Exif\0\0garbage'}
+  images.save(original, tmp_path / 'out.jpg', {'seed': 1})
+  assert images.read_settings(tmp_path / 'out.jpg') == {'seed': 1}
 
 
 @pytest.mark.parametrize('brand', [b'heic', b'avif', b'mif1'])
