@@ -140,13 +140,13 @@ def parse_scales(text: str, image: str) -> list[tuple[float, float]]:
     texts, images = ([float(part) for part in scales.split(',')] for scales in (text, image))
     if not all(abs(scale) <= MAX_SCALE for scale in texts + images):
       raise ValueError
-    if len(set(texts)) < len(texts) or len(set(images)) < len(images):
-      raise InputError('--grid-text and --grid-image take each scale once; leave out what repeats.')
   except ValueError:
     raise InputError(
       '--grid-text and --grid-image take numbers with commas between, as in 3,5,7.5, none over'
       f' {MAX_SCALE}.'
     ) from None
+  if len(set(texts)) < len(texts) or len(set(images)) < len(images):
+    raise InputError('--grid-text and --grid-image take each scale once; leave out what repeats.')
   return [(t, i) for t in texts for i in images]
 
 
