@@ -35,7 +35,7 @@ def main() -> None:
   parser.add_argument('out', type=Path, help='a new folder')
   parser.add_argument('--count', type=int, default=20)
   args = parser.parse_args()
-  photos = [images.read(path).convert('RGB') for path in images.find_images(args.photos)]
+  photos = [images.shown(images.read(path)) for path in images.find_images(args.photos)]
   args.out.mkdir(parents=True)
   rng, lines = np.random.default_rng(0), []
   for i in range(args.count):

@@ -47,7 +47,7 @@ from ip2p_jax.data.latents import pack_latents
 from ip2p_jax.data.pack import pack as pack_pictures
 from ip2p_jax.data.shard_writing import parse_shard
 from ip2p_jax.data.sources import open_splits
-from ip2p_jax.editor import MAX_SCALE, Editor, Sampling
+from ip2p_jax.editor import MAX_SCALE, Editor
 from ip2p_jax.errors import InputError
 from ip2p_jax.filtering import LABELS, MOST, PAPER, draw_histograms, filter_pairs
 from ip2p_jax.networks import (
@@ -61,6 +61,7 @@ from ip2p_jax.networks import (
 )
 from ip2p_jax.pairs import RELEASED, Drawing, Generator, attention_sheet, draw_all
 from ip2p_jax.prompts import read_prompts
+from ip2p_jax.sampling import Sampling, check_acts
 from ip2p_jax.setup_run import starting_checkpoint
 from ip2p_jax.similarity import Clip, Scores
 from ip2p_jax.weights import to_params
@@ -68,6 +69,7 @@ from ip2p_jax.weights import to_params
 MAX_TEXT = 10_000  # characters; more would not fit into the metadata of a JPEG
 # The paper's; the bundled miniature, and what is like it, has its own.
 STEPS, CFG_TEXT, CFG_IMAGE, SAMPLER = 100, 7.5, 1.5, 'euler_ancestral'
+GRID_TEXT, GRID_IMAGE = '3,5,7.5,10', '1,1.2,1.5,1.8'
 
 
 def _default(usual: float | str, miniature: float | str) -> str:
@@ -111,16 +113,21 @@ def edit(
   ] = None,
   seed: Annotated[int | None, Option(min=0, max=2**32 - 1, help='Random, if left out.')] = None,
   index: Annotated[
-    int, Option(min=0, max=2**31, help='Of the first picture; seed and index fix the noise.')
-  ] = 0,
+    int | None,
+    Option(min=0, max=2**31, help='With --seed: of the first picture; both fix the noise.'),
+  ] = None,
   num: Annotated[int, Option(min=1, help='Variations per picture: seed, seed + 1, ...')] = 1,
   negative: Annotated[str, Option(help='What the result should not be.')] = '',
   mask: Annotated[
     Path | None, Option(help='A picture: white is edited, black is kept exactly.')
   ] = None,
   grid: Annotated[bool, Option('--grid', help='One picture of many scales, labelled.')] = False,
-  grid_text: Annotated[str, Option(help='The text scales of --grid.')] = '3,5,7.5,10',
-  grid_image: Annotated[str, Option(help='The image scales of --grid.')] = '1,1.2,1.5,1.8',
+  grid_text: Annotated[
+    str | None, Option(help=f'The text scales of --grid.  [default: {GRID_TEXT}]')
+  ] = None,
+  grid_image: Annotated[
+    str | None, Option(help=f'The image scales of --grid.  [default: {GRID_IMAGE}]')
+  ] = None,
   sampler: Annotated[
     str | None,
     Option(
@@ -168,14 +175,22 @@ def edit(
     raise InputError('--edit is empty; say what to change, as in --edit "make it winter".')
   if len(edit) + len(negative) > MAX_TEXT:
     raise InputError(f'--edit and --negative are over {MAX_TEXT:,} characters; 77 tokens are read.')
-  seed = secrets.randbelow(2**31) if seed is None else seed
+  edit_files.check_options({
+    '--seed': seed, '--index': index, '--grid': grid, '--grid-text': grid_text,
+    '--grid-image': grid_image, '--cfg-text': cfg_text, '--cfg-image': cfg_image,
+  })  # fmt: skip
+  if ema is False and ckpt and Path(ckpt, 'model_index.json').is_file():
+    raise InputError(f'--no-ema: the folder {ckpt} holds no average; leave it out.')
+  seed, index = secrets.randbelow(2**31) if seed is None else seed, index or 0
   own = (bundled.STEPS, bundled.TEXT_GUIDANCE, bundled.IMAGE_GUIDANCE, bundled.SAMPLER)
   defaults = own if bundled.is_like_it(ckpt) else (STEPS, CFG_TEXT, CFG_IMAGE, SAMPLER)
   steps, cfg_text, cfg_image, sampler = (
     default if given is None else given
     for given, default in zip((steps, cfg_text, cfg_image, sampler), defaults, strict=True)
   )
-  scales = edit_files.parse_scales(grid_text, grid_image) if grid else [(cfg_text, cfg_image)]
+  scales = [(cfg_text, cfg_image)]
+  if grid:
+    scales = edit_files.parse_scales(grid_text or GRID_TEXT, grid_image or GRID_IMAGE)
   jobs = edit_files.plan_jobs(
     input, output, scales, seed=seed, index=index, num=num, mask=mask, is_grid=grid
   )
@@ -183,7 +198,9 @@ def edit(
     'steps': steps, 'sampler': sampler, 'spacing': spacing, 'karras': karras,
     'rescale': rescale, 'interval': interval, 'negative': negative,
   }  # fmt: skip
-  Sampling(steps, sampler, spacing, karras, rescale, interval)  # refuses mistakes before loading
+  # Mistakes are refused before loading.
+  sampling = Sampling(steps, sampler, spacing, karras, rescale, interval)
+  check_acts(sampling, *zip(*scales, strict=True), negative)
   ckpt = _bundled() if ckpt is None else ckpt
   _say(f'seed {seed}')
   cache_compilations()
@@ -728,7 +745,8 @@ def run(app: typer.Typer | Callable, name: str) -> None:
     app.command()(function)
   with warnings.catch_warnings():
     warnings.simplefilter('default', UserWarning)
-    warnings.showwarning = lambda message, *_: complain(name, f'warning: {message}')
+    tell = functools.cache(lambda message: complain(name, f'warning: {message}'))  # each once
+    warnings.showwarning = lambda message, *_: tell(str(message))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that we tidy up
     status = _status(app, name)
   if status == INTERRUPTED:  # the device may still be at work, and would fail under our feet

@@ -27,6 +27,17 @@ class Job:
   output: Path
 
 
+def check_options(given: dict[str, Any]) -> None:
+  """Raises InputError for a flag that others, given or not, keep from acting; None is not given."""
+  needs = {'--index': '--seed', '--grid-text': '--grid', '--grid-image': '--grid'}
+  for flag, other in needs.items():
+    if given[flag] is not None and given[other] in (None, False):
+      raise InputError(f'{flag}: of no use without {other}; add that, or leave {flag} out.')
+  for flag, instead in {'--cfg-text': '--grid-text', '--cfg-image': '--grid-image'}.items():
+    if given['--grid'] and given[flag] is not None:
+      raise InputError(f'{flag}: of no use with --grid, whose scales are those of {instead}.')
+
+
 def plan_jobs(
   input: Path,
   output: Path,
@@ -94,7 +105,7 @@ def run_jobs(
   """Makes the pictures batch by batch; `options` are those of `Editor.edit`."""
   batches = _batches(jobs, resolution, editor.networks.vae_config.factor, batch_size)
   for done, batch in enumerate(batches):
-    originals = [pictures.read(job.file) for job in batch]
+    originals = [pictures.for_file(pictures.read(job.file), job.output) for job in batch]
     results = editor.edit(
       originals,
       instruction,
@@ -134,6 +145,8 @@ def parse_scales(text: str, image: str) -> list[tuple[float, float]]:
       '--grid-text and --grid-image take numbers with commas between, as in 3,5,7.5, none over'
       f' {MAX_SCALE}.'
     ) from None
+  if len(set(texts)) < len(texts) or len(set(images)) < len(images):
+    raise InputError('--grid-text and --grid-image take each scale once; leave out what repeats.')
   return [(t, i) for t in texts for i in images]
 
 

@@ -4,7 +4,6 @@ B pictures of one call of the program, H W their working size, h w the latents' 
 VAE's factor, 8), S steps.
 """
 
-import dataclasses
 import os
 import secrets
 import warnings
@@ -20,9 +19,9 @@ from ip2p_jax import attention, bundled, checkpoints, sharding, weights
 from ip2p_jax import edit_program as program
 from ip2p_jax import images as pictures
 from ip2p_jax.diffusion import guidance, samplers
-from ip2p_jax.diffusion.noise import Schedule
 from ip2p_jax.errors import InputError
 from ip2p_jax.networks import Networks, check_is_editor, networks_of, params_of, tokenizer_of
+from ip2p_jax.sampling import Sampling, check_acts, check_noise_acts
 from ip2p_jax.text import ClipTokenizer
 
 DTYPES = ('float32', 'bfloat16', 'float16')
@@ -30,41 +29,6 @@ MAX_SEED = 2**32 - 1
 MAX_SCALE = 100
 
 Progress = Callable[[int, int], None]  # called with (steps done, steps in all)
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-  """How to walk from noise to latents.
-
-  Attributes:
-    sampler: 'euler_ancestral', 'euler', 'heun', 'ddim', 'dpmpp_2m' or 'lcm'.
-    spacing: of the timesteps: 'linspace', 'leading', 'trailing'; None is the sampler's own.
-    karras: whether to space the noise levels after Karras et al. (2022).
-    rescale: 0 to 1, against overexposure at high scales (Lin et al. 2023).
-    interval: the part of the steps to guide in, as in (0.2, 0.8); outside it the network runs once
-      per step instead of up to three times (Kynkaanniemi et al. 2024).
-  """
-
-  steps: int = 100
-  sampler: str = 'euler_ancestral'
-  spacing: str | None = None
-  karras: bool = False
-  rescale: float = 0.0
-  interval: tuple[float, float] = (0.0, 1.0)
-
-  def __post_init__(self):
-    # Most mistakes show with any schedule, and before a checkpoint is read.
-    samplers.noise_levels(Schedule(), self.sampler, self.steps, self.spacing, self.karras)
-    if not 0 <= self.rescale <= 1:
-      raise InputError(f'rescale is {self.rescale}; it goes from 0 (none) to 1.')
-    start, stop = self.interval
-    if not 0 <= start <= stop <= 1:
-      raise InputError(f'interval is {start} to {stop}; give two fractions of the steps, 0 to 1.')
-
-  def guided_sigmas(self, sigmas: np.ndarray) -> np.ndarray:
-    """float32 [2]: guide at noise levels over the first and up to the second."""
-    start, stop = (round(fraction * self.steps) for fraction in self.interval)
-    return np.float32([sigmas[stop], np.inf if start == 0 else sigmas[start]])
 
 
 class Editor:
@@ -149,13 +113,14 @@ class Editor:
     batch_size: int | None = None,
     progress: Progress | None = None,
   ) -> list[Image.Image] | np.ndarray:
-    """Edits pictures of any size; each result has its picture's size and transparency.
+    """Edits pictures of any size; each result has its picture's size, colours and transparency.
 
     One of a kind goes with any number of the others: ten pictures with one instruction, one picture
     with ten seeds, and so on.
 
     Args:
-      images: PIL images, or a uint8 array [H, W, 3] or [B, H, W, 3].
+      images: PIL images, each in the colours of its profile; or a uint8 array of sRGB, [H, W, 3] or
+        [B, H, W, 3].
       instructions: what to do, as in 'make it winter'.
       steps, sampler, spacing, karras, rescale, interval: see `Sampling`.
       text_guidance: how strongly to follow the instruction (3 to 12 make sense).
@@ -175,11 +140,15 @@ class Editor:
       progress: called as (steps done, steps in all); the program then runs step by step, and
         computes keys and values of the text in each (1.6% of a step at 256 px, 0.4% at 512 px).
 
-    Returns PIL images, RGB or RGBA, or an array if arrays came in. Raises InputError on bad values.
+    Returns PIL images, RGB, RGBA or, with a profile, CMYK, or an array if arrays came in. Profile,
+    EXIF and dpi are in `info`; `images.save` writes them all. Raises InputError on bad values, and
+    for settings that cannot act.
     """
-    originals = [pictures.plain(image) for image in _pictures(images)]
+    originals = [pictures.with_metadata(image) for image in _pictures(images)]
     rows = Rows.of(originals, instructions, text_guidance, image_guidance, seed, mask, indices)
     sampling = Sampling(steps, sampler, spacing, karras, rescale, interval)
+    check_acts(sampling, rows.text_guidance, rows.image_guidance, negative)
+    check_noise_acts(sampler, seed, indices, init_noise, step_noise)
     if min(batch_size or 1, resolution or 1) < 1:
       raise InputError('batch_size and resolution must be 1 or more.')
     factor = self.networks.vae_config.factor

@@ -1,12 +1,14 @@
 """Picture files: the only place that reads, resizes and writes them.
 
-Pictures are upright PIL images of mode RGB or RGBA; sizes are (width, height), as in Pillow. Arrays
-are uint8 [h, w, 3] at the size the model works at; masks are float32 [H, W] in [0, 1] at the
-original's size, 1 = edit. Transparency is shown on white wherever it has to go.
+Pictures are upright PIL images of mode RGB, RGBA or, with a profile, CMYK; sizes are (width,
+height), as in Pillow. A picture keeps its own colours, of the profile in its `info`; there lie also
+'exif' and 'dpi' (see `colour` and `metadata`). Arrays are sRGB, uint8 [h, w, 3] at the size the
+model works at; masks are float32 [H, W] in [0, 1] at the original's size, 1 = edit. Transparency is
+shown on white wherever it has to go.
 """
 
 import contextlib
-import json
+import io
 import os
 import warnings
 from collections.abc import Iterator
@@ -14,8 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import simplejpeg
-from PIL import ExifTags, Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageDraw, ImageFont, UnidentifiedImageError
 
+from ip2p_jax import colour, metadata
 from ip2p_jax.errors import InputError
 
 MAX_PIXELS = 178_956_970  # half a gigabyte as RGB; where Pillow itself refuses
@@ -24,9 +27,10 @@ MIN_SIDE = 8  # one latent pixel
 READ_FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP', 'GIF', 'TIFF')
 READ_EXTENSIONS = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff')
 WRITE_FORMATS = {'.png': 'PNG', '.jpg': 'JPEG', '.jpeg': 'JPEG', '.webp': 'WEBP'}
+WRITE_FORMATS |= {'.tif': 'TIFF', '.tiff': 'TIFF'}
+CMYK_FORMATS = ('JPEG', 'TIFF')
 ORIENTED = (b'Exif', b'tiff:Orientation')  # by EXIF or XMP, where Pillow looks
-SETTINGS_KEY = 'ip2p'
-COMMENT_PREFIX = b'ASCII\0\0\0ip2p '  # EXIF's UserComment: eight bytes name the code, then our mark
+PROFILE_MARK = b'ICC_PROFILE\0'  # of a JPEG's segments that hold one
 T = Image.Transpose
 UPRIGHT = (T.FLIP_LEFT_RIGHT, T.ROTATE_180, T.FLIP_TOP_BOTTOM, T.TRANSPOSE)  # EXIF orientations 2-5
 UPRIGHT += (T.ROTATE_270, T.TRANSVERSE, T.ROTATE_90)  # 6-8
@@ -47,24 +51,35 @@ def find_images(path: str | Path) -> list[Path]:
 
 
 def read(path: str | Path) -> Image.Image:
-  """The picture in a file, upright, mode RGB or RGBA; the first frame where there are several."""
+  """The picture in a file, as `with_metadata` makes it; the first frame where there are several."""
   with _opened(path) as image:
     width, height = image.size
     if width * height > MAX_PIXELS:
       raise Image.DecompressionBombError
     if min(width, height) < MIN_SIDE:
       raise InputError(f'{path} is {width}x{height}; give at least {MIN_SIDE}x{MIN_SIDE} pixels')
-    image.load()
-    return plain(image)
+    # Pillow turns a TIFF as it loads it, and forgets how; PNG may hold EXIF behind its pixels.
+    kept = metadata.kept(image) if image.format == 'TIFF' else None
+    picture, problem = plain_and_problem(image)
+    picture.info |= metadata.kept(image) if kept is None else kept
+  if 'icc_profile' not in picture.info:
+    with open(path, 'rb') as file:
+      problem = problem or colour.told_by_cicp(file.read(4096))
+  if problem:  # out here, where warnings are heard
+    warnings.warn(f'{path}: {problem}', stacklevel=2)
+  return picture
 
 
 def decode_jpeg(encoded: bytes) -> np.ndarray | None:
   """An everyday JPEG as uint8 [H, W, 3], the very bytes that Pillow makes, in two thirds the time.
 
   None for all others, which are for Pillow to decode or to refuse: other formats, damaged files,
-  CMYK, sizes out of range, and pictures that may have to be turned upright.
+  CMYK, colours that are not sRGB, sizes out of range, and pictures that may have to be turned
+  upright.
   """
   if not encoded.startswith(b'\xff\xd8') or any(mark in encoded for mark in ORIENTED):
+    return None
+  if PROFILE_MARK in encoded and not _says_srgb(encoded):
     return None
   try:
     height, width, colours, _ = simplejpeg.decode_jpeg_header(encoded)
@@ -75,14 +90,42 @@ def decode_jpeg(encoded: bytes) -> np.ndarray | None:
 
 
 def plain(image: Image.Image) -> Image.Image:
-  """Any PIL image as a new upright RGB or RGBA one, without metadata but for an RGB profile."""
+  """Any PIL image as a new upright picture in its own colours, without other metadata.
+
+  A profile that cannot be read is passed over; one that cannot be written to leads to sRGB.
+  """
+  return plain_and_problem(image)[0]
+
+
+def plain_and_problem(image: Image.Image) -> tuple[Image.Image, str]:
+  """`plain`, and what of the colours cannot be honoured; '' if there is nothing."""
+  image.load()
+  profile, problem = colour.own_profile(image)
   image = _upright(image)
-  profile = image.info.get('icc_profile') if image.mode in ('RGB', 'RGBA', 'P') else None
   if image.mode[0] in 'IF':
     image = _eight_bits(image)
-  result = image.convert('RGBA' if image.has_transparency_data else 'RGB')
+  if image.mode == 'CMYK' and profile:
+    result = image.copy()
+  else:
+    result = image.convert('RGBA' if image.has_transparency_data else 'RGB')
   result.info = {'icc_profile': profile} if profile else {}
-  return result
+  if profile and not colour.has_way_back(profile):
+    return colour.to_srgb(result), 'its colour profile has no way back; the result will be in sRGB'
+  return result, problem
+
+
+def with_metadata(image: Image.Image, name: str = 'the picture') -> Image.Image:
+  """`plain`, with the metadata that is kept; warns of colours that cannot be honoured."""
+  picture, problem = plain_and_problem(image)
+  picture.info |= metadata.kept(image)
+  if problem:
+    warnings.warn(f'{name}: {problem}', stacklevel=2)
+  return picture
+
+
+def shown(image: Image.Image, background: str = 'white') -> Image.Image:
+  """A picture as RGB of sRGB, on a background colour where it is transparent."""
+  return _on(colour.to_srgb(image), background)
 
 
 def working_size(width: int, height: int, resolution: int, multiple: int = 8) -> tuple[int, int]:
@@ -101,32 +144,33 @@ def working_size(width: int, height: int, resolution: int, multiple: int = 8) ->
 
 
 def to_array(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
-  """The picture at `size` as uint8 [h, w, 3], transparency on white.
+  """The picture at `size` as sRGB, uint8 [h, w, 3], transparency on white.
 
   Compositing comes first: both steps are linear, so this equals resizing premultiplied colours and
   what hides under transparent pixels cannot bleed.
   """
-  return np.array(_on(image, 'white').resize(size, Image.Resampling.LANCZOS))
+  return np.array(shown(image).resize(size, Image.Resampling.LANCZOS))
 
 
 def restore(
   edited: np.ndarray, original: Image.Image, mask: np.ndarray | None = None
 ) -> Image.Image:
-  """The edit, uint8 [h, w, 3], at the original's size with the original's transparency.
+  """The edit, uint8 [h, w, 3], at the original's size, in its colours, with its transparency.
 
   With a mask, float32 [H, W] in [0, 1], pixels at 0 are the original's own bytes, pixels at 1 the
   edit's, others a mixture rounded to the nearest value.
   """
   picture = Image.fromarray(np.asarray(edited)).resize(original.size, Image.Resampling.LANCZOS)
+  picture = colour.from_srgb(picture, original)
   if mask is not None:
     if mask.shape != picture.size[::-1] or not ((mask >= 0) & (mask <= 1)).all():
       raise InputError(f'the mask must have shape {picture.size[::-1]} and values from 0 to 1')
-    before, after = np.asarray(original.convert('RGB')), np.asarray(picture)
+    before, after = np.asarray(original.convert(picture.mode)), np.asarray(picture)
     blended = np.where((mask == 1)[..., None], after, before)
     soft = (mask > 0) & (mask < 1)  # the rest is exact without arithmetic
     share = mask[soft].astype(np.float64)[:, None]
     blended[soft] = np.floor(share * after[soft] + (1 - share) * before[soft] + 0.5)
-    picture = Image.fromarray(blended)
+    picture = Image.frombytes(picture.mode, picture.size, blended.tobytes())
   if original.mode == 'RGBA':
     picture.putalpha(original.getchannel('A'))
   picture.info = dict(original.info)
@@ -136,10 +180,10 @@ def restore(
 def read_mask(path: str | Path, size: tuple[int, int]) -> np.ndarray:
   """A mask file as float32 [H, W] in [0, 1] for a picture of `size`; white = edit.
 
-  Brightness counts; transparent counts as black, so white strokes on an empty layer work. Of equal
+  Brightness in sRGB counts; transparent is black, so white strokes on an empty layer work. Of equal
   size, values stay the file's own; else the same shape, up to one pixel, is scaled bilinearly.
   """
-  mask = _on(read(path), 'black').convert('L')
+  mask = shown(read(path), 'black').convert('L')
   width, height = size
   if abs(mask.width * height - mask.height * width) > max(*mask.size, *size):
     sizes = f'{mask.width}x{mask.height} and the picture {width}x{height}'
@@ -149,35 +193,34 @@ def read_mask(path: str | Path, size: tuple[int, int]) -> np.ndarray:
   return np.asarray(mask.resize(size, Image.Resampling.BILINEAR), np.float32) / np.float32(255)
 
 
-def save(image: Image.Image, path: str | Path, settings: dict) -> None:
-  """Writes PNG, JPEG or WebP by the extension, with the settings (JSON values) inside the file.
+def for_file(image: Image.Image, path: str | Path) -> Image.Image:
+  """The picture in colours that a file of this name can hold: sRGB for CMYK as PNG or WebP."""
+  is_cmyk = image.mode == 'CMYK' and _format(path) not in CMYK_FORMATS
+  return colour.to_srgb(image) if is_cmyk else image
 
-  The file appears whole or not at all. JPEG has no transparency and gets a white background.
+
+def save(image: Image.Image, path: str | Path, settings: dict) -> None:
+  """Writes PNG, JPEG, TIFF or WebP by the extension, with the settings (JSON values) in the file.
+
+  Profile, EXIF and dpi in the picture's `info` are written too. The file appears whole or not at
+  all. JPEG has no transparency and gets a white background.
   """
-  format = _format(path)
-  text = json.dumps(settings)  # ASCII, so that every reader agrees on the encoding
-  info, exif = PngImagePlugin.PngInfo(), Image.Exif()
-  info.add_text(SETTINGS_KEY, text)
-  exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = COMMENT_PREFIX + text.encode()
-  inside = {'pnginfo': info} if format == 'PNG' else {'exif': exif}
-  inside['icc_profile'] = image.info.get('icc_profile')
-  picture = _on(image, 'white') if format == 'JPEG' else image
+  format, picture = _format(path), for_file(image, path)
+  options = metadata.options(picture.info, settings, format)
+  if format == 'JPEG' and picture.mode != 'CMYK':
+    picture = _on(picture, 'white')
+  if format != 'TIFF':
+    options |= {'quality': 95, 'subsampling': '4:4:4'}
   with _writing(path) as temporary:
     with open(temporary, 'xb') as file:
-      picture.save(file, format, quality=95, subsampling='4:4:4', **inside)
+      picture.save(file, format, **options)
     os.replace(temporary, path)
 
 
 def read_settings(path: str | Path) -> dict | None:
   """What `save` was given, or None where the picture holds no settings of ours."""
   with _opened(path) as image:
-    text = image.info.get(SETTINGS_KEY)
-    with contextlib.suppress(Exception):  # no comment, a camera's own, or metadata in ruins
-      exif = image.getexif().get_ifd(ExifTags.IFD.Exif)
-      text = text or exif[ExifTags.Base.UserComment].partition(COMMENT_PREFIX)[2]
-      settings = json.loads(text)
-      return settings if isinstance(settings, dict) else None
-  return None
+    return metadata.settings_of(image)
 
 
 def check_writable(path: str | Path) -> None:
@@ -195,8 +238,8 @@ def check_writable(path: str | Path) -> None:
 def grid(
   rows: list[list[Image.Image]], row_labels: list[str], column_labels: list[str], title: str = ''
 ) -> Image.Image:
-  """One labelled RGB picture of a sweep, on white; a text too long for its place ends in '…'."""
-  pictures = [_on(picture, 'white') for row in rows for picture in row]
+  """One labelled picture of a sweep, sRGB, on white; a text too long for its place ends in '…'."""
+  pictures = [shown(picture) for row in rows for picture in row]
   width, height = max(p.width for p in pictures), max(p.height for p in pictures)
   em = min(max(min(width, height) // 14, 13), 36)
   font, title_font = ImageFont.load_default(em), ImageFont.load_default(em * 5 // 4)
@@ -235,6 +278,9 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
   except Image.DecompressionBombError as error:
     raise InputError(f'{path} has over {MAX_PIXELS:,} pixels; make it smaller first') from error
   except UnidentifiedImageError as error:
+    with open(path, 'rb') as file:
+      if file.read(12)[4:8] == b'ftyp':
+        raise InputError(f'{path} is HEIC or AVIF; convert it to JPEG or PNG first') from error
     raise InputError(f'{path} is not a picture; give PNG, JPEG, WebP, BMP, GIF or TIFF') from error
   except Exception as error:  # decoders raise many kinds: EOFError, SyntaxError, struct.error ...
     raise InputError(f'{path} cannot be read ({error}); it may be damaged or cut short') from error
@@ -260,6 +306,16 @@ def _format(path):
   if extension not in WRITE_FORMATS:
     raise InputError(f'the name {path} must end in one of {" ".join(WRITE_FORMATS)}')
   return WRITE_FORMATS[extension]
+
+
+def _says_srgb(encoded):
+  """Whether the profile of a JPEG, by its header alone, leaves the pixels as they are."""
+  try:
+    with Image.open(io.BytesIO(encoded), 'r', ['JPEG']) as image:
+      profile = image.info.get('icc_profile')
+      return profile is None or colour.is_srgb(profile)
+  except Exception:  # decoders raise many kinds
+    return False
 
 
 def _upright(image):

@@ -109,7 +109,7 @@ def test_a_bundled_checkpoint_that_did_not_come_along_is_a_mistake(edit, monkeyp
 
 def test_the_settings_in_a_picture_repeat_it(edit, tmp_path):
   """Every setting has the name of its flag, but for those whose default says nothing."""
-  edit(num=2, interval=(0.0, 0.5), rescale=0.3, karras=True, sampler='euler')
+  edit(num=2, interval=(0.0, 0.5), rescale=0.3, karras=True, sampler='euler', steps=3)
   settings = read_settings(tmp_path / 'out-1.png')
   flags = {key: tuple(value) if isinstance(value, list) else value
            for key, value in settings.items()
@@ -164,6 +164,17 @@ def test_a_long_instruction_is_a_warning_that_names_what_is_cut(edit):
   assert text.startswith('sample.py: warning: ') and 'tail' in text and text.count('\n') == 1
 
 
+def test_a_profile_that_cannot_be_read_is_one_line_that_names_the_file(edit, photo, tmp_path):
+  with Image.open(photo) as picture:
+    picture.save(tmp_path / 'odd.png', icc_profile=b'garbage')
+  status, text = edit(input=tmp_path / 'odd.png', num=2)
+  assert status == 0 and text.count('\n') == 1
+  assert f'warning: {tmp_path}/odd.png: its colour profile cannot be read' in text
+  assert edit(num=2)[0] == 0
+  for name in ('out-0.png', 'out-1.png'):
+    assert Image.open(tmp_path / name).info.get('icc_profile') is None
+
+
 def test_a_mistake_is_one_line_and_status_2_and_leaves_no_file(edit, tmp_path, photo):
   broken = tmp_path / 'broken.png'
   broken.write_bytes(photo.read_bytes()[:300])
@@ -197,6 +208,27 @@ def test_a_mistake_is_one_line_and_status_2_and_leaves_no_file(edit, tmp_path, p
     ({'variant': 'fp99'}, 'fp99'),
     ({'dtype': 'int8'}, 'float32, bfloat16'),
     ({'stepz': 3}, '--stepz'),
+    # Settings that cannot act.
+    ({'index': 3, 'seed': None}, '--index: of no use without --seed'),
+    ({'grid_text': '3'}, '--grid-text: of no use without --grid'),
+    ({'grid_image': '1'}, '--grid-image: of no use without --grid'),
+    ({'grid': True, 'cfg_text': 5}, '--cfg-text: of no use with --grid'),
+    ({'grid': True, 'cfg_image': 1}, '--cfg-image: of no use with --grid'),
+    ({'grid': True, 'grid_text': '3,5,3.0'}, 'each scale once'),
+    ({'batch_size': 8}, '--batch-size: of no use with one picture'),
+    ({'no_ema': True}, '--no-ema'),
+    ({'karras': True}, 'karras changes nothing in 2 steps'),
+    ({'karras': True, 'sampler': 'ddim'}, 'karras does not apply'),
+    ({'spacing': 'trailing', 'sampler': 'lcm'}, 'spacing does not apply'),
+    ({'karras': True, 'sampler': 'dpmpp_2m', 'spacing': 'leading'}, 'spacing changes nothing'),
+    ({'rescale': 0.5, 'cfg_text': 1, 'cfg_image': 1}, 'rescale: of no use'),
+    ({'negative': 'fog', 'cfg_text': 1, 'cfg_image': 1}, 'negative: of no use'),
+    ({'interval': (0, 0.5), 'cfg_text': 1, 'cfg_image': 1}, 'interval: of no use'),
+    ({'grid': True, 'grid_text': 1, 'grid_image': 1, 'negative': 'fog'}, 'negative: of no use'),
+    ({'interval': (0.1, 0.2)}, 'interval 0.1 to 0.2 holds none of 2 steps'),
+    ({'interval': (0.1, 0.9)}, 'interval 0.1 to 0.9 holds all of 2 steps'),
+    ({'negative': ' '}, 'negative is blank'),
+    ({'variant': 'fp16', 'ckpt': photo}, 'has no variants'),
   ]
   for flags, message in mistakes:
     status, text = edit(**flags)

@@ -320,6 +320,19 @@ def test_what_does_not_fit_into_77_tokens_is_named_in_a_warning(editor, photo):
     ({'batch_size': -1}, 'batch_size'),
     ({'mask': np.ones((5, 5))}, 'mask'),
     ({'instructions': ['one', 'two'], 'seed': [1, 2, 3]}, 'instructions'),
+    # Settings that cannot act.
+    ({'karras': True}, 'karras changes nothing in 1 steps'),
+    ({'steps': 5, 'sampler': 'dpmpp_2m', 'karras': True, 'spacing': 'leading'}, 'spacing changes'),
+    ({'text_guidance': 1, 'image_guidance': [1, 1], 'rescale': 0.5}, 'rescale: of no use'),
+    ({'text_guidance': 1, 'image_guidance': 1, 'negative': 'fog'}, 'negative: of no use'),
+    ({'interval': (0.0, 0.2)}, 'holds none of 1 steps'),
+    ({'interval': (0.0, 0.9)}, 'holds all of 1 steps'),
+    ({'seed': None, 'indices': [3]}, 'indices: of no use without a seed'),
+    (
+      {'sampler': 'euler', 'step_noise': np.zeros((1, 1, 8, 8, 4))},
+      'step_noise: the sampler euler',
+    ),
+    ({'sampler': 'euler', 'init_noise': np.zeros((1, 8, 8, 4))}, 'seed and indices make noise'),
   ],
 )
 def test_a_wrong_value_is_an_error_that_names_it(editor, options, message):

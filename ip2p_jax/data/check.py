@@ -33,7 +33,7 @@ class Summary(NamedTuple):
     splits: rows read, by split.
     rows, pairs: how many were read; a broken row counts as a row.
     broken: rows that cannot be trained on.
-    warnings: how many, by kind: 'small', 'long', 'unchanged'.
+    warnings: how many, by kind: 'small', 'long', 'unchanged', 'colour'.
   """
 
   splits: dict[str, int]
@@ -70,7 +70,8 @@ def check(
 
   A row is broken if a file or a text is missing, a picture does not decode, or the pictures of a
   pair differ in shape by more than 5 %. Warnings: a side under 64 pixels, an instruction that does
-  not fit into CLIP's 77 tokens, an edited picture that is the same as the input, to the pixel.
+  not fit into CLIP's 77 tokens, an edited picture that is the same as the input, to the pixel,
+  colours that cannot be honoured.
 
   Args:
     path, columns, task: as of `sources.open_source`.
@@ -165,8 +166,14 @@ def _pair(pair: Pair, where: str) -> list[tuple[str, str]]:
     for name, encoded in named.items()
     if encoded is not None
   }
-  sizes = {name: image.size for name, image in decoded.items()}
+  pictures = {name: picture for name, (picture, _) in decoded.items()}
+  sizes = {name: picture.size for name, picture in pictures.items()}
   found = [
+    ('colour', f'the {name} picture{where}: {problem}')
+    for name, (_, problem) in decoded.items()
+    if problem
+  ]
+  found += [
     ('small', f'the {name} picture{where} is only {width}x{height}')
     for name, (width, height) in sizes.items()
     if min(width, height) < SMALL
@@ -181,13 +188,13 @@ def _pair(pair: Pair, where: str) -> list[tuple[str, str]]:
       )
     if pair.input_image == pair.edited_image:
       found.append(('unchanged', f'the pictures{where} are the same file, so nothing is edited'))
-    elif decoded['input'] == decoded['edited']:
+    elif pictures['input'] == pictures['edited']:
       found.append(('unchanged', f'the pictures{where} have the same pixels: nothing is edited'))
   return found
 
 
-def _decode(encoded, what) -> Image.Image:
-  """The picture, upright, RGB or RGBA, decoded to its end."""
+def _decode(encoded, what) -> tuple[Image.Image, str]:
+  """The picture, upright, RGB or RGBA, decoded to its end; and what is odd of its colours."""
   try:
     with Image.open(io.BytesIO(encoded), 'r', images.READ_FORMATS) as image:
       width, height = image.size
@@ -195,7 +202,7 @@ def _decode(encoded, what) -> Image.Image:
         raise Image.DecompressionBombError
       if min(width, height) < images.MIN_SIDE:
         raise InputError(f'{what} is {width}x{height}; give at least {images.MIN_SIDE} pixels')
-      return images.plain(image)
+      return images.plain_and_problem(image)
   except InputError:
     raise
   except Image.DecompressionBombError as error:

@@ -1,0 +1,110 @@
+"""How to walk from noise to latents, and which settings of an edit can act at all."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from ip2p_jax.diffusion import guidance, samplers
+from ip2p_jax.diffusion.noise import Schedule
+from ip2p_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """How to walk from noise to latents.
+
+  Attributes:
+    sampler: 'euler_ancestral', 'euler', 'heun', 'ddim', 'dpmpp_2m' or 'lcm'.
+    spacing: of the timesteps: 'linspace', 'leading', 'trailing'; None is the sampler's own.
+    karras: whether to space the noise levels after Karras et al. (2022).
+    rescale: 0 to 1, against overexposure at high scales (Lin et al. 2023).
+    interval: the part of the steps to guide in, as in (0.2, 0.8); outside it the network runs once
+      per step instead of up to three times (Kynkaanniemi et al. 2024).
+  """
+
+  steps: int = 100
+  sampler: str = 'euler_ancestral'
+  spacing: str | None = None
+  karras: bool = False
+  rescale: float = 0.0
+  interval: tuple[float, float] = (0.0, 1.0)
+
+  def __post_init__(self):
+    # Most mistakes show with any schedule, and before a checkpoint is read.
+    samplers.noise_levels(Schedule(), self.sampler, self.steps, self.spacing, self.karras)
+    if not 0 <= self.rescale <= 1:
+      raise InputError(f'rescale is {self.rescale}; it goes from 0 (none) to 1.')
+    start, stop = self.interval
+    if not 0 <= start <= stop <= 1:
+      raise InputError(f'interval is {start} to {stop}; give two fractions of the steps, 0 to 1.')
+    self._check_acts()
+
+  def _check_acts(self):
+    """Refuses what changes no noise level, of which there may be too few, or others decide."""
+    levels = lambda spacing, karras: (
+      samplers.noise_levels(Schedule(), self.sampler, self.steps, spacing, karras).sigmas
+    )
+    own = levels(self.spacing, self.karras)
+    if self.karras and np.array_equal(own, levels(self.spacing, False)):
+      raise InputError(f'karras changes nothing in {self.steps} steps; leave it out.')
+    if (
+      self.spacing and self.karras and self.sampler == 'dpmpp_2m'
+    ):  # from end to end, whatever else
+      raise InputError('spacing changes nothing in dpmpp_2m with karras; leave one of them out.')
+
+  def guided_steps(self) -> tuple[int, int]:
+    """The first step that is guided, and the first one after that is not."""
+    start, stop = (round(fraction * self.steps) for fraction in self.interval)
+    return start, stop
+
+  def guided_sigmas(self, sigmas: np.ndarray) -> np.ndarray:
+    """float32 [2]: guide at noise levels over the first and up to the second."""
+    start, stop = self.guided_steps()
+    return np.float32([sigmas[stop], np.inf if start == 0 else sigmas[start]])
+
+
+def check_acts(
+  sampling: Sampling,
+  text_guidance: float | Sequence[float],
+  image_guidance: float | Sequence[float],
+  negative: str = '',
+) -> None:
+  """Raises InputError for a setting of the guidance that changes no picture at these scales."""
+  start, stop = sampling.guided_steps()
+  low, high = sampling.interval
+  window, steps = f'interval {low:g} to {high:g}', sampling.steps
+  if negative and not negative.strip():
+    raise InputError('negative is blank, which is what it is without it; leave it out.')
+  scales = np.asarray(text_guidance), np.asarray(image_guidance)
+  if guidance.branches(*scales) != (guidance.TEXT_AND_IMAGE,):
+    if start == stop:
+      raise InputError(f'{window} holds none of {steps} steps; widen it, or set both scales to 1.')
+    if (low, high) != (0, 1) and (start, stop) == (0, steps):
+      raise InputError(f'{window} holds all of {steps} steps; leave it out.')
+    return
+  given = {'negative': negative, 'rescale': sampling.rescale, 'interval': (low, high) != (0, 1)}
+  if idle := ' and '.join(name for name, value in given.items() if value):
+    raise InputError(
+      f'{idle}: of no use where text and image have scale 1, so that nothing is guided; leave it'
+      ' out, or give other scales.'
+    )
+
+
+def check_noise_acts(
+  sampler: str,
+  seed: int | Sequence[int] | None,
+  indices: Sequence[int] | None,
+  init_noise: np.ndarray | None,
+  step_noise: np.ndarray | None,
+) -> None:
+  """Raises InputError for noise that a sampler does not take, or a seed of noise that is given."""
+  if step_noise is not None and sampler not in samplers.STOCHASTIC:
+    raise InputError(f'step_noise: the sampler {sampler} takes none; leave it out.')
+  is_given = init_noise is not None and (
+    step_noise is not None or sampler not in samplers.STOCHASTIC
+  )
+  if is_given and not (seed is None and indices is None):
+    raise InputError('seed and indices make noise, and all noise is given; leave them out.')
+  if seed is None and indices is not None:
+    raise InputError('indices: of no use without a seed, which is then drawn; give one.')
