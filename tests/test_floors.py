@@ -9,7 +9,8 @@ PACKAGE = Path(__file__).parent.parent / 'ip2p_jax'
 FLOORS = (
   ('errors',),
   ('attention', 'bundled', 'config', 'console', 'parameters', 'storage'),
-  ('models', 'diffusion', 'weights', 'images', 'text'),
+  ('models', 'diffusion', 'weights', 'images'),
+  ('text',),
   ('networks', 'alignment', 'prompt_to_prompt', 'similarity', 'language'),
   ('prompts',),
   ('optimizer', 'lora', 'loss', 'sharding', 'flops', 'metrics', 'data'),

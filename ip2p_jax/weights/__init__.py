@@ -16,14 +16,15 @@ from ip2p_jax.weights.files import (
   read_tensors,
   write_safetensors,
 )
-from ip2p_jax.weights.ldm_file import clip_tokenizer
 from ip2p_jax.weights.names import to_params, to_tensors, with_input_channels
+from ip2p_jax.weights.tokenizer_files import clip_tokenizer, learned_tokens
 
 __all__ = [
   'Checkpoint',
   'Tensors',
   'check_destination',
   'clip_tokenizer',
+  'learned_tokens',
   'read',
   'read_tensors',
   'to_params',

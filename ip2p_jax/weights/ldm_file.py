@@ -5,11 +5,9 @@ configs are inferred from the shapes. Files that we write also carry the configs
 that is not CLIP's, in their metadata; those win.
 """
 
-import gzip
 import json
 import os
 from collections.abc import Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from ip2p_jax.weights.files import (
   renamed,
   write_safetensors,
 )
+from ip2p_jax.weights.tokenizer_files import clip_tokenizer
 
 UNET, VAE = 'model.diffusion_model.', 'first_stage_model.'
 CLIP, OPEN_CLIP = 'cond_stage_model.transformer.', 'cond_stage_model.model.'
@@ -117,45 +116,6 @@ def write(checkpoint: Checkpoint, path: str | os.PathLike, dtype: str = 'float32
     },
   }
   write_safetensors(path, Tensors(makers), dtype, {METADATA: json.dumps(ours)})
-
-
-def clip_tokenizer(pad_token: str | None = None) -> dict[str, bytes]:
-  """The files of CLIP's tokenizer (49,408 tokens): what both SD 1.x and SD 2.x read text with.
-
-  Args:
-    pad_token: SD 1.x pads with the end token (None), SD 2.x with '!'.
-  """
-  packed = resources.files('ip2p_jax.weights').joinpath('clip_merges.txt.gz').read_bytes()
-  merges = gzip.decompress(packed)
-  pairs = merges.decode().splitlines()[1:]
-  printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-  # Every byte has a printable character: its own, or one past 255.
-  characters = [chr(byte) for byte in printable] + [
-    chr(256 + i) for i in range(256 - len(printable))
-  ]
-  tokens = characters + [f'{character}</w>' for character in characters]
-  tokens += [pair.replace(' ', '') for pair in pairs] + ['<|startoftext|>', '<|endoftext|>']
-  special = {
-    'bos_token': '<|startoftext|>',
-    'eos_token': '<|endoftext|>',
-    'unk_token': '<|endoftext|>',
-    'pad_token': pad_token or '<|endoftext|>',
-  }
-  config = {
-    'add_prefix_space': False,
-    'do_lower_case': True,
-    'errors': 'replace',
-    'model_max_length': 77,
-    'tokenizer_class': 'CLIPTokenizer',
-    **special,
-  }
-  vocabulary = {token: i for i, token in enumerate(tokens)}
-  return {
-    'vocab.json': json.dumps(vocabulary, ensure_ascii=False).encode(),
-    'merges.txt': merges,
-    'tokenizer_config.json': json.dumps(config, indent=2).encode(),
-    'special_tokens_map.json': json.dumps(special, indent=2).encode(),
-  }
 
 
 def _check_kind(path, tensors):
