@@ -74,7 +74,9 @@ def learned_tokens(files: Mapping[str, bytes], source: str = 'tokenizer') -> lis
   try:
     one_file = json.loads(files.get(ONE_FILE, b'{}'))
     config = json.loads(files.get(CONFIG, b'{}'))
-    vocabulary = json.loads(files[VOCABULARY]) if VOCABULARY in files else one_file['model']['vocab']
+    vocabulary = (
+      json.loads(files[VOCABULARY]) if VOCABULARY in files else one_file['model']['vocab']
+    )
     special = json.loads(files.get(SPECIAL, b'{}')).get('additional_special_tokens') or ()
     flags = {x['content']: x for x in special if isinstance(x, dict)}
     flags |= {x: {} for x in special if isinstance(x, str)}
