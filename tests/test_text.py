@@ -51,7 +51,8 @@ LEARNED = [
 WITH_LEARNED = [
   'a <cat-toy> on', 'a<cat-toy>b', 'A <CAT-TOY> x', 'S* s* (S*)', 'sks sksy SKS', 'x!<cat-toy>, y',
   'sks dog Sks Dog', 'word1 word12 aword1 word1.', 'a  <sp>  b', '<special> <Special>',
-  ' <cat-toy>', '<cat-toy><cat-toy>', "S*'s", 'e\u0301 S*\u0301', '\u00a0<sp>\u3000x', '<cat-toy> ' * 90,
+  ' <cat-toy>', '<cat-toy><cat-toy>', "S*'s", 'e\u0301 S*\u0301', '\u00a0<sp>\u3000x',
+  '<cat-toy> ' * 90,
 ]  # fmt: skip
 
 
