@@ -21,7 +21,7 @@ UNEVEN = 5.0  # a tensor's difference over the median one; in training it was at
 UNEVEN_KINDS = 3.0  # kernels' over biases' and norms', medians; in training it was at most 1.6
 LARGE = 64  # numbers of a tensor that has a root mean square to speak of
 FEW = 0.02  # part of the tensors that may differ so
-FAR = 0.75  # of an average from live kernels, over their own size
+FAR = 0.3  # of an average from live kernels, over their own size; in training it was at most 0.02
 _CHUNKS, _CHUNK = 8, 4096  # what is looked at of a large tensor
 
 
