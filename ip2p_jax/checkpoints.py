@@ -145,7 +145,7 @@ def is_workdir(path: Workdir) -> bool:
 def load(
   path: Workdir,
   variant: str | None = None,
-  ema: bool = True,
+  ema: bool | None = None,
   prediction_type: str | None = None,
 ) -> weights.Checkpoint:
   """The weights of a workdir's latest checkpoint, or of any file or folder that `weights.read` can.
@@ -157,7 +157,7 @@ def load(
   if variant or prediction_type:
     raise InputError(f'{path}: a training run has one variant and knows its prediction type; leave '
                      'out variant and prediction_type.')  # fmt: skip
-  return read(path, ema)
+  return read(path, ema is not False)
 
 
 def read(workdir: Workdir, ema: bool = True, step: int | None = None) -> weights.Checkpoint:

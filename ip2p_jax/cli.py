@@ -72,6 +72,16 @@ STEPS, CFG_TEXT, CFG_IMAGE, SAMPLER = 100, 7.5, 1.5, 'euler_ancestral'
 GRID_TEXT, GRID_IMAGE = '3,5,7.5,10', '1,1.2,1.5,1.8'
 
 
+Ema = Annotated[
+  bool | None,
+  Option(
+    '--ema/--no-ema',
+    help='Averaged or live weights, of a single file or workdir that holds both; by default'
+    ' averaged, unless a file shows that its live ones were merged, or had an adapter added.',
+  ),
+]
+
+
 def _default(usual: float | str, miniature: float | str) -> str:
   return f'  [default: {usual}, with the miniature {miniature}]'
 
@@ -151,7 +161,7 @@ def edit(
     str | None, Option(help='float32, bfloat16 or float16; by default float32 on a CPU only.')
   ] = None,
   variant: Annotated[str | None, Option(help="Of a folder's files, such as fp16.")] = None,
-  ema: Annotated[bool, Option(help='Whether to prefer averaged weights, if there are.')] = True,
+  ema: Ema = None,
   prediction_type: Annotated[
     str | None, Option(help='epsilon or v_prediction, for single files that cannot say.')
   ] = None,
@@ -243,15 +253,18 @@ def convert(
   src: Annotated[
     str, typer.Argument(help='A diffusers folder, a .safetensors or .ckpt file, or a workdir.')
   ],
-  dst: Annotated[Path, typer.Argument(help='A new folder (diffusers) or .safetensors file (ldm).')],
+  dst: Annotated[
+    Path,
+    typer.Argument(help='A new folder (diffusers), .safetensors (ldm) or .ckpt file (original).'),
+  ],
   to: Annotated[
     str | None,
-    Option(help='diffusers, ldm, lora (adapters alone); or by the name of DST.'),
+    Option(help='diffusers, ldm, original, lora (adapters alone); or by the name of DST.'),
   ] = None,
   dtype: Annotated[str, Option(help='Of the written weights: float32, float16, bfloat16.')] = (
     'float32'
   ),
-  ema: Annotated[bool, Option(help='Whether to prefer averaged weights, if there are.')] = True,
+  ema: Ema = None,
   variant: Annotated[
     str | None, Option(help='Which of a source folder’s files to read, such as fp16.')
   ] = None,
@@ -271,10 +284,14 @@ def convert(
 
   ip2p convert workdir trained.safetensors
 
+  ip2p convert workdir trained.ckpt
+
   ip2p convert workdir adapters --to lora
 
-  The LDM file is what A1111 and ComfyUI load. Beside the weights lie a stored edit and verify.py,
-  which repeats it with torch and diffusers alone and prints the difference.
+  The LDM file is what A1111 and ComfyUI load; the .ckpt file, which needs torch to be written, is
+  what the original's own edit_cli.py loads: with a state_dict, and averages beside the weights.
+  Beside what is written lie a stored edit and verify.py, which repeats it with torch and diffusers
+  alone and prints the difference.
   """
   cache_compilations()
   conversion.convert(
@@ -460,6 +477,7 @@ def pairs(
   dtype: Annotated[
     str | None, Option(help='float32 or bfloat16; by default float32 on a CPU only.')
   ] = None,
+  ema: Ema = None,
   show_attention: Annotated[
     int, Option(min=0, help='Only draw so many prompts, once, and where each word looked.')
   ] = 0,
@@ -484,7 +502,7 @@ def pairs(
     'negative': negative, 'seed': seed, 'keep': keep, 'batch_size': batch_size,
   }  # fmt: skip
   Drawing(**settings)  # refuses mistakes before loading
-  checkpoint = checkpoints.load(ckpt)
+  checkpoint = checkpoints.load(ckpt, ema=ema)
   networks = networks_of(checkpoint)
   dtype = dtype or ('float32' if jax.default_backend() == 'cpu' else 'bfloat16')
   size = size or networks.unet_config.sample_size * networks.vae_config.factor

@@ -137,6 +137,8 @@ class TrainConfig:
 
   Attributes:
     checkpoint: diffusers folder or single file to start from.
+    checkpoint_weights: of a single file that holds both, 'average' or 'live'; '' takes the average
+      unless the file shows that its live weights were merged, or had an adapter added.
     prediction_type: 'epsilon' or 'v_prediction', over what the checkpoint says; '' believes it.
       Most single files cannot say, and count as 'epsilon'; SD 2.x at 768 px is 'v_prediction'.
     task: 'edit' (a UNet of 4 input channels gets 4 more, at zero) or 'text_to_image'.
@@ -154,6 +156,7 @@ class TrainConfig:
   """
 
   checkpoint: str = ''
+  checkpoint_weights: str = ''
   prediction_type: str = ''
   task: str = 'edit'
   resolution: int = 256
@@ -246,6 +249,7 @@ class LanguageConfig:
 MAX_SEED = 2**32 - 1
 CHOICES = {
   'task': ('edit', 'text_to_image'),
+  'checkpoint_weights': ('', 'average', 'live'),
   'prediction_type': ('', 'epsilon', 'v_prediction'),
   'dtype': ('bfloat16', 'float32'),
   'remat': ('none', 'convdot', 'full'),

@@ -1,6 +1,7 @@
 """What our commands have in common: one line for a mistake, a clock, compiled programs kept."""
 
 import contextlib
+import logging
 import os
 import subprocess
 import sys
@@ -20,9 +21,10 @@ MISTAKE, INTERRUPTED = 2, 130  # exit statuses
 
 @contextlib.contextmanager
 def one_line(name: str, when_out_of_memory: str) -> Iterator[None]:
-  """Turns what a user can mend into one line on stderr and exit status 2."""
+  """Turns what a user can mend into one line on stderr and exit status 2; shows our log there."""
   try:
-    yield
+    with _log_shown(name):
+      yield
     return
   except InputError as error:
     complain(name, f'error: {error}')
@@ -33,6 +35,27 @@ def one_line(name: str, when_out_of_memory: str) -> Iterator[None]:
       raise
     complain(name, f'error: out of memory; {when_out_of_memory}')
   sys.exit(MISTAKE)
+
+
+@contextlib.contextmanager
+def _log_shown(name: str) -> Iterator[None]:
+  """Shows what our modules log, as lines on the first process's stderr."""
+  ours, handler = logging.getLogger('ip2p_jax'), logging.Handler()
+
+  def emit(record):
+    kind = 'warning: ' if record.levelno >= logging.WARNING else ''
+    if jax.process_index() == 0:
+      complain(name, kind + record.getMessage())
+
+  handler.emit, before = emit, (ours.level, ours.propagate)
+  ours.addHandler(handler)
+  ours.setLevel(logging.INFO)
+  ours.propagate = False  # absl's handler would show it again
+  try:
+    yield
+  finally:
+    ours.removeHandler(handler)
+    ours.level, ours.propagate = before
 
 
 def complain(name: str, text: str) -> None:

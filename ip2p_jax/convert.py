@@ -15,7 +15,7 @@ from ip2p_jax import checkpoints, lora, weights
 from ip2p_jax.editor import Editor, Sampling
 from ip2p_jax.errors import InputError
 from ip2p_jax.language_workdir import export_language, is_language_run
-from ip2p_jax.networks import COMPONENTS, Networks, is_editor, networks_of
+from ip2p_jax.networks import COMPONENTS, Networks, is_editor, networks_of, tokenizer_of
 from ip2p_jax.weights import diffusers_folder, names
 
 VERIFY = Path(__file__).parent / 'resources' / 'verify.py'
@@ -29,7 +29,7 @@ def convert(
   to: str | None = None,
   dtype: str = 'float32',
   *,
-  ema: bool = True,
+  ema: bool | None = None,
   variant: str | None = None,
   prediction_type: str | None = None,
   verify: bool = True,
@@ -41,11 +41,13 @@ def convert(
   Args:
     src: a diffusers folder, a single file, or the workdir of a training run (local or gs://). That
       of a language model is written as a folder of transformers.
-    dst: a folder for `to='diffusers'`, a `.safetensors` file for `to='ldm'`, either for 'lora':
-      the adapters alone of a LoRA run, for diffusers' `load_lora_weights`.
+    dst: a folder for `to='diffusers'`, a `.safetensors` file for 'ldm', a `.ckpt` file for
+      'original', either of the first two for 'lora': the adapters alone of a LoRA run, for
+      diffusers' `load_lora_weights`.
     to: None goes by the name of `dst`.
     dtype: of the written weights. float16 names a folder's files as variant fp16.
-    ema: whether to prefer averaged weights, in a single file or a workdir.
+    ema: whether to take averaged weights, of a single file or a workdir that holds them too; None
+      takes them unless the live ones of a file were changed without them, as merging does.
     verify: whether to run a short edit from the written files and store it with `verify.py`: in
       the folder, or in `DST.verify/` beside the file.
     say: told each thing done, a line of text.
@@ -54,35 +56,38 @@ def convert(
   """
   dst = Path(dst)
   if is_language_run(src):
-    if to is not None:
-      raise InputError(
-        f'{src}: trained a language model, which is written for transformers; leave out to={to!r}.'
-      )
-    say(f'wrote {dst} in {dtype}, from {export_language(src, dst, dtype, ema, overwrite)}')
+    _refuse(f'{src}: trained a language model, which is written for transformers', to=to,
+            variant=variant, prediction_type=prediction_type)  # fmt: skip
+    step = export_language(src, dst, dtype, ema is not False, overwrite)
+    say(f'wrote {dst} in {dtype}, from {step}')
     return
   if to == 'lora':
-    adapters, config = checkpoints.read_adapters(src, ema)
+    _refuse('adapters alone say nothing of these', variant=variant, prediction_type=prediction_type)
+    adapters, config = checkpoints.read_adapters(src, ema is not False)
     say(f'wrote {lora.write(adapters, config, dst, dtype, overwrite)} in {dtype}')
     return
-  to = to or ('ldm' if dst.suffix == '.safetensors' else 'diffusers')
+  by_name = {suffix: kind for kind, suffix in weights.SUFFIXES.items()}
+  to = to or by_name.get(dst.suffix, 'diffusers')
   written_variant = 'fp16' if to == 'diffusers' and dtype == 'float16' else None
   weights.check_destination(dst, to, dtype, written_variant, overwrite)
   checkpoint = checkpoints.load(src, variant=variant, ema=ema, prediction_type=prediction_type)
   networks = check(checkpoint)
+  tokenizer = tokenizer_of(checkpoint, networks)
   counts = ', '.join(f'{len(checkpoint.tensors[name])} {name}' for name in COMPONENTS)
   say(f'read {checkpoint.source}: {counts} tensors, all as its architecture wants them')
   weights.write(checkpoint, dst, to, dtype, variant=written_variant, overwrite=overwrite)
   say(f'wrote {dst} in {dtype}, read it back, and it is the same')
+  _tell_limits(checkpoint, tokenizer.learned, to, say)
   if not verify:
     return
   if not is_editor(networks):
     say('no edit to verify: the UNet does not take a picture')
     return
-  written = weights.read(dst)
-  folder = dst if to == 'diffusers' else dst.with_suffix('.verify')
-  if to == 'ldm':
+  written, folder, file = weights.read(dst), dst, None
+  if to != 'diffusers':
+    written, folder, file = weights.without_learned(written), dst.with_suffix('.verify'), dst.name
     diffusers_folder.write_configs(written, folder)
-  settings = {'file': dst.name if to == 'ldm' else None, 'variant': written_variant}
+  settings = {'file': file, 'variant': written_variant}
   store_edit(Editor.from_checkpoint(written, 'float32'), folder, settings)
   say(f'stored an edit and {folder / "verify.py"}')
   if importlib.util.find_spec('torch') and importlib.util.find_spec('diffusers'):
@@ -90,6 +95,26 @@ def convert(
     if not agrees:
       raise InputError(f'{dst} was written, but PyTorch does not confirm it: {verdict}')
     say(verdict)
+
+
+def _refuse(why: str, **options: str | None) -> None:
+  """Raises an InputError if one of the options is given, which could not act."""
+  for name, value in options.items():
+    if value is not None:
+      raise InputError(f'{why}; leave out {name}={value!r}.')
+
+
+def _tell_limits(checkpoint, learned, to, say) -> None:
+  """Says what the readers of the written format will not see."""
+  names = ', '.join(learned)
+  if learned and to == 'diffusers':
+    say(f'kept the learned tokens {names}')
+  elif learned:
+    say(f'warning: of a single file only ip2p reads the learned tokens {names}; other tools take '
+        'them for ordinary text, so give those a diffusers folder')  # fmt: skip
+  if to == 'original' and checkpoint.configs['scheduler'].get('prediction_type') == 'v_prediction':
+    say("warning: the original's code takes what this model predicts (v_prediction) for noise; its "
+        'pictures will be wrong')  # fmt: skip
 
 
 def check(checkpoint: weights.Checkpoint) -> Networks:
@@ -110,9 +135,12 @@ def store_edit(editor: Editor, folder: Path, settings: dict) -> None:
   side = LATENT_SIDE * editor.networks.vae_config.factor
   image = example_picture(side)
   noise = rng.standard_normal((STEPS + 1, 1, LATENT_SIDE, LATENT_SIDE, 4), np.float32)
+  # A token in lower case, which every version of transformers finds.
+  learned = [token for token in editor.tokenizer.learned if token == token.lower()]
+  instruction = ' '.join([INSTRUCTION, *learned[:1]])
   edit = editor.edit_arrays(
     image[None],
-    [INSTRUCTION],
+    [instruction],
     Sampling(STEPS),
     text_guidance=TEXT_GUIDANCE,
     image_guidance=IMAGE_GUIDANCE,
@@ -122,14 +150,14 @@ def store_edit(editor: Editor, folder: Path, settings: dict) -> None:
   nchw = lambda x: np.ascontiguousarray(np.moveaxis(np.asarray(x), -1, -3))
   tensors = {
     'image': image,
-    'token_ids': editor.tokenizer([INSTRUCTION])[0],
+    'token_ids': editor.tokenizer([instruction])[0],
     'init_noise': nchw(noise[0]),
     'step_noise': nchw(noise[1:]),
     'latents': nchw(edit.latents),
     'result': np.asarray(edit.images[0]),
   }
   settings = settings | {
-    'instruction': INSTRUCTION,
+    'instruction': instruction,
     'steps': STEPS,
     'text_guidance': TEXT_GUIDANCE,
     'image_guidance': IMAGE_GUIDANCE,

@@ -61,7 +61,7 @@ class Editor:
     dtype: str | None = None,
     *,
     variant: str | None = None,
-    ema: bool = True,
+    ema: bool | None = None,
     prediction_type: str | None = None,
   ) -> Self:
     """Reads a diffusers folder, a single LDM file (`.safetensors`, `.ckpt`), or a run's workdir.
@@ -71,7 +71,8 @@ class Editor:
         which edits drawn scenes of 64 px, best at the settings in `bundled`.
       dtype: of weights and arithmetic; None takes float32 on a CPU and bfloat16 elsewhere.
       variant: of a folder's files, such as 'fp16'.
-      ema: whether to prefer averaged weights, in a single file or a workdir.
+      ema: whether to take averaged weights, of a single file or a workdir that holds them too;
+        None takes them unless the live ones of a file were changed without them, as merging does.
       prediction_type: 'epsilon' or 'v_prediction', for single files that cannot say.
 
     Raises InputError for anything that is missing, broken or not supported.

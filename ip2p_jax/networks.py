@@ -100,7 +100,8 @@ def check_is_text_to_image(networks: Networks, source: str) -> None:
 def fingerprint(checkpoint: Checkpoint, tokenizer: ClipTokenizer) -> str:
   """Tells VAE encoders and tokenizers apart, whatever files they come in: 16 hexadecimal digits."""
   tensors = checkpoint.tensors['vae']
-  digest = hashlib.blake2b(tokenizer(['a photo, 2']).tobytes(), digest_size=8)
+  text = ' '.join(['a photo, 2', *tokenizer.learned])
+  digest = hashlib.blake2b(tokenizer([text]).tobytes(), digest_size=8)
   for name in sorted(tensors):
     if name.startswith(('encoder.', 'quant_conv.')):
       digest.update(name.encode() + np.asarray(tensors[name]).astype(np.float16).tobytes())

@@ -144,7 +144,11 @@ def check_latents(config: TrainConfig, checkpoint: Checkpoint, tokenizer: ClipTo
 
 def starting_checkpoint(config: TrainConfig) -> Checkpoint:
   """The checkpoint to start from; for editing, its UNet widened by input channels at zero."""
-  checkpoint = weights.read(config.checkpoint, prediction_type=config.prediction_type or None)
+  checkpoint = weights.read(
+    config.checkpoint,
+    ema={'': None, 'average': True, 'live': False}[config.checkpoint_weights],
+    prediction_type=config.prediction_type or None,
+  )
   networks = networks_of(checkpoint)
   latents = networks.vae_config.latent_channels
   if config.task == 'text_to_image':

@@ -6,13 +6,15 @@ torch where that is installed). Gives the ids of transformers' CLIPTokenizer.
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from ip2p_jax.errors import InputError
+from ip2p_jax.weights import learned_tokens
 
 START, END = '<|startoftext|>', '<|endoftext|>'
 # Contractions, words, single digits, and runs of anything else that is not a space.
@@ -33,7 +35,8 @@ class ClipTokenizer:
 
     Args:
       files: contents by file name; `tokenizer_config.json` or `special_tokens_map.json` may name
-        the padding token (SD 2.x pads with '!', everyone else with the end).
+        the padding token (SD 2.x pads with '!', everyone else with the end). Learned tokens, in
+        whichever file they are noted, are one id each.
       length: tokens per text, the text encoder's max_position_embeddings.
       vocab_size: the text encoder's, to check the ids against.
       source: for messages.
@@ -42,17 +45,26 @@ class ClipTokenizer:
     """
     vocab, merges = _vocab_and_merges(files, source)
     _check_vocab(vocab, merges, vocab_size, source)
-    self.length = length
+    learned = learned_tokens(files, source)
+    if lacking := [token.content for token in learned if token.id >= (vocab_size or math.inf)]:
+      raise InputError(
+        f'{source}: the text encoder has {vocab_size} rows, none for the learned tokens'
+        f' {", ".join(lacking)}; save the whole pipeline again, with the embedding in it.'
+      )
+    self.length, self.learned = length, [token.content for token in learned]
+    vocab = vocab | {token.content: token.id for token in learned}
     pad = _pad_token(files)
     for token in (START, END, pad):
       if token not in vocab:
         raise InputError(f'{source}: the vocabulary lacks the token {token!r}.')
     self._start, self._end, self._pad = vocab[START], vocab[END], vocab[pad]
-    self._bpe = _bpe(vocab, merges, pad)
+    self._bpe = _bpe(vocab, merges, pad, learned)
+    self._vectors = {vocab[name]: (name, ' '.join(_vectors(name, vocab))) for name in self.learned}
 
   def __call__(self, texts: Sequence[str]) -> np.ndarray:
     ids = np.full((len(texts), self.length), self._pad, np.int32)
-    for row, encoding in zip(ids, self._bpe.encode_batch(list(texts)), strict=True):
+    texts = [self._spelled_out(text) for text in texts]
+    for row, encoding in zip(ids, self._bpe.encode_batch(texts), strict=True):
       tokens = [self._start, *encoding.ids[: self.length - 2], self._end]
       row[: len(tokens)] = tokens
     return ids
@@ -66,6 +78,7 @@ class ClipTokenizer:
 
     Signs stand alone: 'A cat, asleep' has the words 'a', 'cat', ',' and 'asleep'.
     """
+    text = self._spelled_out(text)
     encoding = self._bpe.encode(text)
     fitting = range(min(len(encoding.ids), self.length - 2))
     words = []
@@ -77,7 +90,12 @@ class ClipTokenizer:
 
   def spaced_words(self, text: str) -> list[range]:
     """The places of the tokens of what stands between spaces, signs included; empty if cut off."""
-    offsets, found, stop = self._bpe.encode(text).offsets[: self.length - 2], [], 0
+    encoding, found, stop = self._bpe.encode(text), [], 0
+    offsets = []
+    for token, offset in zip(encoding.ids, encoding.offsets, strict=True):
+      _, vectors = self._vectors.get(token, ('', 'one'))
+      offsets += [offset] * len(vectors.split(' '))
+    del offsets[self.length - 2 :]
     for word in re.finditer(r'\S+', text):
       start = stop
       while stop < len(offsets) and offsets[stop][0] < word.end():
@@ -87,7 +105,14 @@ class ClipTokenizer:
 
   def cut_off(self, text: str) -> str:
     """The end of `text` that does not fit and is ignored; '' if all of it fits."""
-    return self._bpe.decode(self._bpe.encode(text).ids[self.length - 2 :])
+    return self._bpe.decode(self._bpe.encode(self._spelled_out(text)).ids[self.length - 2 :])
+
+  def _spelled_out(self, text):
+    """The text with every learned token of several vectors as all of its tokens."""
+    if self.learned:
+      for token in sorted(self._vectors.keys() & self._bpe.encode(text).ids):
+        text = text.replace(*self._vectors[token])
+    return text
 
 
 def _vocab_and_merges(files, source):
@@ -123,7 +148,13 @@ def _check_vocab(vocab, merges, vocab_size, source):
     raise InputError(f'{source}: merges.txt is cut short; {len(rest)} tokens have no merge.')
 
 
-def _bpe(vocab, merges, pad) -> Tokenizer:
+def _vectors(name, vocab) -> list[str]:
+  """The tokens of all vectors of a learned token, which are '<cat>', '<cat>_1', '<cat>_2', ..."""
+  further = (f'{name}_{i}' for i in itertools.count(1))
+  return [name, *itertools.takewhile(vocab.__contains__, further)]
+
+
+def _bpe(vocab, merges, pad, learned) -> Tokenizer:
   bpe = Tokenizer(models.BPE(vocab, merges, unk_token=END, end_of_word_suffix='</w>'))
   bpe.normalizer = normalizers.Sequence(
     [normalizers.NFC(), normalizers.Replace(Regex(r'\s+'), ' '), normalizers.Lowercase()]
@@ -136,6 +167,10 @@ def _bpe(vocab, merges, pad) -> Tokenizer:
   )
   bpe.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace('</w>', ' ')])
   bpe.add_special_tokens([START, END, pad])  # SD 2.x's '!' is its own token in a text, too
+  for token in learned:  # which the vocabulary knows by now, so that each keeps its id
+    flags = token._asdict()
+    del flags['id']
+    bpe.add_tokens([AddedToken(**flags)])
   return bpe
 
 

@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 import tiny_models
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
-from ip2p_jax import bundled, cli, edit_files
+from ip2p_jax import bundled, cli, edit_files, weights
 from ip2p_jax.images import read_settings
+from ip2p_jax.weights import ldm_names
+from ip2p_jax.weights.files import read_tensors
 
 
 @pytest.fixture(scope='module')
@@ -245,3 +248,30 @@ def test_interrupting_leaves_one_line_and_no_file(edit, tmp_path, monkeypatch):
   monkeypatch.setattr(os, '_exit', sys.exit)
   assert edit() == (130, 'sample.py: stopped\n')
   assert not (tmp_path / 'out.png').exists()
+
+
+def test_check_says_which_weights_a_file_gives_and_refuses_what_is_for_data_sets(
+  tmp_path, monkeypatch, capsys
+):
+  checkpoint = tiny_models.checkpoint()
+  path = tmp_path / 'x.safetensors'
+  weights.write(checkpoint, path, to='ldm')
+  tensors, metadata = load_file(path), read_tensors(path)[1]
+  live = {name: array for name, array in tensors.items() if name.startswith('model.')}
+  average = {ldm_names.ema_name(name): array + np.float32(1e-3) for name, array in live.items()}
+  save_file(tensors | average, path, metadata)
+
+  def run(*arguments):
+    monkeypatch.setattr(sys, 'argv', ['ip2p', str(path), *arguments])
+    with pytest.raises(SystemExit) as stop:
+      cli.run(cli.check, 'ip2p')
+    return stop.value.code or 0, capsys.readouterr().err
+
+  status, said = run()
+  assert status == 0 and 'x.safetensors: took the moving average, ' in said
+  save_file(tensors | average, path, metadata | {'sd_merge_recipe': '{}'})
+  status, said = run()
+  assert status == 0 and said.startswith('ip2p: warning: ') and said.count('\n') == 1
+  for option in (('--limit', '3'), ('--split', 'train'), ('--columns', 'a=b')):
+    status, said = run(*option)
+    assert status == 2 and f'is a checkpoint; {option[0]}' in said

@@ -13,10 +13,12 @@ from safetensors.numpy import load_file, save_file
 
 from ip2p_jax import weights
 from ip2p_jax.convert import convert, run_verification
+from ip2p_jax.editor import Editor
 from ip2p_jax.errors import InputError
+from ip2p_jax.weights import ldm_file
 
 diffusers = peers.module('diffusers')
-transformers = peers.module('transformers')
+torch, transformers = peers.module('torch'), peers.module('transformers')
 
 
 @pytest.fixture(scope='module')
@@ -72,6 +74,110 @@ def test_a_name_that_ends_in_safetensors_means_one_file(source, tmp_path):
   assert (tmp_path / 'x.safetensors').is_file()
   with pytest.raises(InputError, match='diffusers wants a folder'):
     convert(source, tmp_path / 'y.safetensors', 'diffusers')
+
+
+def test_the_originals_loader_finds_all_it_wants(source, tmp_path):
+  """It reads `state_dict`, and samples with averages whose names are the weights' without dots."""
+  said = []
+  convert(source, tmp_path / 'x.ckpt', say=said.append)
+  assert said[-1].startswith('verify: AGREES'), said
+  loaded = torch.load(tmp_path / 'x.ckpt', map_location='cpu', weights_only=True)
+  state = loaded['state_dict']
+  assert all(isinstance(value, torch.Tensor) for value in state.values())
+  assert isinstance(loaded['global_step'], int)
+  # As the original's LitEma registers them: of the wrapper's parameters, and two counters.
+  live = {name: value for name, value in state.items() if name.startswith('model.')}
+  shadow = {
+    'model_ema.' + name.removeprefix('model.').replace('.', ''): value
+    for name, value in live.items()
+  }
+  averaged = {name: value for name, value in state.items() if name.startswith('model_ema.')}
+  decay, updates = averaged.pop('model_ema.decay'), averaged.pop('model_ema.num_updates')
+  assert (decay.dtype, updates.dtype) == (torch.float32, torch.int32)
+  assert decay.shape == updates.shape == () and updates == 0
+  assert averaged.keys() == shadow.keys()
+  assert all(torch.equal(averaged[name], shadow[name]) for name in shadow)
+  prefixes = {name.split('.')[0] for name in state}
+  assert prefixes == {'model', 'model_ema', 'first_stage_model', 'cond_stage_model'}
+  # Both sets are stored once, and we read the file as what it was made of.
+  size = sum(value.nbytes for name, value in state.items() if name[:9] != 'model_ema')
+  assert (tmp_path / 'x.ckpt').stat().st_size < 1.2 * size
+  found, wanted = weights.read(tmp_path / 'x.ckpt'), weights.read(source)
+  for part in ('unet', 'vae', 'text_encoder'):
+    assert set(found.tensors[part]) == set(wanted.tensors[part])
+    assert all(np.array_equal(found.tensors[part][x], y) for x, y in wanted.tensors[part].items())
+  assert found.configs == wanted.configs and found.tokenizer == wanted.tokenizer
+  for dtype in ('float16', 'bfloat16'):
+    convert(source, tmp_path / f'{dtype}.ckpt', 'original', dtype, verify=False, say=said.append)
+    half = torch.load(tmp_path / f'{dtype}.ckpt', weights_only=True)['state_dict']
+    name = 'model.diffusion_model.out.2.weight'
+    assert torch.equal(half[name], state[name].to(getattr(torch, dtype)))
+
+
+def test_a_file_for_the_original_needs_torch_and_the_right_name(source, tmp_path, monkeypatch):
+  with pytest.raises(InputError, match=r"the original's file must end in \.ckpt"):
+    convert(source, tmp_path / 'x.safetensors', 'original')
+  monkeypatch.setitem(sys.modules, 'torch', None)
+  with pytest.raises(InputError, match=r'x\.ckpt: .*needs PyTorch; pip install torch'):
+    convert(source, tmp_path / 'x.ckpt')
+  assert not list(tmp_path.iterdir())
+
+
+LEARNED = ['<cat-toy>', '<cat-toy>_1', 'S*']
+
+
+@pytest.fixture(scope='module')
+def inverted(tmp_path_factory):
+  """A pipeline as textual inversion saves it: tokens in the tokenizer, rows in the embedding."""
+  folder = tmp_path_factory.mktemp('inverted')
+  pipeline = reference.pipeline(folder=folder)
+  pipeline.tokenizer.add_tokens(LEARNED)
+  pipeline.text_encoder.resize_token_embeddings(len(pipeline.tokenizer))
+  with torch.no_grad():
+    pipeline.text_encoder.get_input_embeddings().weight[-3:].normal_()
+  pipeline.save_pretrained(folder / 'saved')
+  return folder / 'saved'
+
+
+def test_learned_tokens_are_kept_both_ways_and_read_by_pytorch(inverted, tmp_path):
+  wanted, said = weights.read(inverted), []
+  convert(inverted, tmp_path / 'folder', say=said.append)
+  assert 'kept the learned tokens <cat-toy>, <cat-toy>_1, S*' in said
+  assert said[-1].startswith('verify: AGREES'), said  # of an edit that says <cat-toy>
+  settings = weights.files.read_tensors(tmp_path / 'folder' / 'verify.safetensors')[1]['settings']
+  assert json.loads(settings)['instruction'].endswith('<cat-toy>')
+  for name in ('file.safetensors', 'file.ckpt'):
+    said.clear()
+    is_verified = name.endswith('.safetensors')  # the other is the same but for its container
+    convert(tmp_path / 'folder', tmp_path / name, verify=is_verified, say=said.append)
+    assert any('other tools take them for ordinary text' in line for line in said)
+    assert said[-1].startswith('verify: AGREES') or not is_verified, said  # as others read it
+    convert(tmp_path / name, tmp_path / f'{name} back', verify=False, say=said.append)
+    back = weights.read(tmp_path / f'{name} back')
+    assert back.tokenizer == weights.read(tmp_path / 'folder').tokenizer
+    embedding = ldm_file.EMBEDDING
+    assert np.array_equal(
+      back.tensors['text_encoder'][embedding], wanted.tensors['text_encoder'][embedding]
+    )
+    assert back.configs['text_encoder']['vocab_size'] == 603
+  pipeline = diffusers.StableDiffusionInstructPix2PixPipeline.from_pretrained(tmp_path / 'folder')
+  text = 'a <cat-toy> in S*'
+  theirs = pipeline.tokenizer(pipeline.maybe_convert_prompt(text, pipeline.tokenizer))['input_ids']
+  ours = Editor.load(tmp_path / 'file.safetensors').tokenizer([text])[0]
+  assert ours[: len(theirs)].tolist() == theirs and {600, 601, 602} <= set(theirs)
+
+
+def test_other_tools_find_an_embedding_of_the_size_they_know(inverted, tmp_path):
+  convert(inverted, tmp_path / 'x.safetensors', verify=False, say=lambda _: None)
+  tensors = load_file(tmp_path / 'x.safetensors')
+  assert tensors[ldm_file.CLIP + ldm_file.EMBEDDING].shape == (600, 24)
+  assert tensors[ldm_file.LEARNED].shape == (3, 24)
+
+
+@pytest.mark.parametrize('option', [{'variant': 'fp16'}, {'prediction_type': 'epsilon'}])
+def test_options_that_adapters_do_not_have_are_refused(tmp_path, option):
+  with pytest.raises(InputError, match=f'leave out {next(iter(option))}='):
+    convert(tmp_path, tmp_path / 'x', 'lora', **option)
 
 
 def test_a_config_that_leaves_out_defaults_converts(source, tmp_path):

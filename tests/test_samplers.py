@@ -446,3 +446,37 @@ def test_mistakes_are_named_with_the_choices(arguments, message):
 def test_unknown_sampler_is_named_when_sampling_too():
   with pytest.raises(InputError, match='euler_ancestral, euler'):
     sample('plms', shrink, noise_levels(Schedule(), 'euler', 2), jnp.zeros(SHAPE))
+
+
+@pytest.mark.parametrize('prediction_type', ['epsilon', 'v_prediction'])
+def test_half_precision_costs_lcm_little_more_than_other_samplers(prediction_type, rng):
+  """A network that knows normal data, and reads and answers in bfloat16 as ours do."""
+  schedule = Schedule(prediction_type=prediction_type)
+  shape, spread = (2, 16, 16, 4), 0.3
+  mean, start = (rng.standard_normal(shape).astype(np.float32) for _ in range(2))
+  noise = jnp.asarray(rng.standard_normal((20, *shape)), jnp.float32)
+
+  def network(dtype):
+    def predict(x, timestep):
+      x = x.astype(dtype).astype(jnp.float32)
+      sigma = timestep_to_sigma(schedule, timestep)
+      signal = 1 / jnp.sqrt(1 + sigma**2)
+      level = sigma * signal
+      share = signal * spread**2 / ((signal * spread) ** 2 + level**2)
+      clean = mean + share * (x - signal * mean)
+      eps = (x - signal * clean) / level
+      return (eps if prediction_type == 'epsilon' else signal * eps - level * clean).astype(dtype)
+
+    return predict
+
+  def error(sampler, steps):
+    grid = noise_levels(schedule, sampler, steps)
+    runs = [
+      sample(sampler, denoiser(network(dtype), schedule), grid, start, lambda i: noise[i])
+      for dtype in (jnp.float32, jnp.bfloat16)
+    ]
+    return float(jnp.sqrt(jnp.mean((runs[0] - runs[1]) ** 2)))
+
+  others = max(error(sampler, 10) for sampler in ('euler', 'dpmpp_2m'))
+  assert error('lcm', 4) < 2 * others < 0.005  # of latents whose spread is about one
+  assert error('lcm', 8) < 1.5 * others

@@ -25,6 +25,7 @@ from PIL import Image
 from ip2p_jax import checkpoints, config, convert, lora, parameters, setup_run, training
 from ip2p_jax.config import DataConfig, LogConfig, LoraConfig, MeshConfig, OptimizerConfig
 from ip2p_jax.errors import InputError
+from ip2p_jax.weights import averages
 
 ROOT = Path(__file__).parent.parent
 ROWS = 10
@@ -141,6 +142,7 @@ def test_a_run_goes_on_without_its_starting_checkpoint_and_on_other_devices(
 def test_the_average_is_what_is_exported(uninterrupted):
   average, live = weights_of(uninterrupted, ema=True), weights_of(uninterrupted)
   assert any((average[name] != live[name]).any() for name in live)
+  assert averages.doubt(live, average) == ''  # what a real run makes is never taken for a merge
 
 
 def test_changed_settings_are_told(folder, uninterrupted, capsys, tmp_path):

@@ -53,9 +53,9 @@ def main():
   pipeline.set_progress_bar_config(disable=True)
 
   expected = stored['token_ids'].tolist()
-  ids = pipeline.tokenizer(
-    settings['instruction'], padding='max_length', max_length=len(expected)
-  ).input_ids
+  # A learned token of several vectors is written out, as the pipeline does itself.
+  text = pipeline.maybe_convert_prompt(settings['instruction'], pipeline.tokenizer)
+  ids = pipeline.tokenizer(text, padding='max_length', max_length=len(expected)).input_ids
   if ids != expected:
     sys.exit('verify: DIFFERENT: the tokenizer gives other token ids')
 

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from ip2p_jax.errors import InputError
-from ip2p_jax.weights import diffusers_folder, ldm_file
+from ip2p_jax.weights import diffusers_folder, files, ldm_file
 from ip2p_jax.weights.files import (
   Checkpoint,
   Tensors,
@@ -16,30 +16,35 @@ from ip2p_jax.weights.files import (
   read_tensors,
   write_safetensors,
 )
-from ip2p_jax.weights.ldm_file import clip_tokenizer
+from ip2p_jax.weights.ldm_file import without_learned
 from ip2p_jax.weights.names import to_params, to_tensors, with_input_channels
+from ip2p_jax.weights.tokenizer_files import clip_tokenizer, learned_tokens
 
 __all__ = [
+  'SUFFIXES',
   'Checkpoint',
   'Tensors',
   'check_destination',
   'clip_tokenizer',
+  'learned_tokens',
   'read',
   'read_tensors',
   'to_params',
   'to_tensors',
   'with_input_channels',
+  'without_learned',
   'write',
   'write_safetensors',
 ]
 
+SUFFIXES = {'ldm': '.safetensors', 'original': '.ckpt'}  # of single files, by what reads them
 PREDICTION_TYPES = ('epsilon', 'v_prediction')
 
 
 def read(
   path: str | os.PathLike,
   variant: str | None = None,
-  ema: bool = True,
+  ema: bool | None = None,
   prediction_type: str | None = None,
 ) -> Checkpoint:
   """Reads a Stable Diffusion 1.x or 2.x checkpoint: a diffusers folder or a single file.
@@ -47,7 +52,8 @@ def read(
   Args:
     path: a local folder, `.safetensors` or `.ckpt`.
     variant: of a folder, which weight files ('fp16', 'non_ema').
-    ema: of a file, whether to take the moving average where it holds one.
+    ema: of a file that holds a moving average too, whether to take it; None takes it unless the
+      live weights were changed without it, as merging does.
     prediction_type: 'epsilon' or 'v_prediction', over what the checkpoint says. A single file that
       is not ours says nothing and is taken for epsilon; SD 2.x at 768 px is v_prediction.
 
@@ -62,6 +68,9 @@ def read(
   if not path.exists():
     raise InputError(f'{path}: no such file or folder; download the checkpoint first.')
   if path.is_dir():
+    if ema is not None:
+      raise InputError(f'{path}: a folder holds one set of weights, so ema={ema} cannot choose; '
+                       'leave out --ema or --no-ema, or name files by --variant.')  # fmt: skip
     checkpoint = diffusers_folder.read(path, variant)
   elif variant is not None:
     raise InputError(f'{path}: a single file has no variants; leave out variant {variant!r}.')
@@ -80,14 +89,15 @@ def write(
   variant: str | None = None,
   overwrite: bool = False,
 ) -> None:
-  """Writes a checkpoint as a diffusers folder or as one LDM safetensors file.
+  """Writes a checkpoint as a diffusers folder or as one LDM file.
 
   Nothing is left of a write that fails, and what was written is read back and compared.
 
   Args:
     checkpoint: what to write.
-    path: the folder (`to='diffusers'`) or the `.safetensors` file (`to='ldm'`).
-    to: 'diffusers' or 'ldm'.
+    path: the folder ('diffusers'), the `.safetensors` ('ldm') or the `.ckpt` file ('original').
+    to: 'diffusers', 'ldm' (what A1111 and ComfyUI load), or 'original' (what its own code loads,
+      and what needs torch to be written).
     dtype: 'float32', 'float16' or 'bfloat16', which all weights are cast to.
     variant: of a folder, 'fp16' to name its weight files so.
     overwrite: whether an older file, or an older diffusers folder, may be replaced.
@@ -99,8 +109,10 @@ def write(
   check_destination(path, to, dtype, variant, overwrite)
   if to == 'diffusers':
     diffusers_folder.write(checkpoint, path, dtype, variant, overwrite)
-  else:
+  elif to == 'ldm':
     ldm_file.write(checkpoint, path, dtype)
+  else:
+    ldm_file.write_original(checkpoint, path, dtype)
 
 
 def check_destination(
@@ -110,13 +122,16 @@ def check_destination(
   path = Path(path)
   float_dtype(dtype)
   if to == 'diffusers':
-    if path.suffix == '.safetensors':
+    if path.suffix in SUFFIXES.values():
       raise InputError(f'{path}: is the name of a file, and diffusers wants a folder.')
     diffusers_folder.check_free(path, overwrite)
     return
-  if to != 'ldm':
-    raise InputError(f'to {to!r} is unknown; use diffusers or ldm.')
-  if path.suffix != '.safetensors' or variant is not None:
-    raise InputError(f'{path}: an LDM file must end in .safetensors, and has no variant.')
+  if to not in SUFFIXES:
+    raise InputError(f'to {to!r} is unknown; use diffusers, {" or ".join(SUFFIXES)}.')
+  if path.suffix != SUFFIXES[to] or variant is not None:
+    kind = 'an LDM file' if to == 'ldm' else "the original's file"
+    raise InputError(f'{path}: {kind} must end in {SUFFIXES[to]}, and has no variant.')
+  if to == 'original':
+    files.need_torch(path)
   if path.is_dir() or (path.exists() and not overwrite):
     raise InputError(f'{path}: already exists; choose another name, or say to overwrite it.')

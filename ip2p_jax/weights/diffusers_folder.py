@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ip2p_jax.errors import InputError
-from ip2p_jax.weights import ldm_names, names
+from ip2p_jax.weights import ldm_names, names, tokenizer_files
 from ip2p_jax.weights.files import (
   COMPONENTS,
   Checkpoint,
@@ -33,8 +33,6 @@ _STEMS = {
   'vae': ('diffusion_pytorch_model', 'diffusion_pytorch_model'),
   'text_encoder': ('model', 'pytorch_model'),  # .safetensors, .bin
 }
-_TOKENIZER = ('vocab.json', 'merges.txt', 'tokenizer_config.json', 'special_tokens_map.json',
-              'added_tokens.json')  # fmt: skip
 _PIPELINES = {8: 'StableDiffusionInstructPix2PixPipeline', 9: 'StableDiffusionInpaintPipeline'}
 # What a scheduler's JSON says of training; the rest belongs to one sampler and not to the model.
 _SCHEDULE = ('beta_end', 'beta_schedule', 'beta_start', 'num_train_timesteps', 'prediction_type',
@@ -66,7 +64,7 @@ def read(path: str | os.PathLike, variant: str | None = None) -> Checkpoint:
   for part in COMPONENTS:
     found, _ = read_tensors(_weight_file(path / part, part, variant))
     tensors[part] = names.normalized(found, part)
-  return Checkpoint(configs, tensors, _read_tokenizer(path / 'tokenizer'), str(path))
+  return Checkpoint(configs, tensors, tokenizer_files.read(path / 'tokenizer'), str(path))
 
 
 def write(
@@ -166,37 +164,6 @@ def _file_names(part, variant):
     f'{torch}{infix}.bin',
     f'{torch}.bin.index{infix}.json',
   ]
-
-
-def _read_tokenizer(folder):
-  if not folder.is_dir():
-    raise InputError(f'{folder}: no such folder; a diffusers checkpoint has one per component.')
-  files = {name: (folder / name).read_bytes() for name in _TOKENIZER if (folder / name).is_file()}
-  if 'vocab.json' not in files and (folder / 'tokenizer.json').is_file():
-    files |= _split_tokenizer(folder / 'tokenizer.json')
-  for name in ('vocab.json', 'merges.txt'):
-    if name not in files:
-      raise InputError(f'{folder / name}: no such file, and no tokenizer.json in its place.')
-  for name, content in files.items():
-    try:
-      content.decode()
-    except UnicodeDecodeError:
-      raise InputError(f'{folder / name}: not UTF-8 text; fetch the file again.') from None
-    if name.endswith('.json') and (folder / name).is_file():
-      read_json(folder / name)  # refuses a damaged one
-  return files
-
-
-def _split_tokenizer(path):
-  """The vocabulary and merges out of the one file that transformers 5 saves."""
-  model = read_json(path).get('model', {})
-  if model.get('type') != 'BPE':
-    raise InputError(f"{path}: is not a BPE tokenizer, as CLIP's is.")
-  pairs = [pair if isinstance(pair, str) else ' '.join(pair) for pair in model['merges']]
-  return {
-    'vocab.json': json.dumps(model['vocab'], ensure_ascii=False).encode(),
-    'merges.txt': '\n'.join(['#version: 0.2', *pairs, '']).encode(),
-  }
 
 
 def _written_configs(checkpoint) -> dict[str, dict[str, Any]]:

@@ -104,7 +104,7 @@ def read_tensors(path: str | os.PathLike) -> tuple[Tensors, dict[str, str]]:
   if path.suffix == '.json':
     return _read_shards(path), {}
   if path.suffix in TORCH_SUFFIXES:
-    return _read_torch(path), {}
+    return _read_torch(path)
   known = ', '.join(('.safetensors', *TORCH_SUFFIXES))
   raise InputError(f'{path}: not a checkpoint file; give one that ends in {known}, or a folder.')
 
@@ -187,11 +187,7 @@ def _read_shards(index):
 
 
 def _read_torch(path):
-  try:
-    import torch
-  except ImportError:
-    raise InputError(f'{path}: reading {path.suffix} files needs PyTorch; pip install torch, or '
-                     'convert the file to .safetensors.') from None  # fmt: skip
+  torch = need_torch(path)
   is_zip = zipfile.is_zipfile(path)
   try:
     unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else []
@@ -203,7 +199,9 @@ def _read_torch(path):
                        'pickles more than tensors); save its state_dict as .safetensors with the '
                        'program that wrote it.') from None  # fmt: skip
     raise _damaged(path, 'PyTorch cannot read it') from None
+  notes = {}
   while isinstance(state, Mapping) and isinstance(state.get('state_dict'), Mapping):
+    notes |= {key: value for key, value in state.items() if isinstance(value, str)}
     state = state['state_dict']
   if not isinstance(state, Mapping):
     raise InputError(f'{path}: holds a {type(state).__name__}, not a state_dict of tensors.')
@@ -214,7 +212,8 @@ def _read_torch(path):
       return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return tensor.detach().numpy()
 
-  return Tensors({name: lambda value=value: array(value) for name, value in tensors.items()})
+  makers = {name: lambda value=value: array(value) for name, value in tensors.items()}
+  return Tensors(makers), notes
 
 
 class Inert:
@@ -279,7 +278,55 @@ def write_safetensors(
         file.write(_bytes(cast(name, tensors[name], kind)).data)
       file.flush()
       os.fsync(file.fileno())
-    _compare(temporary, path, tensors, kind)
+    _check_same(_read_safetensors(temporary)[0], path, tensors, kind)
+
+
+def write_torch(
+  path: str | os.PathLike,
+  tensors: Mapping[str, np.ndarray],
+  dtype: str,
+  also: Mapping[str, str],
+  counters: Mapping[str, np.ndarray],
+  notes: Mapping[str, Any],
+) -> None:
+  """Writes `{'state_dict': ..., **notes}` by torch.save, atomically, floats cast to `dtype`.
+
+  Args:
+    also: further names of tensors, {new: old}; they take no more room.
+    counters: further tensors, kept as they are.
+
+  Raises:
+    InputError: torch is not installed, or as `write_safetensors`.
+    OSError: the file does not read back as it was to be written.
+  """
+  torch, kind, path = need_torch(Path(path)), float_dtype(dtype), Path(path)
+
+  def tensor(name):
+    array = np.array(cast(name, tensors[name], kind), order='C')
+    if array.dtype == DTYPES['bfloat16']:
+      return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+  state = {name: tensor(name) for name in tensors}
+  state |= {new: state[old] for new, old in also.items()}
+  state |= {name: torch.tensor(value) for name, value in counters.items()}
+  with replacing(path) as temporary:
+    with temporary.open('wb') as file:
+      torch.save({'state_dict': state, **notes}, file)
+      file.flush()
+      os.fsync(file.fileno())
+    found, _ = _read_torch(temporary)
+    _check_same(found, path, tensors, kind)
+
+
+def need_torch(path: Path) -> Any:
+  """torch, or an InputError that says for which file it is needed."""
+  try:
+    import torch
+  except ImportError:
+    raise InputError(f'{path}: reading and writing {path.suffix} files needs PyTorch; pip install '
+                     'torch, or use a .safetensors file.') from None  # fmt: skip
+  return torch
 
 
 def float_dtype(dtype: str) -> np.dtype:
@@ -314,8 +361,7 @@ def _header(layout, metadata):
   return len(text).to_bytes(8, 'little') + text
 
 
-def _compare(written, path, tensors, dtype):
-  found, _ = _read_safetensors(written)
+def _check_same(found, path, tensors, dtype):
   for name in tensors:
     wanted = cast(name, tensors[name], dtype)
     same = found[name].dtype == wanted.dtype and found[name].shape == wanted.shape

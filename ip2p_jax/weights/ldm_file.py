@@ -3,20 +3,23 @@
 Such a file holds three models under three prefixes and says nothing of their architecture, so the
 configs are inferred from the shapes. Files that we write also carry the configs, and a tokenizer
 that is not CLIP's, in their metadata; those win.
+
+Other tools know CLIP's tokenizer alone and refuse an embedding of more rows. The rows of learned
+tokens therefore lie in a tensor of their own, which only we read.
 """
 
-import gzip
+import dataclasses
 import json
+import logging
 import os
 from collections.abc import Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ip2p_jax.errors import InputError
-from ip2p_jax.weights import ldm_names, names
+from ip2p_jax.weights import averages, ldm_names, names, tokenizer_files
 from ip2p_jax.weights.files import (
   COMPONENTS,
   Checkpoint,
@@ -24,11 +27,19 @@ from ip2p_jax.weights.files import (
   read_tensors,
   renamed,
   write_safetensors,
+  write_torch,
 )
+from ip2p_jax.weights.tokenizer_files import VOCABULARY, clip_tokenizer
 
 UNET, VAE = 'model.diffusion_model.', 'first_stage_model.'
 CLIP, OPEN_CLIP = 'cond_stage_model.transformer.', 'cond_stage_model.model.'
 METADATA = 'ip2p_jax'
+EMBEDDING = 'text_model.embeddings.token_embedding.weight'
+LEARNED = 'ip2p_jax.learned_tokens'  # the embedding's rows of learned tokens
+
+_log = logging.getLogger(__name__)
+# What programs that merge checkpoints note in a file's metadata.
+_MERGED = ('sd_merge_recipe', 'sd_merge_models', 'modelspec.merged_from')
 
 # Marks of files that are something else; the first that occurs names it.
 _OTHER_KINDS = (
@@ -41,12 +52,15 @@ _OTHER_KINDS = (
 _LORA_MARKS = ('lora_down.', 'lora_up.', 'lora_A.', 'lora_B.', 'lora_unet_', '.lora.')
 
 
-def read(path: str | os.PathLike, ema: bool = True) -> Checkpoint:
+def read(path: str | os.PathLike, ema: bool | None = None) -> Checkpoint:
   """Reads a single-file checkpoint, `.safetensors` or `.ckpt`.
+
+  Which of two sets of weights was taken is logged.
 
   Args:
     path: the file.
-    ema: take the UNet's moving average where the file holds one; False takes the live weights.
+    ema: of a file that also holds the UNet's moving average, whether to take that; None does so
+      unless the live weights were changed without it, as `averages.doubt` judges.
 
   Raises:
     InputError: the file is not Stable Diffusion 1.x or 2.x, lacks a component, has part of a moving
@@ -56,8 +70,7 @@ def read(path: str | os.PathLike, ema: bool = True) -> Checkpoint:
   tensors, metadata = read_tensors(path)
   _check_kind(path, tensors)
   unet, vae = _under(tensors, UNET), _under(tensors, VAE)
-  if ema:
-    unet = _averaged(path, tensors, unet)
+  unet = _chosen(path, tensors, unet, metadata, ema)
   # What the autoencoder was trained against is no part of it.
   vae = renamed(vae, {name: name for name in vae if not name.startswith('loss.')})
   is_open_clip = any(name.startswith(OPEN_CLIP) for name in tensors)
@@ -70,6 +83,8 @@ def read(path: str | os.PathLike, ema: bool = True) -> Checkpoint:
       )
     else:
       text = ldm_names.from_ldm(_under(tensors, CLIP), 'text_encoder')
+    if LEARNED in tensors:
+      text = _with_rows(text, tensors)
     found = {
       'unet': ldm_names.from_ldm(unet, 'unet'),
       'vae': ldm_names.from_ldm(vae, 'vae'),
@@ -92,8 +107,31 @@ def write(checkpoint: Checkpoint, path: str | os.PathLike, dtype: str = 'float32
   Raises:
     InputError: a tensor has no LDM name, or does not fit `dtype`.
   """
-  is_open_clip = checkpoint.configs['text_encoder'].get('hidden_act', 'quick_gelu') != 'quick_gelu'
-  tensors = checkpoint.tensors
+  tensors, ours = _in_ldm(checkpoint)
+  write_safetensors(path, tensors, dtype, {METADATA: ours})
+
+
+def write_original(checkpoint: Checkpoint, path: str | os.PathLike, dtype: str = 'float32') -> None:
+  """Writes the `.ckpt` that the original's code loads: torch's, with averages beside the weights.
+
+  The original samples with the averages, `model_ema.*`, and starts from random ones if a file has
+  none. What we hold is one set of weights, which stands for both and is stored once.
+
+  Raises:
+    InputError: torch is not installed, or as `write`.
+  """
+  if _is_open_clip(checkpoint):
+    raise InputError(f"{path}: the original's code reads SD 1.x's text encoder, and this is SD "
+                     '2.x; use --to ldm or diffusers.')  # fmt: skip
+  tensors, ours = _in_ldm(checkpoint)
+  averaged = {ldm_names.ema_name(name): name for name in tensors if name.startswith(UNET)}
+  counters = {'model_ema.decay': np.float32(0.9999), 'model_ema.num_updates': np.int32(0)}
+  write_torch(path, tensors, dtype, averaged, counters, {'global_step': 0, METADATA: ours})
+
+
+def _in_ldm(checkpoint: Checkpoint) -> tuple[Tensors, str]:
+  """All tensors under their names in the file, and our metadata."""
+  is_open_clip, tensors = _is_open_clip(checkpoint), checkpoint.tensors
   text = names.normalized(tensors['text_encoder'], 'text_encoder')
   parts = {
     UNET: ldm_names.to_ldm(tensors['unet'], 'unet'),
@@ -108,6 +146,11 @@ def write(checkpoint: Checkpoint, path: str | os.PathLike, dtype: str = 'float32
     for prefix, part in parts.items()
     for name in part
   }
+  rows = base_rows(checkpoint)
+  if text[EMBEDDING].shape[0] > rows:
+    prefix, name = (OPEN_CLIP, 'token_embedding.weight') if is_open_clip else (CLIP, EMBEDDING)
+    makers[prefix + name] = lambda: text[EMBEDDING][:rows]
+    makers[LEARNED] = lambda: text[EMBEDDING][rows:]
   standard = clip_tokenizer('!' if is_open_clip else None)
   ours = {
     'configs': checkpoint.configs,
@@ -116,46 +159,33 @@ def write(checkpoint: Checkpoint, path: str | os.PathLike, dtype: str = 'float32
       for name, content in checkpoint.tokenizer.items()
     },
   }
-  write_safetensors(path, Tensors(makers), dtype, {METADATA: json.dumps(ours)})
+  return Tensors(makers), json.dumps(ours)
 
 
-def clip_tokenizer(pad_token: str | None = None) -> dict[str, bytes]:
-  """The files of CLIP's tokenizer (49,408 tokens): what both SD 1.x and SD 2.x read text with.
+def _is_open_clip(checkpoint):
+  return checkpoint.configs['text_encoder'].get('hidden_act', 'quick_gelu') != 'quick_gelu'
 
-  Args:
-    pad_token: SD 1.x pads with the end token (None), SD 2.x with '!'.
-  """
-  packed = resources.files('ip2p_jax.weights').joinpath('clip_merges.txt.gz').read_bytes()
-  merges = gzip.decompress(packed)
-  pairs = merges.decode().splitlines()[1:]
-  printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-  # Every byte has a printable character: its own, or one past 255.
-  characters = [chr(byte) for byte in printable] + [
-    chr(256 + i) for i in range(256 - len(printable))
-  ]
-  tokens = characters + [f'{character}</w>' for character in characters]
-  tokens += [pair.replace(' ', '') for pair in pairs] + ['<|startoftext|>', '<|endoftext|>']
-  special = {
-    'bos_token': '<|startoftext|>',
-    'eos_token': '<|endoftext|>',
-    'unk_token': '<|endoftext|>',
-    'pad_token': pad_token or '<|endoftext|>',
-  }
-  config = {
-    'add_prefix_space': False,
-    'do_lower_case': True,
-    'errors': 'replace',
-    'model_max_length': 77,
-    'tokenizer_class': 'CLIPTokenizer',
-    **special,
-  }
-  vocabulary = {token: i for i, token in enumerate(tokens)}
-  return {
-    'vocab.json': json.dumps(vocabulary, ensure_ascii=False).encode(),
-    'merges.txt': merges,
-    'tokenizer_config.json': json.dumps(config, indent=2).encode(),
-    'special_tokens_map.json': json.dumps(special, indent=2).encode(),
-  }
+
+def without_learned(checkpoint: Checkpoint) -> Checkpoint:
+  """The checkpoint as others read the single file: its learned tokens are unknown to them."""
+  text = names.normalized(checkpoint.tensors['text_encoder'], 'text_encoder')
+  rows = base_rows(checkpoint)
+  if text[EMBEDDING].shape[0] <= rows:
+    return checkpoint
+  makers = {name: lambda name=name: text[name] for name in text}
+  makers[EMBEDDING] = lambda: text[EMBEDDING][:rows]
+  config = checkpoint.configs['text_encoder'] | {'vocab_size': rows}
+  return dataclasses.replace(
+    checkpoint,
+    configs=checkpoint.configs | {'text_encoder': config},
+    tensors=checkpoint.tensors | {'text_encoder': Tensors(makers)},
+    tokenizer=tokenizer_files.without_learned(checkpoint.tokenizer),
+  )
+
+
+def base_rows(checkpoint: Checkpoint) -> int:
+  """Rows of the embedding that the vocabulary without learned tokens has: 49,408 for CLIP's."""
+  return 1 + max(json.loads(checkpoint.tokenizer[VOCABULARY]).values())
 
 
 def _check_kind(path, tensors):
@@ -186,17 +216,54 @@ def _under(tensors, prefix):
   return renamed(tensors, found)
 
 
+def _chosen(path, tensors, live, metadata, ema) -> Mapping[str, np.ndarray]:
+  """The UNet's live weights or their moving average; tells which, of a file that holds both."""
+  average = None if ema is False else _averaged(path, tensors, live)
+  if average is None:
+    if ema:
+      raise InputError(f'{path}: holds no moving average; leave out --ema (ema=True).')
+    if any(name.startswith('model_ema.') for name in tensors):
+      _log.info('%s: took the live weights, not the moving average, as asked', path)
+    return live
+  if ema:
+    _log.info('%s: took the moving average, as asked', path)
+    return average
+  reason = averages.doubt(live, average)
+  if note := next((name for name in _MERGED if name in metadata), ''):
+    reason = f'its metadata calls it a merge ({note})'
+  if reason:
+    _log.warning(
+      '%s: the live weights and their moving average are not of one training: %s; so this is a '
+      'merge, or an adapter was added, and the live weights are taken. --ema takes the average, '
+      '--no-ema the live ones without this warning.', path, reason,
+    )  # fmt: skip
+    return live
+  if far := averages.relative_distance(live, average):
+    _log.info(
+      '%s: took the moving average, %s%% away from the live weights; if this is a merge, or an '
+      'adapter was added, --no-ema takes the live ones', path, f'{100 * far:.2g}',
+    )  # fmt: skip
+  return average
+
+
 def _averaged(path, tensors, unet):
-  """The moving average of `unet` if the file holds all of it, `unet` if it holds none."""
+  """The moving average of `unet` if the file holds all of it, None if it holds nothing of it."""
   new_to_old = {name: ldm_names.ema_name(UNET + name) for name in unet}
   absent = [name for name in new_to_old.values() if name not in tensors]
   if len(absent) == len(new_to_old):
-    return unet
+    return None
   if absent:
     raise InputError(f'{path}: holds only part of a moving average: {len(absent)} of '
                      f'{len(new_to_old)} tensors are missing, e.g. {absent[0]}; take the live '
                      'weights instead (ema=False, --no-ema).')  # fmt: skip
   return renamed(tensors, new_to_old)
+
+
+def _with_rows(text, tensors):
+  """The text encoder with the rows of learned tokens back in its embedding."""
+  makers = {name: lambda name=name: text[name] for name in text}
+  makers[EMBEDDING] = lambda: np.concatenate([text[EMBEDDING], tensors[LEARNED]])
+  return Tensors(makers)
 
 
 def _metadata(path, metadata) -> dict[str, Any]:

@@ -1,0 +1,120 @@
+"""Live weights and moving average of one file: could they come from one training run?
+
+The original's files hold both: `model.diffusion_model.*` as last trained, and `model_ema.*`. What
+merges models or bakes adapters in changes the live ones alone, and leaves an average that no longer
+belongs to them. Nothing in the file says so for certain, hence this judgement.
+
+It rests on Adam, which every trainer of such files uses: whatever the gradients are, each weight is
+moved by about the learning rate in each step. So between average and live weights the root mean
+square difference is nearly the same in every tensor, in all of the first convolution, and small
+beside the weights. Measured: docs/parity.md.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+FIRST = 'input_blocks.0.0.weight'
+NOISY_CHANNELS = 4  # of the first convolution; what an editor has more, others' models lack
+UNEVEN = 5.0  # a tensor's difference over the median one; in training it was at most 3.2
+UNEVEN_KINDS = 3.0  # kernels' over biases' and norms', medians; in training it was at most 1.6
+LARGE = 64  # numbers of a tensor that has a root mean square to speak of
+FEW = 0.02  # part of the tensors that may differ so
+FAR = 0.3  # of an average from live kernels, over their own size; in training it was at most 0.02
+_CHUNKS, _CHUNK = 8, 4096  # what is looked at of a large tensor
+
+
+class Change(NamedTuple):
+  """Root mean squares of one tensor."""
+
+  difference: float  # of live weights and average
+  weights: float  # of the average
+  rounding: float  # what the stored precision alone may make of a difference, twice over
+
+
+def doubt(live: Mapping[str, np.ndarray], average: Mapping[str, np.ndarray]) -> str:
+  """Why `average` is none of the training that ended in `live`; '' if it may be.
+
+  Args:
+    live, average: the UNet in LDM names, both with all tensors.
+  """
+  if odd := [x for x in live if live[x].shape != average[x].shape]:
+    return f'they have other shapes: {odd[0]}'
+  if odd := [x for x in live if live[x].dtype != average[x].dtype]:
+    return f'they are stored in another precision: {odd[0]} as {live[odd[0]].dtype}'
+  if (far := relative_distance(live, average)) > FAR:
+    return f'kernels differ by {far:.0%} of their size'
+  large = [name for name in live if live[name].size >= LARGE]
+  changes = {name: _change(live[name], average[name]) for name in large}
+  return _uneven_kinds(changes, live) or _uneven(changes) or _uneven_first(live, average)
+
+
+def relative_distance(live: Mapping[str, np.ndarray], average: Mapping[str, np.ndarray]) -> float:
+  """|live - average| / |average| of a kernel, the median over all of them."""
+  kernels = [x for x in live if live[x].ndim > 1]
+  changes = [_change(live[name], average[name]) for name in kernels]
+  return (
+    float(np.median([x.difference / max(x.weights, 1e-30) for x in changes])) if changes else 0.0
+  )
+
+
+def _uneven_kinds(changes: Mapping[str, Change], live) -> str:
+  """Whether kernels differ far more than biases and norms, which no adapter touches."""
+  kinds = {'attention': [], 'convolutions': [], 'biases': []}
+  for name, change in changes.items():
+    kind = 'convolutions' if live[name].ndim > 1 else 'biases'
+    kinds['attention' if kind != 'biases' and 'transformer_blocks' in name else kind].append(change)
+  if not kinds['biases']:
+    return ''
+  usual = np.median([max(x.difference, x.rounding) for x in kinds.pop('biases')])
+  for kind, found in kinds.items():
+    if found and np.median([x.difference for x in found]) > UNEVEN_KINDS * usual:
+      return f'the kernels of {kind} differ over {UNEVEN_KINDS:g} times as much as biases and norms'
+  return ''
+
+
+def _uneven(changes: Mapping[str, Change]) -> str:
+  """Whether some tensors differ far more than most, or not at all while most do."""
+  if not changes:
+    return ''
+  usual = float(np.median([max(x.difference, x.rounding) for x in changes.values()]))
+  least = max(FEW * len(changes), 1)
+  more = [x for x, c in changes.items() if c.difference > UNEVEN * max(usual, c.rounding)]
+  if len(more) >= least:
+    return f'{len(more)} of {len(changes)} tensors differ over {UNEVEN:g} times as much as most'
+  none = [x for x, c in changes.items() if not c.difference and UNEVEN * c.rounding < usual]
+  if len(none) >= least:
+    return f'{len(none)} of {len(changes)} tensors are the same and the others are not'
+  return ''
+
+
+def _uneven_first(live, average) -> str:
+  """Whether of the first convolution only what text-to-image models have too differs."""
+  if FIRST not in live or live[FIRST].shape[1] <= NOISY_CHANNELS:
+    return ''
+  parts = [(x[:, :NOISY_CHANNELS], x[:, NOISY_CHANNELS:]) for x in (live[FIRST], average[FIRST])]
+  common, own = (_change(*pair) for pair in zip(*parts, strict=True))
+  if common.difference > UNEVEN * max(own.difference, own.rounding, common.rounding):
+    return 'of the first convolution only what text-to-image models have too differs'
+  return ''
+
+
+def _change(live: np.ndarray, average: np.ndarray) -> Change:
+  live, average = _part(live), _part(average)
+  epsilon = np.finfo(live.dtype).eps if live.dtype.kind == 'f' else 2.0**-7  # bfloat16
+  live, average = live.astype(np.float64), average.astype(np.float64)
+  size = _rms(average)
+  return Change(_rms(live - average), size, float(epsilon) * size)
+
+
+def _part(array):
+  flat = array.reshape(-1)
+  if flat.size <= _CHUNKS * _CHUNK:
+    return flat
+  starts = np.linspace(0, flat.size - _CHUNK, _CHUNKS).astype(int)
+  return np.concatenate([flat[start : start + _CHUNK] for start in starts])
+
+
+def _rms(array) -> float:
+  return float(np.sqrt(np.mean(np.square(array)))) if array.size else 0.0

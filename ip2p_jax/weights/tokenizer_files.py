@@ -1,0 +1,199 @@
+"""CLIP's tokenizer as files: the standard one, and one layout for all that were ever written.
+
+Tokens that were added to the vocabulary, as textual inversion does, lie in `added_tokens.json`
+(names and ids), in `tokenizer_config.json` under `added_tokens_decoder` (with their flags, since
+transformers 4.34), or in the one `tokenizer.json` of transformers 5. Every reader knows the first
+two, so that is what we hold and write.
+"""
+
+import gzip
+import json
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ip2p_jax.errors import InputError
+from ip2p_jax.weights.files import read_json
+
+VOCABULARY, MERGES, ONE_FILE = 'vocab.json', 'merges.txt', 'tokenizer.json'
+CONFIG, SPECIAL, ADDED = 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json'
+FILES = (VOCABULARY, MERGES, CONFIG, SPECIAL, ADDED)
+
+# What transformers 5 notes of itself; 4 stumbles over the list of extra_special_tokens.
+_NOT_FOR_ALL = ('backend', 'is_local', 'local_files_only')
+
+
+class AddedToken(NamedTuple):
+  """A piece of text that is one token, whatever the merges say; flags as in `tokenizers`."""
+
+  id: int
+  content: str
+  single_word: bool = False  # not within a word
+  lstrip: bool = False  # takes spaces before it along
+  rstrip: bool = False
+  normalized: bool = True  # found in the text in lower case, and then in any case
+  special: bool = False
+
+
+def read(folder: Path) -> dict[str, bytes]:
+  """A tokenizer's folder as `FILES`, of which the first two are always there.
+
+  Raises:
+    InputError: the folder or a file of it is missing or damaged.
+  """
+  if not folder.is_dir():
+    raise InputError(f'{folder}: no such folder; a diffusers checkpoint has one per component.')
+  names = (*FILES, ONE_FILE)
+  files = {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
+  if VOCABULARY not in files and ONE_FILE in files:
+    files = _split(folder / ONE_FILE) | files
+  for name in (VOCABULARY, MERGES):
+    if name not in files:
+      raise InputError(f'{folder / name}: no such file, and no tokenizer.json in its place.')
+  for name, content in files.items():
+    try:
+      content.decode()
+    except UnicodeDecodeError:
+      raise InputError(f'{folder / name}: not UTF-8 text; fetch the file again.') from None
+    if name.endswith('.json') and (folder / name).is_file():
+      read_json(folder / name)  # refuses a damaged one
+  return _in_one_layout(files, str(folder))
+
+
+def learned_tokens(files: Mapping[str, bytes], source: str = 'tokenizer') -> list[AddedToken]:
+  """The added tokens that the vocabulary lacks, by id: each has a row of its own in the embedding.
+
+  Args:
+    files: contents by name, in any layout.
+    source: for messages.
+
+  Raises InputError if a note of them cannot be read, or two of them contradict each other.
+  """
+  found: dict[str, AddedToken] = {}
+  try:
+    one_file = json.loads(files.get(ONE_FILE, b'{}'))
+    config = json.loads(files.get(CONFIG, b'{}'))
+    vocabulary = (
+      json.loads(files[VOCABULARY]) if VOCABULARY in files else one_file['model']['vocab']
+    )
+    special = json.loads(files.get(SPECIAL, b'{}')).get('additional_special_tokens') or ()
+    flags = {x['content']: x for x in special if isinstance(x, dict)}
+    flags |= {x: {} for x in special if isinstance(x, str)}
+    for content, number in json.loads(files.get(ADDED, b'{}')).items():
+      found[content] = _token(content, number, content in flags, flags.get(content, {}))
+    for note in one_file.get('added_tokens', ()):
+      found[note['content']] = _token(note['content'], note['id'], note['special'], note)
+    for number, note in (config.get('added_tokens_decoder') or {}).items():
+      found[note['content']] = _token(note['content'], int(number), note['special'], note)
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise InputError(f'{source}: the added tokens cannot be read ({error!r}).') from None
+  for token in found.values():
+    known = vocabulary.get(token.content, token.id)
+    if known != token.id:
+      raise InputError(f'{source}: the token {token.content!r} is {token.id} among the added ones '
+                       f'and {known} in the vocabulary; save the tokenizer again.')  # fmt: skip
+  taken = {number: content for content, number in vocabulary.items()}
+  learned = [token for token in found.values() if token.content not in vocabulary]
+  for token in learned:
+    other = taken.setdefault(token.id, token.content)
+    if other != token.content:
+      raise InputError(f'{source}: the tokens {other!r} and {token.content!r} have the same id, '
+                       f'{token.id}; save the tokenizer again.')  # fmt: skip
+  return sorted(learned)
+
+
+def without_learned(files: Mapping[str, bytes]) -> dict[str, bytes]:
+  """The tokenizer as it was before tokens were added to it."""
+  if not learned_tokens(files):
+    return dict(files)
+  gone = {token.content for token in learned_tokens(files)}
+  config = json.loads(files.get(CONFIG, b'{}'))
+  notes = config.get('added_tokens_decoder') or {}
+  kept = {number: note for number, note in notes.items() if note['content'] not in gone}
+  special = json.loads(files.get(SPECIAL, b'{}'))
+  for note in (config, special):
+    note.pop('additional_special_tokens', None)
+  result = {name: content for name, content in files.items() if name != ADDED}
+  return result | {CONFIG: _json(config | {'added_tokens_decoder': kept}), SPECIAL: _json(special)}
+
+
+def clip_tokenizer(pad_token: str | None = None) -> dict[str, bytes]:
+  """The files of CLIP's tokenizer (49,408 tokens): what both SD 1.x and SD 2.x read text with.
+
+  Args:
+    pad_token: SD 1.x pads with the end token (None), SD 2.x with '!'.
+  """
+  packed = resources.files('ip2p_jax.weights').joinpath('clip_merges.txt.gz').read_bytes()
+  merges = gzip.decompress(packed)
+  pairs = merges.decode().splitlines()[1:]
+  printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+  # Every byte has a printable character: its own, or one past 255.
+  characters = [chr(byte) for byte in printable] + [
+    chr(256 + i) for i in range(256 - len(printable))
+  ]
+  tokens = characters + [f'{character}</w>' for character in characters]
+  tokens += [pair.replace(' ', '') for pair in pairs] + ['<|startoftext|>', '<|endoftext|>']
+  special = {
+    'bos_token': '<|startoftext|>',
+    'eos_token': '<|endoftext|>',
+    'unk_token': '<|endoftext|>',
+    'pad_token': pad_token or '<|endoftext|>',
+  }
+  config = {
+    'add_prefix_space': False,
+    'do_lower_case': True,
+    'errors': 'replace',
+    'model_max_length': 77,
+    'tokenizer_class': 'CLIPTokenizer',
+    **special,
+  }
+  vocabulary = {token: i for i, token in enumerate(tokens)}
+  return {
+    VOCABULARY: json.dumps(vocabulary, ensure_ascii=False).encode(),
+    MERGES: merges,
+    CONFIG: _json(config),
+    SPECIAL: _json(special),
+  }
+
+
+def _token(content: str, number: int, special: bool, flags: Mapping[str, Any]) -> AddedToken:
+  if not isinstance(number, int) or not content:
+    raise ValueError(f'{content!r}: {number!r}')
+  own = {x: bool(flags[x]) for x in ('single_word', 'lstrip', 'rstrip', 'normalized') if x in flags}
+  return AddedToken(number, content, **{'normalized': not special} | own, special=bool(special))
+
+
+def _in_one_layout(files: dict[str, bytes], source: str) -> dict[str, bytes]:
+  """`FILES` of any layout; what has no learned tokens stays as it is, byte for byte."""
+  learned = learned_tokens(files, source)
+  result = {name: files[name] for name in FILES if name in files}
+  if not learned:
+    return result
+  config = json.loads(files.get(CONFIG, b'{}'))
+  config = {key: value for key, value in config.items() if key not in _NOT_FOR_ALL}
+  if isinstance(config.get('extra_special_tokens'), list):
+    config['additional_special_tokens'] = config.pop('extra_special_tokens')
+  notes = dict(config.get('added_tokens_decoder') or {})
+  for token in learned:
+    flags = token._asdict()
+    notes[str(flags.pop('id'))] = flags
+  config['added_tokens_decoder'] = notes
+  added = json.loads(files.get(ADDED, b'{}')) | {token.content: token.id for token in learned}
+  return result | {CONFIG: _json(config), ADDED: _json(added)}
+
+
+def _split(path: Path) -> dict[str, bytes]:
+  """The vocabulary and merges out of the one file that transformers 5 saves."""
+  model = read_json(path).get('model', {})
+  if model.get('type') != 'BPE':
+    raise InputError(f"{path}: is not a BPE tokenizer, as CLIP's is.")
+  pairs = [pair if isinstance(pair, str) else ' '.join(pair) for pair in model['merges']]
+  return {
+    VOCABULARY: json.dumps(model['vocab'], ensure_ascii=False).encode(),
+    MERGES: '\n'.join(['#version: 0.2', *pairs, '']).encode(),
+  }
+
+
+def _json(value: Any) -> bytes:
+  return json.dumps(value, indent=2).encode()
