@@ -13,11 +13,19 @@ FLOORS = (
   ('networks', 'alignment', 'prompt_to_prompt', 'similarity', 'language'),
   ('prompts',),
   ('optimizer', 'lora', 'loss', 'sharding', 'flops', 'metrics', 'data'),
-  ('checkpoints', 'edit_program', 'inversion', 'pair_program', 'train_step', 'triplets'),
+  (
+    'checkpoints',
+    'edit_program',
+    'inversion',
+    'pair_files',
+    'pair_program',
+    'train_step',
+    'triplets',
+  ),
   ('editor', 'language_step', 'language_workdir'),
   ('edit_files', 'convert', 'previews', 'setup_run', 'captions', 'training_loop'),
   ('training', 'language_training', 'pairs', 'plan', 'caption_server', 'triplet_check'),
-  ('filtering', 'captions_cli', 'plan_sampling'),
+  ('filtering', 'captions_cli', 'pair_run', 'plan_sampling'),
   ('cli', 'launch'),
 )
 ANYONE = ('__init__', 'resources')  # the public names; scripts that travel with exports

@@ -9,11 +9,12 @@ import pytest
 import torch_models as reference
 from PIL import Image
 
-from ip2p_jax import inversion, pair_program, pairs, sharding
+from ip2p_jax import inversion, pair_files, pair_program, pairs, sharding, storage
 from ip2p_jax import prompt_to_prompt as p2p
 from ip2p_jax.errors import InputError
 from ip2p_jax.networks import networks_of, params_of, tokenizer_of
-from ip2p_jax.pairs import Drawing, Generator, Sample, draw_all
+from ip2p_jax.pair_run import draw_all
+from ip2p_jax.pairs import Drawing, Generator, Sample
 from ip2p_jax.prompts import read_prompts
 from ip2p_jax.similarity import Clip
 
@@ -68,7 +69,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def lines_of(folder, prompt):
-  return pairs.read_scores(folder / f'{prompt:07d}' / 'scores.jsonl')
+  return pair_files.read_scores(folder / f'{prompt:07d}' / 'scores.jsonl')
 
 
 # Samples.
@@ -144,13 +145,13 @@ def test_killed_within_a_batch_it_goes_on_to_the_same_bytes(
 ):
   written = []
 
-  def write_bytes(file, content, real=pairs.storage.write_bytes):
+  def write_bytes(file, content, real=storage.write_bytes):
     if len(written) == survivors:
       raise Killed
     written.append(file)
     real(file, content)
 
-  monkeypatch.setattr(pairs.storage, 'write_bytes', write_bytes)
+  monkeypatch.setattr(storage, 'write_bytes', write_bytes)
   with pytest.raises(Killed):
     draw_all(generator, prompts, tmp_path, IDENTITY)
   monkeypatch.undo()
@@ -194,9 +195,9 @@ def test_pictures_that_fail_the_released_thresholds_need_not_be_kept(parts, prom
   draw_all(generator, prompts, tmp_path, IDENTITY)
   for i in range(3):
     for line in lines_of(tmp_path, i):
-      scores = pairs.Scores(*(line[name] for name in pairs.Scores._fields))
+      scores = pair_files.scores_of(line)
       file = tmp_path / f'{i:07d}' / f'{line["seed"]}_0.jpg'
-      assert file.exists() == pairs.passes(scores, pairs.RELEASED)
+      assert file.exists() == pair_files.passes(scores, pair_files.RELEASED)
 
 
 @pytest.mark.parametrize('control', ['none', 'auto', 'share+auto'])
@@ -220,7 +221,7 @@ def test_attention_to_words_is_drawn(parts, prompts):
   params = params_of(checkpoint, networks, 'float32')
   generator = Generator(networks, params, *parts[2:], Drawing(steps=2, size=32))
   pictures, _, attention = generator.draw(prompts[:1], [DRAWING.sample(0, 0)], True)
-  sheet = pairs.attention_sheet(
+  sheet = pair_files.attention_sheet(
     generator.tokenizer, prompts[0], np.asarray(pictures)[:, 0], np.asarray(attention)[:, 0]
   )
   assert sheet.width > 4 * 32  # the picture and three words
@@ -230,7 +231,8 @@ def test_attention_to_words_is_drawn(parts, prompts):
 def test_a_pair_can_begin_with_a_photograph(parts, tmp_path, rng):
   photo = rng.integers(0, 256, (4, 6, 3), np.uint8).repeat(20, 0).repeat(20, 1)
   Image.fromarray(photo).save(tmp_path / 'photo.png')
-  line = {'caption': 'a red star', 'output': 'a blue star', 'image': 'photo.png'}
+  line = {'caption': 'a red star', 'edit': 'make it blue', 'output': 'a blue star'}
+  line['image'] = 'photo.png'
   (tmp_path / 'prompts.jsonl').write_text(json.dumps(line))
   prompts = read_prompts(tmp_path / 'prompts.jsonl')
   with pytest.raises(InputError, match='by the sampler ddim'):
@@ -311,7 +313,7 @@ def test_what_does_not_fit_is_told_before_drawing(parts):
 
 
 def test_words_may_have_steps_of_their_own(parts, prompts, tmp_path):
-  line = {'caption': 'a cat', 'output': 'a dog', 'cross_steps': {'dog': [0.5, 1]}}
+  line = {'caption': 'a cat', 'edit': 'x', 'output': 'a dog', 'cross_steps': {'dog': [0.5, 1]}}
   (tmp_path / 'prompts.jsonl').write_text(json.dumps(line))
   generator = Generator(*parts, Drawing(steps=10, size=32, control='share+replace'))
   control = generator._control(read_prompts(tmp_path / 'prompts.jsonl'), [Sample(0, 0.5, 7.5)])
