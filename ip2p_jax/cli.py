@@ -450,11 +450,7 @@ def pairs(
 
 def _check_pairs_options(context, control, guidance, show_attention):
   """InputError for an option that was given and would do nothing."""
-  given = {
-    parameter.name: parameter.opts[0]
-    for parameter in context.command.params
-    if context.get_parameter_source(parameter.name).name == 'COMMANDLINE'
-  }
+  given = captions_cli.given_options(context)
   shares, injects = control.startswith('share'), control not in ('none', 'share')
   idle = {}  # why, by name
   if not shares:
