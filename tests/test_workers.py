@@ -1,10 +1,10 @@
 """Workers that start together in one new folder, and files that several write at once."""
 
 import collections
-import concurrent.futures
 import errno
-import multiprocessing
 import os
+import subprocess
+import sys
 import threading
 import time
 import types
@@ -84,23 +84,35 @@ def test_of_runs_with_other_prompts_that_start_together_one_is_accepted(tmp_path
     assert found == {'accepted': WORKERS // 2, 'InputError': WORKERS // 2}
 
 
-def claims(folder, own, begins, trials):
-  """What a process that claims many files, one at a set time each, finds in them."""
-  found = []
-  for trial in range(trials):
-    while time.time() < begins + trial * 0.01:
-      pass
-    found.append(storage.claim(storage.folder(folder) / f'{trial}.json', own))
-  return found
+# A process that claims many files, one at a set time each, and prints what it finds in them.
+CLAIMS = """
+import pathlib, sys, time
+from ip2p_jax import storage
+folder, own = sys.argv[1:]
+print('ready', flush=True)
+begins = float(sys.stdin.readline())
+for trial in range(150):
+  while time.time() < begins + trial * 0.01:
+    pass
+  print(storage.claim(storage.folder(folder) / f'{trial}.json', own))
+"""
 
 
 def test_of_processes_that_claim_a_file_one_wins(tmp_path):
-  context, count = multiprocessing.get_context('spawn'), 3
-  with concurrent.futures.ProcessPoolExecutor(count, context) as pool:
-    list(pool.map(abs, range(count)))
-    begins = time.time() + 0.5
-    jobs = [pool.submit(claims, str(tmp_path), own, begins, 150) for own in range(count)]
-    found = [job.result() for job in jobs]
+  some = [
+    subprocess.Popen(
+      [sys.executable, '-c', CLAIMS, tmp_path, str(own)],
+      stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )
+    for own in range(3)
+  ]  # fmt: skip
+  assert all(process.stdout.readline() == 'ready\n' for process in some)
+  begins = f'{time.time() + 0.2}\n'
+  for process in some:
+    process.stdin.write(begins)
+    process.stdin.flush()
+  found = [process.communicate()[0].split() for process in some]
+  assert len(found[0]) == 150
   assert all(len(set(of_file)) == 1 for of_file in zip(*found, strict=True))
   assert {file.suffix for file in tmp_path.iterdir()} == {'.json'}
 
