@@ -217,7 +217,7 @@ def write_all(
   if todo := remaining(folder, wanted, writing, shard):
     confirm([caption.text for caption, _ in todo])
   if is_new:
-    _begin(folder, settings, shard)
+    _check_same(folder / SETTINGS, storage.claim(folder / SETTINGS, settings), settings)
   total = len(wanted[shard[0] :: shard[1]])
   with _journal(answers_file(folder, shard)) as record:
     todo = collections.deque(remaining(folder, wanted, writing, shard))  # nobody else writes now
@@ -365,7 +365,7 @@ def _gather(folder, captions, least, writing, model, shard) -> bool:
       line |= {'seed': writing.seed_of(caption.text, answer['attempt'])}
       lines.append(json.dumps(line | sampling) + '\n')
   if lines:
-    _write(folder / PROMPTS, ''.join(lines).encode(), shard)
+    storage.write_bytes(folder / PROMPTS, ''.join(lines).encode())
   return True
 
 
@@ -374,43 +374,32 @@ def _check_settings(folder, settings) -> bool:
   file = folder / SETTINGS
   if folder.exists() and not folder.is_dir():
     raise InputError(f'{folder}: is a file; give a folder.')
+  has_answers = any(folder.glob('answers-*.jsonl'))  # first: another worker may begin right now
   if not file.exists():
-    if any(folder.glob('answers-*.jsonl')):
+    if has_answers:
       raise InputError(
         f'{folder}: has answers, but no {SETTINGS} that tells how they were written; use another'
         ' folder.'
       )
     return True
-  known, settings = storage.read_json(file), json.loads(json.dumps(settings))
-  if not isinstance(known, dict):
-    raise InputError(f'{file}: holds no settings; use another folder.')
-  for name in sorted({*known, *settings}):
-    if known.get(name) != settings.get(name):
-      if name == 'captions':
-        raise InputError(
-          f'{folder}: was begun with other captions, or another column; use another folder, and'
-          ' `ip2p captions merge` in the end.'
-        )
-      raise InputError(
-        f'{folder}: was begun with {name} {known.get(name)!r}, not {settings.get(name)!r}; use'
-        ' another folder, or the same settings.'
-      )
+  _check_same(file, storage.read_json(file), settings)
   return False
 
 
-def _begin(folder, settings, shard) -> None:
-  """Writes the settings; InputError if another worker just did, and with others."""
-  folder.mkdir(parents=True, exist_ok=True)
-  if _check_settings(folder, settings):
-    _write(folder / SETTINGS, (json.dumps(settings, indent=2) + '\n').encode(), shard)
-  _check_settings(folder, settings)
-
-
-def _write(file, content, shard) -> None:
-  """At once or not at all. All workers may do it at the same time."""
-  temporary = file.with_name(f'.{file.name}.{shard[0]}.tmp')
-  temporary.write_bytes(content)
-  temporary.replace(file)
+def _check_same(file, known, settings) -> None:
+  """InputError if a run was begun with other settings."""
+  if not isinstance(known, dict):
+    raise InputError(f'{file}: holds no settings; use another folder.')
+  for name in storage.differing(known, json.loads(json.dumps(settings))):
+    if name == 'captions':
+      raise InputError(
+        f'{file.parent}: was begun with other captions, or another column; use another folder, and'
+        ' `ip2p captions merge` in the end.'
+      )
+    raise InputError(
+      f'{file.parent}: was begun with {name} {known.get(name)!r}, not {settings.get(name)!r}; use'
+      ' another folder, or the same settings.'
+    )
 
 
 def local_folder(out: str | Path) -> Path:
@@ -467,8 +456,9 @@ def merge(files: Sequence[str | Path], out: str | Path) -> tuple[int, int]:
   Duplicates have the same caption, but for case, white space and a last stop, or the same URL.
   """
   out = Path(local(out)).expanduser()
+  taken = InputError(f'{out}: exists, or does not end in .jsonl; give a new file that does.')
   if out.exists() or out.suffix.lower() != '.jsonl':
-    raise InputError(f'{out}: exists, or does not end in .jsonl; give a new file that does.')
+    raise taken
   seen, lines, duplicates = set(), [], 0
   for file in files:
     rows = triplets.Rows(local(file))
@@ -485,7 +475,10 @@ def merge(files: Sequence[str | Path], out: str | Path) -> tuple[int, int]:
       line = dict(zip(('caption', 'edit', 'output'), triplet, strict=True))
       line |= {name: value for name, value in others.items() if _is_plain(value)}
       lines.append(json.dumps(line) + '\n')
-  storage.write_bytes(storage.folder(out), ''.join(lines).encode())
+  try:
+    storage.create(storage.folder(out), ''.join(lines).encode())
+  except FileExistsError:  # another merge came first
+    raise taken from None
   return len(lines), duplicates
 
 

@@ -174,6 +174,13 @@ def write(
   if (model is None) == (server is None):
     raise InputError('give either --model FOLDER or --server URL.')
   _check_options(context, *((OF_SERVER, '--server') if model else (OF_MODEL, '--model')))
+  if temperature == 0:
+    idle = {'top_p'} | ({'seed', 'attempts'} if model else set())
+    for name, flag in given_options(context).items():
+      if name in idle and (name, attempts) != ('attempts', 1):
+        raise InputError(
+          f'{flag} would do nothing: --temperature 0 takes the likeliest token; leave it out.'
+        )
   folder, is_flagged = captions.local_folder(out), moderate and _hook(moderate)
   source = Path(captions.local(source)).expanduser()
   asked = None
@@ -272,12 +279,20 @@ def _many(count: int, what: str) -> str:
   return f'{count:,} {what}{"s" * (count != 1)}'
 
 
+def given_options(context: typer.Context) -> dict[str, str]:
+  """The options that stand on the command line: their flags by name."""
+  return {
+    parameter.name: parameter.opts[0]
+    for parameter in context.command.params
+    if context.get_parameter_source(parameter.name).name == 'COMMANDLINE'
+  }
+
+
 def _check_options(context, names, backend) -> None:
   """InputError for an option that was given and would not be read."""
-  for parameter in context.command.params:
-    is_given = context.get_parameter_source(parameter.name).name == 'COMMANDLINE'
-    if parameter.name in names and is_given:
-      raise InputError(f'{parameter.opts[0]} goes with {backend}; leave it out.')
+  for name, flag in given_options(context).items():
+    if name in names:
+      raise InputError(f'{flag} goes with {backend}; leave it out.')
 
 
 def _load(folder, dtype, split):

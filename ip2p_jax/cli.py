@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-import hashlib
+import math
 import os
 import secrets
 import signal
@@ -28,6 +28,7 @@ from ip2p_jax import (
   gpus,
   plan_devices,
   plan_sampling,
+  storage,
 )
 from ip2p_jax import convert as conversion
 from ip2p_jax import images as pictures
@@ -59,7 +60,10 @@ from ip2p_jax.networks import (
   tokenizer_of,
   weights_digest,
 )
-from ip2p_jax.pairs import RELEASED, Drawing, Generator, attention_sheet, draw_all
+from ip2p_jax.pair_files import RELEASED, attention_sheet
+from ip2p_jax.pair_run import draw_all
+from ip2p_jax.pairs import Drawing, Generator
+from ip2p_jax.parameters import flatten
 from ip2p_jax.prompts import read_prompts
 from ip2p_jax.sampling import Sampling, check_acts
 from ip2p_jax.setup_run import starting_checkpoint
@@ -437,10 +441,11 @@ def check(
 
 
 def pairs(
+  context: typer.Context,
   prompts: Annotated[
     Path, typer.Argument(help='JSON lines with caption (or input), edit and output.')
   ],
-  out: Annotated[Path, typer.Argument(help='A new folder; or one that an earlier try began.')],
+  out: Annotated[str, typer.Argument(help='A new folder; or one that an earlier try began.')],
   ckpt: Annotated[Path, Option(help='A text-to-image checkpoint, as for `ip2p edit`.')],
   clip: Annotated[Path, Option(help="A folder as transformers saves a CLIPModel (ViT-L/14's).")],
   samples: Annotated[int, Option(min=1, help='Pairs to draw for each prompt.')] = 100,
@@ -456,11 +461,12 @@ def pairs(
     ),
   ] = 'share',
   threshold: Annotated[
-    tuple[float, float], Option(help='Range of the part of the steps that shares.')
+    tuple[float, float], Option(help='With share: range of the part of the steps that shares.')
   ] = (0.1, 0.9),
   guidance: Annotated[tuple[float, float], Option(help='Range of the guidance scale.')] = (7.5, 15),
   cross_steps: Annotated[
-    float, Option(help='Part of the steps in which replace and refine act on words.')
+    float,
+    Option(help='With replace, refine or auto: part of the steps in which they act on words.'),
   ] = 0.8,
   self_steps: Annotated[float, Option(help='The same, on coarse self-attention.')] = 0.4,
   negative: Annotated[str, Option(help='What no picture should be.')] = '',
@@ -490,10 +496,9 @@ def pairs(
 
   ip2p pairs prompts.jsonl maps --ckpt CKPT --clip CLIP --control auto --show-attention 4
 
-  Killed, it goes on where it was, and ends with the very same files. `ip2p filter` keeps the good
-  pairs.
+  Killed, it goes on where it was, and ends with the very same files. It may also go on with more
+  samples or prompts, another batch size or number of workers. `ip2p filter` keeps the good pairs.
   """
-  cache_compilations()
   read = read_prompts(prompts)
   number = parse_shard(shard)
   settings = {
@@ -502,27 +507,51 @@ def pairs(
     'negative': negative, 'seed': seed, 'keep': keep, 'batch_size': batch_size,
   }  # fmt: skip
   Drawing(**settings)  # refuses mistakes before loading
+  _check_pairs_options(context, control, guidance, show_attention)
+  if dtype not in (None, 'float32', 'bfloat16'):
+    raise InputError(f'--dtype is {dtype!r}; use float32 or bfloat16.')
+  cache_compilations()
   checkpoint = checkpoints.load(ckpt, ema=ema)
   networks = networks_of(checkpoint)
   dtype = dtype or ('float32' if jax.default_backend() == 'cpu' else 'bfloat16')
   size = size or networks.unet_config.sample_size * networks.vae_config.factor
+  towers = Clip.load(clip)
   generator = Generator(
-    networks, params_of(checkpoint, networks, dtype), tokenizer_of(checkpoint, networks),
-    Clip.load(clip), Drawing(size=size, **settings),
+    networks, params_of(checkpoint, networks, dtype), tokenizer_of(checkpoint, networks), towers,
+    Drawing(size=size, **settings),
   )  # fmt: skip
   if show_attention:
-    _show_attention(generator, read[:show_attention], out)
+    _show_attention(generator, read[:show_attention], Path(out))
     return
-  digest = lambda content: hashlib.blake2b(content, digest_size=8).hexdigest()
-  identity = {'dtype': dtype, 'prompts': digest(prompts.read_bytes())}
+  identity = {'dtype': dtype, 'clip': weights_digest(flatten(towers.params))}
   identity['weights'] = weights_digest(checkpoint.tensors['unet'])
   with _progress('pair', compiles=True) as progress:
     told = progress or (lambda done, total: None)
-    count = draw_all(generator, read, str(out), identity, number, told)
+    count = draw_all(generator, read, out, identity, number, told)
   _say(f'{out}: {count} pairs; `ip2p filter {out} DST` keeps the good ones')
 
 
+def _check_pairs_options(context, control, guidance, show_attention):
+  """InputError for an option that was given and would do nothing."""
+  given = captions_cli.given_options(context)
+  shares, injects = control.startswith('share'), control not in ('none', 'share')
+  idle = {}  # why, by name
+  if not shares:
+    idle['threshold'] = f'nothing is shared with --control {control}'
+  if not injects:
+    idle['cross_steps'] = idle['self_steps'] = f'--control is {control}; choose auto or share+auto'
+  if guidance == (1, 1):
+    idle['negative'] = 'with --guidance 1 1 it has no weight'
+  if show_attention:
+    only_once = '--show-attention draws each prompt once, and keeps no pairs'
+    idle |= dict.fromkeys(('samples', 'keep', 'shard'), only_once)
+  for name, why in idle.items():
+    if name in given:
+      raise InputError(f'{given[name]} would do nothing: {why}; leave it out.')
+
+
 def _show_attention(generator, prompts, out):
+  generator.check(prompts)
   size = generator.drawing.batch_size
   for start in range(0, len(prompts), size):
     part = prompts[start : start + size]
@@ -539,7 +568,9 @@ def _show_attention(generator, prompts, out):
 
 def filter(
   paths: Annotated[list[Path], typer.Argument(help='Folders of `ip2p pairs`, then a new one.')],
-  preset: Annotated[str, Option(help='paper or released: the thresholds below.')] = 'paper',
+  preset: Annotated[
+    str | None, Option(help='paper or released: what --image is.  [default: paper]')
+  ] = None,
   image: Annotated[
     float | None, Option(help='Least likeness of both pictures.  [default: 0.75, released 0.7]')
   ] = None,
@@ -570,12 +601,17 @@ def filter(
 
   Nothing is drawn again and the folders stay as they are, so other thresholds can be tried at will.
   """
-  presets = {'paper': PAPER.clip_sim_image, 'released': RELEASED.clip_sim_image}
+  presets = {None: PAPER, 'paper': PAPER, 'released': RELEASED}
   if preset not in presets:
-    raise InputError(f'--preset is {preset!r}; use one of {", ".join(presets)}.')
+    raise InputError(f'--preset is {preset!r}; use paper or released.')
+  if preset and image is not None:
+    raise InputError('--preset is a value for --image, which is given too; leave out one of them.')
   if len(paths) < 2:
     raise InputError('give the folders of `ip2p pairs`, and then a new one to write to.')
-  thresholds = Scores(caption, caption, direction, presets[preset] if image is None else image)
+  image = presets[preset].clip_sim_image if image is None else image
+  thresholds = Scores(caption, caption, direction, image)
+  if not all(map(math.isfinite, thresholds)):
+    raise InputError('--image, --caption and --direction are cosines; give numbers of -1 to 1.')
   if holdout and not shards:
     raise InputError('--holdout is only for --shards; add that, or leave --holdout out.')
   *sources, out = paths
@@ -585,10 +621,15 @@ def filter(
     found = write(sources, out, thresholds, most, drop_duplicates, told)
   of_all = lambda count: f'{count} of {found.drawn} ({100 * count / max(found.drawn, 1):.1f}%)'
   for name, least, label in zip(Scores._fields, thresholds, LABELS, strict=True):
-    _say(f'{name} >= {least:g} ({label}): {of_all(found.passed[name])}')
+    _say(f'{name} >= {least} ({label}): {of_all(found.passed[name])}')
   _say(f'all of these: {of_all(found.passed_all)}')
+  if found.broken:
+    _say(f'overflowed when they were drawn: {of_all(found.broken)}')
   if drop_duplicates:
     _say(f'look like a better one: {found.duplicates}')
+  if not found.kept:
+    what = 'pack' if shards else 'write'
+    raise InputError(f'no pair passes all thresholds, so there is nothing to {what}; lower them.')
   try:
     draw_histograms(found.scores, thresholds, out / 'histograms.png')
     _say(f'wrote {out / "histograms.png"}')
@@ -599,17 +640,18 @@ def filter(
 
 def _filter_to_shards(sources, out, *how, holdout):
   """`filter_pairs`, whose folder (of hard links) is packed; whole or not at all."""
-  if out.exists():
-    raise InputError(f'{out} exists; give a new folder, or delete it.')
-  out.parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.TemporaryDirectory(dir=out.parent, prefix=f'.{out.name}.') as place:
+  busy = f'{out}: another process writes it; wait for that, or give another folder.'
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(storage.locked(out.with_name(f'.{out.name}.lock'), busy))
+    if out.exists():
+      raise InputError(f'{out} exists; give a new folder, or delete it.')
+    place = stack.enter_context(tempfile.TemporaryDirectory(dir=out.parent, prefix=f'.{out.name}.'))
     pairs, packed = Path(place, 'pairs'), Path(place, 'shards')
     found = filter_pairs(sources, pairs, *how)
-    if not found.kept:
-      raise InputError('no pair passes all thresholds, so there is nothing to pack; lower them.')
-    rows = open_splits(str(pairs), holdout=holdout)
-    pack_pictures(rows, packed, holdout=holdout, workers=0, say=_say)
-    packed.rename(out)
+    if found.kept:
+      rows = open_splits(str(pairs), holdout=holdout)
+      pack_pictures(rows, packed, holdout=holdout, workers=0, say=_say)
+      packed.rename(out)
   return found
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ip2p_jax import checkpoints, lora, weights
+from ip2p_jax import checkpoints, lora, storage, weights
 from ip2p_jax.editor import Editor, Sampling
 from ip2p_jax.errors import InputError
 from ip2p_jax.language_workdir import export_language, is_language_run
@@ -55,6 +55,12 @@ def convert(
   Raises InputError for anything wrong with SRC or DST.
   """
   dst = Path(dst)
+  busy = f'{dst}: another process writes it; wait for that, or choose another name.'
+  with storage.locked(dst.absolute().with_name(f'.{dst.name}.lock'), busy):
+    _convert(src, dst, to, dtype, ema, variant, prediction_type, verify, overwrite, say)
+
+
+def _convert(src, dst, to, dtype, ema, variant, prediction_type, verify, overwrite, say):
   if is_language_run(src):
     _refuse(f'{src}: trained a language model, which is written for transformers', to=to,
             variant=variant, prediction_type=prediction_type)  # fmt: skip

@@ -157,6 +157,8 @@ class Editor:
       pictures.working_size(*image.size, resolution or max(image.size), factor)
       for image in rows.originals
     ]
+    for name, noise, axis in (('init_noise', init_noise, 0), ('step_noise', step_noise, 1)):
+      _check_rows(name, noise, axis, len(sizes))
     results: list[Image.Image | None] = [None] * len(sizes)
     groups = _groups(sizes, batch_size)
     for done, group in enumerate(groups):
@@ -349,6 +351,14 @@ def _one_each(name, values, batch):
   if values.ndim and values.shape != (batch,):
     raise InputError(f'{name} has shape {list(values.shape)} for {batch} images; give one each.')
   return values
+
+
+def _check_rows(name, value, axis, count):
+  shape = np.shape(value)
+  if value is not None and shape[axis : axis + 1] != (count,):
+    raise InputError(
+      f'{name} has shape {list(shape)} for {count} results; give one row each, in axis {axis}.'
+    )
 
 
 def _checked(name, value, shape):

@@ -7,6 +7,8 @@ thresholds can be tried at no cost; writes the original's layout, ready to pack 
   OUT/0000007/SEED_0.jpg, SEED_1.jpg
   OUT/seeds.json
   OUT/filter.json                             the thresholds; with it, all rows are for training
+
+Numbers are judged as they are stored.
 """
 
 import json
@@ -19,9 +21,11 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from ip2p_jax import storage
 from ip2p_jax.data.original import FILTERED
 from ip2p_jax.errors import InputError
-from ip2p_jax.pairs import PROMPT, SCORES, passes, read_scores
+from ip2p_jax.pair_files import DIGITS, PROMPT, RELEASED, SCORES, passes, read_scores, scores_of
+from ip2p_jax.prompts import instruction_fault, listed
 from ip2p_jax.similarity import Scores
 
 PAPER = Scores(0.2, 0.2, 0.2, 0.75)
@@ -39,10 +43,11 @@ class Yield(NamedTuple):
   drawn: int
   passed: dict[str, int]  # each threshold alone, by name
   passed_all: int
+  broken: int  # that overflowed when they were drawn
   duplicates: int
   kept: int
   prompts: int  # with a pair that stays
-  scores: np.ndarray  # float32 [drawn, 4], of all
+  scores: np.ndarray  # float64 [drawn, 4], of all; NaN for what overflowed
 
 
 def filter_pairs(
@@ -53,44 +58,65 @@ def filter_pairs(
   drop_duplicates: bool = False,
   progress: Progress = lambda done, total: None,
 ) -> Yield:
-  """Writes `out`, whole or not at all. InputError if it exists, or a picture is missing.
+  """Writes `out`, whole or not at all; does not write it if no pair stays.
 
   Pictures are hard links where the disk allows, else copies. With `drop_duplicates`, of a prompt's
   pairs that look the same (a hash of both pictures) only the best stays.
+
+  Raises InputError if `out` exists or is being written, a prompt has no instruction, or a picture
+  is missing.
   """
-  if out.exists():
-    raise InputError(f'{out} exists; give a new folder, or delete it.')
-  places = _places(folders)
-  unfinished = out.with_name(f'.{out.name}.tmp')
-  if unfinished.exists():
-    shutil.rmtree(unfinished)
-  unfinished.mkdir(parents=True)
+  busy = f'{out}: another process writes it; wait for that, or give another folder.'
+  with storage.locked(out.with_name(f'.{out.name}.lock'), busy):
+    if out.exists():
+      raise InputError(f'{out} exists; give a new folder, or delete it.')
+    places = _places(folders)
+    _check_instructions(places)
+    unfinished = out.with_name(f'.{out.name}.tmp')
+    if unfinished.exists():  # of a run that was killed
+      shutil.rmtree(unfinished)
+    unfinished.mkdir(parents=True)
+    try:
+      found = _filter(places, unfinished, thresholds, most, drop_duplicates, progress)
+      if found.kept:
+        unfinished.rename(out)
+    finally:
+      shutil.rmtree(unfinished, ignore_errors=True)
+  return found
+
+
+def _filter(places, folder, thresholds, most, drop_duplicates, progress) -> Yield:
   seeds, rows, counts = [], [], {'passed_all': 0, 'duplicates': 0}
   for done, place in enumerate(places):
     lines = read_scores(place / SCORES)
-    rows += [[line[name] for name in Scores._fields] for line in lines]
-    good = [line for line in lines if passes(_scores(line), thresholds)]
+    rows += [[np.nan if x is None else x for x in scores_of(line)] for line in lines]
+    good = [line for line in lines if passes(scores_of(line), thresholds)]
+    good = [line for line in good if not (_is_on_border(line) and _lacks(place, line))]
     counts['passed_all'] += len(good)
     good.sort(key=lambda line: (line['clip_sim_dir'], line['seed']), reverse=True)
     for line in good if drop_duplicates else good[:most]:
-      _check_pictures(place, line)
+      if file := _lacks(place, line):
+        raise InputError(
+          f'{file} was not kept when it was drawn; use thresholds of at least the released ones, or'
+          ' draw again with --keep all.'
+        )
     if drop_duplicates:
       different = _different(place, good)
       counts['duplicates'] += len(good) - len(different)
       good = different
     if good := good[:most]:
-      _copy(place, unfinished / place.name, good)
+      _copy(place, folder / place.name, good)
       seeds.append((place.name, sorted(str(line['seed']) for line in good)))
     progress(done + 1, len(places))
   about = thresholds._asdict() | {'most': most, 'drop_duplicates': drop_duplicates}
-  (unfinished / FILTERED).write_text(json.dumps(about) + '\n')
-  (unfinished / 'seeds.json').write_text(json.dumps(seeds))
-  unfinished.rename(out)
-  scores = np.array(rows, np.float32).reshape(-1, len(Scores._fields))
+  (folder / FILTERED).write_text(json.dumps(about) + '\n')
+  (folder / 'seeds.json').write_text(json.dumps(seeds))
+  scores = np.array(rows, np.float64).reshape(-1, len(Scores._fields))
   alone = {
     name: int((scores[:, i] >= least).sum())
     for i, (name, least) in enumerate(thresholds._asdict().items())
   }
+  counts['broken'] = int(np.isnan(scores).any(1).sum())
   kept = sum(len(of_prompt) for _, of_prompt in seeds)
   return Yield(len(scores), alone, **counts, kept=kept, prompts=len(seeds), scores=scores)
 
@@ -101,7 +127,7 @@ def draw_histograms(scores: np.ndarray, thresholds: Scores, file: Path) -> None:
 
   figure = Figure(figsize=(12, 3), layout='constrained')
   for i, (axes, title) in enumerate(zip(figure.subplots(1, 4), LABELS, strict=True)):
-    axes.hist(scores[:, i], bins=40, color='tab:blue')
+    axes.hist(scores[np.isfinite(scores[:, i]), i], bins=40, color='tab:blue')
     axes.axvline(thresholds[i], color='tab:red')
     share = (scores[:, i] >= thresholds[i]).mean()
     axes.set(title=title, xlabel=f'cosine; {share:.0%} at or above {thresholds[i]:g}')
@@ -122,21 +148,43 @@ def _places(folders) -> list[Path]:
   return [found[name] for name in sorted(found)]
 
 
-def _scores(line) -> Scores:
-  return Scores(*(line[name] for name in Scores._fields))
+def _check_instructions(places) -> None:
+  """An editor learns nothing from a pair that no instruction tells of."""
+  faults = []
+  for place in places:
+    try:
+      prompt = json.loads((place / PROMPT).read_bytes())
+      fault = instruction_fault(prompt) if isinstance(prompt, dict) else 'is no JSON object'
+    except FileNotFoundError:
+      fault = 'is missing'
+    except ValueError as error:
+      fault = f'is damaged ({error})'
+    if fault:
+      faults.append(f'{place / PROMPT} {fault}')
+  if faults:
+    raise InputError(
+      f'{listed(faults)}; add it to the file of prompts, and run `ip2p pairs` again, which draws'
+      ' nothing twice.'
+    )
 
 
 def _pictures(place, line):
   return [place / f'{line["seed"]}_{side}.jpg' for side in (0, 1)]
 
 
-def _check_pictures(place, line):
-  for file in _pictures(place, line):
-    if not file.exists():
-      raise InputError(
-        f'{file} was not kept when it was drawn; use thresholds of at least the released ones, or'
-        ' draw again with --keep all.'
-      )
+def _lacks(place, line) -> Path | None:
+  """A picture of the pair that is not there."""
+  return next((file for file in _pictures(place, line) if not file.exists()), None)
+
+
+def _is_on_border(line) -> bool:
+  """Whether it passes the released thresholds, but may not have before it was rounded.
+
+  Older versions judged first, and wrote no pictures of such a pair.
+  """
+  scores, half = scores_of(line), 10**-DIGITS / 2
+  is_near = any(value - least < half for value, least in zip(scores, RELEASED, strict=True))
+  return passes(scores, RELEASED) and is_near
 
 
 def _different(place, lines):

@@ -1,25 +1,14 @@
 """Draws pairs of pictures for pairs of captions, with CLIP's numbers for each.
 
-A sample is one pair of one prompt; S samples per prompt, B samples per call of the program. The
-folder is the original's, with all samples in it:
-
-  OUT/pairs.json                     the settings; another run with others is refused
-  OUT/0000007/prompt.json            line 7 of the prompts
-  OUT/0000007/scores.jsonl           a line per sample, in order
-  OUT/0000007/SEED_0.jpg, SEED_1.jpg
-  OUT/done-00000-of-00001.json       how many batches this worker finished
-
-Killed at any time and started again, a run ends with the very same bytes.
+A sample is one pair of one prompt; S samples per prompt, B samples per call of the program. Whole
+runs are in `pair_run`.
 """
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import functools
 import hashlib
-import io
-import json
-import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,15 +16,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from PIL import Image
 
-from ip2p_jax import alignment, attention, images, inversion, pair_program, sharding, storage
+from ip2p_jax import alignment, attention, images, inversion, pair_program, sharding
 from ip2p_jax import prompt_to_prompt as p2p
 from ip2p_jax.diffusion import samplers
 from ip2p_jax.diffusion.noise import Schedule
 from ip2p_jax.errors import InputError
 from ip2p_jax.networks import Networks, check_is_text_to_image
-from ip2p_jax.prompts import Prompt
+from ip2p_jax.prompts import Prompt, listed
 from ip2p_jax.sharding import ROWS, SECOND, WHOLE
 from ip2p_jax.similarity import Clip, Scores, Towers
 from ip2p_jax.text import ClipTokenizer
@@ -43,11 +31,6 @@ from ip2p_jax.text import ClipTokenizer
 INJECTIONS = ('replace', 'refine', 'auto')
 CONTROLS = ('none', 'share', *INJECTIONS, *(f'share+{name}' for name in INJECTIONS))
 KEEPS = ('all', 'passing')
-SETTINGS, PROMPT, SCORES = 'pairs.json', 'prompt.json', 'scores.jsonl'
-RELEASED = Scores(0.2, 0.2, 0.2, 0.7)  # the thresholds of the released data
-THREADS = 8  # that write JPEGs
-
-Progress = Callable[[int, int], None]  # called with (samples done, samples in all)
 
 
 class Sample(NamedTuple):
@@ -196,6 +179,51 @@ class Generator:
     self._negative = tokenizer([drawing.negative])
     self._program = program(self.networks, clip.towers, self.mesh)
 
+  def check(self, prompts: Sequence[Prompt]) -> None:
+    """InputError that names all lines that cannot be drawn, and why; warns of what is cut off."""
+    faults = [
+      f'line {prompt.index + 1}: {fault}' for prompt in prompts for fault in self._faults(prompt)
+    ]
+    if faults:
+      raise InputError(f'the prompts cannot be drawn: {listed(faults)}; mend this first.')
+    texts = [('the negative text', self.drawing.negative)]
+    for prompt in prompts:
+      name = f'line {prompt.index + 1}'
+      texts += [(name, prompt.caption), (f'{name}, output', prompt.edited_caption)]
+    cut = [f'{name} (ignored: {end!r})' for name, text in texts if (end := self._cut_off(text))]
+    if cut:
+      warnings.warn(
+        f'{len(cut)} of the captions are longer than the {self.tokenizer.length} tokens that are'
+        f' read: {listed(cut)}',
+        stacklevel=2,
+      )
+
+  def _faults(self, prompt: Prompt) -> Iterator[str]:
+    control = self.drawing.control.removeprefix('share+')
+    given = {'weights': prompt.weights, 'cross_steps': prompt.spans, 'blend': prompt.blend}
+    named = [name for name, value in given.items() if value]
+    if named and control not in INJECTIONS:
+      yield f'{" and ".join(named)} do nothing with the control {control!r}; use auto or share+auto'
+    elif named or control == 'replace':
+      try:
+        self._control([prompt], [Sample(0, 0.0, 1.0)])
+      except InputError as error:
+        yield str(error).partition(' of the prompts: ')[2].rstrip('.')
+    if prompt.image is not None:
+      if self.drawing.sampler != inversion.SAMPLER:
+        yield f'pairs of given pictures are drawn by the sampler {inversion.SAMPLER}'
+      try:
+        images.read(prompt.image)
+      except InputError as error:
+        yield str(error)
+
+  def _cut_off(self, text: str) -> str:
+    """What neither the network nor CLIP reads of a text; '' if both read all of it."""
+    readers = (self.tokenizer, self.clip.tokenizer)
+    if len(text.encode()) <= min(reader.length for reader in readers) - 2:  # a token has a byte
+      return ''
+    return max((reader.cut_off(text).strip() for reader in readers), key=len)
+
   def draw(
     self, prompts: Sequence[Prompt], samples: Sequence[Sample], shows_attention: bool = False
   ) -> tuple[np.ndarray, Scores, np.ndarray | None]:
@@ -297,135 +325,3 @@ def _naming(prompt: Prompt) -> Iterator[None]:
     yield
   except InputError as error:
     raise InputError(f'line {prompt.index + 1} of the prompts: {error}') from None
-
-
-def draw_all(
-  generator: Generator,
-  prompts: Sequence[Prompt],
-  out: str,
-  identity: dict[str, str],
-  shard: tuple[int, int] = (0, 1),
-  progress: Progress = lambda done, total: None,
-) -> int:
-  """Draws all samples of this worker's prompts, from where an earlier try stopped.
-
-  `identity` tells checkpoint and prompts apart, so that no run goes on with others; `shard` (i, n)
-  is worker i of n, which has every n-th prompt. Returns the number of samples there are now.
-  """
-  drawing, folder = generator.drawing, storage.folder(out)
-  _claim(folder, dataclasses.asdict(drawing) | identity)
-  mine = prompts[shard[0] :: shard[1]]
-  total, size = len(mine) * drawing.samples, drawing.batch_size
-  marker = folder / f'done-{shard[0]:05d}-of-{shard[1]:05d}.json'
-  batches = -(-total // size)
-  first = storage.read_json(marker)['batches'] if marker.exists() else 0
-
-  def rows_of(batch):
-    numbers = range(batch * size, min((batch + 1) * size, total))
-    return [(mine[i // drawing.samples], i % drawing.samples) for i in numbers]
-
-  with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-    waiting = None  # while one batch is written, the device draws the next
-    for batch in range(first, batches + 1):
-      drawn = None
-      if batch < batches:
-        rows = rows_of(batch)
-        samples = [drawing.sample(prompt.index, number) for prompt, number in rows]
-        drawn = rows, samples, generator.draw([prompt for prompt, _ in rows], samples)
-      if waiting is not None:
-        _write(folder, *waiting, drawing.keep, pool)
-        storage.write_json(marker, {'batches': batch})
-        progress(min(batch * size, total), total)
-      waiting = drawn
-  return total
-
-
-def _claim(folder, settings) -> None:
-  """Writes the settings, or refuses a folder that has others."""
-  file = folder / SETTINGS
-  settings = json.loads(json.dumps(settings))
-  if not file.exists():
-    folder.mkdir(parents=True, exist_ok=True)
-    storage.write_json(file, settings)
-    return
-  known = storage.read_json(file)
-  for name in sorted({*known, *settings}):
-    if known.get(name) != settings.get(name):
-      raise InputError(
-        f'{folder}: was drawn with {name} {known.get(name)!r}, not {settings.get(name)!r}; use'
-        ' another folder, or the same settings.'
-      )
-
-
-def _write(folder, rows, samples, drawn, keep, pool) -> None:
-  pictures, scores, _ = drawn
-  pictures, scores = np.asarray(pictures), Scores(*map(np.asarray, scores))
-  files, lines, prompts = [], {}, {}
-  for i, ((prompt, number), sample) in enumerate(zip(rows, samples, strict=True)):
-    found = Scores(*(float(values[i]) for values in scores))
-    if not all(map(math.isfinite, found)):
-      raise InputError(
-        f'line {prompt.index + 1} of the prompts, sample {number}: the numbers overflowed; use'
-        ' --dtype bfloat16 or float32, or less guidance.'
-      )
-    place = folder / f'{prompt.index:07d}'
-    if keep == 'all' or passes(found, RELEASED):
-      files += [(place / f'{sample.seed}_{side}.jpg', pictures[side, i]) for side in (0, 1)]
-    line = {'sample': number, 'seed': sample.seed, 'p2p_threshold': sample.threshold}
-    line |= {'cfg_scale': sample.guidance}
-    line |= {name: round(value, 5) for name, value in found._asdict().items()}
-    lines.setdefault(place, []).append(line)
-    prompts[place] = (prompt.line + '\n').encode()
-  for place, content in prompts.items():
-    storage.write_bytes(place / PROMPT, content)
-  list(pool.map(lambda file: storage.write_bytes(file[0], jpeg(file[1])), files))
-  for place, new in lines.items():
-    file = place / SCORES
-    known = read_scores(file) if file.exists() else []
-    there = {line['sample'] for line in known}
-    known += [line for line in new if line['sample'] not in there]
-    storage.write_bytes(file, ''.join(json.dumps(line) + '\n' for line in known).encode())
-
-
-def read_scores(file) -> list[dict]:
-  """The lines of a scores.jsonl; InputError if it is damaged."""
-  try:
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
-    for line in lines:
-      [line[name] for name in ('sample', 'seed', *Scores._fields)]
-    return lines
-  except (ValueError, KeyError, TypeError) as error:
-    raise InputError(f'{file}: is damaged ({error}); delete its folder and draw again.') from None
-
-
-def passes(scores: Scores, thresholds: Scores) -> bool:
-  return all(value >= least for value, least in zip(scores, thresholds, strict=True))
-
-
-def jpeg(picture: np.ndarray) -> bytes:
-  """Of best quality, and colours at full resolution (the original halves it)."""
-  file = io.BytesIO()
-  Image.fromarray(picture).save(file, 'JPEG', quality=100, subsampling=0)
-  return file.getvalue()
-
-
-def attention_sheet(
-  tokenizer: ClipTokenizer, prompt: Prompt, pictures: np.ndarray, maps: np.ndarray
-) -> Image.Image:
-  """Where each word of both captions looked: uint8 [2, H, W, 3] and [2, a, b, L]."""
-  sheets = []
-  captions = (prompt.caption, prompt.edited_caption)
-  for caption, picture, looks in zip(captions, pictures, maps, strict=True):
-    shown, labels = [Image.fromarray(picture)], ['']
-    for word, places in tokenizer.words(caption):
-      seen = looks[..., list(places)].sum(-1)
-      grey = np.uint8(255 * seen / max(seen.max(), 1e-12))
-      size = shown[0].size
-      shown.append(Image.fromarray(grey).resize(size, Image.Resampling.BICUBIC).convert('RGB'))
-      labels.append(word)
-    sheets.append(images.grid([shown], [''], labels, caption))
-  width, height = max(sheet.width for sheet in sheets), sum(sheet.height for sheet in sheets)
-  both = Image.new('RGB', (width, height), 'white')
-  both.paste(sheets[0], (0, 0))
-  both.paste(sheets[1], (0, sheets[0].height))
-  return both

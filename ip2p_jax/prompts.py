@@ -11,15 +11,20 @@
 """
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from ip2p_jax.alignment import Span
+from ip2p_jax.alignment import Span, step_window
 from ip2p_jax.errors import InputError
 
 NOTHING = MappingProxyType({})
+DRAWN_FROM = ('output', 'weights', 'cross_steps', 'blend', 'image')  # and the caption
+# What other data sets call an instruction.
+INSTRUCTIONS = ('instruction', 'edit_prompt', 'edit_instruction', 'instructions', 'prompt')
+SHOWN = 5  # faults named in one message
 
 
 class Prompt(NamedTuple):
@@ -36,16 +41,22 @@ class Prompt(NamedTuple):
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-  """Every line; InputError that names the first that is wrong."""
+  """Every line; InputError that names the lines that are wrong, and why."""
   try:
-    lines = path.read_text().splitlines()
-  except OSError as error:
-    raise InputError(f'{path}: cannot be read ({error.strerror or error}).') from None
-  prompts = [
-    _parsed(f'{path}: line {index + 1}', index, line, path.parent)
-    for index, line in enumerate(lines)
-    if line.strip()
-  ]
+    lines = path.read_bytes().decode('utf-8-sig').split('\n')  # no other sign ends a line
+  except (OSError, UnicodeDecodeError) as error:
+    reason = getattr(error, 'strerror', None) or 'is not UTF-8'
+    raise InputError(f'{path}: cannot be read ({reason}).') from None
+  prompts, faults = [], []
+  for index, line in enumerate(lines):
+    if not line.strip():
+      continue
+    value, problems = _value(line.strip(), path.parent)
+    faults += [f'line {index + 1}{problem}' for problem in problems]
+    if not problems:
+      prompts.append(_prompt(index, line.removesuffix('\r'), value, path.parent))
+  if faults:
+    raise InputError(f'{path}: {listed(faults)}; mend this first.')
   if not prompts:
     raise InputError(f'{path}: has no prompt; write a JSON object per line.')
   if len({prompt.image is None for prompt in prompts}) > 1:
@@ -53,47 +64,98 @@ def read_prompts(path: Path) -> list[Prompt]:
   return prompts
 
 
-def _parsed(where, index, line, folder) -> Prompt:
+def listed(faults: Sequence[str]) -> str:
+  """The first of them in a sentence, and how many more there are."""
+  more = len(faults) - SHOWN
+  return '; '.join(faults[:SHOWN]) + (f'; and {more} more' if more > 0 else '')
+
+
+def drawn_from(line: str) -> list[Any]:
+  """What of a line its pictures depend on, to compare; the rest may change when they are drawn."""
+  value = json.loads(line)
+  return [_caption(value), *(value.get(key) or None for key in DRAWN_FROM)]
+
+
+def instruction_fault(value: Mapping[str, Any]) -> str | None:
+  """What is wrong with the instruction of a prompt, after the place where it stands."""
+  text = value.get('edit')
+  if isinstance(text, str) and text.strip():
+    return None
+  other = next((name for name in INSTRUCTIONS if value.get(name)), None)
+  if 'edit' not in value and other:
+    return f"has no text 'edit': the instruction is called so, and not {other!r}"
+  return "has no text 'edit', the instruction"
+
+
+def _caption(value):
+  return value.get('caption', value.get('input'))
+
+
+def _value(line, folder) -> tuple[dict[str, Any], list[str]]:
+  """A line as JSON has it, and all that is wrong with it, as what follows 'line 7'."""
   try:
     value = json.loads(line)
-  except ValueError:
-    raise InputError(f'{where} is not JSON.') from None
+  except (ValueError, RecursionError):
+    return {}, [' is not JSON']
   if not isinstance(value, dict):
-    raise InputError(f'{where} is no JSON object.')
-  texts = [value.get('caption', value.get('input')), value.get('output')]
-  for key, text in zip(('caption', 'output'), texts, strict=True):
+    return {}, [' is no JSON object']
+  return value, list(_faults(value, folder))
+
+
+def _faults(value, folder) -> Iterator[str]:
+  for key, text in (('caption', _caption(value)), ('output', value.get('output'))):
     if not isinstance(text, str) or not text.strip():
-      raise InputError(f'{where} has no text {key!r}.')
+      yield f' has no text {key!r}'
+  if 'caption' in value and value.get('input', value['caption']) != value['caption']:
+    yield " has both a 'caption' and an 'input', which differ"
+  if fault := instruction_fault(value):
+    yield f' {fault}'
+  try:
+    ''.join(map(str, (_caption(value), value.get('edit'), value.get('output')))).encode()
+  except UnicodeEncodeError as error:
+    yield f' has text that is not Unicode ({error.reason})'
+  for key in ('weights', 'cross_steps'):
+    if not _are_words(value, key):
+      yield f': {key} is no object of words and numbers'
+  spans = value.get('cross_steps')
+  for span in spans.values() if spans and _are_words(value, 'cross_steps') else ():
+    try:
+      step_window(tuple(span) if isinstance(span, list) else span, 1)
+    except InputError as error:
+      yield f': cross_steps: {str(error).rstrip(".")}'
+  blend = value.get('blend')
+  if blend is not None and not _is_blend(blend):
+    yield ': blend is not two lists of words, as in [["cat"], ["dog"]]'
   image = value.get('image')
   if image is not None and not (folder / str(image)).is_file():
-    raise InputError(f'{where}: there is no picture {folder / str(image)}.')
-  return Prompt(
-    index,
-    line,
-    *texts,
-    weights=_words(where, value, 'weights'),
-    spans=_words(where, value, 'cross_steps'),
-    blend=_blend(where, value.get('blend')),
-    image=None if image is None else folder / str(image),
-  )
+    yield f': there is no picture {folder / str(image)}'
 
 
-def _words(where, value, key):
-  """Numbers by word; for steps, also pairs of numbers."""
+def _are_words(value, key) -> bool:
+  """Whether these are numbers by word; for steps, also pairs of numbers."""
   words = value.get(key) or {}
-  is_number = lambda x: isinstance(x, int | float)
+  is_number = lambda x: isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
   is_pair = lambda x: (
     key == 'cross_steps' and isinstance(x, list) and len(x) == 2 and all(map(is_number, x))
   )
-  if not isinstance(words, dict) or not all(is_number(x) or is_pair(x) for x in words.values()):
-    raise InputError(f'{where}: {key} is no object of words and numbers.')
-  return {word: tuple(x) if isinstance(x, list) else x for word, x in words.items()}
+  return isinstance(words, dict) and all(is_number(x) or is_pair(x) for x in words.values())
 
 
-def _blend(where, blend):
-  if blend is None:
-    return None
+def _is_blend(blend) -> bool:
   is_words = lambda side: isinstance(side, list) and all(isinstance(word, str) for word in side)
-  if not isinstance(blend, list) or len(blend) != 2 or not all(map(is_words, blend)):
-    raise InputError(f'{where}: blend is not two lists of words, as in [["cat"], ["dog"]].')
-  return tuple(blend)
+  return isinstance(blend, list) and len(blend) == 2 and all(map(is_words, blend)) and any(blend)
+
+
+def _prompt(index, line, value, folder) -> Prompt:
+  spans = value.get('cross_steps') or {}
+  blend, image = value.get('blend'), value.get('image')
+  return Prompt(
+    index,
+    line,
+    _caption(value),
+    value['output'],
+    weights=value.get('weights') or {},
+    spans={word: tuple(x) if isinstance(x, list) else x for word, x in spans.items()},
+    blend=None if blend is None else tuple(blend),
+    image=None if image is None else folder / str(image),
+  )

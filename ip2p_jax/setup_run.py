@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -95,11 +94,8 @@ def claimed(workdir: str) -> Iterator[None]:
   strangers = sorted(name for name in found if name not in OURS and not name.startswith('.'))
   if strangers:
     raise InputError(f'{folder}: holds {strangers[0]}, so it is no workdir; give a new folder.')
-  with open(folder / '.lock', 'w') as lock:
-    try:
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      raise InputError(f'{folder}: another run is writing here; wait for it, or stop it.') from None
+  busy = f'{folder}: another run is writing here; wait for it, or stop it.'
+  with storage.locked(folder / '.lock', busy):
     yield
 
 

@@ -1,16 +1,27 @@
-"""Files that lie in a local folder or in a bucket (gs://bucket/folder)."""
+"""Files that lie in a local folder or in a bucket (gs://bucket/folder).
+
+Any number of processes, on any number of machines, may write to one folder: a file appears whole or
+not at all, no two writers share a temporary name, and of all that `claim` a file one wins.
+"""
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import fsspec
 from etils import epath
 
 from ip2p_jax.errors import InputError
+
+CLAIM_WAIT = 5.0  # seconds for a content that is on its way
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of a disk that has none
 
 
 def folder(path: str | os.PathLike) -> epath.Path:
@@ -29,11 +40,14 @@ def is_local(path: str | os.PathLike) -> bool:
 
 
 def write_bytes(file: epath.Path, content: bytes) -> None:
-  """Writes it at once or not at all."""
+  """Writes it at once or not at all. Of several that do at the same time, the last one stays."""
   file.parent.mkdir(parents=True, exist_ok=True)
-  temporary = file.with_name(f'.{file.name}.tmp')
-  temporary.write_bytes(content)
-  temporary.replace(file)
+  if not is_local(file):
+    file.write_bytes(content)  # a bucket shows no part of a file
+    return
+  with _temporary(file) as temporary:
+    temporary.write_bytes(content)
+    temporary.replace(file)
 
 
 def write_json(file: epath.Path, value: Any) -> None:
@@ -47,6 +61,117 @@ def read_json(file: epath.Path) -> Any:
     return json.loads(file.read_text())
   except ValueError as error:
     raise InputError(f'{file}: not valid JSON ({error}).') from None
+
+
+def create(file: epath.Path, content: bytes) -> None:
+  """Writes a new file, whole; FileExistsError if there is one. Of several, exactly one succeeds.
+
+  That holds between threads, processes and machines, by a hard link; on disks without those, by
+  exclusive creation, and a reader may then come before the content. In a bucket the store decides
+  (fsspec's mode 'create'): Google's and Amazon's let one win; of others two may, at the same time.
+  """
+  file.parent.mkdir(parents=True, exist_ok=True)
+  if not is_local(file):
+    try:
+      system, name = fsspec.core.url_to_fs(str(file))
+    except ImportError as error:
+      raise InputError(f'{file}: {error}.') from None
+    system.pipe_file(name, content, mode='create')
+    return
+  with _temporary(file) as temporary:
+    temporary.write_bytes(content)
+    try:
+      os.link(temporary, file)
+    except FileExistsError:
+      raise
+    except OSError:
+      with open(file, 'xb') as opened:
+        opened.write(content)
+
+
+def claim(file: epath.Path, value: Any) -> Any:
+  """What the first of all that ever claimed this file gave, as JSON has it.
+
+  So whoever finds the value to be its own was accepted. As sure as `create`.
+  """
+  content = (json.dumps(value, indent=2) + '\n').encode()
+  with contextlib.suppress(FileExistsError):
+    create(file, content)
+  until = time.monotonic() + CLAIM_WAIT
+  while True:
+    try:
+      return read_json(file)
+    except InputError:  # half there, on a disk without hard links; or damaged
+      if time.monotonic() > until:
+        raise
+    time.sleep(0.05)
+
+
+def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+  """Names of settings that are not the same, in order; those that one lacks are None there."""
+  return sorted(name for name in {*one, *other} if one.get(name) != other.get(name))
+
+
+@contextlib.contextmanager
+def locked(file: epath.Path, message: str, waits: bool = False) -> Iterator[None]:
+  """Holds the lock that a file stands for; InputError(message) if someone else does.
+
+  The lock is the system's, and goes with the process however that ends. It holds between threads
+  and processes, and between machines on disks that share locks (NFS). On other disks, and in
+  buckets, nobody is kept out. `waits` waits instead.
+  """
+  if not is_local(file):
+    yield
+    return
+  file.parent.mkdir(parents=True, exist_ok=True)
+  opened = _lock(file, waits)
+  if opened is None:
+    raise InputError(message)
+  try:
+    yield
+  finally:
+    with contextlib.suppress(OSError):
+      os.unlink(file)  # before the lock goes, so that no one else's is removed
+    os.close(opened)
+
+
+def is_locked(file: epath.Path) -> bool:
+  """Whether someone holds it now. Removes what a dead process left."""
+  try:
+    with locked(file, ''):
+      return False
+  except InputError:
+    return True
+
+
+def _lock(file, waits) -> int | None:
+  """The descriptor of the locked file; None if it is someone else's."""
+  while True:
+    opened = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+      fcntl.flock(opened, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
+    except BlockingIOError:
+      os.close(opened)
+      return None
+    except OSError as error:
+      if error.errno not in NO_LOCKS:
+        os.close(opened)
+        raise
+      return opened
+    with contextlib.suppress(FileNotFoundError):
+      if os.path.samestat(os.stat(file), os.fstat(opened)):
+        return opened
+    os.close(opened)  # who had it has removed it: this is no lock any more
+
+
+@contextlib.contextmanager
+def _temporary(file) -> Iterator[epath.Path]:
+  """A name beside `file` that nobody else has; gone afterwards."""
+  temporary = file.with_name(f'.{file.name}.{os.urandom(8).hex()}.tmp')
+  try:
+    yield temporary
+  finally:
+    temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -114,6 +114,57 @@ def test_a_picture_that_was_not_kept_is_told_and_nothing_is_written(tmp_path):
   assert not (tmp_path / 'out').exists()
 
 
+def test_a_pair_that_was_rounded_up_to_a_threshold_may_lack_its_pictures(tmp_path):
+  border = GOOD._replace(clip_sim_dir=0.2)  # 0.199996 before it was rounded, and judged then
+  raw = write_raw(tmp_path / 'raw', {0: [(1, border), (2, GOOD), (3, border)]})
+  for side in (0, 1):
+    (raw / '0000000' / f'1_{side}.jpg').unlink()
+  found = filtering.filter_pairs([raw], tmp_path / 'out')
+  assert kept(tmp_path / 'out') == {0: [2, 3]} and found.passed_all == 2
+  raw = write_raw(
+    tmp_path / 'low', {0: [(1, border._replace(clip_sim_image=0.69))]}, pictures=False
+  )
+  with pytest.raises(InputError, match='--keep all'):
+    filtering.filter_pairs([raw], tmp_path / 'more', Scores(0.1, 0.1, 0.1, 0.6))
+
+
+def test_a_pair_that_overflowed_passes_nothing(tmp_path):
+  raw = write_raw(tmp_path / 'raw', {0: [(1, Scores(None, 0.5, None, None)), (2, GOOD)]})
+  found = filtering.filter_pairs([raw], tmp_path / 'out', Scores(-1, -1, -1, -1))
+  assert (
+    kept(tmp_path / 'out') == {0: [2]} and found.broken == 1 and found.passed['clip_sim_0'] == 1
+  )
+  filtering.draw_histograms(found.scores, filtering.PAPER, tmp_path / 'histograms.png')
+
+
+def test_where_nothing_passes_nothing_is_written(tmp_path):
+  raw = write_raw(tmp_path / 'raw', {0: [(1, GOOD)]})
+  assert not filtering.filter_pairs([raw], tmp_path / 'out', Scores(1, 1, 1, 1)).kept
+  assert [path.name for path in tmp_path.iterdir()] == ['raw']
+
+
+def test_prompts_without_an_instruction_are_named(tmp_path):
+  raw = write_raw(tmp_path / 'raw', {i: [(1, GOOD)] for i in range(3)})
+  (raw / '0000001' / 'prompt.json').write_text('{"caption": "a", "output": "b"}')
+  (raw / '0000002' / 'prompt.json').write_text('{"caption": "a", "instruction": "b"}')
+  with pytest.raises(InputError) as error:
+    filtering.filter_pairs([raw], tmp_path / 'out')
+  assert "0000001/prompt.json has no text 'edit'" in str(error.value)
+  assert "0000002/prompt.json has no text 'edit': the instruction is called so" in str(error.value)
+  assert not (tmp_path / 'out').exists()
+
+
+def test_two_filters_do_not_write_one_folder(tmp_path):
+  raw = write_raw(tmp_path / 'raw', {0: [(1, GOOD)]})
+
+  def progress(done, total):
+    with pytest.raises(InputError, match='another process writes it'):
+      filtering.filter_pairs([raw], tmp_path / 'out')
+
+  filtering.filter_pairs([raw], tmp_path / 'out', progress=progress)
+  assert kept(tmp_path / 'out') == {0: [1]}
+
+
 def test_what_is_there_is_not_overwritten(tmp_path):
   raw = write_raw(tmp_path / 'raw', {0: [(1, GOOD)]})
   (tmp_path / 'out').mkdir()

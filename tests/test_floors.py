@@ -25,11 +25,20 @@ FLOORS = (
   ('networks', 'alignment', 'prompt_to_prompt', 'sampling', 'similarity', 'language_program'),
   ('language', 'prompts'),
   ('optimizer', 'lora', 'loss', 'flops', 'gpus', 'metrics', 'loss_course', 'program_text', 'data'),
-  ('checkpoints', 'plan_devices', 'edit_program', 'inversion', 'pair_program', 'train_step'),
-  ('triplets', 'editor', 'plan_compiler', 'language_step', 'language_workdir', 'triplet_rules'),
+  (
+    'checkpoints',
+    'plan_devices',
+    'edit_program',
+    'inversion',
+    'pair_files',
+    'pair_program',
+    'train_step',
+  ),
+  ('train_step', 'triplets'),
+  ('editor', 'plan_compiler', 'language_step', 'language_workdir', 'triplet_rules'),
   ('edit_files', 'convert', 'previews', 'setup_run', 'captions', 'training_loop'),
   ('training', 'language_training', 'pairs', 'plan', 'caption_server', 'triplet_check'),
-  ('filtering', 'captions_cli', 'plan_sampling'),
+  ('filtering', 'captions_cli', 'pair_run', 'plan_sampling'),
   ('cli', 'launch'),
 )
 ANYONE = ('__init__', 'resources')  # the public names; scripts that travel with exports

@@ -1,6 +1,10 @@
 """Pairs of a whole run: seeds, restarts, workers, and what is written."""
 
+import concurrent.futures
+import copy
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -9,14 +13,15 @@ import pytest
 import tiny_models
 from PIL import Image
 
-from ip2p_jax import inversion, pair_program, pairs, sharding
+from ip2p_jax import inversion, pair_files, pair_program, pairs, sharding, storage
 from ip2p_jax import prompt_to_prompt as p2p
 from ip2p_jax.attention import attend, splash
 from ip2p_jax.errors import InputError
 from ip2p_jax.networks import networks_of, params_of, tokenizer_of
-from ip2p_jax.pairs import Drawing, Generator, Sample, draw_all
+from ip2p_jax.pair_run import draw_all
+from ip2p_jax.pairs import Drawing, Generator, Sample
 from ip2p_jax.prompts import read_prompts
-from ip2p_jax.similarity import Clip
+from ip2p_jax.similarity import Clip, Scores
 
 UNET = tiny_models.TINY_UNET | {'in_channels': 4}
 DRAWING = Drawing(samples=5, steps=3, size=32, batch_size=8)
@@ -69,7 +74,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def lines_of(folder, prompt):
-  return pairs.read_scores(folder / f'{prompt:07d}' / 'scores.jsonl')
+  return pair_files.read_scores(folder / f'{prompt:07d}' / 'scores.jsonl')
 
 
 # Samples.
@@ -139,24 +144,164 @@ def test_killed_after_a_batch_it_goes_on_to_the_same_bytes(generator, prompts, w
   assert contents(tmp_path) == contents(whole)
 
 
-@pytest.mark.parametrize('survivors', [0, 3, 7, 16, 17, 18])
+@pytest.mark.parametrize('survivors', [0, 1, 3, 7, 16, 17, 18, 19, 20, 21, 22, 30, 39])
 def test_killed_within_a_batch_it_goes_on_to_the_same_bytes(
   survivors, generator, prompts, whole, tmp_path, monkeypatch
 ):
   written = []
 
-  def write_bytes(file, content, real=pairs.storage.write_bytes):
+  def write_bytes(file, content, real=storage.write_bytes):
     if len(written) == survivors:
       raise Killed
     written.append(file)
     real(file, content)
 
-  monkeypatch.setattr(pairs.storage, 'write_bytes', write_bytes)
+  monkeypatch.setattr(storage, 'write_bytes', write_bytes)
   with pytest.raises(Killed):
     draw_all(generator, prompts, tmp_path, IDENTITY)
   monkeypatch.undo()
+  seed = generator.drawing.sample(0, 0).seed
+  (tmp_path / '0000000').mkdir(exist_ok=True)  # as a kill in the middle of a file leaves it
+  (tmp_path / '0000000' / f'.{seed}_0.jpg.0123.tmp').write_bytes(b'half')
   draw_all(generator, prompts, tmp_path, IDENTITY)
   assert contents(tmp_path) == contents(whole)
+
+
+def with_drawing(generator, **changes):
+  """The same compiled program with other settings that it does not depend on."""
+  changed = copy.copy(generator)
+  changed.drawing = dataclasses.replace(generator.drawing, **changes)
+  return changed
+
+
+def check_same_but_for_rounding(folder, whole):
+  """Whether a folder is what another is, had other pairs been drawn together."""
+  found, wanted = contents(folder), contents(whole)
+  assert set(found) == set(wanted)
+  for name, content in wanted.items():
+    if name.endswith('.jpg'):
+      pictures = (np.asarray(Image.open(where / name)).astype(int) for where in (folder, whole))
+      assert np.abs(np.subtract(*pictures)).max() <= 4
+    elif name.endswith('scores.jsonl'):
+      lines = (pair_files.read_scores(where / name) for where in (folder, whole))
+      for ours, theirs in zip(*lines, strict=True):
+        assert [*ours] == [*theirs] and ours == pytest.approx(theirs, abs=2e-5)
+    else:
+      assert found[name] == content
+
+
+def test_it_goes_on_with_more_samples_and_prompts_and_another_number_of_workers(
+  generator, prompts, whole, tmp_path
+):
+  def kill(done, total):
+    raise Killed
+
+  few = with_drawing(generator, samples=3)
+  with pytest.raises(Killed):
+    draw_all(few, prompts[:2], tmp_path, IDENTITY, shard=(0, 2), progress=kill)
+  assert len(lines_of(tmp_path, 0)) == 3
+  told = []
+  draw_all(generator, prompts, tmp_path, IDENTITY, progress=lambda *n: told.append(n))
+  assert told == [(11, 15), (15, 15)]  # 3 were there
+  check_same_but_for_rounding(tmp_path, whole)
+  with pytest.raises(InputError, match='has 5 samples of each prompt, and --samples is 3'):
+    draw_all(few, prompts, tmp_path, IDENTITY)
+
+
+def test_it_goes_on_with_another_batch_size(parts, generator, prompts, whole, tmp_path):
+  def kill(done, total):
+    raise Killed
+
+  large = Generator(*parts, dataclasses.replace(DRAWING, batch_size=16))
+  with pytest.raises(Killed):
+    draw_all(generator, prompts, tmp_path, IDENTITY, progress=kill)
+  draw_all(large, prompts, tmp_path, IDENTITY)
+  check_same_but_for_rounding(tmp_path, whole)
+
+
+def rewritten(prompts, index, **changes):
+  line = json.dumps(json.loads(prompts[index].line) | changes)
+  known = {'caption': 'caption', 'output': 'edited_caption', 'weights': 'weights'}
+  changes = {known[key]: value for key, value in changes.items() if key in known}
+  return [
+    prompt._replace(line=line, **changes) if prompt.index == index else prompt for prompt in prompts
+  ]
+
+
+def test_only_lines_that_were_not_drawn_may_change(generator, prompts, whole, tmp_path):
+  def kill(done, total):
+    raise Killed
+
+  broken = rewritten(prompts, 2, output='a smell hat')
+  with pytest.raises(Killed):  # after lines 1 and 2, of which the second is not complete
+    draw_all(generator, broken, tmp_path, IDENTITY, progress=kill)
+  for index in (0, 1):
+    with pytest.raises(InputError, match=f'not as they were drawn: {index + 1};'):
+      draw_all(generator, rewritten(prompts, index, output='a tree'), tmp_path, IDENTITY)
+  with pytest.raises(InputError, match='not as they were drawn: 1;'):
+    draw_all(generator, prompts[1:], tmp_path, IDENTITY)
+  draw_all(generator, prompts, tmp_path, IDENTITY)
+  assert contents(tmp_path) == contents(whole)
+  other = rewritten(prompts, 1, edit='call them dogs')  # which no picture depends on
+  assert draw_all(generator, other, tmp_path, IDENTITY) == 15
+  assert (tmp_path / '0000001' / 'prompt.json').read_text() == other[1].line + '\n'
+
+
+def test_a_folder_of_an_older_version_goes_on(generator, prompts, whole, tmp_path):
+  folder = shutil.copytree(whole, tmp_path / 'old')
+  settings = json.loads((folder / 'pairs.json').read_text())
+  settings |= {'batch_size': 8, 'prompts': 'a digest of the file'}
+  (folder / 'pairs.json').write_text(json.dumps(settings))
+  (folder / 'done-00000-of-00001.json').write_text('{"batches": 1}')
+  shutil.rmtree(folder / '0000002')
+  lines = (folder / '0000001' / 'scores.jsonl').read_text().splitlines(keepends=True)
+  (folder / '0000001' / 'scores.jsonl').write_text(''.join(lines[:3]))
+  draw_all(generator, prompts, folder, IDENTITY)
+  check_same_but_for_rounding(folder, whole)
+
+
+def with_scores(generator, change):
+  """Draws as ever, but for the scores."""
+  changed = copy.copy(generator)
+  changed.draw = lambda prompts, samples: (
+    generator.draw(prompts, samples)[0],
+    Scores(*change(len(prompts))),
+    None,
+  )
+  return changed
+
+
+def test_a_pair_that_overflows_is_recorded_and_does_not_stop_a_worker(generator, prompts, tmp_path):
+  def third(count):
+    return np.where(np.arange(8) == 2, np.float32([[np.nan]] * 4), 0.5)
+
+  changed = with_scores(generator, third)
+  with pytest.warns(UserWarning, match='2 of 15 pairs overflowed, and have no pictures'):
+    assert draw_all(changed, prompts, tmp_path, IDENTITY) == 15
+  line = lines_of(tmp_path, 0)[2]
+  assert line['clip_sim_dir'] is None and not any(tmp_path.rglob(f'{line["seed"]}_*'))
+  assert len(list(tmp_path.rglob('*.jpg'))) == 2 * 13
+  with pytest.warns(UserWarning, match='2 of 15'):  # nothing is drawn again, and it is told again
+    draw_all(changed, prompts, tmp_path, IDENTITY)
+  changed = with_scores(generator, lambda count: np.full((4, 8), np.inf, np.float32))
+  with pytest.raises(InputError, match='15 of 15 pairs overflowed'):
+    draw_all(changed, prompts, tmp_path / 'all', IDENTITY)
+
+
+def test_numbers_are_judged_as_they_are_stored(prompts, tmp_path):
+  directions = [0.199994, 0.199996, 0.2, 0.6]
+  scores = Scores(*np.float32([[0.5] * 4, [0.5] * 4, directions, [0.9] * 4]))
+  rows = [(prompts[0], i) for i in range(4)]
+  samples = [Sample(i, 0.5, 7.5) for i in range(4)]
+  pictures = np.zeros((2, 4, 8, 8, 3), np.uint8)
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    written = pair_files.write_batch(
+      storage.folder(tmp_path), (0, 1), 4, rows, samples, pictures, scores, 'passing', pool
+    )
+  assert written == (4, 0)
+  for line, is_kept in zip(lines_of(tmp_path, 0), (False, True, True, True), strict=True):
+    assert pair_files.passes(pair_files.scores_of(line), pair_files.RELEASED) == is_kept
+    assert (tmp_path / '0000000' / f'{line["seed"]}_1.jpg').exists() == is_kept
 
 
 def test_a_finished_run_draws_nothing_again(generator, prompts, whole, monkeypatch):
@@ -218,9 +363,9 @@ def test_pictures_that_fail_the_released_thresholds_need_not_be_kept(parts, prom
   draw_all(generator, prompts, tmp_path, IDENTITY)
   for i in range(3):
     for line in lines_of(tmp_path, i):
-      scores = pairs.Scores(*(line[name] for name in pairs.Scores._fields))
+      scores = pair_files.scores_of(line)
       file = tmp_path / f'{i:07d}' / f'{line["seed"]}_0.jpg'
-      assert file.exists() == pairs.passes(scores, pairs.RELEASED)
+      assert file.exists() == pair_files.passes(scores, pair_files.RELEASED)
 
 
 @pytest.mark.parametrize('control', ['none', 'auto', 'share+auto'])
@@ -244,7 +389,7 @@ def test_attention_to_words_is_drawn(parts, prompts):
   params = params_of(checkpoint, networks, 'float32')
   generator = Generator(networks, params, *parts[2:], Drawing(steps=2, size=32))
   pictures, _, attention = generator.draw(prompts[:1], [DRAWING.sample(0, 0)], True)
-  sheet = pairs.attention_sheet(
+  sheet = pair_files.attention_sheet(
     generator.tokenizer, prompts[0], np.asarray(pictures)[:, 0], np.asarray(attention)[:, 0]
   )
   assert sheet.width > 4 * 32  # the picture and three words
@@ -254,7 +399,8 @@ def test_attention_to_words_is_drawn(parts, prompts):
 def test_a_pair_can_begin_with_a_photograph(parts, tmp_path, rng):
   photo = rng.integers(0, 256, (4, 6, 3), np.uint8).repeat(20, 0).repeat(20, 1)
   Image.fromarray(photo).save(tmp_path / 'photo.png')
-  line = {'caption': 'a red star', 'output': 'a blue star', 'image': 'photo.png'}
+  line = {'caption': 'a red star', 'edit': 'make it blue', 'output': 'a blue star'}
+  line['image'] = 'photo.png'
   (tmp_path / 'prompts.jsonl').write_text(json.dumps(line))
   prompts = read_prompts(tmp_path / 'prompts.jsonl')
   with pytest.raises(InputError, match='by the sampler ddim'):
@@ -282,6 +428,31 @@ def test_a_pair_can_begin_with_a_photograph(parts, tmp_path, rng):
 # Mistakes.
 
 
+def test_all_lines_that_cannot_be_drawn_are_named_before_any_is(generator, prompts, tmp_path):
+  wrong = rewritten(prompts, 0, weights={'tree': 2.0})
+  wrong[2] = wrong[2]._replace(image=tmp_path / 'photo.png', blend=(['hat'], ['cap']))
+  (tmp_path / 'photo.png').write_bytes(b'no picture')
+  with pytest.raises(InputError) as error:
+    draw_all(generator, wrong, tmp_path / 'out', IDENTITY)
+  assert 'line 1: weights do nothing with the control' in str(error.value)
+  assert 'line 3: blend do' in str(error.value) and 'by the sampler ddim' in str(error.value)
+  assert 'photo.png is not a picture' in str(error.value)
+  auto = with_drawing(generator, control='auto')
+  with pytest.raises(InputError) as error:
+    draw_all(auto, wrong, tmp_path / 'out', IDENTITY)
+  assert "line 1: the word 'tree' is not in 'a blue star'" in str(error.value)
+  assert "line 3: the word 'cap' is not in 'a big hat'" in str(error.value)
+  with pytest.raises(InputError, match='do not differ in single words'):
+    draw_all(with_drawing(generator, control='replace'), prompts, tmp_path / 'out', IDENTITY)
+  assert not (tmp_path / 'out').exists()
+
+
+def test_captions_that_are_cut_off_are_told(generator, prompts):
+  long = rewritten(prompts, 1, output='two dogs ' + 'and two dogs ' * 40)
+  with pytest.warns(UserWarning, match=r"1 of the captions .* 77 .*line 2, output \(ignored: '"):
+    generator.check(long)
+
+
 @pytest.mark.parametrize(
   ('line', 'message'),
   [
@@ -289,6 +460,16 @@ def test_a_pair_can_begin_with_a_photograph(parts, tmp_path, rng):
     ('[]', 'line 2 is no JSON object'),
     ('{"caption": "a", "edit": "b"}', "line 2 has no text 'output'"),
     ('{"edit": "b", "output": "c"}', "line 2 has no text 'caption'"),
+    ('{"caption": "a", "output": "c"}', "line 2 has no text 'edit', the instruction"),
+    ('{"caption": "a", "edit": " ", "output": "c"}', "line 2 has no text 'edit'"),
+    ('{"caption": "a", "instruction": "b", "output": "c"}', "and not 'instruction'"),
+    ('{"caption": "a", "input": "b", "edit": "b", "output": "c"}', 'which differ'),
+    ('{"caption": "a", "edit": "\\ud800", "output": "c"}', 'text that is not Unicode'),
+    ('{"caption": "a", "output": "c", "weights": {"c": true}}', 'line 2: weights is no object'),
+    ('{"caption": "a", "output": "c", "weights": {"c": NaN}}', 'weights is no object'),
+    ('{"caption": "a", "output": "c", "cross_steps": {"c": 1.5}}', 'cross_steps: 1.5 is no part'),
+    ('{"caption": "a", "output": "c", "cross_steps": {"c": [0.5, 0.1]}}', 'is no part of'),
+    ('{"caption": "a", "output": "c", "blend": [[], []]}', 'blend is not two lists'),
     ('{"caption": "a", "output": "c", "weights": [1]}', 'weights is no object'),
     ('{"caption": "a", "output": "c", "cross_steps": {"c": "x"}}', 'cross_steps is no object'),
     ('{"caption": "a", "output": "c", "blend": ["a"]}', 'blend is not two lists'),
@@ -300,6 +481,25 @@ def test_a_broken_line_is_named(line, message, tmp_path):
   file.write_text(prompt_lines()[0] + '\n' + line + '\n')
   with pytest.raises(InputError, match=message):
     read_prompts(file)
+
+
+def test_all_wrong_lines_are_named_at_once(tmp_path):
+  file = tmp_path / 'prompts.jsonl'
+  file.write_text('\n'.join(['[]', prompt_lines()[0], '', '{"caption": 3}'] + ['x'] * 9))
+  with pytest.raises(InputError) as error:
+    read_prompts(file)
+  said = str(error.value)
+  assert 'line 1 is no JSON object; line 4 has no text' in said and 'and 8 more' in said
+  file.write_bytes(b'\xff')
+  with pytest.raises(InputError, match='is not UTF-8'):
+    read_prompts(file)
+
+
+def test_a_line_ends_where_json_says(tmp_path):
+  file = tmp_path / 'prompts.jsonl'
+  line = '{"caption": "a\u2028cat", "edit": "b", "output": "c"}'
+  file.write_bytes(f'\ufeff{line}\r\n{line}'.encode())
+  assert [prompt.line for prompt in read_prompts(file)] == [line, line]
 
 
 def test_the_key_of_the_released_prompts_is_known(tmp_path):
@@ -335,7 +535,7 @@ def test_what_does_not_fit_is_told_before_drawing(parts):
 
 
 def test_words_may_have_steps_of_their_own(parts, prompts, tmp_path):
-  line = {'caption': 'a cat', 'output': 'a dog', 'cross_steps': {'dog': [0.5, 1]}}
+  line = {'caption': 'a cat', 'edit': 'x', 'output': 'a dog', 'cross_steps': {'dog': [0.5, 1]}}
   (tmp_path / 'prompts.jsonl').write_text(json.dumps(line))
   generator = Generator(*parts, Drawing(steps=10, size=32, control='share+replace'))
   control = generator._control(read_prompts(tmp_path / 'prompts.jsonl'), [Sample(0, 0.5, 7.5)])

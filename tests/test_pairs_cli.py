@@ -46,18 +46,19 @@ def ip2p(folder, monkeypatch, capsys):
   return run
 
 
-def drawing(folder, out, *more):
+def drawing(folder, out, *more, samples=('--samples', 2)):
   models = ('--ckpt', folder / 'ckpt', '--clip', folder / 'clip')
-  small = ('--samples', 2, '--steps', 2, '--size', 32)
-  return ('pairs', folder / 'prompts.jsonl', out, *models, *small, *more)
+  small = ('--steps', 2, '--size', 32)
+  return ('pairs', folder / 'prompts.jsonl', out, *models, *samples, *small, *more)
 
 
 def test_from_prompts_to_a_data_set(ip2p, folder, tmp_path):
   for i in range(2):
     status, said = ip2p(*drawing(folder, tmp_path / 'raw', '--shard', f'{i}/2'))
     assert status == 0 and '12 pairs' in said
-  status, said = ip2p('filter', tmp_path / 'raw', tmp_path / 'none')
-  assert status == 0 and 'clip_sim_dir >= 0.2 (direction)' in said
+  status, said = ip2p('filter', tmp_path / 'raw', tmp_path / 'none', '--image', 1.1)
+  assert status == 2 and 'clip_sim_dir >= 0.2 (direction)' in said
+  assert said.endswith('no pair passes all thresholds, so there is nothing to write; lower them.\n')
   loose = ('--image', '-1', '--caption', '-1', '--direction', '-1', '--most', 1)
   status, said = ip2p('filter', tmp_path / 'raw', tmp_path / 'pairs', *loose)
   assert status == 0 and '12 pairs of 12 prompts' in said
@@ -74,7 +75,6 @@ def test_from_prompts_to_a_data_set(ip2p, folder, tmp_path):
   assert status == 2 and 'nothing to pack' in said
   assert {file.name for file in tmp_path.iterdir()} == {
     'raw',
-    'none',
     'pairs',
     'shards',
     'straight',
@@ -85,8 +85,8 @@ def test_from_prompts_to_a_data_set(ip2p, folder, tmp_path):
 
 
 def test_attention_is_shown(ip2p, folder, tmp_path):
-  status, _ = ip2p(*drawing(folder, tmp_path / 'maps', '--control', 'auto', '--show-attention', 1))
-  assert status == 0
+  words = drawing(folder, tmp_path / 'maps', '--control', 'auto', '--show-attention', 1, samples=())
+  assert ip2p(*words)[0] == 0
   (file,) = (tmp_path / 'maps').iterdir()
   assert read_settings(file)['output'] == 'a dog 0'
 
@@ -98,6 +98,13 @@ def test_attention_is_shown(ip2p, folder, tmp_path):
     (('--shard', '2/2'), 'shard is'),
     (('--threshold', '0.9', '0.1'), 'threshold is 0.9 to 0.1'),
     (('--batch-size', 3), 'multiple of the 8 devices'),
+    (('--dtype', 'float16'), "--dtype is 'float16'"),
+    (('--control', 'none', '--threshold', '0.1', '0.9'), '--threshold would do nothing'),
+    (('--control', 'auto', '--threshold', '0.1', '0.9'), '--threshold would do nothing'),
+    (('--cross-steps', '0.5'), '--cross-steps would do nothing: --control is share'),
+    (('--control', 'none', '--self-steps', '0.5'), '--self-steps would do nothing'),
+    (('--guidance', '1', '1', '--negative', 'x'), '--negative would do nothing'),
+    (('--show-attention', '1'), '--samples would do nothing: --show-attention'),
     (('--clip', 'nowhere'), 'nowhere: no CLIP here'),
     (('--ckpt', 'nowhere'), 'nowhere'),
   ],
@@ -111,4 +118,8 @@ def test_a_mistake_is_one_line(words, message, ip2p, folder, tmp_path):
 def test_filter_says_what_it_lacks(ip2p, folder, tmp_path):
   assert 'has no pairs' in ip2p('filter', folder, tmp_path / 'out')[1]
   assert 'then a new one' in ip2p('filter', folder)[1]
-  assert "--preset is 'mine'" in ip2p('filter', folder, tmp_path / 'out', '--preset', 'mine')[1]
+  words = ('filter', folder, tmp_path / 'out')
+  assert "--preset is 'mine'" in ip2p(*words, '--preset', 'mine')[1]
+  assert 'leave out one of them' in ip2p(*words, '--preset', 'paper', '--image', 0.8)[1]
+  assert '--image, --caption and --direction are cosines' in ip2p(*words, '--direction', 'nan')[1]
+  assert '--holdout is only for --shards' in ip2p(*words, '--holdout', 0.1)[1]

@@ -26,7 +26,8 @@ from PIL import Image
 
 from ip2p_jax import checkpoints, filtering, images
 from ip2p_jax.networks import networks_of, params_of, tokenizer_of
-from ip2p_jax.pairs import Drawing, Generator, passes
+from ip2p_jax.pair_files import passes, stored
+from ip2p_jax.pairs import Drawing, Generator
 from ip2p_jax.prompts import Prompt
 from ip2p_jax.similarity import Clip, Scores
 
@@ -73,7 +74,8 @@ def measure(
     samples = [drawing.sample(prompt.index, sample) for prompt in part]
     drawn, found, _ = generator.draw(part, samples)
     pictures.append(np.asarray(drawn)[:, : len(part)])
-    scores += list(zip(*(np.asarray(x)[: len(part)].tolist() for x in found), strict=True))
+    rows = zip(*(np.asarray(x)[: len(part)].tolist() for x in found), strict=True)
+    scores += [stored(Scores(*row)) for row in rows]
   pictures = np.concatenate(pictures, 1)
   values = {'kept': [], 'changed': [], 'drawn': [], 'yield': []}
   for i, one in enumerate(some):
@@ -85,7 +87,7 @@ def measure(
     values['kept'].append(oracle.psnr(second[rest], first[rest]) if is_enough else None)
     values['changed'].append(min(1.0, max(0.0, oracle.way(second, before, after))))
     values['drawn'].append(int(oracle.judge(one, pictures[1, i]).is_done))
-    values['yield'].append(int(passes(Scores(*scores[i]), filtering.PAPER)))
+    values['yield'].append(int(passes(scores[i], filtering.PAPER)))
   columns = zip(*scores, strict=True)
   return pictures, values | dict(zip(Scores._fields, map(list, columns), strict=True))
 

@@ -8,7 +8,6 @@ makes the folder a data set (with the same bytes, if two do).
 """
 
 import contextlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterable
@@ -22,6 +21,7 @@ from tensorflow_datasets.core import dataset_info
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 from tensorflow_datasets.core.splits import SplitDict
 
+from ip2p_jax import storage
 from ip2p_jax.data import shards
 from ip2p_jax.data.pack_plan import Shard, differences, shards_of
 from ip2p_jax.errors import InputError
@@ -111,7 +111,7 @@ def write_shard(
       size = _settle(temporary, rows)
       os.replace(temporary, folder / shard.file)
       note = {'rows': rows, 'bytes': size, 'skipped': skipped}
-      _write_json(_note(folder, shard), note)
+      storage.write_json(_note(folder, shard), note)
   finally:
     temporary.unlink(missing_ok=True)
   return skipped
@@ -187,7 +187,7 @@ def _claim(folder, plan) -> dict:
     strangers = [name for name in os.listdir(folder) if not name.startswith('.')]
     if strangers and not file.is_file():  # another machine may have come first
       raise InputError(f'{folder}: is not empty; give a new folder.')
-    _write_json(file, plan)
+    storage.claim(file, plan)
   found = shards.read_plan(folder)
   different = differences(found, plan)
   if different:
@@ -275,12 +275,6 @@ def _tidy(folder):
       shutil.rmtree(leftover, ignore_errors=True)
     else:
       leftover.unlink(missing_ok=True)
-
-
-def _write_json(file, value):
-  temporary = file.with_name(f'.{file.name}.{os.urandom(4).hex()}.tmp')
-  temporary.write_text(json.dumps(value, indent=2) + '\n')
-  os.replace(temporary, file)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,187 @@
+"""Workers that start together in one new folder, and files that several write at once."""
+
+import collections
+import errno
+import os
+import subprocess
+import sys
+import threading
+import time
+import types
+
+import pytest
+
+from ip2p_jax import captions, pair_files, storage
+from ip2p_jax.data import shard_writing, shards
+from ip2p_jax.errors import InputError
+
+WORKERS = 4
+
+
+def together(begin):
+  """What WORKERS threads that begin at once are told: counts of 'accepted' and of errors' names."""
+  barrier, told = threading.Barrier(WORKERS), []
+
+  def work(i):
+    barrier.wait()
+    try:
+      begin(i)
+      told.append('accepted')
+    except Exception as error:
+      told.append(type(error).__name__)
+
+  threads = [threading.Thread(target=work, args=(i,)) for i in range(WORKERS)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  return collections.Counter(told)
+
+
+def begin_pairs(folder, run, i):
+  settings = {'seed': run, 'prompts': 'a', 'samples': 1}
+  with pair_files.working(storage.folder(folder), settings, [], (i, WORKERS)):
+    pass
+
+
+def begin_captions(folder, run, i):
+  one = captions.Caption(0, 'a cat')
+  complete = lambda texts, seeds: ((i, '') for i in range(len(texts)))
+  writing = captions.Writing(seed=run, attempts=1)
+  captions.write_all([one], folder, complete, writing, {'model': 'm'}, (i, WORKERS))
+
+
+def begin_pack(folder, run, i):
+  split = {'rows': 4, 'shards': 1, 'sample': [None]}
+  plan = {'format': shards.FORMAT, 'kind': 'images', 'splits': {'train': split}}
+  plan['settings'] = {'size': run, 'quality': 95, 'has_input': True}
+  shard_writing.begin(folder, plan, f'{i}/{WORKERS}', 0)
+
+
+@pytest.mark.parametrize('begin', [begin_pairs, begin_captions, begin_pack])
+def test_of_runs_that_start_together_exactly_one_is_accepted(begin, tmp_path):
+  for trial in range(100):
+    same, mixed = tmp_path / f'same-{trial}', tmp_path / f'mixed-{trial}'
+    assert together(lambda i, here=same: begin(here, 1, i)) == {'accepted': WORKERS}
+    found = together(lambda i, here=mixed: begin(here, i % 2 + 1, i))
+    assert found == {'accepted': WORKERS // 2, 'InputError': WORKERS // 2}
+
+
+def test_of_runs_with_other_prompts_that_start_together_one_is_accepted(tmp_path):
+  done = threading.Barrier(WORKERS)
+
+  def begin(folder, run, i):
+    settings = {'seed': 0, 'prompts': run, 'samples': 1}
+    try:
+      with pair_files.working(storage.folder(folder), settings, [], (i, WORKERS)):
+        done.wait()  # all are at work until the last was accepted or refused
+    except InputError:
+      done.wait()
+      raise
+
+  for trial in range(50):
+    found = together(lambda i, trial=trial: begin(tmp_path / str(trial), i % 2, i))
+    assert found == {'accepted': WORKERS // 2, 'InputError': WORKERS // 2}
+
+
+# A process that claims many files, one at a set time each, and prints what it finds in them.
+CLAIMS = """
+import pathlib, sys, time
+from ip2p_jax import storage
+folder, own = sys.argv[1:]
+print('ready', flush=True)
+begins = float(sys.stdin.readline())
+for trial in range(150):
+  while time.time() < begins + trial * 0.01:
+    pass
+  print(storage.claim(storage.folder(folder) / f'{trial}.json', own))
+"""
+
+
+def test_of_processes_that_claim_a_file_one_wins(tmp_path):
+  some = [
+    subprocess.Popen(
+      [sys.executable, '-c', CLAIMS, tmp_path, str(own)],
+      stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )
+    for own in range(3)
+  ]  # fmt: skip
+  assert all(process.stdout.readline() == 'ready\n' for process in some)
+  begins = f'{time.time() + 0.2}\n'
+  for process in some:
+    process.stdin.write(begins)
+    process.stdin.flush()
+  found = [process.communicate()[0].split() for process in some]
+  assert len(found[0]) == 150
+  assert all(len(set(of_file)) == 1 for of_file in zip(*found, strict=True))
+  assert {file.suffix for file in tmp_path.iterdir()} == {'.json'}
+
+
+def test_on_a_disk_without_hard_links_one_wins_too(tmp_path, monkeypatch):
+  def link(source, target):
+    raise OSError(errno.EPERM, 'no hard links here')
+
+  monkeypatch.setattr(os, 'link', link)
+  for trial in range(100):
+    file, found = storage.folder(tmp_path) / f'{trial}.json', []
+    assert together(lambda i, file=file, found=found: found.append(storage.claim(file, i))) == {
+      'accepted': WORKERS
+    }
+    assert len(set(found)) == 1
+
+
+def test_in_a_bucket_the_store_lets_one_win():
+  class File:
+    parent = types.SimpleNamespace(mkdir=lambda **_: None)
+
+    def __str__(self):
+      return f'memory://bucket/{os.getpid()}.json'
+
+  storage.create(File(), b'1')
+  with pytest.raises(FileExistsError):
+    storage.create(File(), b'2')
+
+
+def test_many_may_write_one_file_and_nothing_is_left_over(tmp_path):
+  file = storage.folder(tmp_path) / 'some'
+  for _ in range(50):
+    assert together(lambda i: storage.write_bytes(file, bytes([i]) * 9999)) == {'accepted': WORKERS}
+    content = file.read_bytes()
+    assert len(content) == 9999 and len(set(content)) == 1
+  assert [path.name for path in tmp_path.iterdir()] == ['some']
+
+
+def test_a_lock_keeps_others_out_while_it_is_held(tmp_path):
+  file = storage.folder(tmp_path) / '.lock'
+  with storage.locked(file, 'mine'):
+    assert storage.is_locked(file)
+    with pytest.raises(InputError, match='mine'), storage.locked(file, 'mine'):
+      pass
+  assert not storage.is_locked(file) and not file.exists()
+  held = []
+
+  def work(i):
+    with storage.locked(file, '', waits=True):
+      held.append(i)
+      assert len(held) == 1
+      held.remove(i)
+
+  for _ in range(50):
+    assert together(work) == {'accepted': WORKERS}
+
+
+def test_a_worker_is_at_work_once_and_all_share_by_one_number(tmp_path):
+  settings, folder = {'prompts': 'a', 'samples': 1}, storage.folder(tmp_path)
+  with pair_files.working(folder, settings, [], (0, 2)):
+    for shard, message in (((0, 2), 'another process draws shard 0/2'), ((1, 3), 'the same n')):
+      with pytest.raises(InputError, match=message):
+        pair_files.working(folder, settings, [], shard).__enter__()
+    with (
+      pair_files.working(folder, settings, [], (1, 2)),
+      pytest.raises(InputError, match='the same n'),
+    ):
+      pair_files.working(folder, settings | {'samples': 2}, [], (0, 1)).__enter__()
+  with pair_files.working(folder, settings | {'samples': 2}, [], (0, 1)):
+    pass  # when they are gone
+  with pytest.raises(InputError, match='has 2 samples of each prompt, and --samples is 1'):
+    pair_files.working(folder, settings, [], (0, 1)).__enter__()
