@@ -175,7 +175,8 @@ def test_a_profile_that_cannot_be_read_is_one_line_that_names_the_file(edit, pho
   assert f'warning: {tmp_path}/odd.png: its colour profile cannot be read' in text
   assert edit(num=2)[0] == 0
   for name in ('out-0.png', 'out-1.png'):
-    assert Image.open(tmp_path / name).info.get('icc_profile') is None
+    with Image.open(tmp_path / name) as made:
+      assert 'icc_profile' not in made.info
 
 
 def test_a_mistake_is_one_line_and_status_2_and_leaves_no_file(edit, tmp_path, photo):

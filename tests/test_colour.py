@@ -40,6 +40,13 @@ def pixels(picture):
   return np.asarray(picture).astype(int)
 
 
+def opened(path):
+  """As other software opens it; the file is closed again."""
+  with Image.open(path) as image:
+    image.load()
+  return image
+
+
 def difference(one, other):
   """In levels of 255, on average."""
   return np.abs(pixels(one) - pixels(other)).mean()
@@ -90,7 +97,7 @@ def test_greys_are_seen_by_their_profile_and_stay_what_they_were(tmp_path, mode,
   assert np.abs(array - seen).max() <= 1
   result = images.restore(negative(array), original, half)
   images.save(result, tmp_path / 'out.png', {})
-  written = Image.open(tmp_path / 'out.png')
+  written = opened(tmp_path / 'out.png')
   assert (pixels(written)[24:, :, :3] == values[24:, :, None]).all()
   shown = pixels(profiles.as_seen(written.convert('RGB')))
   assert np.abs(shown[24:] - seen[24:]).max() <= 1
@@ -127,7 +134,7 @@ def test_transparency_is_no_colour(tmp_path, photo):
   images.save(result, tmp_path / 'out.tif', {})
   assert images.read(tmp_path / 'out.tif').tobytes() == result.tobytes()
   images.save(result, tmp_path / 'out.jpg', {})
-  assert profiles.as_seen(Image.open(tmp_path / 'out.jpg')).getpixel((0, 0)) == (255, 255, 255)
+  assert profiles.as_seen(opened(tmp_path / 'out.jpg')).getpixel((0, 0)) == (255, 255, 255)
 
 
 @pytest.mark.parametrize('profile', [None, 'sRGB'])
@@ -156,7 +163,7 @@ def test_a_result_keeps_the_profile_and_is_shown_as_it_was_edited(
   original = images.read(write(own, tmp_path / 'in.png'))
   edited = negative(images.to_array(original, photo.size))
   images.save(images.restore(edited, original, half), tmp_path / f'out.{extension}', {'seed': 1})
-  written = Image.open(tmp_path / f'out.{extension}')
+  written = opened(tmp_path / f'out.{extension}')
   assert written.info['icc_profile'] == profiles.ALL[name]
   shown = pixels(profiles.as_seen(written))
   close = 3.5 if extension == 'webp' else 2  # which loses 2.1 of this picture without a profile
@@ -179,7 +186,7 @@ def test_cmyk_stays_cmyk_where_the_format_has_it_and_else_becomes_srgb(
   original = images.for_file(original, path)
   edited = negative(images.to_array(original, photo.size))
   images.save(images.restore(edited, original, half), path, {})
-  written = Image.open(path)
+  written = opened(path)
   assert written.mode == mode
   assert written.info.get('icc_profile') == (profiles.ALL['CMYK'] if mode == 'CMYK' else None)
   shown = pixels(profiles.as_seen(written))
@@ -189,7 +196,7 @@ def test_cmyk_stays_cmyk_where_the_format_has_it_and_else_becomes_srgb(
   if extension == 'tif':
     assert (pixels(written)[24:] == pixels(own)[24:]).all()
   images.save(images.read(tmp_path / 'in.tif'), path, {})  # and whoever saves without asking
-  assert difference(profiles.as_seen(Image.open(path)), photo) < 2
+  assert difference(profiles.as_seen(opened(path)), photo) < 2
 
 
 def test_a_soft_mask_mixes_between_the_pictures_own_numbers(photo):
@@ -256,7 +263,7 @@ def test_adobe_rgb_of_a_cameras_exif_is_read_and_written_as_a_profile(tmp_path, 
   assert difference(images.to_array(original, photo.size), photo) < 1.5
   assert difference(original, photo) > 5
   images.save(original, tmp_path / 'out.png', {})
-  assert difference(profiles.as_seen(Image.open(tmp_path / 'out.png')), photo) < 1.5
+  assert difference(profiles.as_seen(opened(tmp_path / 'out.png')), photo) < 1.5
   exif.get_ifd(IFD.Exif)[B.ColorSpace] = 1  # sRGB: the other mark is a leftover
   own.save(tmp_path / 'camera.jpg', exif=exif.tobytes())
   assert 'icc_profile' not in images.read(tmp_path / 'camera.jpg').info
@@ -450,11 +457,11 @@ def test_the_miniatures_edits_are_the_same_in_all_colours_and_kept_outside_a_mas
       mask=tmp_path / 'mask.png', options=options,
     )  # fmt: skip
     images.save(result, job.output, {})
-    made[name] = Image.open(job.output)
+    made[name] = opened(job.output)
   assert difference(made['plain'], scene) > 1  # it is an edit
   assert difference(made['sRGB'], made['plain']) == 0
   for name, file in files.items():
     assert difference(profiles.as_seen(made[name]), made['plain']) < 2, name
-    assert made[name].mode == Image.open(file).mode
-    assert (pixels(made[name])[32:] == pixels(Image.open(file))[32:]).all(), name
+    assert made[name].mode == opened(file).mode
+    assert (pixels(made[name])[32:] == pixels(opened(file))[32:]).all(), name
     assert made[name].info['icc_profile'] == profiles.ALL[name]
