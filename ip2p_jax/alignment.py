@@ -3,9 +3,9 @@
 L tokens of a caption (77 with CLIP): start, words, end, padding. A word may be several tokens.
 Case does not matter, and signs are words of their own, so that 'burger,' is found as 'burger'.
 
-(Hertz et al. 2022, section 3.2.) Their aligner takes every token behind a replaced word for the one
-at the same place, which is another word if the replaced one has more or fewer tokens; this one
-follows the words, and the padding.
+(Hertz et al. 2022, section 3.2.) Their aligner takes every token behind the last replaced word for
+the one at the same place, which is another word if the captions have not as many tokens; this one
+follows the words, and the padding. Where they have as many, both make the same matrix.
 """
 
 import difflib

@@ -1,8 +1,10 @@
 """Inversion: diffusers' scheduler backwards, and a photograph that comes back under guidance."""
 
 import functools
+import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import peers
 import pytest
@@ -116,6 +118,21 @@ def test_empty_texts_are_trained_as_published(model, rng):
       # Adam's first updates have the sign of a gradient, and some gradients are nearly zero.
       assert apart.mean() < 1e-4
       assert np.abs(expected[step][0].numpy() - nothing[i]).mean() > 1e-2
+
+
+@pytest.mark.parametrize('steps', [5, 50, 51, 120, 500])
+def test_empty_texts_are_trained_at_the_published_rates_at_any_number_of_steps(steps, monkeypatch):
+  """On a path far away, each of Adam's updates is as long as its rate, and in one direction."""
+  monkeypatch.setattr(inversion, '_unet', lambda *_: lambda x, t, text: text.mean(1)[:, None, None])
+  networks = types.SimpleNamespace(schedule=Schedule())
+  grid = samplers.noise_levels(networks.schedule, 'ddim', steps)
+  path = jnp.full((steps + 1, 1, 2, 2, 4), 1e4).at[0].set(0)
+  text, scale = np.zeros((1, 2, 4), np.float32), np.float32([3.0])
+  texts = inversion.null_texts(networks, None, path, text, text, scale, grid)
+  moved = np.diff(np.asarray(texts)[:, 0].mean((1, 2)), prepend=0)
+  place = np.arange(steps) * (1 if steps <= 50 else 50 / steps)
+  np.testing.assert_allclose(moved, 10 * 1e-2 * (1 - place / 100), rtol=2e-2)
+  assert moved.min() > 0.05
 
 
 @pytest.mark.slow
