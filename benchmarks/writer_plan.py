@@ -54,18 +54,18 @@ def main():
   config = QWEN.__class__(**{**vars(QWEN), 'num_hidden_layers': given.layers})
   mesh = sharding.make_mesh(given.split, plan_devices.describe(given.topology))
   params, programs = lowered(config, mesh, given.slots, given.length, given.prompt)
-  chip = plan.chip_of(given.topology)
+  chip = plan_devices.chip_of(given.topology)
   held = sharding.bytes_per_device(params, jax.tree.map(lambda x: x.sharding, params))
   for name, program in programs.items():
     compiled = plan_compiler.compiled_for_tpu(program, given.quick)
     rows = [
-      ('devices', f'{mesh.size} of {plan.gib(chip.memory)}, {given.split} to a copy'),
+      ('devices', f'{mesh.size} of {plan_devices.gib(chip.memory)}, {given.split} to a copy'),
       ('rows', f'{given.slots} of {given.length} tokens'),
-      ('weights on a device', plan.gib(held)),
+      ('weights on a device', plan_devices.gib(held)),
     ]
     if compiled.fits:
       rows += [
-        *plan.memory_rows(compiled, chip),
+        *plan.memory_rows(given.topology, compiled),
         ('time as scheduled', plan.scheduled_time(compiled, chip)),
         *plan.collective_rows(compiled.collectives),
       ]
