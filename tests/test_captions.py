@@ -531,6 +531,19 @@ def test_runs_are_merged_and_each_caption_is_there_once(tmp_path, whole):
       captions.merge(sources, tmp_path / name)
 
 
+def test_of_two_merges_into_one_file_the_later_is_refused(tmp_path, whole, monkeypatch):
+  source, out = whole / captions.PROMPTS, tmp_path / 'all.jsonl'
+
+  def create(file, content, real=captions.storage.create):
+    out.write_text('of another merge')
+    real(file, content)
+
+  monkeypatch.setattr(captions.storage, 'create', create)
+  with pytest.raises(InputError, match='exists'):
+    captions.merge([source], out)
+  assert out.read_text() == 'of another merge'
+
+
 def test_merged_triplets_are_called_alike_whatever_they_were_called(tmp_path):
   one = {'input': 'a cat', 'edit': 'make it a dog', 'output': 'a dog', 'score': float('nan')}
   (tmp_path / 'one.jsonl').write_text(json.dumps(one) + '\n')

@@ -351,6 +351,15 @@ def test_v_prediction_agrees_with_diffusers(photo, rng, tmp_path):
   assert reference.relative_error(edit.latents, latents) <= 1e-3
 
 
+@pytest.mark.parametrize('rows', [1, 3])
+def test_noise_of_too_few_or_too_many_rows_is_refused(editor, photo, rows):
+  images = np.concatenate([photo] * 2)
+  noise = np.zeros((rows, 8, 12, 4), np.float32)
+  for name, value in (('init_noise', noise), ('step_noise', np.stack([noise] * 2))):
+    with pytest.raises(InputError, match=f'{name} has shape .* for 2 results; give one row each'):
+      editor.edit(images, 'go', steps=2, **{name: value})
+
+
 def test_noise_of_the_wrong_shape_is_refused(editor, photo):
   with pytest.raises(InputError, match='step_noise'):
     editor.edit_arrays(photo, ['go'], Sampling(2), step_noise=np.zeros((3, 1, 8, 12, 4)))
