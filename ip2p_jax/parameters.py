@@ -70,10 +70,14 @@ def check_order(rules: Collection[tuple[str, Any]], names: Collection[str], what
   patterns = [pattern for pattern, _ in _pairs(rules, what)]
   searches = [compiled(pattern, what).search for pattern in patterns]
   matching = [[i for i, search in enumerate(searches) if search(name)] for name in names]
-  first, any_at_all = {found[0] for found in matching if found}, {i for x in matching for i in x}
-  for i in sorted(any_at_all - first):
+  first = {found[0] for found in matching if found}
+  for i, pattern in enumerate(patterns):
+    matched = sum(i in found for found in matching)
+    is_rest = i == len(patterns) - 1 and matched == len(matching)  # for whatever is left, if any
+    if i in first or not matched or is_rest:
+      continue
     raise InputError(
-      f'{what}: rule {patterns[i]!r} does nothing, since the rules before it match all that it'
+      f'{what}: rule {pattern!r} does nothing, since the rules before it match all that it'
       ' matches and the first match wins; put it before them, or leave it out.'
     )
 

@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -538,6 +539,24 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_state_before(
   assert step < 10
   with pytest.raises(InputError, match=f'step {step + 1}: the loss'):  # takes that very step first
     train(wild, tmp_path)
+
+
+def test_a_run_that_diverged_goes_on_from_the_last_good_checkpoint(folder, tmp_path, visible):
+  at_rate = lambda rate, steps: a_run(
+    folder,
+    optim={'learning_rate': rate},
+    steps=steps,
+    log={'every': 1, 'checkpoint_every': 1, 'keep': 1},
+  )
+  train(at_rate(1e-3, 3), tmp_path)
+  with pytest.raises(InputError, match=r'remove 4 from .*/checkpoints to go on from step 3,'):
+    train(at_rate(1e38, 10), tmp_path)
+  assert checkpoints.steps(tmp_path) == [3, 4]
+  with pytest.raises(InputError, match='remove 4 from'):  # a lower rate does not mend the weights
+    train(at_rate(1e-3, 5), tmp_path)
+  shutil.rmtree(tmp_path / 'checkpoints' / '4')
+  assert train(at_rate(1e-3, 5), tmp_path) == 0
+  assert metrics(tmp_path)[5]['loss'] < 2 * metrics(tmp_path)[1]['loss']
 
 
 @pytest.mark.parametrize(
