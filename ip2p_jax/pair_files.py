@@ -90,6 +90,9 @@ def working(
           ' give the same n in --shard i/n, or wait until they are done.'
         )
       _settle(folder, settings, prompts, bool(others))
+      for file in folder.glob('batch-*.json'):
+        if not file.name.endswith(f'-of-{shard[1]:05d}.json'):
+          file.unlink(missing_ok=True)  # of workers that were killed
     yield
 
 
