@@ -61,6 +61,7 @@ class Programs(NamedTuple):
 def programs(definition: nnx.GraphDef, config: LlamaConfig, mesh: Mesh) -> Programs:
   """For a model whose weights and rows are split over a mesh."""
   is_split = mesh.shape['fsdp'] > 1
+  of_head = P(None, 'fsdp') if config.vocab_size % mesh.shape['fsdp'] == 0 else P()
 
   def begin(count, length, dtype):
     """An empty cache, and how often each row has each token, int16 [S, V]: never."""
@@ -84,7 +85,10 @@ def programs(definition: nnx.GraphDef, config: LlamaConfig, mesh: Mesh) -> Progr
       cache, counts, token, position, new = state
       states, cache = model.model(token[:, None], position[:, None], cache)
       logits = model.logits(states)[:, 0]
-      if is_split:  # from parts of the vocabulary to parts of the rows, which choose alone
+      if is_split:
+        # Parts of the vocabulary, which the head's parts give, become parts of the rows, which
+        # choose alone. Not told of the first, XLA would put the head together in every step.
+        logits = jax.lax.with_sharding_constraint(logits, of_head)
         logits = jax.lax.with_sharding_constraint(logits, P('fsdp'))
       token = choose(logits, counts, jax.vmap(jax.random.fold_in)(seeds, position), knobs)
       is_row = position >= 0

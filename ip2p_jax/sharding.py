@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -75,7 +74,8 @@ def copied(mesh: Mesh, tree: Any) -> Any:
   devices, where = list(mesh.devices.flat), replicated(mesh)
 
   def copy(x):
-    x = jnp.asarray(x)
+    if not isinstance(x, jax.Array):
+      return jax.device_put(x, where)
     if x.sharding.device_set == set(devices):
       return x
     of = {shard.device: shard.data for shard in x.addressable_shards if x.is_fully_replicated}
@@ -123,8 +123,8 @@ def of_language(mesh: Mesh, shapes: dict[str, Any]) -> dict[str, Any]:
 
   def place(path, leaf):
     *_, module, kind = (str(key.key) for key in path)
-    axes = {'kernel': 0 if module in TAKERS else 1, 'embedding': 0}
-    axis = axes.get(kind, 0 if module not in TAKERS and kind == 'bias' else None)
+    of_givers, of_takers = {'kernel': 1, 'bias': 0, 'embedding': 0}, {'kernel': 0}
+    axis = (of_takers if module in TAKERS else of_givers).get(kind)
     if axis is None or leaf.shape[axis] % mesh.shape['fsdp']:
       return replicated(mesh)
     return NamedSharding(mesh, P(*[None] * axis, 'fsdp'))
