@@ -243,7 +243,6 @@ def test_a_mistake_is_one_line_and_status_2_and_leaves_no_file(edit, tmp_path, p
     ({'grid': True, 'cfg_text': 5}, '--cfg-text: of no use with --grid'),
     ({'grid': True, 'cfg_image': 1}, '--cfg-image: of no use with --grid'),
     ({'grid': True, 'grid_text': '3,5,3.0'}, 'each scale once'),
-    ({'batch_size': 8}, '--batch-size: of no use with one picture'),
     ({'no_ema': True}, '--no-ema'),
     ({'karras': True}, 'karras changes nothing in 2 steps'),
     ({'karras': True, 'sampler': 'ddim'}, 'karras does not apply'),
