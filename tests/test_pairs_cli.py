@@ -70,7 +70,7 @@ def test_from_prompts_to_a_data_set(ip2p, folder, tmp_path):
   assert status == 0 and '12 pairs of 12 prompts' in said
   rows = [[row.edited_caption for row in open_source(str(tmp_path / name), 'train')]
           for name in ('shards', 'straight')]  # fmt: skip
-  assert rows[0] == rows[1] and len(rows[0]) == 10
+  assert rows[0] == rows[1] and len(rows[0]) == 12
   status, said = ip2p('filter', tmp_path / 'raw', tmp_path / 'empty', '--image', '1.1', '--shards')
   assert status == 2 and 'nothing to pack' in said
   assert {file.name for file in tmp_path.iterdir()} == {
