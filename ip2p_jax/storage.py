@@ -11,7 +11,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +133,40 @@ def locked(file: epath.Path, message: str, waits: bool = False) -> Iterator[None
     with contextlib.suppress(OSError):
       os.unlink(file)  # before the lock goes, so that no one else's is removed
     os.close(opened)
+
+
+@contextlib.contextmanager
+def at_work(
+  folder: epath.Path, shard: tuple[int, int], what: str, begin: Callable[[bool], Any]
+) -> Iterator[Any]:
+  """Is worker i of n of this folder until the end, and gives what `begin` gave.
+
+  Args:
+    shard: (i, n); all that are at work at a time must have the same n.
+    what: the workers of a folder share, for messages.
+    begin: called with whether others are at work, while no other worker begins.
+
+  InputError if this worker is at work already, or workers of another n are (where there are locks;
+  see `locked`).
+  """
+  own = folder / f'.worker-{shard[0]:05d}-of-{shard[1]:05d}.lock'
+  taken = (
+    f'{folder}: another process is at work on shard {shard[0]}/{shard[1]} here; wait for it, or'
+    ' give another --shard.'
+  )
+  with contextlib.ExitStack() as stack:
+    with locked(folder / '.lock', '', waits=True):
+      stack.enter_context(locked(own, taken))
+      others = {
+        file.name for file in folder.glob('.worker-*.lock') if file != own and is_locked(file)
+      }
+      if any(not name.endswith(f'-of-{shard[1]:05d}.lock') for name in others):
+        raise InputError(
+          f'{folder}: workers are here that share the {what} by another number than {shard[1]};'
+          ' give the same n in --shard i/n, or wait until they are done.'
+        )
+      found = begin(bool(others))
+    yield found
 
 
 def is_locked(file: epath.Path) -> bool:
