@@ -169,17 +169,23 @@ def check_skipped(job: Job) -> None:
 def finish(job: Job) -> Summary:
   """Makes the folder a data set if all files of all machines are there."""
   wanted, complete = shards_of(job.plan), job.folder / shards.COMPLETE
-  notes = {} if complete.is_file() else _notes(job.folder, wanted)
-  if len(notes) == len(wanted):
-    check_skipped(job._replace(skipped=_skipped(notes)))
-    with _writing(job.folder):
-      try:
-        _write_metadata(job, notes)
-      except OSError:
-        if not complete.is_file():  # if it is, another machine came first, and tidied up
-          raise
+  with contextlib.ExitStack() as stack:
+    if not complete.is_file():  # or else the notes are tidied up while they are read
+      with _writing(job.folder):
+        lock = storage.locked(storage.folder(job.folder) / '.lock', '', waits=True)
+        stack.enter_context(lock)
+    notes = {} if complete.is_file() else _notes(job.folder, wanted)
+    if len(notes) == len(wanted):
+      check_skipped(job._replace(skipped=_skipped(notes)))
+      with _writing(job.folder):
+        try:
+          _write_metadata(job, notes)
+        except OSError:
+          if not complete.is_file():  # if it is, another machine came first, and tidied up
+            raise
+    if complete.is_file():
+      _tidy(job.folder)
   if complete.is_file():
-    _tidy(job.folder)
     found = shards.describe(job.folder)
     return Summary(found['splits'], tuple(found['skipped']), True)
   rows = dict.fromkeys(job.plan['splits'], 0)
