@@ -91,6 +91,13 @@ def test_a_checkpoint_works_at_its_own_size_and_the_papers_settings(edit, asked)
   assert asked == [100, 7.5, 1.5, 'euler_ancestral', 16 * 4]
 
 
+def test_a_script_may_say_what_is_so_anyway(edit, asked):
+  usual = {'index': 0, 'num': 1, 'batch_size': 8, 'interval': (0, 1), 'rescale': 0, 'negative': ''}
+  assert edit(seed=None, **usual) == (0, '')
+  of_its_own = {'steps': 5, 'sampler': 'dpmpp_2m', 'karras': True, 'spacing': 'linspace'}
+  assert edit(**of_its_own) == (0, '')
+
+
 def test_without_a_checkpoint_the_bundled_one_edits_at_its_settings(
   edit, asked, checkpoint, monkeypatch
 ):
@@ -219,7 +226,6 @@ def test_a_mistake_is_one_line_and_status_2_and_leaves_no_file(edit, tmp_path, p
     ({'grid': True, 'cfg_text': 5}, '--cfg-text: of no use with --grid'),
     ({'grid': True, 'cfg_image': 1}, '--cfg-image: of no use with --grid'),
     ({'grid': True, 'grid_text': '3,5,3.0'}, 'each scale once'),
-    ({'batch_size': 8}, '--batch-size: of no use with one picture'),
     ({'no_ema': True}, '--no-ema'),
     ({'karras': True}, 'karras changes nothing in 2 steps'),
     ({'karras': True, 'sampler': 'ddim'}, 'karras does not apply'),
