@@ -294,9 +294,10 @@ class Rows(NamedTuple):
     if not all(text.strip() for text in rows.instructions):
       raise InputError('the instruction is empty; say what to change, as in "make it winter".')
     for original, row_mask in zip(rows.originals, rows.mask, strict=True):
-      if row_mask is not None and np.shape(row_mask) != original.size[::-1]:
-        raise InputError(f'the mask has shape {list(np.shape(row_mask))}; the picture needs '
-                         f'{list(original.size[::-1])}.')  # fmt: skip
+      if row_mask is not None:
+        pictures.check_mask(row_mask, original.size)
+    if mask is not None and not any(map(np.any, rows.mask)):
+      raise InputError('the mask is 0 everywhere, so nothing would be edited; 1 is edited.')
     return rows
 
   def take(self, rows: Sequence[int]) -> 'Rows':

@@ -310,8 +310,11 @@ def test_what_does_not_fit_into_77_tokens_is_named_in_a_warning(editor, photo):
     ({'seed': 1.5}, 'seed'),
     ({'batch_size': -1}, 'batch_size'),
     ({'mask': np.ones((5, 5))}, 'mask'),
+    ({'mask': np.full((32, 32), 255, np.uint8)}, 'mask has values that are not from 0 to 1'),
+    ({'mask': np.full((32, 32), np.nan)}, 'mask has values that are not from 0 to 1'),
     ({'instructions': ['one', 'two'], 'seed': [1, 2, 3]}, 'instructions'),
     # Settings that cannot act.
+    ({'mask': np.zeros((32, 32))}, 'mask is 0 everywhere'),
     ({'karras': True}, 'karras changes nothing in 1 steps'),
     ({'steps': 5, 'sampler': 'dpmpp_2m', 'karras': True, 'spacing': 'leading'}, 'spacing changes'),
     ({'text_guidance': 1, 'image_guidance': [1, 1], 'rescale': 0.5}, 'rescale: of no use'),
