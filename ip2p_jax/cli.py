@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import math
 import os
 import secrets
 import signal
@@ -524,7 +523,8 @@ def pairs(
     _show_attention(generator, read[:show_attention], Path(out))
     return
   identity = {'dtype': dtype, 'clip': weights_digest(flatten(towers.params))}
-  identity['weights'] = weights_digest(checkpoint.tensors['unet'])
+  parts = {'weights': 'unet', 'vae': 'vae', 'text_encoder': 'text_encoder'}
+  identity |= {name: weights_digest(checkpoint.tensors[part]) for name, part in parts.items()}
   with _progress('pair', compiles=True) as progress:
     told = progress or (lambda done, total: None)
     count = draw_all(generator, read, out, identity, number, told)
@@ -610,7 +610,7 @@ def filter(
     raise InputError('give the folders of `ip2p pairs`, and then a new one to write to.')
   image = presets[preset].clip_sim_image if image is None else image
   thresholds = Scores(caption, caption, direction, image)
-  if not all(map(math.isfinite, thresholds)):
+  if not all(-1 <= least <= 1 for least in thresholds):
     raise InputError('--image, --caption and --direction are cosines; give numbers of -1 to 1.')
   if holdout and not shards:
     raise InputError('--holdout is only for --shards; add that, or leave --holdout out.')
@@ -775,6 +775,8 @@ def _check_plan_options(of, of_sampling, of_training):
   if given:
     raise InputError(f'{given}: of no use with --of {of}; {advice}.')
   changes = of_training['--set'] or ()
+  if any(item.partition('=')[0] == 'checkpoint' for item in changes):
+    raise InputError('--set checkpoint: only the architecture is planned; say it by --ckpt.')
   if of_training['--device-batch'] and any(item.startswith('accumulation') for item in changes):
     raise InputError('--device-batch and --set accumulation say the same; give one of them.')
 

@@ -11,6 +11,7 @@ thresholds can be tried at no cost; writes the original's layout, ready to pack 
 Numbers are judged as they are stored.
 """
 
+import io
 import json
 import os
 import shutil
@@ -131,7 +132,9 @@ def draw_histograms(scores: np.ndarray, thresholds: Scores, file: Path) -> None:
     axes.axvline(thresholds[i], color='tab:red')
     share = (scores[:, i] >= thresholds[i]).mean()
     axes.set(title=title, xlabel=f'cosine; {share:.0%} at or above {thresholds[i]:g}')
-  figure.savefig(file, dpi=100)
+  png = io.BytesIO()
+  figure.savefig(png, dpi=100, format='png')
+  storage.write_bytes(storage.folder(file), png.getvalue())
 
 
 def _places(folders) -> list[Path]:
