@@ -6,7 +6,6 @@ import os
 import secrets
 import signal
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -358,7 +357,8 @@ def pack(
   copies of the data sets on the Hugging Face hub. Killed, it goes on where it was.
   """
   of_latents = {'--ckpt': ckpt, '--resize': resize, '--dtype': dtype, '--batch-size': batch_size}
-  given = [option for option, value in of_latents.items() if value is not None]
+  usual = (None, 'crop', 'float32', 32)  # what they are without it
+  given = [option for option, value in of_latents.items() if value not in usual]
   if given and not latents:
     raise InputError(f'{given[0]} is only for --latents; add that, or leave {given[0]} out.')
   cache_compilations()
@@ -645,8 +645,8 @@ def _filter_to_shards(sources, out, *how, holdout):
     stack.enter_context(storage.locked(out.with_name(f'.{out.name}.lock'), busy))
     if out.exists():
       raise InputError(f'{out} exists; give a new folder, or delete it.')
-    place = stack.enter_context(tempfile.TemporaryDirectory(dir=out.parent, prefix=f'.{out.name}.'))
-    pairs, packed = Path(place, 'pairs'), Path(place, 'shards')
+    place = stack.enter_context(storage.unfinished(out))
+    pairs, packed = place / 'pairs', place / 'shards'
     found = filter_pairs(sources, pairs, *how)
     if found.kept:
       rows = open_splits(str(pairs), holdout=holdout)

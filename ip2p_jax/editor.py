@@ -150,7 +150,7 @@ class Editor:
     sampling = Sampling(steps, sampler, spacing, karras, rescale, interval)
     check_acts(sampling, rows.text_guidance, rows.image_guidance, negative)
     check_noise_acts(sampler, seed, indices, init_noise, step_noise)
-    if min(batch_size or 1, resolution or 1) < 1:
+    if any(value is not None and value < 1 for value in (batch_size, resolution)):
       raise InputError('batch_size and resolution must be 1 or more.')
     factor = self.networks.vae_config.factor
     sizes = [

@@ -9,6 +9,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -206,6 +207,22 @@ def _temporary(file) -> Iterator[epath.Path]:
     yield temporary
   finally:
     temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def unfinished(folder: Path) -> Iterator[Path]:
+  """A hidden folder beside `folder`, to write in; gone afterwards, as is what a killed run left.
+
+  Its name is always the same, so whoever calls this holds a lock.
+  """
+  place = folder.with_name(f'.{folder.name}.tmp')
+  if place.exists():
+    shutil.rmtree(place)
+  place.mkdir(parents=True)
+  try:
+    yield place
+  finally:
+    shutil.rmtree(place, ignore_errors=True)
 
 
 @contextlib.contextmanager

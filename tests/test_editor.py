@@ -309,6 +309,8 @@ def test_what_does_not_fit_into_77_tokens_is_named_in_a_warning(editor, photo):
     ({'text_guidance': 1e30}, 'text_guidance'),
     ({'seed': 1.5}, 'seed'),
     ({'batch_size': -1}, 'batch_size'),
+    ({'batch_size': 0}, 'batch_size'),
+    ({'resolution': 0}, 'resolution'),
     ({'mask': np.ones((5, 5))}, 'mask'),
     ({'mask': np.full((32, 32), 255, np.uint8)}, 'mask has values that are not from 0 to 1'),
     ({'mask': np.full((32, 32), np.nan)}, 'mask has values that are not from 0 to 1'),
