@@ -272,8 +272,6 @@ NEEDS = (
   ('log.validate_every', 'log.validation_examples'),
   ('log.validation_examples', 'log.validate_every'),
   ('log.preview_steps', 'log.previews'),
-  ('data.holdout', 'log.validate_every'),
-  ('log.validate_every', 'data.holdout'),
 )
 
 
@@ -330,8 +328,8 @@ def _check_acting(config, values):
   """Refuses what was set and would do nothing."""
   usual = dict(knobs(type(config)()))
   for name, other in NEEDS:
-    is_set = values.get(name) and values[name] != usual[name]
-    if is_set and values.get(other) in (0, 'constant'):
+    is_set = name in values and values[name] and values[name] != usual[name]
+    if is_set and values[other] in (0, 'constant'):
       raise InputError(
         f'{name} is {values[name]!r}, which does nothing while {other} is {values[other]!r}; change'
         f' {other}, or leave {name} at {usual[name]!r}.'

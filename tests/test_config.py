@@ -103,10 +103,6 @@ INERT = [
    'log.validate_every .* while log.validation_examples is 0'),
   (TrainConfig, {'log__previews': 0, 'log__preview_steps': 50},
    'log.preview_steps .* while log.previews is 0'),
-  (LanguageConfig, {'data__holdout': 0.2, 'log__validate_every': 0},
-   'data.holdout .* while log.validate_every is 0'),
-  (LanguageConfig, {'data__holdout': 0.0, 'log__validate_every': 5},
-   'log.validate_every .* while data.holdout is 0'),
 ]  # fmt: skip
 
 
