@@ -281,4 +281,4 @@ def test_check_says_which_weights_a_file_gives_and_refuses_what_is_for_data_sets
   assert status == 0 and said.startswith('ip2p: warning: ') and said.count('\n') == 1
   for option in (('--limit', '3'), ('--split', 'train'), ('--columns', 'a=b')):
     status, said = run(*option)
-    assert status == 2 and f'is a checkpoint; {option[0]}' in said
+    assert status == 2 and f'is a checkpoint, and {option[0]} is for data sets' in said

@@ -56,7 +56,7 @@ def test_from_prompts_to_a_data_set(ip2p, folder, tmp_path):
   for i in range(2):
     status, said = ip2p(*drawing(folder, tmp_path / 'raw', '--shard', f'{i}/2'))
     assert status == 0 and '12 pairs' in said
-  status, said = ip2p('filter', tmp_path / 'raw', tmp_path / 'none', '--image', 1.1)
+  status, said = ip2p('filter', tmp_path / 'raw', tmp_path / 'none', '--image', 1)
   assert status == 2 and 'clip_sim_dir >= 0.2 (direction)' in said
   assert said.endswith('no pair passes all thresholds, so there is nothing to write; lower them.\n')
   loose = ('--image', '-1', '--caption', '-1', '--direction', '-1', '--most', 1)
