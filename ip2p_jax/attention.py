@@ -75,7 +75,7 @@ HALVES = ('bfloat16', 'float16')
 KERNELS = (
   # A v3 cannot run it.
   Row('splash', 'tpu', 4.0, math.inf, 256, 8, 1024, 128, ('bfloat16', 'float32')),
-  # Wide heads have gradients on Hopper alone (cuDNN's support matrix, 9.18).
+  # Gradients of heads of over 128 channels: cuDNN has them on Hopper alone, as of 9.18.
   Row('cudnn', 'gpu', 9.0, 10.0, 256, 8, 256, 1, HALVES),
   Row('cudnn', 'gpu', 8.0, math.inf, 128, 8, 256, 1, HALVES),
 )

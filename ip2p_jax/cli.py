@@ -31,6 +31,7 @@ from ip2p_jax import (
 from ip2p_jax import convert as conversion
 from ip2p_jax import images as pictures
 from ip2p_jax import plan as planning
+from ip2p_jax.captions import local_folder
 from ip2p_jax.config import load as load_config
 from ip2p_jax.console import (
   INTERRUPTED,
@@ -520,7 +521,7 @@ def pairs(
     Drawing(size=size, **settings),
   )  # fmt: skip
   if show_attention:
-    _show_attention(generator, read[:show_attention], Path(out))
+    _show_attention(generator, read[:show_attention], local_folder(out))
     return
   identity = {'dtype': dtype, 'clip': weights_digest(flatten(towers.params))}
   parts = {'weights': 'unet', 'vae': 'vae', 'text_encoder': 'text_encoder'}

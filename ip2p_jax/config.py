@@ -284,6 +284,11 @@ def check(config: TrainConfig) -> None:
 def check_values(config: TrainConfig) -> None:
   """`check` of all but whether checkpoint and data are named."""
   _check_common(config)
+  if config.attention == 'cudnn' and config.dtype == 'float32':
+    raise InputError(
+      "attention is 'cudnn', which does not compute in dtype='float32'; use attention='auto' or"
+      " dtype='bfloat16'."
+    )
   if not 0 <= config.conditioning_dropout <= 1 / 3:
     raise InputError(
       f'conditioning_dropout is {config.conditioning_dropout}; it is the rate of each of three'

@@ -72,7 +72,13 @@ def working(
   settings = json.loads(json.dumps(settings))
   if storage.is_local(folder) and folder.exists() and not folder.is_dir():
     raise InputError(f'{folder}: is a file; give a folder.')
-  settle = lambda is_shared: _settle(folder, settings, prompts, is_shared)
+
+  def settle(is_shared):
+    _settle(folder, settings, prompts, is_shared)
+    for file in folder.glob('batch-*.json'):
+      if not file.name.endswith(f'-of-{shard[1]:05d}.json'):
+        file.unlink(missing_ok=True)  # of workers that were killed
+
   with storage.at_work(folder, shard, 'prompts', settle):
     yield
 

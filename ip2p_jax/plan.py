@@ -172,7 +172,7 @@ def report(found: Plan, config: TrainConfig) -> str:
     is_gpu = gpus.is_gpu(found.topology)
     rounds = config.accumulation  # nearly all of a step is in that loop
     moved = compiled.bytes_accessed * (1 if is_gpu else rounds)
-    at_best = max(found.analytic_flops / peak_of(found.topology), moved / chip.bandwidth)
+    at_best = best_time(found.topology, found.analytic_flops, moved)
     counted = '' if is_gpu else f'{rounds * compiled.flops / 1e12:.2f} T compiled, '
     rows += [
       *memory_rows(found.topology, compiled),
@@ -183,6 +183,11 @@ def report(found: Plan, config: TrainConfig) -> str:
       *program_rows(found.topology, compiled),
     ]
   return table(found.topology, compiled, rows, advice(found, config))
+
+
+def best_time(topology: str, operations: float, moved: float) -> float:
+  """Seconds that a device takes for so many FLOPs, or to move so many bytes if that is longer."""
+  return max(operations / peak_of(topology), moved / chip_of(topology).bandwidth)
 
 
 def program_rows(topology: str, compiled: Compiled) -> list[tuple[str, str]]:

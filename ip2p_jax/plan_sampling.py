@@ -190,13 +190,16 @@ def report(found: Plan) -> str:
     ('weights on a device', plan_devices.gib(found.weight_bytes)),
   ]
   if compiled.needed_bytes:
-    at_best = found.analytic_flops / plan_devices.peak_of(found.topology)
+    is_gpu = gpus.is_gpu(found.topology)  # a TPU's compiler counts bytes of a loop but once
+    moved = compiled.bytes_accessed if is_gpu else 0.0
+    at_best = plan.best_time(found.topology, found.analytic_flops, moved)
     seconds = plan.scheduled(compiled, chip)
     hourly = 3600 * work.batch / max(seconds, at_best)
     rows += [
       *plan.memory_rows(found.topology, compiled),
       ('FLOPs', f'{found.analytic_flops / 1e12:.1f} T asked for'),
-      ('time at best', f'{at_best:.2f} s, by FLOPs'),
+      *([('bytes moved', f'{moved / 1e9:,.1f} GB')] if is_gpu else []),
+      ('time at best', f'{at_best:.2f} s, by FLOPs{" or bytes" * is_gpu}'),
       *plan.program_rows(found.topology, compiled),
       (f'{work.made} an hour', f'{hourly:,.0f} {"as scheduled" if seconds else "at best"}'),
     ]

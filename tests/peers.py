@@ -11,6 +11,8 @@ import pytest
 
 HAS_TORCH = importlib.util.find_spec('torch') is not None
 
+needs_torch = pytest.mark.skipif(not HAS_TORCH, reason='needs torch')
+
 
 def module(name: str):
   """The module, or a stand-in for it that skips the test that uses it."""

@@ -1,5 +1,6 @@
 """Attention: the same numbers as PyTorch, whichever way they are computed."""
 
+import itertools
 import types
 
 import jax
@@ -7,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import peers
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.ad_checkpoint import print_saved_residuals
 from torch_models import relative_error
 
-from ip2p_jax import config, sharding
+from ip2p_jax import config, gpus, sharding
 from ip2p_jax.attention import CHOICES, attend, cudnn, dispatch, kernel_for, splash
 from ip2p_jax.errors import InputError
 from ip2p_jax.models.layers import REMATS
@@ -95,6 +97,36 @@ def test_a_kernel_that_the_devices_lack_is_one_sentence():
     dispatch('flash')
   assert dispatch('auto') is dispatch('xla') is attend
   assert config.CHOICES['attention'] == CHOICES
+
+
+@pytest.mark.parametrize('capability', ['7.5', '8.0', '9.0', '10.0'])
+def test_whatever_the_table_picks_on_a_gpu_has_gradients(capability, monkeypatch):
+  """As jax itself checks while it traces, with no GPU: odd tokens, wide heads, every dtype."""
+  monkeypatch.setattr(fused_attention_stablehlo, 'check_cudnn_version', lambda: 91200)
+  device = types.SimpleNamespace(
+    platform='gpu', device_kind=capability, compute_capability=capability
+  )
+  mesh = types.SimpleNamespace(devices=np.array([device]), size=1)
+  choices = ('auto', 'cudnn') if capability != '7.5' else ('auto',)
+  for choice, queries, keys, width, dtype in itertools.product(
+    choices, (64, 289, 1024), (40, 77, None), (36, 40, 64, 160), ('bfloat16', 'float32')
+  ):
+    attention = dispatch(choice, mesh)
+    shapes = [
+      jax.ShapeDtypeStruct((2, tokens, 2, width), dtype)
+      for tokens in (queries, keys or queries, keys or queries)
+    ]
+    loss = lambda *qkv, attention=attention: attention(*qkv).astype(jnp.float32).sum()
+    with gpus.lowering_for(device):
+      assert jax.eval_shape(attention, *shapes) == shapes[0]
+      assert list(jax.eval_shape(jax.grad(loss, (0, 1, 2)), *shapes)) == shapes
+
+
+def test_cudnn_is_refused_for_a_run_in_float32_where_it_never_acts():
+  settings = lambda dtype: config.TrainConfig(attention='cudnn', dtype=dtype)
+  config.check_values(settings('bfloat16'))
+  with pytest.raises(InputError, match="'cudnn', which does not compute in dtype='float32'"):
+    config.check_values(settings('float32'))
 
 
 @pytest.mark.parametrize(

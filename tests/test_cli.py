@@ -1,6 +1,8 @@
 """The command line, from files to files: what it makes, and how it answers mistakes."""
 
+import json
 import os
+import shutil
 import sys
 
 import numpy as np
@@ -109,6 +111,28 @@ def test_without_a_checkpoint_the_bundled_one_edits_at_its_settings(
   assert edit(**NOTHING) == (0, '') and asked == own  # the same, named
   edit(ckpt=None, steps=7, cfg_text=1, resolution=32, sampler='heun')
   assert asked == [7, 1, bundled.IMAGE_GUIDANCE, 'heun', 32]
+
+
+def test_however_it_is_reached_the_miniature_has_its_own_settings(tmp_path, monkeypatch):
+  folder = bundled.path()
+  (tmp_path / 'link').symlink_to(folder)
+  shutil.copytree(folder, tmp_path / 'copy')
+  weights.write(weights.read(folder), tmp_path / 'one.safetensors', 'ldm')
+  (tmp_path / 'workdir' / 'base').mkdir(parents=True)
+  configs = {'unet': json.loads((folder / 'unet' / 'config.json').read_text())}
+  (tmp_path / 'workdir' / 'base' / 'configs.json').write_text(json.dumps(configs))
+  monkeypatch.chdir(folder.parent)
+  same = (None, folder, str(folder) + '/', folder / '..' / folder.name, folder.name,
+          tmp_path / 'link')  # fmt: skip
+  for ckpt in same:
+    assert bundled.is_it(ckpt) and bundled.is_like_it(ckpt), ckpt
+  for name in ('copy', 'one.safetensors', 'workdir'):
+    assert bundled.is_like_it(tmp_path / name) and not bundled.is_it(tmp_path / name), name
+  configs['unet']['sample_size'] = 32
+  (tmp_path / 'copy' / 'unet' / 'config.json').write_text(json.dumps(configs['unet']))
+  (tmp_path / 'one.safetensors').write_bytes(b'damaged')
+  for name in ('copy', 'one.safetensors', 'nowhere'):
+    assert not bundled.is_like_it(tmp_path / name), name
 
 
 def test_a_bundled_checkpoint_that_did_not_come_along_is_a_mistake(edit, monkeypatch, tmp_path):

@@ -37,6 +37,7 @@ def exported(source, tmp_path_factory):
   return folder, said
 
 
+@peers.needs_torch
 def test_both_formats_paint_the_same_picture_in_pytorch(exported):
   folder, said = exported
   assert (folder / 'file.safetensors.verify' / 'verify.py').is_file()  # a .ckpt has its own
@@ -45,6 +46,7 @@ def test_both_formats_paint_the_same_picture_in_pytorch(exported):
   assert all(line.startswith('verify: AGREES') for line in verdicts), verdicts
 
 
+@peers.needs_torch
 def test_the_verification_notices_a_changed_weight(exported, tmp_path):
   folder, _ = exported
   (tmp_path / 'copy').mkdir()
@@ -57,12 +59,14 @@ def test_the_verification_notices_a_changed_weight(exported, tmp_path):
   assert not agrees and verdict.startswith('verify: DIFFERENT')
 
 
+@peers.needs_torch
 def test_an_export_that_pytorch_does_not_confirm_is_an_error(source, tmp_path, monkeypatch):
   monkeypatch.setattr('ip2p_jax.convert.run_verification', lambda _: (False, 'verify: DIFFERENT'))
   with pytest.raises(InputError, match='PyTorch does not confirm it: verify: DIFFERENT'):
     convert(source, tmp_path / 'out', say=lambda _: None)
 
 
+@peers.needs_torch
 def test_a_checkpoint_keeps_the_spacing_of_its_own_scheduler(tmp_path):
   tiny_models.write(tmp_path / 'saved', timestep_spacing='trailing')
   said = []
@@ -181,6 +185,7 @@ def test_options_that_adapters_do_not_have_are_refused(tmp_path, option):
     convert(tmp_path, tmp_path / 'x', 'lora', **option)
 
 
+@peers.needs_torch
 def test_a_config_that_leaves_out_defaults_converts(source, tmp_path):
   subprocess.run(['cp', '-r', source, tmp_path / 'short'], check=True)
   file = tmp_path / 'short' / 'vae' / 'config.json'

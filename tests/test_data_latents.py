@@ -217,6 +217,16 @@ def test_machines_share_the_work(packed, folder, rows):
   }
 
 
+def test_a_pair_and_its_way_back_are_in_one_split(packed):
+  there = pairs.rows(3)
+  back = [row._replace(pairs=(Pair(*row.pairs[0][::-1]),), name=f'back {i}')
+          for i, row in enumerate(there)]  # fmt: skip
+  path, summary = packed([*there, *back], holdout=0.4)
+  assert summary.rows == {'train': 4, 'validation': 2}
+  held = shards.open_shards(path, 'validation')
+  assert [row.name for row in held] == ['memory: row 2', 'back 2']
+
+
 def test_latents_of_another_checkpoint_or_size_do_not_mix(packed, folder, rows):
   with pytest.raises(InputError, match='fingerprint abc and not other'):
     packed(rows, folder, fingerprint='other')

@@ -2,12 +2,12 @@
 
 import dataclasses
 import sys
+from pathlib import Path
 
 import numpy as np
 import pairs
 import pyarrow
 import pytest
-import torch_models as reference
 from pyarrow import parquet
 
 from ip2p_jax import cli
@@ -20,6 +20,7 @@ from ip2p_jax.errors import InputError
 from ip2p_jax.setup_run import open_data
 
 SIDE, LATENT = 32, 8
+MINIATURE = Path(__file__).parent.parent / 'assets' / 'miniature'
 LAYOUTS = ('metadata', 'parquet', 'original', 'shards', 'latents')
 
 
@@ -47,7 +48,7 @@ def write_latents(folder, count=12):
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
-  """A folder with a data set in every layout, and a checkpoint."""
+  """A folder with a data set in every layout."""
   folder = tmp_path_factory.mktemp('layouts')
   odd = {'vorher': 'input', 'edited_image': 'edited', 'edit': 'instruction', 'src_img': 'edited'}
   sided = lambda row, i: row._replace(may_flip=i % 2 == 0)
@@ -61,7 +62,6 @@ def data(tmp_path_factory):
   rows = [sided(row, i) for i, row in enumerate(pairs.rows(12))]
   pack({'train': rows}, folder / 'shards', size=SIDE, workers=0, say=str)
   write_latents(folder / 'latents')
-  reference.pipeline(folder=folder).save_pretrained(folder / 'checkpoint')
   return folder
 
 
@@ -222,7 +222,7 @@ def test_an_option_of_check_acts_or_is_refused(ip2p, data):
     assert status == 2 and f'has no rows in the split {split}' in said
   for words in (('--columns', 'input=a'), ('--limit', 3), ('--split', 'test'),
                 ('--task', 'text_to_image')):  # fmt: skip
-    status, said = ip2p('check', data / 'checkpoint', *words)
+    status, said = ip2p('check', MINIATURE, *words)
     assert status == 2 and f'is a checkpoint, and {words[0]} is for data sets' in said
   assert ip2p('check', data / 'original', '--split', 'test', '--limit', 3)[0] == 0
 

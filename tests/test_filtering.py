@@ -1,12 +1,13 @@
 """The filter: thresholds, ranks, yields, the original's layout, and what it refuses."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from ip2p_jax import filtering
+from ip2p_jax import cli, filtering
 from ip2p_jax.data.sources import SPLITS, open_source
 from ip2p_jax.errors import InputError
 from ip2p_jax.similarity import Scores
@@ -184,3 +185,19 @@ def test_histograms_are_drawn(tmp_path):
   filtering.draw_histograms(scores, filtering.PAPER, tmp_path / 'histograms.png')
   with Image.open(tmp_path / 'histograms.png') as picture:
     assert picture.width > 400
+
+
+def test_shards_of_good_pairs_keep_all_rows_and_hold_out_what_is_asked_for(
+  tmp_path, monkeypatch, capsys
+):
+  raw = write_raw(tmp_path / 'raw', {i: [(1 + 10 * i, GOOD)] for i in range(20)})
+  monkeypatch.setattr(cli, 'cache_compilations', lambda: None)
+  for name, words, expected in (
+    ('all', (), [20, 0, 0]), ('some', ('--holdout', '0.2'), [16, 4, 0]),
+  ):  # fmt: skip
+    out = tmp_path / name
+    monkeypatch.setattr(sys, 'argv', ['ip2p', 'filter', str(raw), str(out), '--shards', *words])
+    with pytest.raises(SystemExit) as stop:
+      cli.main()
+    assert not stop.value.code, capsys.readouterr()
+    assert [len(open_source(str(out), split)) for split in SPLITS] == expected

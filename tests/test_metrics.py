@@ -103,7 +103,7 @@ def test_the_losses_are_drawn_in_one_picture_that_names_its_axes(tmp_path):
   with Image.open(tmp_path / 'loss.png') as picture:
     pixels = np.asarray(picture.convert('RGB'))
   blue, orange = ((pixels == colour).all(-1).sum() for colour in (BLUE, ORANGE))
-  assert few > 10 and blue > 300 and orange > 10
+  assert blue > 100 > few > 10 and orange > 10
   assert not list(tmp_path.glob('.*'))
 
 

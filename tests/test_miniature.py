@@ -146,6 +146,7 @@ def test_transformers_reads_captions_and_instructions_as_the_same_tokens(editor,
   assert not any(map(editor.tokenizer.cut_off, texts))
 
 
+@peers.needs_torch
 @pytest.mark.parametrize('name', ['export', 'export.safetensors'])
 def test_pytorch_confirms_its_export(tmp_path, name):
   command = [sys.executable, '-m', 'ip2p_jax.cli', 'convert', str(EDITOR), str(tmp_path / name)]

@@ -160,9 +160,9 @@ def test_killed_within_a_batch_it_goes_on_to_the_same_bytes(
   with pytest.raises(Killed):
     draw_all(generator, prompts, tmp_path, IDENTITY)
   monkeypatch.undo()
-  seed = generator.drawing.sample(0, 0).seed
-  (tmp_path / '0000000').mkdir(exist_ok=True)  # as a kill in the middle of a file leaves it
-  (tmp_path / '0000000' / f'.{seed}_0.jpg.0123.tmp').write_bytes(b'half')
+  seed = generator.drawing.sample(2, 0).seed
+  (tmp_path / '0000002').mkdir(exist_ok=True)  # as a kill in the middle of a file leaves it
+  (tmp_path / '0000002' / f'.{seed}_0.jpg.0123.tmp').write_bytes(b'half')
   draw_all(generator, prompts, tmp_path, IDENTITY)
   assert contents(tmp_path) == contents(whole)
 

@@ -65,13 +65,13 @@ def test_from_prompts_to_a_data_set(ip2p, folder, tmp_path):
   assert (tmp_path / 'pairs' / 'histograms.png').exists()
   assert ip2p('check', tmp_path / 'pairs')[0] == 0
   status, said = ip2p('pack', tmp_path / 'pairs', tmp_path / 'shards', '--size', 32, '--workers', 0)
-  assert status == 0 and '10 train' in said
+  assert status == 0 and '12 train' in said
   (tmp_path / '.straight.tmp' / 'pairs').mkdir(parents=True)  # of a run that was killed
   status, said = ip2p('filter', tmp_path / 'raw', tmp_path / 'straight', *loose, '--shards')
   assert status == 0 and '12 pairs of 12 prompts' in said
   rows = [[row.edited_caption for row in open_source(str(tmp_path / name), 'train')]
           for name in ('shards', 'straight')]  # fmt: skip
-  assert rows[0] == rows[1] and len(rows[0]) == 10
+  assert rows[0] == rows[1] and len(rows[0]) == 12
   status, said = ip2p('filter', tmp_path / 'raw', tmp_path / 'empty', '--image', '1', '--shards')
   assert status == 2 and 'nothing to pack' in said
   assert {file.name for file in tmp_path.iterdir()} == {

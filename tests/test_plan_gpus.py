@@ -194,11 +194,12 @@ def test_the_gpu_compiler_compiles_edits_and_pairs(made, unet):
   pytest.importorskip('jax_cuda13_plugin', reason="pip install 'jax[cuda13]'")
   networks = networks_of(reference.checkpoint(unet)[0])
   plan_of = lambda steps: plan_sampling.plan_sampling(
-    networks, plan_sampling.Work(made, 64, 2, steps), 'a6000'
+    networks, plan_sampling.Work(made, 64, 2, steps), 'a6000x2'
   )
+  # 64 px are 16 x 16 latents, whose attention is cuDNN's.
   found, longer = plan_of(4), plan_of(8)
   assert found.compiled.fits and not found.compiled.collectives
   assert found.compiled.kernels['__cudnn$fmhaSoftmax'] and found.compiled.bytes_accessed
   assert longer.compiled.bytes_accessed > 1.01 * found.compiled.bytes_accessed
   text = plan_sampling.report(found)
-  assert text.startswith('a6000: fits') and f'{made} an hour' in text
+  assert text.startswith('a6000x2: fits') and '2 of 47.54 GiB' in text and f'{made} an hour' in text

@@ -9,6 +9,7 @@ import pytest
 import tiny_models
 import torch_models as reference
 
+from ip2p_jax import sharding
 from ip2p_jax.data.rows import LatentRow
 from ip2p_jax.diffusion import noise
 from ip2p_jax.editor import Editor, Sampling
@@ -122,7 +123,9 @@ def test_a_text_to_image_preview_agrees_with_diffusers(tmp_path):
       list(INSTRUCTIONS), height=32, width=32, num_inference_steps=4, guidance_scale=7.5,
       latents=reference.nchw(init_noise), output_type='np',
     ).images  # fmt: skip
-  sheet = make_preview(networks, TOKENIZER, EXAMPLES, steps=4, seed=5)(params)
+  mesh = sharding.make_mesh(devices=jax.devices()[:3])  # two of which make the same
+  params = jax.device_put(params, sharding.replicated(mesh))
+  sheet = make_preview(networks, TOKENIZER, EXAMPLES, steps=4, seed=5, mesh=mesh)(params)
   theirs = np.round(255 * theirs)
   ours = [crop(sheet, example['edited']) for example in EXAMPLES]
   for mine, other in zip(ours, theirs, strict=True):

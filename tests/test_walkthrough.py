@@ -52,7 +52,8 @@ def test_from_a_folder_of_pairs_to_an_edit_in_diffusers(place, latents):
   )  # fmt: skip
   assert 'validation loss' in told and 'done: 10 steps' in told
   assert list((place / workdir / 'previews').glob('*.png'))
-  assert 'AGREES' in run(place, *ip2p, 'convert', workdir, exported)
+  verdict = 'AGREES' if peers.HAS_TORCH else 'verify.py'
+  assert verdict in run(place, *ip2p, 'convert', workdir, exported)
 
   pipeline = diffusers.StableDiffusionInstructPix2PixPipeline.from_pretrained(
     place / exported, local_files_only=True

@@ -8,7 +8,8 @@ import pytest
 import torch_models as reference
 from safetensors.numpy import load_file, save_file
 
-from ip2p_jax import weights
+from ip2p_jax import setup_run, weights
+from ip2p_jax.config import TrainConfig
 from ip2p_jax.errors import InputError
 from ip2p_jax.weights import averages, ldm_names
 from ip2p_jax.weights.files import read_tensors
@@ -48,7 +49,7 @@ def unet_of(tensors):
   return {name: array for name, array in tensors.items() if name.startswith(UNET)}
 
 
-@pytest.fixture(scope='module', params=[(1e-4, 30, 0.9999), (1e-4, 300, 0.99), (1e-3, 100, 0.999)])
+@pytest.fixture(scope='module', params=[(1e-4, 30, 0.9999), (1e-4, 80, 0.99), (1e-3, 60, 0.999)])
 def run(request, file):
   """(live, average) of a training, under the names of the file."""
   return trained(unet_of(file[1]), *request.param)
@@ -167,6 +168,16 @@ def test_weights_in_another_precision_than_the_average_were_merged(tmp_path, fil
   save_file(file[1] | both, tmp_path / 'x.safetensors', file[2])
   assert np.array_equal(taken(tmp_path / 'x.safetensors'), half[FIRST])
   assert 'another precision' in caplog.text
+
+
+def test_training_starts_from_the_weights_that_its_config_names(tmp_path, file, run):
+  live, average = run
+  path = save(tmp_path / 'x.safetensors', file, live, average)
+  for choice, wanted in (('', average), ('average', average), ('live', live)):
+    start = setup_run.starting_checkpoint(
+      TrainConfig(checkpoint=str(path), checkpoint_weights=choice)
+    )
+    assert np.array_equal(start.tensors['unet']['conv_in.weight'], wanted[FIRST]), choice
 
 
 def test_a_choice_that_a_file_or_folder_does_not_have_is_refused(tmp_path, file):

@@ -47,6 +47,7 @@ def test_what_is_written_reads_back(tmp_path, arrays):
   assert metadata == {'format': 'pt', 'who': 'me'}
 
 
+@peers.needs_torch
 @pytest.mark.parametrize('dtype', ['float32', 'float16', 'bfloat16'])
 def test_files_are_those_of_the_safetensors_library(tmp_path, arrays, dtype):
   kind = np.dtype(getattr(ml_dtypes, dtype, None) or dtype)
@@ -182,6 +183,7 @@ def test_a_file_with_lightning_callbacks_is_read_without_any_of_their_code(tmp_p
   assert name not in sys.modules
 
 
+@peers.needs_torch
 @pytest.mark.parametrize('content', [b'', b'not a checkpoint', b'PK\x03\x04 half a zip'])
 def test_a_damaged_torch_file_is_named(tmp_path, content):
   (tmp_path / 'x.ckpt').write_bytes(content)

@@ -10,11 +10,21 @@ square difference is nearly the same in every tensor, in all of the first convol
 beside the weights. Measured: docs/parity.md.
 """
 
+import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from ip2p_jax.errors import InputError
+from ip2p_jax.weights import ldm_names
+from ip2p_jax.weights.files import renamed
+
+_log = logging.getLogger(__name__)
+
+# What programs that merge checkpoints note in a file's metadata.
+_MERGED = ('sd_merge_recipe', 'sd_merge_models', 'modelspec.merged_from')
 FIRST = 'input_blocks.0.0.weight'
 NOISY_CHANNELS = 4  # of the first convolution; what an editor has more, others' models lack
 UNEVEN = 5.0  # a tensor's difference over the median one; in training it was at most 3.2
@@ -31,6 +41,67 @@ class Change(NamedTuple):
   difference: float  # of live weights and average
   weights: float  # of the average
   rounding: float  # what the stored precision alone may make of a difference, twice over
+
+
+def chosen(
+  path: Path,
+  tensors: Mapping[str, np.ndarray],
+  prefix: str,
+  metadata: Mapping[str, str],
+  ema: bool | None,
+) -> Mapping[str, np.ndarray]:
+  """The UNet's live weights or their moving average, without `prefix`; logs which, of both.
+
+  Args:
+    path: of the file, for messages.
+    tensors: all of the file.
+    prefix: of the live weights' names.
+    metadata: of the file.
+    ema: whether to take the average; None takes it unless there is a `doubt`.
+
+  Raises InputError if an average is asked for and there is none, or only part of one.
+  """
+  names = {name.removeprefix(prefix): name for name in tensors if name.startswith(prefix)}
+  live = renamed(tensors, names)
+  average = None if ema is False else _averaged(path, tensors, names)
+  if average is None:
+    if ema:
+      raise InputError(f'{path}: holds no moving average; leave out --ema (ema=True).')
+    if any(name.startswith('model_ema.') for name in tensors):
+      _log.info('%s: took the live weights, not the moving average, as asked', path)
+    return live
+  if ema:
+    _log.info('%s: took the moving average, as asked', path)
+    return average
+  reason = doubt(live, average)
+  if note := next((name for name in _MERGED if name in metadata), ''):
+    reason = f'its metadata calls it a merge ({note})'
+  if reason:
+    _log.warning(
+      '%s: the live weights and their moving average are not of one training: %s; so this is a '
+      'merge, or an adapter was added, and the live weights are taken. --ema takes the average, '
+      '--no-ema the live ones without this warning.', path, reason,
+    )  # fmt: skip
+    return live
+  if far := relative_distance(live, average):
+    _log.info(
+      '%s: took the moving average, %s%% away from the live weights; if this is a merge, or an '
+      'adapter was added, --no-ema takes the live ones', path, f'{100 * far:.2g}',
+    )  # fmt: skip
+  return average
+
+
+def _averaged(path, tensors, names):
+  """The moving average of `names` if the file holds all of it, None if it holds nothing of it."""
+  new_to_old = {name: ldm_names.ema_name(full) for name, full in names.items()}
+  absent = [name for name in new_to_old.values() if name not in tensors]
+  if len(absent) == len(new_to_old):
+    return None
+  if absent:
+    raise InputError(f'{path}: holds only part of a moving average: {len(absent)} of '
+                     f'{len(new_to_old)} tensors are missing, e.g. {absent[0]}; take the live '
+                     'weights instead (ema=False, --no-ema).')  # fmt: skip
+  return renamed(tensors, new_to_old)
 
 
 def doubt(live: Mapping[str, np.ndarray], average: Mapping[str, np.ndarray]) -> str:

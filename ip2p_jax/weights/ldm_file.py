@@ -10,7 +10,6 @@ tokens therefore lie in a tensor of their own, which only we read.
 
 import dataclasses
 import json
-import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,10 +35,6 @@ CLIP, OPEN_CLIP = 'cond_stage_model.transformer.', 'cond_stage_model.model.'
 METADATA = 'ip2p_jax'
 EMBEDDING = 'text_model.embeddings.token_embedding.weight'
 LEARNED = 'ip2p_jax.learned_tokens'  # the embedding's rows of learned tokens
-
-_log = logging.getLogger(__name__)
-# What programs that merge checkpoints note in a file's metadata.
-_MERGED = ('sd_merge_recipe', 'sd_merge_models', 'modelspec.merged_from')
 
 # Marks of files that are something else; the first that occurs names it.
 _OTHER_KINDS = (
@@ -69,8 +64,8 @@ def read(path: str | os.PathLike, ema: bool | None = None) -> Checkpoint:
   path = Path(path)
   tensors, metadata = read_tensors(path)
   _check_kind(path, tensors)
-  unet, vae = _under(tensors, UNET), _under(tensors, VAE)
-  unet = _chosen(path, tensors, unet, metadata, ema)
+  vae = _under(tensors, VAE)
+  unet = averages.chosen(path, tensors, UNET, metadata, ema)
   # What the autoencoder was trained against is no part of it.
   vae = renamed(vae, {name: name for name in vae if not name.startswith('loss.')})
   is_open_clip = any(name.startswith(OPEN_CLIP) for name in tensors)
@@ -214,49 +209,6 @@ def _check_kind(path, tensors):
 def _under(tensors, prefix):
   found = {name.removeprefix(prefix): name for name in tensors if name.startswith(prefix)}
   return renamed(tensors, found)
-
-
-def _chosen(path, tensors, live, metadata, ema) -> Mapping[str, np.ndarray]:
-  """The UNet's live weights or their moving average; tells which, of a file that holds both."""
-  average = None if ema is False else _averaged(path, tensors, live)
-  if average is None:
-    if ema:
-      raise InputError(f'{path}: holds no moving average; leave out --ema (ema=True).')
-    if any(name.startswith('model_ema.') for name in tensors):
-      _log.info('%s: took the live weights, not the moving average, as asked', path)
-    return live
-  if ema:
-    _log.info('%s: took the moving average, as asked', path)
-    return average
-  reason = averages.doubt(live, average)
-  if note := next((name for name in _MERGED if name in metadata), ''):
-    reason = f'its metadata calls it a merge ({note})'
-  if reason:
-    _log.warning(
-      '%s: the live weights and their moving average are not of one training: %s; so this is a '
-      'merge, or an adapter was added, and the live weights are taken. --ema takes the average, '
-      '--no-ema the live ones without this warning.', path, reason,
-    )  # fmt: skip
-    return live
-  if far := averages.relative_distance(live, average):
-    _log.info(
-      '%s: took the moving average, %s%% away from the live weights; if this is a merge, or an '
-      'adapter was added, --no-ema takes the live ones', path, f'{100 * far:.2g}',
-    )  # fmt: skip
-  return average
-
-
-def _averaged(path, tensors, unet):
-  """The moving average of `unet` if the file holds all of it, None if it holds nothing of it."""
-  new_to_old = {name: ldm_names.ema_name(UNET + name) for name in unet}
-  absent = [name for name in new_to_old.values() if name not in tensors]
-  if len(absent) == len(new_to_old):
-    return None
-  if absent:
-    raise InputError(f'{path}: holds only part of a moving average: {len(absent)} of '
-                     f'{len(new_to_old)} tensors are missing, e.g. {absent[0]}; take the live '
-                     'weights instead (ema=False, --no-ema).')  # fmt: skip
-  return renamed(tensors, new_to_old)
 
 
 def _with_rows(text, tensors):
