@@ -112,6 +112,11 @@ class Server:
       )
 
   @property
+  def taken_out(self) -> list[str]:
+    """Of RECORDED, what the server is not told, and decides itself."""
+    return [name for name in RECORDED if name in self.body]
+
+  @property
   def address(self) -> str:
     return f'{self.url.rstrip("/")}/{APIS[self.api]}'
 

@@ -34,6 +34,7 @@ LINES = ('', '.txt')  # suffixes of files with a caption per line
 CHUNK = 4096  # captions per call of a backend, which runs half empty at the end of each
 SYNC = 1.0  # seconds of answers that may be lost with the machine
 MOST_TOKENS = 2**15 - 1
+SAMPLING = ('temperature', 'top_p', 'frequency_penalty', 'max_tokens')  # in every line of prompts
 # Why an answer is refused.
 REASONS = {
   'empty': 'no answer',
@@ -202,13 +203,15 @@ def write_all(
   """Writes for all captions of this worker, from where an earlier try stopped.
 
   `identity` tells models apart, so that no run goes on with another; its 'model' stands in every
-  line. `shard` (i, n) is worker i of n, which has every n-th caption. `limit` is of captions, the
+  line, and what of the sampling is 'taken_out', of which the model was told nothing, is null there.
+  `shard` (i, n) is worker i of n, which has every n-th caption. `limit` is of captions, the
   first; a later run may have more. `confirm` is called with the captions to ask for, before
   anything is written, and may raise. Returns whether all workers are done, and the prompts written.
   """
   folder = local_folder(out)
   digest = hashlib.blake2b(json.dumps(captions).encode(), digest_size=8).hexdigest()
   settings = dataclasses.asdict(writing) | dict(identity)
+  settings.pop('taken_out', None)  # the request tells
   if 'weights' in settings:  # tell more than the name of a folder
     del settings['model']
   settings |= {'captions': digest, 'shards': shard[1]}
@@ -251,7 +254,10 @@ def write_all(
           done += 1
           progress(done, total)
       todo.extendleft(reversed(again))  # so that the next call is full, and the last one short
-  return _gather(folder, captions, len(wanted), writing, identity['model'], shard)
+  sampling = {name: None if name in identity.get('taken_out', ()) else getattr(writing, name)
+              for name in SAMPLING}  # fmt: skip
+  about = {'model': identity['model'], 'sampling': sampling}
+  return _gather(folder, captions, len(wanted), writing, about, shard)
 
 
 def _answers(complete, asked, writing) -> Iterator[tuple[Task, str]]:
@@ -340,7 +346,7 @@ def _journal(file: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     os.fsync(opened.fileno())
 
 
-def _gather(folder, captions, least, writing, model, shard) -> bool:
+def _gather(folder, captions, least, writing, about, shard) -> bool:
   """Writes the prompts of the first captions, up to one that a worker has still to do.
 
   Writes nothing if these are not `least`.
@@ -354,16 +360,14 @@ def _gather(folder, captions, least, writing, model, shard) -> bool:
     return False
   answers = (line for worker in workers for line in read_answers(answers_file(folder, worker)))
   kept = {line['row']: line for line in answers if 'edit' in line}
-  sampling = {name: getattr(writing, name)
-              for name in ('temperature', 'top_p', 'frequency_penalty', 'max_tokens')}  # fmt: skip
   lines = []
   for caption in captions:
     if answer := kept.get(caption.row):
       line = {'caption': caption.text, 'edit': answer['edit'], 'output': answer['output']}
       line |= {'url': caption.url} if caption.url else {}
-      line |= {'row': caption.row, 'model': model, 'attempt': answer['attempt']}
+      line |= {'row': caption.row, 'model': about['model'], 'attempt': answer['attempt']}
       line |= {'seed': writing.seed_of(caption.text, answer['attempt'])}
-      lines.append(json.dumps(line | sampling) + '\n')
+      lines.append(json.dumps(line | about['sampling']) + '\n')
   if lines:
     storage.write_bytes(folder / PROMPTS, ''.join(lines).encode())
   return True

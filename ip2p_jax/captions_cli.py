@@ -194,6 +194,7 @@ def write(
       server, server_model, api, caption_server.read_key(key_variable) if key_variable else None,
       shown, examples, _json(body), concurrency, timeout, retries,
     )  # fmt: skip
+    _check_taken_out(context, asked)
   found = captions.read_captions(source, column)
   left_out = ', '.join(f'{count:,} {reason}' for reason, count in found.left_out.items())
   tqdm.write(f'{source}: {_many(len(found.kept), "caption")}; left out: {left_out or "none"}')
@@ -201,6 +202,8 @@ def write(
   if asked:
     identity = {'model': server_model, 'api': api, 'shown': examples}
     identity |= {'examples': _digest(shown), 'body': _digest(asked.body)}  # that may hold secrets
+    if asked.taken_out:
+      identity['taken_out'] = asked.taken_out
     complete = caption_server.backend(asked, writing, usage, _once(tqdm.write))
   else:
     loaded, identity = _load(model, dtype, split_weights)
@@ -280,11 +283,15 @@ def _many(count: int, what: str) -> str:
 
 
 def given_options(context: typer.Context) -> dict[str, str]:
-  """The options that stand on the command line: their flags by name."""
+  """The options that change something on the command line: their flags by name.
+
+  A script may well repeat what an option is without it.
+  """
   return {
     parameter.name: parameter.opts[0]
     for parameter in context.command.params
     if context.get_parameter_source(parameter.name).name == 'COMMANDLINE'
+    and context.params[parameter.name] != parameter.get_default(context)
   }
 
 
@@ -293,6 +300,13 @@ def _check_options(context, names, backend) -> None:
   for name, flag in given_options(context).items():
     if name in names:
       raise InputError(f'{flag} goes with {backend}; leave it out.')
+
+
+def _check_taken_out(context, server) -> None:
+  """InputError for an option that was given, of which --body lets the server hear nothing."""
+  for name, flag in given_options(context).items():
+    if name in server.taken_out and not (name == 'seed' and server.shown):  # it draws examples, too
+      raise InputError(f'{flag} would do nothing: --body takes it out; leave one of them out.')
 
 
 def _load(folder, dtype, split):

@@ -276,17 +276,26 @@ def read_part(
   found = steps(workdir)
   if not found:
     raise InputError(f'{workdir}: has no checkpoint yet; let the run write one.')
-  step = found[-1] if step is None else step
-  if step not in found:
-    raise InputError(f'{workdir}: has no checkpoint of step {step}; there are {found}.')
-  folder = storage.folder(workdir) / CHECKPOINTS / str(step)
+  wanted = found[-1] if step is None else step
+  if wanted not in found:
+    raise InputError(f'{workdir}: has no checkpoint of step {wanted}; there are {found}.')
+  folder = storage.folder(workdir) / CHECKPOINTS / str(wanted)
+  try:
+    with _reading(folder):
+      return wanted, _part_of(folder, part)
+  except InputError:
+    if step is None and steps(workdir)[-1:] not in ([], [wanted]):
+      return read_part(workdir, part)  # the run goes on, and has put a newer one in its place
+    raise
+
+
+def _part_of(folder, part) -> dict[str, np.ndarray]:
   handler = _state_handler()
-  with _reading(folder):
-    tree = {part: handler.metadata(folder / 'state').tree[part]}
-    # As numpy, or else Orbax asks for the devices that wrote it.
-    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-    arguments = ocp.args.PyTreeRestore(tree, restore_args=as_numpy, partial_restore=True)
-    return step, handler.restore(folder / 'state', args=arguments)[part]
+  tree = {part: handler.metadata(folder / 'state').tree[part]}
+  # As numpy, or else Orbax asks for the devices that wrote it.
+  as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+  arguments = ocp.args.PyTreeRestore(tree, restore_args=as_numpy, partial_restore=True)
+  return handler.restore(folder / 'state', args=arguments)[part]
 
 
 def tensor_makers(params: Mapping[str, np.ndarray]) -> dict[str, Callable[[], np.ndarray]]:

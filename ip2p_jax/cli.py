@@ -2,12 +2,10 @@
 
 import contextlib
 import functools
-import math
 import os
 import secrets
 import signal
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -360,7 +358,8 @@ def pack(
   copies of the data sets on the Hugging Face hub. Killed, it goes on where it was.
   """
   of_latents = {'--ckpt': ckpt, '--resize': resize, '--dtype': dtype, '--batch-size': batch_size}
-  given = [option for option, value in of_latents.items() if value is not None]
+  usual = (None, 'crop', 'float32', 32)  # what they are without it
+  given = [option for option, value in of_latents.items() if value not in usual]
   if given and not latents:
     raise InputError(f'{given[0]} is only for --latents; add that, or leave {given[0]} out.')
   cache_compilations()
@@ -525,7 +524,8 @@ def pairs(
     _show_attention(generator, read[:show_attention], local_folder(out))
     return
   identity = {'dtype': dtype, 'clip': weights_digest(flatten(towers.params))}
-  identity['weights'] = weights_digest(checkpoint.tensors['unet'])
+  parts = {'weights': 'unet', 'vae': 'vae', 'text_encoder': 'text_encoder'}
+  identity |= {name: weights_digest(checkpoint.tensors[part]) for name, part in parts.items()}
   with _progress('pair', compiles=True) as progress:
     told = progress or (lambda done, total: None)
     count = draw_all(generator, read, out, identity, number, told)
@@ -611,7 +611,7 @@ def filter(
     raise InputError('give the folders of `ip2p pairs`, and then a new one to write to.')
   image = presets[preset].clip_sim_image if image is None else image
   thresholds = Scores(caption, caption, direction, image)
-  if not all(map(math.isfinite, thresholds)):
+  if not all(-1 <= least <= 1 for least in thresholds):
     raise InputError('--image, --caption and --direction are cosines; give numbers of -1 to 1.')
   if holdout and not shards:
     raise InputError('--holdout is only for --shards; add that, or leave --holdout out.')
@@ -646,8 +646,8 @@ def _filter_to_shards(sources, out, *how, holdout):
     stack.enter_context(storage.locked(out.with_name(f'.{out.name}.lock'), busy))
     if out.exists():
       raise InputError(f'{out} exists; give a new folder, or delete it.')
-    place = stack.enter_context(tempfile.TemporaryDirectory(dir=out.parent, prefix=f'.{out.name}.'))
-    pairs, packed = Path(place, 'pairs'), Path(place, 'shards')
+    place = stack.enter_context(storage.unfinished(out))
+    pairs, packed = place / 'pairs', place / 'shards'
     found = filter_pairs(sources, pairs, *how)
     if found.kept:
       rows = open_splits(str(pairs), holdout=holdout)
@@ -776,6 +776,8 @@ def _check_plan_options(of, of_sampling, of_training):
   if given:
     raise InputError(f'{given}: of no use with --of {of}; {advice}.')
   changes = of_training['--set'] or ()
+  if any(item.partition('=')[0] == 'checkpoint' for item in changes):
+    raise InputError('--set checkpoint: only the architecture is planned; say it by --ckpt.')
   if of_training['--device-batch'] and any(item.startswith('accumulation') for item in changes):
     raise InputError('--device-batch and --set accumulation say the same; give one of them.')
 

@@ -3,10 +3,12 @@
 import contextlib
 import logging
 import os
+import re
 import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
@@ -69,6 +71,23 @@ def cache_compilations() -> None:
     with contextlib.suppress(OSError):  # then we go without
       folder.mkdir(parents=True, exist_ok=True)
       jax.config.update('jax_compilation_cache_dir', str(folder))
+      _drop_damaged(folder)
+
+
+def _drop_damaged(folder: Path) -> None:
+  """Removes from a cache what jax cannot read, so that it is written anew.
+
+  jax writes its files in place, so a kill or a full disk leaves part of one, and never writes over.
+  """
+  show = warnings.showwarning
+
+  def shown(message, *rest):
+    if found := re.match(r"Error reading persistent compilation cache.*'([\w<>]+)'", str(message)):
+      for file in folder.glob(f'{found[1]}-*'):
+        file.unlink(missing_ok=True)
+    show(message, *rest)
+
+  warnings.showwarning = shown
 
 
 @contextlib.contextmanager

@@ -56,7 +56,8 @@ def convert(
   """
   dst = Path(dst)
   busy = f'{dst}: another process writes it; wait for that, or choose another name.'
-  with storage.locked(dst.absolute().with_name(f'.{dst.name}.lock'), busy):
+  place = dst.resolve()  # by whatever name it is reached
+  with storage.locked(place.with_name(f'.{place.name}.lock'), busy):
     _convert(src, dst, to, dtype, ema, variant, prediction_type, verify, overwrite, say)
 
 
@@ -91,7 +92,9 @@ def _convert(src, dst, to, dtype, ema, variant, prediction_type, verify, overwri
     return
   written, folder, file = weights.read(dst), dst, None
   if to != 'diffusers':
-    written, folder, file = weights.without_learned(written), dst.with_suffix('.verify'), dst.name
+    # Named after the whole of it, since a .safetensors and a .ckpt may lie side by side.
+    written, file = weights.without_learned(written), dst.name
+    folder = dst.with_name(f'{file}.verify')
     diffusers_folder.write_configs(written, folder)
   settings = {'file': file, 'variant': written_variant}
   store_edit(Editor.from_checkpoint(written, 'float32'), folder, settings)

@@ -30,8 +30,9 @@ class Job:
 def check_options(given: dict[str, Any]) -> None:
   """Raises InputError for a flag that others, given or not, keep from acting; None is not given."""
   needs = {'--index': '--seed', '--grid-text': '--grid', '--grid-image': '--grid'}
+  usual = (None, 0)  # 0 is what --index is without it
   for flag, other in needs.items():
-    if given[flag] is not None and given[other] in (None, False):
+    if given[flag] not in usual and given[other] in (None, False):
       raise InputError(f'{flag}: of no use without {other}; add that, or leave {flag} out.')
   for flag, instead in {'--cfg-text': '--grid-text', '--cfg-image': '--grid-image'}.items():
     if given['--grid'] and given[flag] is not None:

@@ -150,7 +150,7 @@ class Editor:
     sampling = Sampling(steps, sampler, spacing, karras, rescale, interval)
     check_acts(sampling, rows.text_guidance, rows.image_guidance, negative)
     check_noise_acts(sampler, seed, indices, init_noise, step_noise)
-    if min(batch_size or 1, resolution or 1) < 1:
+    if any(value is not None and value < 1 for value in (batch_size, resolution)):
       raise InputError('batch_size and resolution must be 1 or more.')
     factor = self.networks.vae_config.factor
     sizes = [
@@ -294,9 +294,10 @@ class Rows(NamedTuple):
     if not all(text.strip() for text in rows.instructions):
       raise InputError('the instruction is empty; say what to change, as in "make it winter".')
     for original, row_mask in zip(rows.originals, rows.mask, strict=True):
-      if row_mask is not None and np.shape(row_mask) != original.size[::-1]:
-        raise InputError(f'the mask has shape {list(np.shape(row_mask))}; the picture needs '
-                         f'{list(original.size[::-1])}.')  # fmt: skip
+      if row_mask is not None:
+        pictures.check_mask(row_mask, original.size)
+    if mask is not None and not any(map(np.any, rows.mask)):
+      raise InputError('the mask is 0 everywhere, so nothing would be edited; 1 is edited.')
     return rows
 
   def take(self, rows: Sequence[int]) -> 'Rows':

@@ -11,6 +11,7 @@ thresholds can be tried at no cost; writes the original's layout, ready to pack 
 Numbers are judged as they are stored.
 """
 
+import io
 import json
 import os
 import shutil
@@ -72,16 +73,10 @@ def filter_pairs(
       raise InputError(f'{out} exists; give a new folder, or delete it.')
     places = _places(folders)
     _check_instructions(places)
-    unfinished = out.with_name(f'.{out.name}.tmp')
-    if unfinished.exists():  # of a run that was killed
-      shutil.rmtree(unfinished)
-    unfinished.mkdir(parents=True)
-    try:
-      found = _filter(places, unfinished, thresholds, most, drop_duplicates, progress)
+    with storage.unfinished(out) as place:
+      found = _filter(places, place, thresholds, most, drop_duplicates, progress)
       if found.kept:
-        unfinished.rename(out)
-    finally:
-      shutil.rmtree(unfinished, ignore_errors=True)
+        place.rename(out)
   return found
 
 
@@ -130,8 +125,10 @@ def draw_histograms(scores: np.ndarray, thresholds: Scores, file: Path) -> None:
     axes.hist(scores[np.isfinite(scores[:, i]), i], bins=40, color='tab:blue')
     axes.axvline(thresholds[i], color='tab:red')
     share = (scores[:, i] >= thresholds[i]).mean()
-    axes.set(title=title, xlabel=f'cosine; {share:.0%} at or above {thresholds[i]:g}')
-  figure.savefig(file, dpi=100)
+    axes.set(title=title, xlabel=f'cosine; {share:.1%} at or above {thresholds[i]:g}')
+  png = io.BytesIO()
+  figure.savefig(png, dpi=100, format='png')
+  storage.write_bytes(storage.folder(file), png.getvalue())
 
 
 def _places(folders) -> list[Path]:

@@ -163,8 +163,7 @@ def restore(
   picture = Image.fromarray(np.asarray(edited)).resize(original.size, Image.Resampling.LANCZOS)
   picture = colour.from_srgb(picture, original)
   if mask is not None:
-    if mask.shape != picture.size[::-1] or not ((mask >= 0) & (mask <= 1)).all():
-      raise InputError(f'the mask must have shape {picture.size[::-1]} and values from 0 to 1')
+    check_mask(mask, picture.size)
     before, after = np.asarray(original.convert(picture.mode)), np.asarray(picture)
     blended = np.where((mask == 1)[..., None], after, before)
     soft = (mask > 0) & (mask < 1)  # the rest is exact without arithmetic
@@ -175,6 +174,15 @@ def restore(
     picture.putalpha(original.getchannel('A'))
   picture.info = dict(original.info)
   return picture
+
+
+def check_mask(mask: np.ndarray, size: tuple[int, int]) -> None:
+  """Raises InputError for a mask, [H, W] in [0, 1], that does not fit a picture of `size`."""
+  if np.shape(mask) != size[::-1]:
+    raise InputError(f'the mask has shape {list(np.shape(mask))}; the picture needs'
+                     f' {list(size[::-1])}')  # fmt: skip
+  if not ((np.asarray(mask) >= 0) & (np.asarray(mask) <= 1)).all():
+    raise InputError('the mask has values that are not from 0 to 1; 1 is edited, 0 is kept')
 
 
 def read_mask(path: str | Path, size: tuple[int, int]) -> np.ndarray:
@@ -188,9 +196,10 @@ def read_mask(path: str | Path, size: tuple[int, int]) -> np.ndarray:
   if abs(mask.width * height - mask.height * width) > max(*mask.size, *size):
     sizes = f'{mask.width}x{mask.height} and the picture {width}x{height}'
     raise InputError(f'the mask {path} is {sizes}; give both the same shape')
-  if not mask.getextrema()[1]:
+  mask = mask.resize(size, Image.Resampling.BILINEAR)
+  if not mask.getextrema()[1]:  # of what is used: a speck of a larger mask may be lost
     raise InputError(f'the mask {path} is all black, so nothing would be edited; paint it white')
-  return np.asarray(mask.resize(size, Image.Resampling.BILINEAR), np.float32) / np.float32(255)
+  return np.asarray(mask, np.float32) / np.float32(255)
 
 
 def for_file(image: Image.Image, path: str | Path) -> Image.Image:

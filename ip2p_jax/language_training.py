@@ -120,7 +120,8 @@ def train_language(config: LanguageConfig, workdir: str) -> int:
 
 def split(rows: Sequence[Triplet], holdout: float) -> tuple[list[Triplet], list[Triplet]]:
   """Those to learn and those to hold out, a part `holdout` of them, spread evenly."""
-  is_held = [int((i + 1) * holdout) > int(i * holdout) for i in range(len(rows))]
+  count = lambda i: int(round(i * holdout, 6))  # of the first i; 100 * 0.29 is 28.999999999999996
+  is_held = [count(i + 1) > count(i) for i in range(len(rows))]
   pick = lambda which: [row for row, held in zip(rows, is_held, strict=True) if held == which]
   return pick(False), pick(True)
 

@@ -242,7 +242,7 @@ def progress_line(step: int, steps: int, values: Mapping[str, float]) -> str:
   """
   parts = [f'step {step:,}/{steps:,}']
   if 'loss' in values:
-    parts.append(f'loss {values["loss"]:.4f}')
+    parts.append(f'loss {shown_loss(values["loss"])}')
   if 'examples_per_second' in values:
     parts.append(f'{_three_digits(values["examples_per_second"])} examples/s')
   if 'mfu' in values:  # without it the device is a CPU, or not known, and says little
@@ -251,6 +251,11 @@ def progress_line(step: int, steps: int, values: Mapping[str, float]) -> str:
   if 'step_time' in values and step < steps:
     parts.append(f'{_duration((steps - step) * values["step_time"])} left')
   return '  '.join(parts)
+
+
+def shown_loss(loss: float) -> str:
+  """Four decimals; of a loss so small that they would say little, three digits."""
+  return f'{loss:.4f}' if not abs(loss) < 0.001 else f'{loss:.3g}'
 
 
 def memory() -> dict[str, int]:

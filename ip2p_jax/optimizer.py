@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
@@ -147,8 +148,10 @@ def check(config: OptimizerConfig) -> None:
     raise InputError(f'optimizer.final_rate is {config.final_rate}; give a number from 0 to 1.')
   for knob in ('b1', 'b2', 'ema'):
     _check_range(knob, getattr(config, knob), 0, 1)
-  if not 0 < config.eps < math.inf:
-    raise InputError(f'optimizer.eps is {config.eps}; give a number above 0.')
+    if np.float32(getattr(config, knob)) == 1:  # as it is used
+      raise InputError(f'optimizer.{knob} is {getattr(config, knob)}, which float32 rounds to 1.')
+  if not 0 < np.float32(config.eps) < math.inf:
+    raise InputError(f'optimizer.eps is {config.eps}; give a number of float32 above 0.')
 
 
 def _values(rules, names, what):

@@ -72,27 +72,14 @@ def working(
   settings = json.loads(json.dumps(settings))
   if storage.is_local(folder) and folder.exists() and not folder.is_dir():
     raise InputError(f'{folder}: is a file; give a folder.')
-  own = folder / f'.worker-{shard[0]:05d}-of-{shard[1]:05d}.lock'
-  taken = (
-    f'{folder}: another process draws shard {shard[0]}/{shard[1]} here; wait for it, or give'
-    ' another --shard.'
-  )
-  with contextlib.ExitStack() as stack:
-    with storage.locked(folder / '.lock', '', waits=True):
-      stack.enter_context(storage.locked(own, taken))
-      others = {
-        file.name for file in folder.glob('.worker-*.lock')
-        if file != own and storage.is_locked(file)
-      }  # fmt: skip
-      if any(not name.endswith(f'-of-{shard[1]:05d}.lock') for name in others):
-        raise InputError(
-          f'{folder}: workers draw here that share the prompts by another number than {shard[1]};'
-          ' give the same n in --shard i/n, or wait until they are done.'
-        )
-      _settle(folder, settings, prompts, bool(others))
-      for file in folder.glob('batch-*.json'):
-        if not file.name.endswith(f'-of-{shard[1]:05d}.json'):
-          file.unlink(missing_ok=True)  # of workers that were killed
+
+  def settle(is_shared):
+    _settle(folder, settings, prompts, is_shared)
+    for file in folder.glob('batch-*.json'):
+      if not file.name.endswith(f'-of-{shard[1]:05d}.json'):
+        file.unlink(missing_ok=True)  # of workers that were killed
+
+  with storage.at_work(folder, shard, 'prompts', settle):
     yield
 
 

@@ -48,9 +48,8 @@ class Sampling:
     own = levels(self.spacing, self.karras)
     if self.karras and np.array_equal(own, levels(self.spacing, False)):
       raise InputError(f'karras changes nothing in {self.steps} steps; leave it out.')
-    if (
-      self.spacing and self.karras and self.sampler == 'dpmpp_2m'
-    ):  # from end to end, whatever else
+    # From end to end, whatever else; 'linspace' is its own.
+    if self.karras and self.sampler == 'dpmpp_2m' and self.spacing not in (None, 'linspace'):
       raise InputError('spacing changes nothing in dpmpp_2m with karras; leave one of them out.')
 
   def guided_steps(self) -> tuple[int, int]:

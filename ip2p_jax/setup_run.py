@@ -232,10 +232,13 @@ def as_begun(config: Any, fixed: Collection[str], workdir: str, say: Callable[[s
     was, now = old.get(knob, new[knob]), new[knob]
     if was != now:
       raise InputError(f'{knob} was {was!r} in this workdir; set it so, or use a new workdir.')
-  begun = old.get('checkpoint', config.checkpoint)
-  if begun != config.checkpoint:
-    say(f'checkpoint is not read again: this workdir, begun with {begun}, has its own weights')
-  return dataclasses.replace(config, checkpoint=begun)
+  begun = {name: old[name] for name in ('checkpoint', 'checkpoint_weights') if name in old}
+  if any(getattr(config, name) != value for name, value in begun.items()):
+    say(
+      f'checkpoint is not read again: this workdir, begun with {begun["checkpoint"]}, has its own'
+      ' weights'
+    )
+  return dataclasses.replace(config, **begun)
 
 
 def _with_prediction_type(config, networks, workdir):

@@ -9,9 +9,10 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,40 @@ def locked(file: epath.Path, message: str, waits: bool = False) -> Iterator[None
     os.close(opened)
 
 
+@contextlib.contextmanager
+def at_work(
+  folder: epath.Path, shard: tuple[int, int], what: str, begin: Callable[[bool], Any]
+) -> Iterator[Any]:
+  """Is worker i of n of this folder until the end, and gives what `begin` gave.
+
+  Args:
+    shard: (i, n); all that are at work at a time must have the same n.
+    what: the workers of a folder share, for messages.
+    begin: called with whether others are at work, while no other worker begins.
+
+  InputError if this worker is at work already, or workers of another n are (where there are locks;
+  see `locked`).
+  """
+  own = folder / f'.worker-{shard[0]:05d}-of-{shard[1]:05d}.lock'
+  taken = (
+    f'{folder}: another process is at work on shard {shard[0]}/{shard[1]} here; wait for it, or'
+    ' give another --shard.'
+  )
+  with contextlib.ExitStack() as stack:
+    with locked(folder / '.lock', '', waits=True):
+      stack.enter_context(locked(own, taken))
+      others = {
+        file.name for file in folder.glob('.worker-*.lock') if file != own and is_locked(file)
+      }
+      if any(not name.endswith(f'-of-{shard[1]:05d}.lock') for name in others):
+        raise InputError(
+          f'{folder}: workers are here that share the {what} by another number than {shard[1]};'
+          ' give the same n in --shard i/n, or wait until they are done.'
+        )
+      found = begin(bool(others))
+    yield found
+
+
 def is_locked(file: epath.Path) -> bool:
   """Whether someone holds it now. Removes what a dead process left."""
   try:
@@ -172,6 +207,22 @@ def _temporary(file) -> Iterator[epath.Path]:
     yield temporary
   finally:
     temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def unfinished(folder: Path) -> Iterator[Path]:
+  """A hidden folder beside `folder`, to write in; gone afterwards, as is what a killed run left.
+
+  Its name is always the same, so whoever calls this holds a lock.
+  """
+  place = folder.with_name(f'.{folder.name}.tmp')
+  if place.exists():
+    shutil.rmtree(place)
+  place.mkdir(parents=True)
+  try:
+    yield place
+  finally:
+    shutil.rmtree(place, ignore_errors=True)
 
 
 @contextlib.contextmanager

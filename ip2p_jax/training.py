@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import io
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -235,7 +235,7 @@ def _keep_batch(run: Run, data: Data, ahead, workdir, state, step) -> str:
 def _check_skipped(run: Run, data: Data, ahead, save, step, values, state, course) -> None:
   """Stops at too many broken examples, saved first. Each is met again in every pass of the data."""
   config, skipped = run.config, values['skipped']
-  passes = max(1.0, (step + ahead) * config.batch_size / sum(_rows(data)))
+  passes = _passes((step + ahead) * config.batch_size, _rows(data), data.weights)
   if skipped > config.data.max_corrupt * passes:
     save(step, state, course)
     raise InputError(
@@ -243,6 +243,12 @@ def _check_skipped(run: Run, data: Data, ahead, save, step, values, state, cours
       f' data.max_corrupt ({config.data.max_corrupt}) in each; ip2p check names them all. Mend'
       ' them, or raise the limit.'
     )
+
+
+def _passes(seen: int, rows: Sequence[int], weights: Sequence[float]) -> float:
+  """How often all rows of a mixture's data set were seen, of the one that comes most often."""
+  each = zip(rows, weights, strict=True)
+  return max(1.0, *(seen * weight / sum(weights) / count for count, weight in each))
 
 
 def _describe(data: Data) -> None:

@@ -157,7 +157,7 @@ def _validated(loss):
   if loss is None:
     say('no validation loss: every example is broken')
     return {}
-  say(f'validation loss {loss:.4f}')
+  say(f'validation loss {metrics.shown_loss(loss)}')
   return {'validation_loss': loss}
 
 

@@ -122,7 +122,9 @@ def test_a_model_of_this_machine_writes_edits(ip2p, model, source, tmp_path):
   assert {line['refused'] for line in answers if 'refused' in line} == {'parts', 'unrelated'}
 
   for i in (1, 0):  # with other slots, and two workers: the very same
-    code, said = ip2p('write', source, tmp_path / 'two', '--model', model, '--shard', f'{i}/2')
+    as_ever = ('--api', 'chat', '--top-p', 1)  # a script may say what is so anyway
+    words = ('--model', model, '--shard', f'{i}/2')
+    code, said = ip2p('write', source, tmp_path / 'two', *words, *as_ever)
     assert code == 0 and ('other shards are still missing' in said) == (i == 1)
   name = captions.PROMPTS
   assert (tmp_path / 'two' / name).read_bytes() == (tmp_path / 'one' / name).read_bytes()
@@ -130,7 +132,8 @@ def test_a_model_of_this_machine_writes_edits(ip2p, model, source, tmp_path):
   code, said = ip2p('check', tmp_path / 'one' / name)
   assert code == 0 and 'has little to do with' not in said  # 'a golden house' of a cat is refused
 
-  code, said = ip2p('write', source, tmp_path / 'one', *words, '--temperature', 0)
+  words = ('--model', model, '--slots', 4)
+  code, said = ip2p('write', source, tmp_path / 'one', *words, '--temperature', 0, '--top-p', 1)
   assert code == 2 and 'begun with temperature 0.7, not 0.0' in said
 
   other = shutil.copytree(model, tmp_path / 'renamed')
@@ -191,6 +194,14 @@ def test_a_server_writes_edits_and_the_key_is_nowhere(ip2p, fake, source, tmp_pa
   assert 'captions with an edit: 20 of 20 (100.0%)' in said
   written = b''.join(file.read_bytes() for file in out.iterdir())
   assert KEY not in said and KEY.encode() not in written
+
+
+def test_what_the_body_takes_out_is_null_in_the_prompts(ip2p, fake, source, tmp_path):
+  words = ('--yes', '--body', '{"top_p": null}', '--seed', 1)
+  assert ip2p(*asking(fake, source, tmp_path / 'edits', *words))[0] == 0
+  assert not any('top_p' in body for body in fake.asked)
+  for line in (tmp_path / 'edits' / captions.PROMPTS).read_text().splitlines():
+    assert json.loads(line)['top_p'] is None and json.loads(line)['temperature'] == 0.7
 
 
 def test_the_cost_is_told_before_anything_is_asked(ip2p, fake, source, tmp_path):
@@ -300,9 +311,10 @@ HERE = ('--server', 'http://here', '--server-model', 'm')
     (('--model', 'm', '--temperature', 0, '--top-p', 0.9), '--top-p would do nothing'),
     (('--model', 'm', '--temperature', 0, '--seed', 1), '--seed would do nothing'),
     (('--model', 'm', '--temperature', 0, '--attempts', 2), '--attempts would do nothing'),
-    (('--model', 'm', '--api', 'chat'), '--api goes with --server'),
+    (('--model', 'm', '--api', 'completions'), '--api goes with --server'),
     (('--model', 'm', '--yes'), '--yes goes with --server'),
     ((*HERE, '--slots', '4'), '--slots goes with --model'),
+    ((*HERE, '--body', '{"top_p": null}', '--top-p', '0.5'), '--top-p would do nothing: --body'),
     ((*HERE, '--examples', '0', '--triplets', 'x'), '--triplets are not shown with --examples 0'),
     (('--model', 'm', '--shard', '0/100000000'), "shard is '0/100000000'"),
     ((*HERE, '--body', '{"min_p": NaN}'), '--body is no JSON object'),

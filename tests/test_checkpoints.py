@@ -476,6 +476,21 @@ def test_an_older_step_can_be_read_and_an_absent_one_is_refused(tmp_path, start,
     checkpoints.read(tmp_path, step=15)
 
 
+def test_reading_goes_on_when_the_run_removes_what_is_read(tmp_path, rng, monkeypatch):
+  part_of, state = checkpoints._part_of, weights_of(small_params(rng))
+  saved(tmp_path, state, 1)
+
+  def removed(folder, part):
+    if folder.name == '1':
+      run = Checkpoints(tmp_path, keep=1)
+      run.save(2, state, {})
+      run.close()
+    return part_of(folder, part)
+
+  monkeypatch.setattr(checkpoints, '_part_of', removed)
+  assert checkpoints.read_part(tmp_path, 'ema')[0] == 2 and checkpoints.steps(tmp_path) == [2]
+
+
 def test_reading_leaves_a_checkpoint_on_its_way_alone(tmp_path, start, unet):
   run_of(tmp_path, start, unet)
   on_its_way = tmp_path / 'checkpoints/20.orbax-checkpoint-tmp'

@@ -93,6 +93,13 @@ def test_a_checkpoint_works_at_its_own_size_and_the_papers_settings(edit, asked)
   assert asked == [100, 7.5, 1.5, 'euler_ancestral', 16 * 4]
 
 
+def test_a_script_may_say_what_is_so_anyway(edit, asked):
+  usual = {'index': 0, 'num': 1, 'batch_size': 8, 'interval': (0, 1), 'rescale': 0, 'negative': ''}
+  assert edit(seed=None, **usual) == (0, '')
+  of_its_own = {'steps': 5, 'sampler': 'dpmpp_2m', 'karras': True, 'spacing': 'linspace'}
+  assert edit(**of_its_own) == (0, '')
+
+
 def test_without_a_checkpoint_the_bundled_one_edits_at_its_settings(
   edit, asked, checkpoint, monkeypatch
 ):

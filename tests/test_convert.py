@@ -39,7 +39,8 @@ def exported(source, tmp_path_factory):
 
 @peers.needs_torch
 def test_both_formats_paint_the_same_picture_in_pytorch(exported):
-  _, said = exported
+  folder, said = exported
+  assert (folder / 'file.safetensors.verify' / 'verify.py').is_file()  # a .ckpt has its own
   verdicts = [line for line in said if line.startswith('verify:')]
   assert len(verdicts) == 2
   assert all(line.startswith('verify: AGREES') for line in verdicts), verdicts

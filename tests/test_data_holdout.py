@@ -146,6 +146,7 @@ def test_groups_are_of_all_that_keys_connect():
   ('sizes', 'share', 'ranges'),
   [
     ([1] * 10, 0.25, [[8, 10]]),
+    ([1] * 100, 0.29, [[71, 100]]),  # the product of both is 28.999999999999996
     ([1] * 10, 0.01, [[9, 10]]),  # some, if asked for
     ([6, 1, 3], 0.3, [[7, 10]]),
     ([1, 3, 6], 0.3, [[1, 4]]),  # the last would be more than the share

@@ -1,17 +1,19 @@
 """Packing that is killed, shared by machines, repeated: the data set is the same, byte for byte."""
 
+import concurrent.futures
 import functools
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pairs
 import pytest
 
-from ip2p_jax.data import shards
+from ip2p_jax.data import shard_writing, shards
 from ip2p_jax.data.pack import pack
 from ip2p_jax.errors import InputError
 
@@ -34,18 +36,22 @@ class Killed(BaseException):
 
 
 def dies_at(monkeypatch, number: int, after: bool, work) -> bool:
-  """Runs `work` and kills it at a rename; False if there were not so many."""
-  calls, rename = iter(range(1000)), os.replace
+  """Runs `work` and kills it at a rename or link; False if there were not so many."""
+  calls = iter(range(1000))
 
-  def replace(source, destination):
-    is_last = next(calls) == number
-    if after or not is_last:
-      rename(source, destination)
-    if is_last:
-      raise Killed
+  def dying(act):
+    def acts(source, destination):
+      is_last = next(calls) == number
+      if after or not is_last:
+        act(source, destination)
+      if is_last:
+        raise Killed
+
+    return acts
 
   with monkeypatch.context() as patch:
-    patch.setattr(os, 'replace', replace)
+    patch.setattr(os, 'replace', dying(os.replace))
+    patch.setattr(os, 'link', dying(os.link))
     try:
       work()
     except Killed:
@@ -107,6 +113,26 @@ def test_machines_share_the_work_and_the_last_completes_it(tmp_path, rows):
   summary = pack({'train': rows}, tmp_path / 'three', shard='1/3', **options)
   assert summary.is_complete and summary.rows == {'train': 12}
   assert files(tmp_path / 'one') == files(tmp_path / 'three')
+
+
+def test_machines_that_end_together_on_a_slow_disk_complete_it(tmp_path, rows, monkeypatch):
+  ends, finish, read_json = threading.Barrier(4), shard_writing.finish, shards.read_json
+
+  def slowly(path):
+    time.sleep(0.02)
+    return read_json(path)
+
+  def together(job):
+    ends.wait()
+    return finish(job)
+
+  monkeypatch.setattr(shards, 'read_json', slowly)
+  monkeypatch.setattr(shard_writing, 'finish', together)
+  work = lambda i: pack(
+    {'train': rows[:4]}, tmp_path, shard=f'{i}/4', **{'shard_bytes': BYTES} | QUIET
+  )
+  with concurrent.futures.ThreadPoolExecutor(4) as pool:
+    assert all(summary.is_complete for summary in pool.map(work, range(4)))
 
 
 @pytest.mark.parametrize('part', ['3/3', '1', 'a/b', '-1/2', '0/0'])

@@ -118,6 +118,10 @@ SETTINGS = [
     {'flip_rate': 0.0, 'flip_directions': True},
     dict.fromkeys(LAYOUTS, 'data.flip_directions has no effect'),
   ),
+  (
+    {'resize': 'squash', 'largest_resize': 32},
+    dict.fromkeys(LAYOUTS, 'so there is one way to cut'),
+  ),
   ({'workers': 3}, {'latents': f'{NO_EFFECT}: data.workers 3'}),
   ({'resolution': 36}, {}),
   ({'resolution': 64}, {'shards': 'packed for 32 px, and resolution 64 would scale'}),

@@ -241,6 +241,7 @@ def test_the_progress_line():
   assert metrics.progress_line(1200, 10_000, values) == (
     'step 1,200/10,000  loss 0.0412  577 examples/s  312 TFLOP/s per device (39 %)  4 h 10 min left'
   )
+  assert metrics.progress_line(20, 20, {'loss': 0.0000412}) == 'step 20/20  loss 4.12e-05'
   assert metrics.progress_line(20, 20, {'loss': float('nan'), 'step_time': 1}) == (
     'step 20/20  loss nan'
   )

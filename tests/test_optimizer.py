@@ -244,6 +244,8 @@ def test_wrong_decays_are_named(decays, message):
   ('eps', 0.0),
   ('clip_norm', -1.0),
   ('ema', 1.0),
+  ('b2', 0.99999999),  # 1 in float32, by which Adam would divide by 0
+  ('eps', 1e-50),
 ])  # fmt: skip
 def test_a_knob_out_of_range_is_named(knob, value):
   with pytest.raises(InputError, match=f'^optimizer.{knob} is .*{value}'):

@@ -56,7 +56,7 @@ def test_from_prompts_to_a_data_set(ip2p, folder, tmp_path):
   for i in range(2):
     status, said = ip2p(*drawing(folder, tmp_path / 'raw', '--shard', f'{i}/2'))
     assert status == 0 and '12 pairs' in said
-  status, said = ip2p('filter', tmp_path / 'raw', tmp_path / 'none', '--image', 1.1)
+  status, said = ip2p('filter', tmp_path / 'raw', tmp_path / 'none', '--image', 1)
   assert status == 2 and 'clip_sim_dir >= 0.2 (direction)' in said
   assert said.endswith('no pair passes all thresholds, so there is nothing to write; lower them.\n')
   loose = ('--image', '-1', '--caption', '-1', '--direction', '-1', '--most', 1)
@@ -66,12 +66,13 @@ def test_from_prompts_to_a_data_set(ip2p, folder, tmp_path):
   assert ip2p('check', tmp_path / 'pairs')[0] == 0
   status, said = ip2p('pack', tmp_path / 'pairs', tmp_path / 'shards', '--size', 32, '--workers', 0)
   assert status == 0 and '12 train' in said
+  (tmp_path / '.straight.tmp' / 'pairs').mkdir(parents=True)  # of a run that was killed
   status, said = ip2p('filter', tmp_path / 'raw', tmp_path / 'straight', *loose, '--shards')
   assert status == 0 and '12 pairs of 12 prompts' in said
   rows = [[row.edited_caption for row in open_source(str(tmp_path / name), 'train')]
           for name in ('shards', 'straight')]  # fmt: skip
   assert rows[0] == rows[1] and len(rows[0]) == 12
-  status, said = ip2p('filter', tmp_path / 'raw', tmp_path / 'empty', '--image', '1.1', '--shards')
+  status, said = ip2p('filter', tmp_path / 'raw', tmp_path / 'empty', '--image', '1', '--shards')
   assert status == 2 and 'nothing to pack' in said
   assert {file.name for file in tmp_path.iterdir()} == {
     'raw',
@@ -82,10 +83,18 @@ def test_from_prompts_to_a_data_set(ip2p, folder, tmp_path):
 
   status, said = ip2p(*drawing(folder, tmp_path / 'raw', '--seed', 1))
   assert status == 2 and 'was drawn with seed 0, not 1' in said
+  for part in ('vae', 'text_encoder'):  # the UNet alone does not tell what is drawn
+    made = tiny_models.checkpoint(COARSE)
+    made.tensors[part] = {name: -tensor for name, tensor in made.tensors[part].items()}
+    weights.write(made, tmp_path / part)
+    status, said = ip2p(*drawing(folder, tmp_path / 'raw', '--ckpt', tmp_path / part))
+    assert status == 2 and f'was drawn with {part} ' in said
 
 
 def test_attention_is_shown(ip2p, folder, tmp_path):
-  words = drawing(folder, tmp_path / 'maps', '--control', 'auto', '--show-attention', 1, samples=())
+  as_ever = ('--threshold', 0.1, 0.9, '--keep', 'all')  # of no use here, and as without them
+  words = ('--control', 'auto', '--show-attention', 1, *as_ever)
+  words = drawing(folder, tmp_path / 'maps', *words, samples=())
   assert ip2p(*words)[0] == 0
   (file,) = (tmp_path / 'maps').iterdir()
   assert read_settings(file)['output'] == 'a dog 0'
@@ -99,8 +108,8 @@ def test_attention_is_shown(ip2p, folder, tmp_path):
     (('--threshold', '0.9', '0.1'), 'threshold is 0.9 to 0.1'),
     (('--batch-size', 3), 'multiple of the 8 devices'),
     (('--dtype', 'float16'), "--dtype is 'float16'"),
-    (('--control', 'none', '--threshold', '0.1', '0.9'), '--threshold would do nothing'),
-    (('--control', 'auto', '--threshold', '0.1', '0.9'), '--threshold would do nothing'),
+    (('--control', 'none', '--threshold', '0.2', '0.9'), '--threshold would do nothing'),
+    (('--control', 'auto', '--threshold', '0.2', '0.9'), '--threshold would do nothing'),
     (('--cross-steps', '0.5'), '--cross-steps would do nothing: --control is share'),
     (('--control', 'none', '--self-steps', '0.5'), '--self-steps would do nothing'),
     (('--guidance', '1', '1', '--negative', 'x'), '--negative would do nothing'),
@@ -122,4 +131,5 @@ def test_filter_says_what_it_lacks(ip2p, folder, tmp_path):
   assert "--preset is 'mine'" in ip2p(*words, '--preset', 'mine')[1]
   assert 'leave out one of them' in ip2p(*words, '--preset', 'paper', '--image', 0.8)[1]
   assert '--image, --caption and --direction are cosines' in ip2p(*words, '--direction', 'nan')[1]
+  assert 'are cosines' in ip2p(*words, '--image', 75)[1]
   assert '--holdout is only for --shards' in ip2p(*words, '--holdout', 0.1)[1]

@@ -256,6 +256,7 @@ def test_what_a_device_takes_at_a_time_decides_how_often_to_accumulate():
     (['--of=edits', '--set=accumulation=2'], '--set: of no use with --of edits'),
     (['--of=edits', '--config=x.py', '--device-batch=2'], '--device-batch and --config'),
     (['--device-batch=2', '--set=accumulation=2'], 'give one of them'),
+    (['--set=checkpoint=mine'], 'say it by --ckpt'),
   ],
 )
 def test_options_that_do_not_go_together_are_refused(options, message, capsys, monkeypatch):

@@ -211,6 +211,12 @@ def test_broken_examples_are_named_skipped_and_limited(folder, tmp_path, capsys)
   assert checkpoints.steps(tmp_path / 'run')[-1] > 6, 'the work so far should be saved'
 
 
+def test_passes_are_of_the_data_set_that_comes_most_often():
+  assert training._passes(50, [100], [2.0]) == 1
+  assert training._passes(300, [100], [2.0]) == 3
+  assert training._passes(1000, [10, 10_000], [9.0, 1.0]) == 90
+
+
 def test_a_run_that_diverged_goes_on_from_the_last_good_checkpoint(folder, tmp_path, capsys):
   workdir = str(tmp_path)
   at_rate = lambda rate, steps: a_config(

@@ -51,11 +51,15 @@ def begin_captions(folder, run, i):
   captions.write_all([one], folder, complete, writing, {'model': 'm'}, (i, WORKERS))
 
 
-def begin_pack(folder, run, i):
+def plan_of_pack(run):
   split = {'rows': 4, 'shards': 1, 'sample': [None]}
   plan = {'format': shards.FORMAT, 'kind': 'images', 'splits': {'train': split}}
-  plan['settings'] = {'size': run, 'quality': 95, 'has_input': True}
-  shard_writing.begin(folder, plan, f'{i}/{WORKERS}', 0)
+  return plan | {'settings': {'size': run, 'quality': 95, 'has_input': True}}
+
+
+def begin_pack(folder, run, i):
+  with shard_writing.working(folder, plan_of_pack(run), f'{i}/{WORKERS}', 0):
+    pass
 
 
 @pytest.mark.parametrize('begin', [begin_pairs, begin_captions, begin_pack])
@@ -173,7 +177,10 @@ def test_a_lock_keeps_others_out_while_it_is_held(tmp_path):
 def test_a_worker_is_at_work_once_and_all_share_by_one_number(tmp_path):
   settings, folder = {'prompts': 'a', 'samples': 1}, storage.folder(tmp_path)
   with pair_files.working(folder, settings, [], (0, 2)):
-    for shard, message in (((0, 2), 'another process draws shard 0/2'), ((1, 3), 'the same n')):
+    for shard, message in (
+      ((0, 2), 'another process is at work on shard 0/2'),
+      ((1, 3), 'the same n'),
+    ):
       with pytest.raises(InputError, match=message):
         pair_files.working(folder, settings, [], shard).__enter__()
     with (
@@ -185,3 +192,50 @@ def test_a_worker_is_at_work_once_and_all_share_by_one_number(tmp_path):
     pass  # when they are gone
   with pytest.raises(InputError, match='has 2 samples of each prompt, and --samples is 1'):
     pair_files.working(folder, settings, [], (0, 1)).__enter__()
+
+
+def test_the_same_part_is_packed_by_one_process_whose_files_stay(tmp_path):
+  pack = lambda part: shard_writing.working(tmp_path, plan_of_pack(1), part, 0)
+  with pack('0/2') as job:
+    half = tmp_path / shards.PROGRESS / f'{job.mine[0].file}.1234.tmp'
+    half.write_bytes(b'half')
+    for part, message in (
+      ('0/2', 'another process is at work on shard 0/2'),
+      ('0/1', 'the same n'),
+    ):
+      with pytest.raises(InputError, match=message):
+        pack(part).__enter__()
+    with pack('1/2'):
+      pass
+    assert half.exists()
+  with pack('0/1'):  # when it is gone, what it left is cleared
+    assert not half.exists()
+  assert {file.name for file in tmp_path.iterdir()} == {shards.PLAN, shards.PROGRESS}
+
+
+# Begins to pack, says so, and waits to be killed.
+PACKS = """
+import sys, time
+sys.path.insert(0, sys.argv[2])
+import test_workers
+from ip2p_jax.data import shard_writing
+with shard_writing.working(sys.argv[1], test_workers.plan_of_pack(1), '0/1', 0):
+  print('ready', flush=True)
+  time.sleep(600)
+"""
+
+
+def test_the_lock_of_a_process_that_is_killed_keeps_nobody_out(tmp_path):
+  command = [sys.executable, '-c', PACKS, tmp_path, os.path.dirname(__file__)]
+  with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    assert process.stdout.readline() == 'ready\n'
+    with pytest.raises(InputError, match='another process is at work'):
+      begin_pack_alone(tmp_path)
+    process.kill()
+  assert (tmp_path / '.worker-00000-of-00001.lock').exists()
+  begin_pack_alone(tmp_path)
+
+
+def begin_pack_alone(folder):
+  with shard_writing.working(folder, plan_of_pack(1), '0/1', 0):
+    pass

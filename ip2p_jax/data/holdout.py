@@ -67,7 +67,7 @@ def hold_out(
       f'holdout is {share}, and all {len(source)} rows belong together, since they share pictures'
       ' with one another; leave it out.'
     )
-  room = max(int(len(source) * share), 1)
+  room = max(int(round(len(source) * share, 6)), 1)  # 100 * 0.29 is 28.999999999999996
   chosen = []
   for number in range(len(first) - 1, -1, -1):
     if sizes[number] <= room:

@@ -107,15 +107,17 @@ def pack_latents(
   arrays = 3 if settings['has_input'] else 2
   size_of = lambda row: len(row.pairs) * arrays * 2 * side_bytes
   plan = make_plan('latents', settings, sources, samples, size_of, shard_bytes, held)
-  job = shard_writing.begin(dst, plan, shard, max_corrupt)
   encode, batch_size = encoder(networks, params, dtype, batch_size)
   prepare_row = functools.partial(prepare, config=config, tokenizer=tokenizer)
-  with concurrent.futures.ThreadPoolExecutor(max(workers, 1)) as threads:
+  with (
+    shard_writing.working(dst, plan, shard, max_corrupt) as job,
+    concurrent.futures.ThreadPoolExecutor(max(workers, 1)) as threads,
+  ):
     places = ((sources[s.split], i) for s in job.todo for i in range(s.start, s.stop))
     rows = _ahead(prepare_row, places, threads, batch_size)
     results = ((s, _write(job, s, rows, encode, batch_size)) for s in job.todo)
     shard_writing.work(job, results, say, progress)
-  return shard_writing.finish(job)
+    return shard_writing.finish(job)
 
 
 def encoder(networks: Networks, params: Params, dtype: str, batch_size: int) -> tuple[Moments, int]:

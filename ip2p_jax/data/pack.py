@@ -90,10 +90,10 @@ def pack(
   form = Form(size, quality, has_input(samples))
   size_of = lambda row: sum(len(image or b'') for pair in packed(row, form).pairs for image in pair)
   plan = make_plan('images', form._asdict(), sources, samples, size_of, shard_bytes, held)
-  job = shard_writing.begin(dst, plan, shard, max_corrupt)
-  with _results(job, sources, form, workers) as results:
-    shard_writing.work(job, results, say, progress)
-  return shard_writing.finish(job)
+  with shard_writing.working(dst, plan, shard, max_corrupt) as job:
+    with _results(job, sources, form, workers) as results:
+      shard_writing.work(job, results, say, progress)
+    return shard_writing.finish(job)
 
 
 def packed(row: Row, form: Form) -> Row:

@@ -19,6 +19,11 @@ def check_training(config: TrainConfig, paths: Sequence[str]) -> None:
       'data.flip_directions has no effect, since data.flip_rate is 0 and nothing is mirrored; leave'
       ' it out.'
     )
+  if data.resize == 'squash' and data.largest_resize == config.resolution:
+    raise InputError(
+      f'data.largest_resize is {data.largest_resize}, as the resolution, and data.resize is squash,'
+      ' so there is one way to cut; raise it, or leave it out.'
+    )
   for path in filter(shards.is_shards, paths):
     about = shards.describe(path)
     if about['kind'] == 'latents':

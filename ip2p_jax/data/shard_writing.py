@@ -10,7 +10,7 @@ makes the folder a data set (with the same bytes, if two do).
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,6 +57,23 @@ class Summary(NamedTuple):
   rows: dict[str, int]
   skipped: tuple[str, ...]
   is_complete: bool
+
+
+@contextlib.contextmanager
+def working(folder: str | os.PathLike, plan: dict, part: str, max_corrupt: int) -> Iterator[Job]:
+  """What `begin` gives, and nobody else at the same part until the end.
+
+  Raises InputError if somebody is, or packs here with another n; or as `begin`.
+  """
+  start = lambda is_shared: begin(folder, plan, part, max_corrupt)
+  if '://' in str(folder) or (Path(folder) / shards.COMPLETE).is_file():  # refused, or all is done
+    yield start(False)
+    return
+  with contextlib.ExitStack() as stack:
+    with _writing(folder):
+      job = storage.at_work(storage.folder(folder), parse_shard(part), 'files', start)
+      job = stack.enter_context(job)
+    yield job
 
 
 def begin(folder: str | os.PathLike, plan: dict, part: str, max_corrupt: int) -> Job:
@@ -152,17 +169,23 @@ def check_skipped(job: Job) -> None:
 def finish(job: Job) -> Summary:
   """Makes the folder a data set if all files of all machines are there."""
   wanted, complete = shards_of(job.plan), job.folder / shards.COMPLETE
-  notes = {} if complete.is_file() else _notes(job.folder, wanted)
-  if len(notes) == len(wanted):
-    check_skipped(job._replace(skipped=_skipped(notes)))
-    with _writing(job.folder):
-      try:
-        _write_metadata(job, notes)
-      except OSError:
-        if not complete.is_file():  # if it is, another machine came first, and tidied up
-          raise
+  with contextlib.ExitStack() as stack:
+    if not complete.is_file():  # or else the notes are tidied up while they are read
+      with _writing(job.folder):
+        lock = storage.locked(storage.folder(job.folder) / '.lock', '', waits=True)
+        stack.enter_context(lock)
+    notes = {} if complete.is_file() else _notes(job.folder, wanted)
+    if len(notes) == len(wanted):
+      check_skipped(job._replace(skipped=_skipped(notes)))
+      with _writing(job.folder):
+        try:
+          _write_metadata(job, notes)
+        except OSError:
+          if not complete.is_file():  # if it is, another machine came first, and tidied up
+            raise
+    if complete.is_file():
+      _tidy(job.folder)
   if complete.is_file():
-    _tidy(job.folder)
     found = shards.describe(job.folder)
     return Summary(found['splits'], tuple(found['skipped']), True)
   rows = dict.fromkeys(job.plan['splits'], 0)
