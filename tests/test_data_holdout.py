@@ -96,7 +96,7 @@ def test_no_picture_is_in_both_splits(tmp_path, layout, together):
 
 def test_rows_of_one_image_id_stay_together_whatever_their_pictures(tmp_path):
   table = {
-    'img_id': [str(100 + i % 5) for i in range(10)],
+    'img_id': [(i + 1) % 5 for i in range(10)],  # edits 4 and 9 are of image 0
     'source_img': [picture(i) for i in range(10)],
     'target_img': [picture(100 + i) for i in range(10)],
     'instruction': [f'edit {i}' for i in range(10)],

@@ -161,13 +161,14 @@ def to_row(
   if not instructions:
     raise InputError(f'{name}: {text!r} holds no words; fill it in or take the row out')
   pair = Pair(picture(values[before], before) if before else None, picture(values[after], after))
+  group = values.get(columns.group)
   return Row(
     name,
     instructions,
     (pair,),
     all(map(may_flip, instructions)),
     *(' '.join(texts(values.get(column))[:1]) for column in (caption, edited_caption)),
-    '' if columns.group is None else str(values.get(columns.group) or ''),
+    '' if group is None else str(group),
   )
 
 
