@@ -182,7 +182,8 @@ class TripletsConfig:
 
   Attributes:
     path: a file of triplets, JSON lines, CSV or Parquet.
-    holdout: part of the rows, spread evenly, that only the validation loss is over; 0 none.
+    holdout: part of the rows, spread evenly, that only the validation loss is over; 0 none. Rows
+      that share a caption stay together.
     max_tokens: longest triplet, in tokens; one that is longer stops the run before it starts.
   """
 
@@ -334,7 +335,7 @@ def _check_acting(config, values):
   usual = dict(knobs(type(config)()))
   for name, other in NEEDS:
     is_set = name in values and values[name] and values[name] != usual[name]
-    if is_set and values[other] in (0, 'constant'):
+    if is_set and values.get(other, 1) in (0, 'constant'):
       raise InputError(
         f'{name} is {values[name]!r}, which does nothing while {other} is {values[other]!r}; change'
         f' {other}, or leave {name} at {usual[name]!r}.'

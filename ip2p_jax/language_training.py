@@ -33,6 +33,7 @@ from ip2p_jax import (
 from ip2p_jax.checkpoints import Checkpoints
 from ip2p_jax.config import LanguageConfig
 from ip2p_jax.data import loader
+from ip2p_jax.data.holdout import groups
 from ip2p_jax.errors import InputError
 from ip2p_jax.language import tokenizer_of
 from ip2p_jax.language_step import Recipe
@@ -119,10 +120,21 @@ def train_language(config: LanguageConfig, workdir: str) -> int:
 
 
 def split(rows: Sequence[Triplet], holdout: float) -> tuple[list[Triplet], list[Triplet]]:
-  """Those to learn and those to hold out, a part `holdout` of them, spread evenly."""
-  count = lambda i: int(round(i * holdout, 6))  # of the first i; 100 * 0.29 is 28.999999999999996
-  is_held = [count(i + 1) > count(i) for i in range(len(rows))]
-  pick = lambda which: [row for row, held in zip(rows, is_held, strict=True) if held == which]
+  """Those to learn and those to hold out, a part `holdout` of them at most, spread evenly.
+
+  Triplets that share a caption, before or after the edit, are together on one side.
+  """
+  group = groups((row.caption, row.edited) for row in rows)
+  of_group: dict[int, list[int]] = {}
+  for i, first in enumerate(group):
+    of_group.setdefault(first, []).append(i)
+  seen, held = 0, set()
+  for members in of_group.values():
+    seen += len(members)
+    # Rounded, since 100 * 0.29 is 28.999999999999996.
+    if len(held) + len(members) <= int(round(seen * holdout, 6)):
+      held |= {*members}
+  pick = lambda is_held: [row for i, row in enumerate(rows) if (i in held) == is_held]
   return pick(False), pick(True)
 
 

@@ -447,9 +447,19 @@ def test_a_triplet_becomes_the_originals_format(folder):
     assert tokenizer.decode(tokens[is_prompt]) == f'{caption}\n##\n'
 
 
+def test_triplets_of_one_caption_are_on_one_side():
+  there = [triplets.Triplet(f'a {i // 2}', 'make it b', f'b {i}') for i in range(20)]
+  back = [triplets.Triplet(row.edited, 'undo it', row.caption) for row in there]
+  learnt, held_out = language_training.split(there + back, 0.2)
+  captions = [{text for row in rows for text in (row.caption, row.edited)}
+              for rows in (learnt, held_out)]  # fmt: skip
+  assert len(held_out) == 8 and len(learnt) == 32 and not captions[0] & captions[1]
+
+
 def test_held_out_triplets_are_spread_and_only_validated(folder, tmp_path, visible, capsys):
-  learnt, held_out = language_training.split(list(range(10)), 0.2)
-  assert held_out == [4, 9] and learnt == [0, 1, 2, 3, 5, 6, 7, 8]
+  rows = [triplets.Triplet(f'a {i}', 'make it b', f'b {i}') for i in range(10)]
+  learnt, held_out = language_training.split(rows, 0.2)
+  assert held_out == [rows[4], rows[9]] and len(learnt) == 8
   settings = a_run(folder, data={'holdout': 0.25}, log={'validate_every': 2}, optim={'ema': 0.0})
   train(settings, tmp_path)
   assert '6 triplets, 2 held out' in capsys.readouterr().out

@@ -10,7 +10,7 @@ their order alone.
 import concurrent.futures
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -84,7 +84,7 @@ def split(source: Source, held: HeldOut) -> tuple[Picked, Picked]:
   return Picked(source, np.delete(np.arange(len(source)), rows)), Picked(source, rows)
 
 
-def groups(keys: Iterable[Sequence[int]]) -> np.ndarray:
+def groups(keys: Iterable[Sequence[Hashable]]) -> np.ndarray:
   """For each row the first row of its group, int64 [N]; rows with a key in common are together."""
   parent, seen = [], {}
 
