@@ -34,18 +34,22 @@ class Killed(BaseException):
 
 
 def dies_at(monkeypatch, number: int, after: bool, work) -> bool:
-  """Runs `work` and kills it at a rename; False if there were not so many."""
-  calls, rename = iter(range(1000)), os.replace
+  """Runs `work` and kills it when a file gets its name; False if there were not so many."""
+  calls = iter(range(1000))
 
-  def replace(source, destination):
-    is_last = next(calls) == number
-    if after or not is_last:
-      rename(source, destination)
-    if is_last:
-      raise Killed
+  def mortal(rename):
+    def named(source, destination):
+      is_last = next(calls) == number
+      if after or not is_last:
+        rename(source, destination)
+      if is_last:
+        raise Killed
+
+    return named
 
   with monkeypatch.context() as patch:
-    patch.setattr(os, 'replace', replace)
+    for name in ('replace', 'link'):
+      patch.setattr(os, name, mortal(getattr(os, name)))
     try:
       work()
     except Killed:
