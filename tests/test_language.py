@@ -192,7 +192,9 @@ def test_temperature_0_is_greedy_search_of_transformers(saved, model):
   assert [completion.index for completion in found] == list(range(len(PROMPTS)))
   for prompt, completion in zip(PROMPTS, found, strict=True):
     ids = torch.tensor([model.tokenizer.encode(prompt).ids])
-    theirs = saved[1].generate(ids, max_new_tokens=37, do_sample=False, pad_token_id=0)
+    theirs = llamas.build('llama3').generate(
+      ids, max_new_tokens=37, do_sample=False, pad_token_id=0
+    )
     assert completion.tokens == tuple(theirs[0, ids.shape[1] :].tolist())
     is_ended = completion.tokens[-1] == 0
     assert completion.is_finished == is_ended

@@ -442,7 +442,7 @@ def test_all_lines_that_cannot_be_drawn_are_named_before_any_is(generator, promp
     draw_all(auto, wrong, tmp_path / 'out', IDENTITY)
   assert "line 1: the word 'tree' is not in 'a blue star'" in str(error.value)
   assert "line 3: the word 'cap' is not in 'a big hat'" in str(error.value)
-  with pytest.raises(InputError, match='do not differ in single words'):
+  with pytest.raises(InputError, match='none can take the place of another'):
     draw_all(with_drawing(generator, control='replace'), prompts, tmp_path / 'out', IDENTITY)
   assert not (tmp_path / 'out').exists()
 

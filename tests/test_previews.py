@@ -153,7 +153,8 @@ def test_rows_of_latents_become_examples(editor, rng):
   for example, mean, edited in zip(examples, *means, strict=True):
     latents = np.stack([mean[0, 0], edited[0, 0]]).astype(np.float32)
     with torch.no_grad():
-      decoded = reference.vae(reference.TINY_VAE).decode(reference.nchw(latents)).sample
+      vae = reference.models_of(checkpoint(8))['vae']
+      decoded = vae.decode(reference.nchw(latents)).sample
     theirs = 127.5 * (reference.nhwc(decoded).clip(-1, 1) + 1)
     assert np.abs(np.stack([example['input'], example['edited']]) - theirs).max() <= 0.51
     np.testing.assert_array_equal(TOKENIZER([example['instruction']]), token_ids[:1])
