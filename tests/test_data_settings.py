@@ -176,7 +176,7 @@ ONLY_LATENTS = 'is only for --latents'
 # Words of a command after the data set, and what the layouts answer that it cannot act on.
 OPTIONS = [
   (('--resize', 'squash'), dict.fromkeys(LAYOUTS, f'--resize {ONLY_LATENTS}')),
-  (('--resize', 'crop'), dict.fromkeys(LAYOUTS, f'--resize {ONLY_LATENTS}')),
+  (('--resize', 'squash'), dict.fromkeys(LAYOUTS, f'--resize {ONLY_LATENTS}')),
   (('--dtype', 'bfloat16'), dict.fromkeys(LAYOUTS, f'--dtype {ONLY_LATENTS}')),
   (('--batch-size', '4'), dict.fromkeys(LAYOUTS, f'--batch-size {ONLY_LATENTS}')),
   (('--ckpt', 'checkpoint'), dict.fromkeys(LAYOUTS, f'--ckpt {ONLY_LATENTS}')),
