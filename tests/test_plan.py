@@ -342,7 +342,8 @@ def test_the_tpu_compiler_compiles_edits_and_pairs(made, unet, more):
 
 
 @pytest.mark.parametrize(('made', 'unet'), [
-  ('edits', tiny_models.TINY_UNET), ('pairs', tiny_models.TINY_UNET | {'in_channels': 4}),
+  ('edits', tiny_models.TINY_UNET),
+  pytest.param('pairs', tiny_models.TINY_UNET | {'in_channels': 4}, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_what_is_planned_is_what_several_devices_run_with_the_kernel(made, unet):
   """Lowered for a TPU's devices; jax refuses here what it would refuse there."""
