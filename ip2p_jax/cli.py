@@ -451,7 +451,7 @@ def pairs(
   samples: Annotated[int, Option(min=1, help='Pairs to draw for each prompt.')] = 100,
   steps: Annotated[int, Option(min=1, help='Steps of the sampler.')] = 100,
   sampler: Annotated[
-    str, Option(help='euler_ancestral, euler, heun, ddim or dpmpp_2m.')
+    str, Option(help='euler_ancestral, euler, heun, ddim, dpmpp_2m or lcm.')
   ] = 'euler_ancestral',
   control: Annotated[
     str,
@@ -540,7 +540,7 @@ def _check_pairs_options(context, control, guidance, show_attention):
   if not shares:
     idle['threshold'] = f'nothing is shared with --control {control}'
   if not injects:
-    idle['cross_steps'] = idle['self_steps'] = f'--control is {control}; choose auto or share+auto'
+    idle['cross_steps'] = idle['self_steps'] = f'no attention is replaced with --control {control}'
   if guidance == (1, 1):
     idle['negative'] = 'with --guidance 1 1 it has no weight'
   if show_attention:

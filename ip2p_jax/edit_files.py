@@ -83,7 +83,8 @@ def _outputs(input, files, output, num) -> dict[tuple[Path, int], Path]:
     for n in range(num):
       path = base.with_stem(f'{base.stem}-{n}') if num > 1 else base
       if path in result.values():
-        raise InputError(f'--input {input}: two pictures would both be written to {path}.')
+        raise InputError(f'--input {input}: two pictures would both be written to {path}; '
+                         'give them different names.')  # fmt: skip
       if path.exists() and any(path.samefile(other) for other in files):
         raise InputError(f'--output {path} is a picture of --input; give another name or folder.')
       result[file, n] = path

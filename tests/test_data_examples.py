@@ -177,6 +177,8 @@ def test_a_broken_picture_of_a_pair_is_named():
   good, bad = encode(noise(0), 'JPEG'), encode(noise(0), 'JPEG')[:300]
   with pytest.raises(InputError, match='row 3: the edited image cannot be read'):
     drawn(Row('row 3', ('a',), (Pair(good, bad),)), settings(), [0])
+  with pytest.raises(InputError, match=r'edited image cannot be read \(it is no picture of'):
+    drawn(Row('row 3', ('a',), (Pair(good, b'no picture'),)), settings(), [0])
 
 
 def test_without_a_generator_nothing_is_random():

@@ -110,7 +110,7 @@ def test_attention_is_shown(ip2p, folder, tmp_path):
     (('--dtype', 'float16'), "--dtype is 'float16'"),
     (('--control', 'none', '--threshold', '0.2', '0.9'), '--threshold would do nothing'),
     (('--control', 'auto', '--threshold', '0.2', '0.9'), '--threshold would do nothing'),
-    (('--cross-steps', '0.5'), '--cross-steps would do nothing: --control is share'),
+    (('--cross-steps', '0.5'), '--cross-steps would do nothing: no attention'),
     (('--control', 'none', '--self-steps', '0.5'), '--self-steps would do nothing'),
     (('--guidance', '1', '1', '--negative', 'x'), '--negative would do nothing'),
     (('--show-attention', '1'), '--samples would do nothing: --show-attention'),

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from ip2p_jax import images
 from ip2p_jax.config import DataConfig, TrainConfig
@@ -155,6 +155,8 @@ def _decode(encoded, name) -> np.ndarray:
       image = images.plain(image)
   except (InputError, MemoryError):  # want of memory is no fault of the picture
     raise
+  except UnidentifiedImageError as error:
+    raise InputError(f'{name} cannot be read (it is no picture of a known kind).') from error
   except Exception as error:  # decoders raise many kinds: EOFError, SyntaxError, struct.error ...
     raise InputError(f'{name} cannot be read ({error}); it may be damaged.') from error
   return images.to_array(image, image.size)  # transparency on white
