@@ -4,7 +4,7 @@ python sample.py --ckpt CKPT --input photo.jpg --edit "make it winter" --output 
 python sample.py --input scene.png --edit "make the circle red" --output red.png  # miniature
 """
 
-from ip2p_jax import cli
+from ip2p_jax.cli import main
 
 if __name__ == '__main__':
-  cli.run(cli.edit, 'sample.py')
+  main.run(main.edit, 'sample.py')

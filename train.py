@@ -11,7 +11,7 @@ Run the same command again to resume. Every setting is explained in ip2p_jax/con
 from absl import app, flags
 from ml_collections import config_flags
 
-from ip2p_jax import launch
+from ip2p_jax.cli import train
 
 config_flags.DEFINE_config_file('config', None, 'A file of configs/.')
 flags.DEFINE_string('workdir', None, 'Folder for checkpoints, metrics and previews; may be gs://.')
@@ -21,4 +21,4 @@ flags.DEFINE_integer('num_processes', None, 'With --coordinator: how many proces
 flags.DEFINE_integer('process_id', None, 'With --coordinator: which of them this is, from 0.')
 
 if __name__ == '__main__':
-  app.run(launch.train, flags_parser=launch.parse)
+  app.run(train.train, flags_parser=train.parse)

@@ -16,8 +16,9 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 import jax
 from bench_tpu import append, options, schedules
 
-from ip2p_jax import attention, plan_devices
+from ip2p_jax.models import attention
 from ip2p_jax.models.unet import MultiHeadAttention
+from ip2p_jax.planning import devices
 
 HEADS = 8
 LAYERS = {  # examples on a chip, tokens, width
@@ -49,7 +50,7 @@ def main() -> None:
         began = time.time()
         both = [*measure(topology, choice, *shape)]
         times, memory = [one.ms for one in both], both[1].temporary / 2**20
-        kind = plan_devices.generation(topology)
+        kind = devices.generation(topology)
         cells = [kind, name, choice, *(f'{time:.2f} ms' for time in times), f'{memory:.0f} MiB']
         print(f'| {" | ".join(cells)} |', flush=True)
         row = {'topology': topology, 'layer': name, 'attention': choice, 'forward_ms': times[0]}

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from bench_turns import results
 from flax import nnx
 
-from ip2p_jax import plan_devices, program_text, sharding
+from ip2p_jax import sharding
 from ip2p_jax.errors import InputError
 from ip2p_jax.models.layers import REMATS, abstract
+from ip2p_jax.planning import devices, program_text
 
 
 def options(doc: str, slices: list[str]) -> argparse.ArgumentParser:
@@ -29,7 +30,7 @@ def options(doc: str, slices: list[str]) -> argparse.ArgumentParser:
 def _known(text):
   """An argument that the compiler knows."""
   try:
-    plan_devices.describe(text)
+    devices.describe(text)
   except InputError as error:
     raise argparse.ArgumentTypeError(str(error)) from None
   return text
@@ -51,7 +52,7 @@ class Schedule(NamedTuple):
 
 
 def schedule_of(topology: str, compiled: jax.stages.Compiled) -> Schedule:
-  ms = 1e3 * program_text.cycles_of(compiled.as_text()) / plan_devices.chip_of(topology).clock
+  ms = 1e3 * program_text.cycles_of(compiled.as_text()) / devices.chip_of(topology).clock
   accessed = compiled.cost_analysis()['bytes accessed']
   return Schedule(ms, accessed, compiled.memory_analysis().temp_size_in_bytes)
 
@@ -67,7 +68,7 @@ def schedules(
     shapes: of the inputs, examples of one chip first.
     by: what gradients are of; 0 is the parameters, then the inputs.
   """
-  mesh = sharding.make_mesh(devices=plan_devices.describe(topology))
+  mesh = sharding.make_mesh(devices=devices.describe(topology))
   definition, params = abstract(make)
   place = lambda shape, where: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=where)
   params = jax.tree.map(lambda leaf: place(leaf.shape, sharding.replicated(mesh)), params)

@@ -17,7 +17,7 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 from bench_tpu import append, options, schedules
 
-from ip2p_jax import attention
+from ip2p_jax.models import attention
 from ip2p_jax.models.configs import UNetConfig
 from ip2p_jax.models.unet import SpatialTransformer
 

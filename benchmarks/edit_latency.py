@@ -180,7 +180,7 @@ def write_checkpoint(config: str, folder: Path) -> str:
 
   from ip2p_jax import weights
   from ip2p_jax.models.configs import TextConfig, UNetConfig, VAEConfig
-  from ip2p_jax.networks import COMPONENTS, networks_of
+  from ip2p_jax.pipeline.networks import COMPONENTS, networks_of
 
   if (folder / 'model_index.json').exists():
     say(f'weights of {folder}')
@@ -257,7 +257,7 @@ class Jax:
 
   def latents(self, noise) -> np.ndarray:
     """noise [S + 1, B, h, w, 4] -> scaled latents [B, h, w, 4]."""
-    from ip2p_jax.editor import Sampling
+    from ip2p_jax.editing.editor import Sampling
 
     pictures = np.stack([np.asarray(picture) for picture in example_pictures(self.setup)])
     edit = self.editor.edit_arrays(

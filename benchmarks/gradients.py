@@ -22,9 +22,10 @@ import jax.numpy as jnp
 from bench_tpu import append, options, schedule_of
 from flax import nnx
 
-from ip2p_jax import plan_devices, program_text, sharding
+from ip2p_jax import sharding
 from ip2p_jax.models import layers
-from ip2p_jax.train_step import cast, sum_gradients
+from ip2p_jax.planning import devices, program_text
+from ip2p_jax.training.step import cast, sum_gradients
 
 FULL, SMALL = (32, 32, 320), (2, 8, 64)  # examples a chip, side, channels
 TIME = 1280
@@ -45,7 +46,7 @@ class Blocks(nnx.Module):
 
 def measure(topology: str, size: tuple[int, int, int], is_whole: bool) -> dict:
   examples, side, channels = size
-  mesh = sharding.make_mesh(devices=plan_devices.describe(topology))
+  mesh = sharding.make_mesh(devices=devices.describe(topology))
   definition, params = layers.abstract(lambda keys: Blocks(channels, keys))
   parts = jax.tree.map(lambda leaf: sharding.split(mesh, leaf.shape, mesh.axis_names), params)
   everywhere, rows = sharding.replicated(mesh), sharding.of_batch(mesh)

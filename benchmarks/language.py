@@ -92,18 +92,18 @@ class Jax:
   def __init__(self, folder: Path, device: str):
     import jax
 
-    from ip2p_jax.language import Language
+    from ip2p_jax.captions.generate import Language
 
     dtype = 'float32' if device == 'cpu' else 'bfloat16'
     self.model = Language.load(folder, dtype)
     self.facts = {'device': jax.devices()[0].device_kind, 'dtype': dtype, 'jax': jax.__version__}
 
   def write(self, load: Load) -> list[tuple[int, ...]]:
-    from ip2p_jax import language
+    from ip2p_jax.captions import generate
 
     config = dataclasses.replace(self.model.config, eos_token_id=load.ends)
     texts = load.texts()
-    found = language.write(
+    found = generate.write(
       self.model._replace(config=config), texts, seeds=range(len(texts)), stop=None,
       temperature=load.temperature, max_tokens=load.tokens, slots=load.rows,
     )  # fmt: skip

@@ -30,15 +30,16 @@ import numpy as np
 from bench_turns import machine, results, whole
 from PIL import Image
 
-from ip2p_jax import checkpoints, weights
+from ip2p_jax import weights
 from ip2p_jax.config import DataConfig, TrainConfig
 from ip2p_jax.data import examples, loader, shards
 from ip2p_jax.data.latents import pack_latents
 from ip2p_jax.data.pack import pack
 from ip2p_jax.data.rows import LatentRow
 from ip2p_jax.data.sources import open_source
-from ip2p_jax.networks import networks_of, params_of, tokenizer_of
-from ip2p_jax.text import ClipTokenizer
+from ip2p_jax.models.tokenizer import ClipTokenizer
+from ip2p_jax.pipeline import workdir
+from ip2p_jax.pipeline.networks import networks_of, params_of, tokenizer_of
 
 MINIATURE = Path(__file__).parent.parent / 'assets' / 'miniature'
 INSTRUCTION = 'make it look like a watercolour painting of a winter evening'
@@ -63,7 +64,7 @@ def write_pictures(folder: Path, size: int, count: int) -> None:
 
 def write_latents(pictures: Path, folder: Path) -> None:
   """Shards of the pictures' latents by the miniature's VAE, `LATENT_SIDE` wide."""
-  checkpoint = checkpoints.load(MINIATURE)
+  checkpoint = workdir.load(MINIATURE)
   networks = networks_of(checkpoint)
   pack_latents(
     {'train': open_source(str(pictures))}, folder, networks=networks,

@@ -17,19 +17,20 @@ import jax
 import numpy as np
 from bench_turns import results, whole
 
-from ip2p_jax import checkpoints, pair_program
-from ip2p_jax import prompt_to_prompt as p2p
 from ip2p_jax.diffusion import samplers
 from ip2p_jax.diffusion.noise import Schedule
 from ip2p_jax.models.configs import TextConfig, UNetConfig, VAEConfig
-from ip2p_jax.networks import Networks, networks_of, networks_of_configs
+from ip2p_jax.pairs.program import PairRequest, PairSpec, pair_program
+from ip2p_jax.pairs.prompt_to_prompt import Control
+from ip2p_jax.pipeline import workdir
+from ip2p_jax.pipeline.networks import Networks, networks_of, networks_of_configs
 
 MINIATURE = Path(__file__).parent.parent / 'assets' / 'miniature-base'
 
 
 def architecture(is_small: bool) -> Networks:
   if is_small:
-    return networks_of(checkpoints.load(MINIATURE))
+    return networks_of(workdir.load(MINIATURE))
   return networks_of_configs(UNetConfig(), VAEConfig(), TextConfig(), Schedule())
 
 
@@ -39,15 +40,15 @@ def random_params(networks: Networks, dtype: str):
   return jax.tree.map(fill, networks.shapes)
 
 
-def request_of(networks: Networks, pairs: int, steps: int) -> pair_program.Request:
+def request_of(networks: Networks, pairs: int, steps: int) -> PairRequest:
   length = networks.text_config.max_position_embeddings
-  return pair_program.Request(
+  return PairRequest(
     token_ids=np.ones((2, pairs, length), np.int32),
     negative_ids=np.ones((1, length), np.int32),
     guidance=np.linspace(7.5, 15, pairs, dtype=np.float32),
     seeds=np.arange(pairs, dtype=np.uint32),
     grid=samplers.noise_levels(networks.schedule, 'euler_ancestral', steps),
-    control=p2p.Control(np.linspace(0.1 * steps, 0.9 * steps, pairs).astype(np.int32)),
+    control=Control(np.linspace(0.1 * steps, 0.9 * steps, pairs).astype(np.int32)),
   )
 
 
@@ -56,10 +57,8 @@ def main(is_small: bool, batch: int, steps: int, rounds: int, out: Path | None) 
   dtype = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
   params = random_params(networks, dtype)
   side = networks.unet_config.sample_size
-  plan = pair_program.Plan('euler_ancestral', side, side)
-  program = jax.jit(
-    lambda params, request: pair_program.pair_program(networks, plan, params, request).images
-  )
+  plan = PairSpec('euler_ancestral', side, side)
+  program = jax.jit(lambda params, request: pair_program(networks, plan, params, request).images)
   sizes, times = (1, batch), {1: [], batch: []}
   requests = {size: request_of(networks, size, steps) for size in sizes}
   for size in sizes:

@@ -28,7 +28,7 @@ import torch_models as reference
 from diffusers import StableDiffusionInstructPix2PixPipeline
 
 from ip2p_jax import Editor, Sampling
-from ip2p_jax.convert import example_picture
+from ip2p_jax.editing.export import example_picture
 
 
 def measurements(is_full):

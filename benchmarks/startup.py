@@ -47,7 +47,8 @@ def now() -> tuple[float, float]:
 
 def start_jax(folder: str, size: int, steps: int) -> list[tuple[float, float]]:
   """The time after import, load, an edit, and another with another instruction and seed."""
-  from ip2p_jax import Editor, console
+  from ip2p_jax import Editor
+  from ip2p_jax.cli import console
 
   console.cache_compilations()
   times = [now()]

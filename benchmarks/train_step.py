@@ -90,9 +90,12 @@ class Jax:
     import optax
 
     jax.config.update('jax_compilation_cache_dir', setup.cache)
-    from ip2p_jax import attention, optimizer, parameters, sharding, train_step, weights
+    from ip2p_jax import parameters, sharding, weights
     from ip2p_jax.config import TrainConfig
-    from ip2p_jax.networks import networks_of
+    from ip2p_jax.models import attention
+    from ip2p_jax.pipeline.networks import networks_of
+    from ip2p_jax.training import optimizer
+    from ip2p_jax.training.step import Recipe, initial_state, jitted, mean_gradients
     from ip2p_jax.weights import names
 
     self.jax, self.setup = jax, setup
@@ -112,14 +115,12 @@ class Jax:
       place=lambda view, _: jax.block_until_ready(jax.device_put(np.array(view, order='C'))),
     )
     unet = parameters.flatten(read('unet', np.float32))
-    recipe = train_step.Recipe(
-      networks, config, optimizer.adamw(config.optimizer, unet, config.steps)
-    )
+    recipe = Recipe(networks, config, optimizer.adamw(config.optimizer, unet, config.steps))
     if setup.is_whole:
-      self.state = train_step.initial_state(recipe, unet)
+      self.state = initial_state(recipe, unet)
       shardings = sharding.of_state(mesh, self.state, config.mesh.zero1)
       self.state = jax.device_put(self.state, shardings)
-      step = train_step.jitted(recipe, mesh, shardings)
+      step = jitted(recipe, mesh, shardings)
     else:
       self.state = {'step': jax.numpy.int32(0), 'params': unet}
       everywhere = jax.tree.map(lambda _: sharding.replicated(mesh), unet)
@@ -127,7 +128,7 @@ class Jax:
 
       @jax.jit
       def step(state, frozen, batch):
-        loss, grads = train_step.mean_gradients(
+        loss, grads = mean_gradients(
           recipe, shardings, state['params'], frozen, batch, state['step']
         )
         return grads, {'loss': loss, 'grad_norm': optax.global_norm(grads)}
@@ -154,7 +155,7 @@ class Jax:
 
   def first(self, _draws) -> dict[str, Any]:
     """The first step: its loss, the norm of its gradients, and what it drew."""
-    from ip2p_jax import loss
+    from ip2p_jax.training import loss
 
     batch = batch_of(self.setup)
     shape = (self.setup.side, self.setup.side, 4)
@@ -175,7 +176,7 @@ class Jax:
     return (time.perf_counter() - began[0]) / steps, (time.process_time() - began[1]) / steps
 
   def facts(self) -> dict[str, Any]:
-    from ip2p_jax import flops
+    from ip2p_jax.training import flops
 
     device, jax = self.jax.devices()[0], self.jax
     peak = peak_rss() if self.setup.device == 'cpu' else device.memory_stats()['peak_bytes_in_use']

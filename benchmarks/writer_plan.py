@@ -12,9 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ip2p_jax import language, language_program, plan, plan_compiler, plan_devices, sharding
+from ip2p_jax import sharding
+from ip2p_jax.captions import generate
+from ip2p_jax.captions.program import Knobs, TextRows, text_programs
 from ip2p_jax.models.layers import abstract
 from ip2p_jax.models.llama import Llama, LlamaConfig, Rope
+from ip2p_jax.planning import compiler, devices, training
 
 QWEN = LlamaConfig(
   vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
@@ -27,13 +30,13 @@ def lowered(config: LlamaConfig, mesh, slots: int, length: int, prompt: int):
   """Both programs for rows of `length` tokens and prompts of `prompt`, and all that they hold."""
   definition, shapes = abstract(lambda keys: Llama(config, rngs=keys))
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), shapes)
-  params = language.placed(mesh, shapes)
-  programs = language_program.programs(definition, config, mesh)
+  params = generate.placed(mesh, shapes)
+  programs = text_programs(definition, config, mesh)
   begun = programs.begin.lower(slots, length, 'bfloat16').out_info
   cache, counts = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), begun)
-  rows = language_program.Rows(*np.zeros((3, slots), np.int32), np.zeros((slots, 2), np.uint32))
-  knobs = language_program.Knobs(*np.float32((0.7, 1, 0.1)))
-  read = mesh.shape['data'] * language.READ_AT_ONCE
+  rows = TextRows(*np.zeros((3, slots), np.int32), np.zeros((slots, 2), np.uint32))
+  knobs = Knobs(*np.float32((0.7, 1, 0.1)))
+  read = mesh.shape['data'] * generate.READ_AT_ONCE
   slots_of, tokens = np.zeros(read, np.int32), np.zeros((read, prompt), np.int32)
   return params, {
     'write': programs.step.lower(params, cache, counts, rows, np.int32(8), knobs),
@@ -52,24 +55,24 @@ def main():
   parser.add_argument('--quick', action='store_true')
   given = parser.parse_args()
   config = QWEN.__class__(**{**vars(QWEN), 'num_hidden_layers': given.layers})
-  mesh = sharding.make_mesh(given.split, plan_devices.describe(given.topology))
+  mesh = sharding.make_mesh(given.split, devices.describe(given.topology))
   params, programs = lowered(config, mesh, given.slots, given.length, given.prompt)
-  chip = plan_devices.chip_of(given.topology)
+  chip = devices.chip_of(given.topology)
   held = sharding.bytes_per_device(params, jax.tree.map(lambda x: x.sharding, params))
   for name, program in programs.items():
-    compiled = plan_compiler.compiled_for_tpu(program, given.quick)
+    compiled = compiler.compiled_for_tpu(program, given.quick)
     rows = [
-      ('devices', f'{mesh.size} of {plan_devices.gib(chip.memory)}, {given.split} to a copy'),
+      ('devices', f'{mesh.size} of {devices.gib(chip.memory)}, {given.split} to a copy'),
       ('rows', f'{given.slots} of {given.length} tokens'),
-      ('weights on a device', plan_devices.gib(held)),
+      ('weights on a device', devices.gib(held)),
     ]
     if compiled.fits:
       rows += [
-        *plan.memory_rows(given.topology, compiled),
-        ('time as scheduled', plan.scheduled_time(compiled, chip)),
-        *plan.collective_rows(compiled.collectives),
+        *training.memory_rows(given.topology, compiled),
+        ('time as scheduled', training.scheduled_time(compiled, chip)),
+        *training.collective_rows(compiled.collectives),
       ]
-    print(plan.table(f'{given.topology}, {name}', compiled, rows, ()), flush=True)
+    print(training.table(f'{given.topology}, {name}', compiled, rows, ()), flush=True)
 
 
 if __name__ == '__main__':

@@ -9,6 +9,6 @@ def __getattr__(name: str):
   # Late, since processes that only decode pictures need no jax, which takes a second to load.
   if name not in __all__:
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-  from ip2p_jax import editor
+  from ip2p_jax.editing import editor
 
   return getattr(editor, name)

@@ -276,7 +276,7 @@ NEEDS = (
 )
 
 
-def check(config: TrainConfig) -> None:
+def check_config(config: TrainConfig) -> None:
   """Raises an InputError that names the first knob whose value makes no sense."""
   check_values(config)
   _check_paths(config)
@@ -396,7 +396,9 @@ def plain_overrides(argv: Sequence[str], kinds: Sequence[type]) -> list[str]:
   return argv
 
 
-def load(path: str | os.PathLike, changes: Sequence[str] = (), kind: type = TrainConfig) -> Any:
+def load_config(
+  path: str | os.PathLike, changes: Sequence[str] = (), kind: type = TrainConfig
+) -> Any:
   """What `get_config()` of a file gives, with changes such as 'optimizer.learning_rate=3e-5'.
 
   `kind` is what it is to give: `TrainConfig` or `LanguageConfig`. InputError for a file that gives

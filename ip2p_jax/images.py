@@ -244,7 +244,7 @@ def check_writable(path: str | Path) -> None:
       os.lstat(path)  # a name that is too long fails here
 
 
-def grid(
+def image_grid(
   rows: list[list[Image.Image]], row_labels: list[str], column_labels: list[str], title: str = ''
 ) -> Image.Image:
   """One labelled picture of a sweep, sRGB, on white; a text too long for its place ends in '…'."""

@@ -13,7 +13,8 @@ import pytest
 import typer.main
 import yaml
 
-from ip2p_jax import cli, config
+from ip2p_jax import config
+from ip2p_jax.cli import main
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {('python', 'train.py'), ('python', 'sample.py')}
@@ -41,7 +42,7 @@ def commands(text: str) -> list[list[str]]:
 
 
 def subcommand(words: list[str]):
-  command = typer.main.get_command(cli.app())
+  command = typer.main.get_command(main.app())
   for i, word in enumerate(words):
     if not hasattr(command, 'commands'):
       return command, words[i:]

@@ -9,20 +9,22 @@ import re
 
 import jax
 import jax.numpy as jnp
-import pairs
 import pytest
 import tiny_models
+import tiny_pairs
 import tiny_training as tiny
 from PIL import Image
 from tiny_models import TINY_TEXT, TINY_UNET
 
-from ip2p_jax import Editor, flops, plan, sharding, training
+from ip2p_jax import Editor, sharding
 from ip2p_jax.config import DataConfig, LogConfig, MeshConfig, OptimizerConfig, TrainConfig
 from ip2p_jax.diffusion.noise import Schedule
-from ip2p_jax.loss import Draws, Inputs, example_losses
 from ip2p_jax.models.configs import TextConfig, UNetConfig, VAEConfig
 from ip2p_jax.models.layers import REMATS
-from ip2p_jax.networks import networks_of, networks_of_configs
+from ip2p_jax.pipeline.networks import networks_of, networks_of_configs
+from ip2p_jax.planning.training import lower_step
+from ip2p_jax.training import flops, train
+from ip2p_jax.training.loss import Draws, Inputs, example_losses
 
 BATCH = 13  # divides no other side, so that it is recognised in any shape
 # Of the UNet, the text encoder, and the VAE.
@@ -36,7 +38,7 @@ def lowered(resolution, width=32, remat='none', from_latents=True):
     checkpoint='x', resolution=resolution, batch_size=BATCH, remat=remat, data=DataConfig(path='x')
   )
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  return networks, plan.lower_step(config, networks, mesh, from_latents)[0]
+  return networks, lower_step(config, networks, mesh, from_latents)[0]
 
 
 def products(program):
@@ -148,7 +150,7 @@ def folder(tmp_path_factory):
   """A tiny editor, `checkpoint`, and a data set of ten pairs, `data`."""
   folder = tmp_path_factory.mktemp('static')
   tiny_models.write(folder / 'checkpoint', tiny.ONE_LEVEL)
-  pairs.write_metadata(folder / 'data', 10)
+  tiny_pairs.write_metadata(folder / 'data', 10)
   return folder
 
 
@@ -172,7 +174,7 @@ def test_fifty_steps_at_fifty_learning_rates_compile_one_program(folder, tmp_pat
     log=LogConfig(every=10, checkpoint_every=50, validate_every=0, previews=0),
   )  # fmt: skip
   with compilations() as compiled:
-    assert training.train(config, str(tmp_path)) == 0
+    assert train.train(config, str(tmp_path)) == 0
   assert ['train_step' in name for name in compiled].count(True) == 1
   assert 'train_step' in compiled[-1]
 

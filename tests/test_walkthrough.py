@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pairs
 import peers
 import pytest
 import tiny_models
+import tiny_pairs
 import tiny_training as tiny
 from PIL import Image
 
@@ -24,7 +24,7 @@ def place(tmp_path_factory):
   """A folder with a checkpoint, and twenty pairs of one's own."""
   place = tmp_path_factory.mktemp('walkthrough')
   tiny_models.write(place / 'checkpoint', tiny.ONE_LEVEL)
-  pairs.write_metadata(place / 'my-pairs', 20)
+  tiny_pairs.write_metadata(place / 'my-pairs', 20)
   return place
 
 
@@ -60,6 +60,9 @@ def test_from_a_folder_of_pairs_to_an_edit_in_diffusers(place, latents):
   )
   picture = Image.open(place / 'my-pairs' / 'pictures' / '0_input.jpg').resize((64, 64))
   edited = pipeline(
-    pairs.instruction(0), picture, num_inference_steps=2, generator=torch.Generator().manual_seed(0)
+    tiny_pairs.instruction(0),
+    picture,
+    num_inference_steps=2,
+    generator=torch.Generator().manual_seed(0),
   ).images[0]
   assert edited.size == (64, 64) and np.asarray(edited).std() > 0

@@ -11,9 +11,11 @@ import types
 
 import pytest
 
-from ip2p_jax import captions, pair_files, storage
+from ip2p_jax import storage
+from ip2p_jax.captions import write
 from ip2p_jax.data import shard_writing, shards
 from ip2p_jax.errors import InputError
+from ip2p_jax.pairs import pair_files
 
 WORKERS = 4
 
@@ -45,10 +47,10 @@ def begin_pairs(folder, run, i):
 
 
 def begin_captions(folder, run, i):
-  one = captions.Caption(0, 'a cat')
+  one = write.Caption(0, 'a cat')
   complete = lambda texts, seeds: ((i, '') for i in range(len(texts)))
-  writing = captions.Writing(seed=run, attempts=1)
-  captions.write_all([one], folder, complete, writing, {'model': 'm'}, (i, WORKERS))
+  writing = write.Writing(seed=run, attempts=1)
+  write.write_all([one], folder, complete, writing, {'model': 'm'}, (i, WORKERS))
 
 
 def plan_of_pack(run):

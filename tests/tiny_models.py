@@ -13,7 +13,7 @@ from ip2p_jax.diffusion.noise import Schedule
 from ip2p_jax.models.clip import TextEncoder, VisionEncoder
 from ip2p_jax.models.configs import TextConfig, VisionConfig
 from ip2p_jax.models.layers import abstract
-from ip2p_jax.networks import COMPONENTS, networks_of
+from ip2p_jax.pipeline.networks import COMPONENTS, networks_of
 from ip2p_jax.weights import Checkpoint, clip_tokenizer, names
 
 TINY_UNET = {

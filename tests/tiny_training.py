@@ -11,10 +11,12 @@ import tiny_models
 import torch_models as ref
 from tiny_models import ONE_LEVEL
 
-from ip2p_jax import lora, optimizer, parameters, train_step
+from ip2p_jax import parameters
 from ip2p_jax.config import LoraConfig, OptimizerConfig, TrainConfig
 from ip2p_jax.diffusion.noise import Schedule
-from ip2p_jax.networks import Networks, networks_of
+from ip2p_jax.models import lora
+from ip2p_jax.pipeline.networks import Networks, networks_of
+from ip2p_jax.training import optimizer, step
 from ip2p_jax.weights import names
 
 SIDE, LATENT_SIDE = 32, 8  # the tiny VAE divides sides by four
@@ -70,14 +72,14 @@ def start(config: TrainConfig):
     kept = optimizer.trainable(unet, config.optimizer.rates)
     trained = {name: unet[name] for name in unet if name in kept}
   transform = optimizer.adamw(config.optimizer, trained, config.steps)
-  recipe = train_step.Recipe(networks(), config, transform)
+  recipe = step.Recipe(networks(), config, transform)
   frozen = {
     'unet': {name: value for name, value in unet.items() if name not in trained},
     'vae': params()['vae'],
     'text_encoder': params()['text_encoder'],
     'null_ids': NULL_IDS,
   }
-  return recipe, train_step.initial_state(recipe, jax.device_put(trained)), frozen
+  return recipe, step.initial_state(recipe, jax.device_put(trained)), frozen
 
 
 def config(rank: int = 0, optim: dict | None = None, **settings) -> TrainConfig:

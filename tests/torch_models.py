@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import peers
 import tiny_models
+from PIL import Image
 from tiny_models import TINY_TEXT as TINY_TEXT
 from tiny_models import TINY_UNET as TINY_UNET
 from tiny_models import TINY_VAE as TINY_VAE
@@ -158,3 +159,18 @@ def checkpoint(unet_config, schedule=Schedule()):
   """A small checkpoint of random weights, and the PyTorch models it is made of."""
   made = tiny_models.checkpoint(unet_config, schedule)
   return made, models_of(made)
+
+
+def run_edit(pipeline, photo, instruction, init_noise, step_noise, **options):
+  """(scaled latents, pixels in 0..255) of diffusers' pipeline, both NHWC."""
+  with torch.no_grad(), given_noise(step_noise):
+    latents = pipeline(
+      instruction,
+      image=[Image.fromarray(picture) for picture in photo],
+      num_inference_steps=len(step_noise),
+      latents=nchw(init_noise),
+      output_type='latent',
+      **options,
+    ).images
+    decoded = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
+  return nhwc(latents), 255 * (nhwc(decoded) / 2 + 0.5).clip(0, 1)

@@ -21,8 +21,9 @@ from plots import Estimate
 from sdedit import SDEdit
 from tqdm import tqdm
 
-from ip2p_jax import Editor, checkpoints
-from ip2p_jax.similarity import Clip
+from ip2p_jax import Editor
+from ip2p_jax.pipeline import workdir
+from ip2p_jax.pipeline.clip_scores import Clip
 
 HERE = Path(__file__).parent
 MEASURES = ('done', 'kept', 'direction', 'consistency')
@@ -113,7 +114,7 @@ class Bench:
   def _editor(self, method):
     if method == 'editor':
       return Editor.load(self.paths['editor'], dtype='float32')
-    run = checkpoints.read(self.paths['run'], ema=method == 'averaged')
+    run = workdir.read(self.paths['run'], ema=method == 'averaged')
     return Editor.from_checkpoint(run, dtype='float32')
 
   def _measured(self, rows, edits):

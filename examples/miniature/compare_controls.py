@@ -24,12 +24,14 @@ import world
 from phrases import ARTICLE
 from PIL import Image
 
-from ip2p_jax import checkpoints, filtering, images
-from ip2p_jax.networks import networks_of, params_of, tokenizer_of
-from ip2p_jax.pair_files import passes, stored
-from ip2p_jax.pairs import Drawing, Generator
-from ip2p_jax.prompts import Prompt
-from ip2p_jax.similarity import Clip, Scores
+from ip2p_jax import images
+from ip2p_jax.pairs import filter
+from ip2p_jax.pairs.generate import PairGenerator, PairSettings
+from ip2p_jax.pairs.pair_files import passes, stored
+from ip2p_jax.pairs.prompts import Prompt
+from ip2p_jax.pipeline import workdir
+from ip2p_jax.pipeline.clip_scores import Clip, Scores
+from ip2p_jax.pipeline.networks import networks_of, params_of, tokenizer_of
 
 ASSETS = Path(__file__).parent.parent.parent / 'assets'
 CONTROLS = ('none', 'share', 'auto', 'share+auto')
@@ -62,7 +64,7 @@ def examples(count: int) -> list[world.Example]:
 
 
 def measure(
-  generator: Generator, some: list[world.Example], prompts: list[Prompt], sample: int = 0
+  generator: PairGenerator, some: list[world.Example], prompts: list[Prompt], sample: int = 0
 ):
   """(pictures uint8 [2, N, 64, 64, 3], a dict of lists of N: what is measured, and CLIP's scores).
 
@@ -87,7 +89,7 @@ def measure(
     values['kept'].append(oracle.psnr(second[rest], first[rest]) if is_enough else None)
     values['changed'].append(min(1.0, max(0.0, oracle.way(second, before, after))))
     values['drawn'].append(int(oracle.judge(one, pictures[1, i]).is_done))
-    values['yield'].append(int(passes(scores[i], filtering.PAPER)))
+    values['yield'].append(int(passes(scores[i], filter.PAPER)))
   columns = zip(*scores, strict=True)
   return pictures, values | dict(zip(Scores._fields, map(list, columns), strict=True))
 
@@ -104,16 +106,16 @@ def main(base: Path, clip: Path, out: Path, count: int, steps: int, guidance: fl
     Prompt(i, '', full_caption(one.scene), full_caption(one.edited_scene))
     for i, one in enumerate(some)
   ]
-  checkpoint = checkpoints.load(base)
+  checkpoint = workdir.load(base)
   networks = networks_of(checkpoint)
   parts = networks, params_of(checkpoint, networks, 'float32'), tokenizer_of(checkpoint, networks)
   towers, found, shown = Clip.load(clip), {}, []
   for control in CONTROLS:
-    drawing = Drawing(
+    drawing = PairSettings(
       samples=1, steps=steps, control=control, guidance=(guidance, guidance), size=world.SIDE,
       batch_size=25 * jax.local_device_count(),
     )  # fmt: skip
-    pictures, found[control] = measure(Generator(*parts, towers, drawing), some, prompts)
+    pictures, found[control] = measure(PairGenerator(*parts, towers, drawing), some, prompts)
     if not shown:
       shown.append(pictures[0, :8])
     shown.append(pictures[1, :8])
@@ -126,7 +128,7 @@ def main(base: Path, clip: Path, out: Path, count: int, steps: int, guidance: fl
   large = lambda picture: Image.fromarray(picture).resize((128, 128), Image.Resampling.NEAREST)
   rows = [[large(column[i]) for column in shown] for i in range(len(shown[0]))]
   labels = [f'{one.edits[0].kind} {one.edits[0].word}' for one in some[: len(rows)]]
-  sheet = images.grid(rows, labels, ['first', *CONTROLS, 'meant'])
+  sheet = images.image_grid(rows, labels, ['first', *CONTROLS, 'meant'])
   sheet.save(out / 'controls.png')
   print(f'wrote {out / "controls.json"} and {out / "controls.png"}')
 

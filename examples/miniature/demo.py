@@ -24,9 +24,10 @@ import oracle
 import world
 from PIL import Image, ImageDraw
 
-from ip2p_jax import Editor, bundled, checkpoints, weights
-from ip2p_jax.console import cache_compilations, one_line
+from ip2p_jax import Editor, bundled, weights
+from ip2p_jax.cli.console import cache_compilations, one_line
 from ip2p_jax.errors import InputError
+from ip2p_jax.pipeline import workdir
 
 ROOT = Path(__file__).parent.parent.parent
 BASE = ROOT / 'assets' / 'miniature-base'
@@ -137,7 +138,7 @@ def show_training(out: Path, base: Path) -> None:
   steps = range(0, STEPS + 1, KEEPS)
   for step in steps:
     if step:
-      checkpoint = checkpoints.read(out / 'run', step=step)
+      checkpoint = workdir.read(out / 'run', step=step)
     else:
       checkpoint = weights.with_input_channels(weights.read(base), 8)
     edited = edit(Editor.from_checkpoint(checkpoint), examples)

@@ -25,11 +25,12 @@ import plots
 import world
 from compare_controls import ASSETS, examples, full_caption, measure
 
-from ip2p_jax import checkpoints, filtering
-from ip2p_jax.networks import networks_of, params_of, tokenizer_of
-from ip2p_jax.pairs import Drawing, Generator
-from ip2p_jax.prompts import Prompt
-from ip2p_jax.similarity import Clip, Scores
+from ip2p_jax.pairs import filter
+from ip2p_jax.pairs.generate import PairGenerator, PairSettings
+from ip2p_jax.pairs.prompts import Prompt
+from ip2p_jax.pipeline import workdir
+from ip2p_jax.pipeline.clip_scores import Clip, Scores
+from ip2p_jax.pipeline.networks import networks_of, params_of, tokenizer_of
 from ip2p_jax.storage import write_bytes
 
 FACTORY = Scores(0.2, 0.2, 0.2, 0.4)  # of `make reproduce`
@@ -67,7 +68,7 @@ def report(
     row('all', np.full(len(is_right), True), is_right, kept),
     row('kept by thresholds of the factory', factory, is_right, kept),
     row('removed by them', ~factory, is_right, kept),
-    row("kept by the paper's thresholds", passing(filtering.PAPER), is_right, kept),
+    row("kept by the paper's thresholds", passing(filter.PAPER), is_right, kept),
   ]
   rows += [
     row(f'direction of {least} or more', scores['clip_sim_dir'] >= least, is_right, kept)
@@ -88,7 +89,7 @@ def report(
     [
       [label, f'{100 * auc(scores[name], is_right):.0f}%',
        f'{np.corrcoef(scores[name][known], kept[known])[0, 1]:+.2f}']
-      for name, label in zip(Scores._fields, filtering.LABELS, strict=True)
+      for name, label in zip(Scores._fields, filter.LABELS, strict=True)
     ],
   )  # fmt: skip
   return text
@@ -98,7 +99,7 @@ def draw(file: Path, scores: dict[str, np.ndarray], is_right: np.ndarray) -> Non
   """Histograms of the scores, of right and of wrong pairs."""
   figure, all_axes = plots.pyplot.subplots(1, 4, figsize=(14, 3.2))
   for axes, name, label, least in zip(
-    all_axes, Scores._fields, filtering.LABELS, FACTORY, strict=True
+    all_axes, Scores._fields, filter.LABELS, FACTORY, strict=True
   ):
     values = scores[name]
     edges = np.linspace(values.min(), values.max(), 25)
@@ -123,14 +124,14 @@ def measured(
     Prompt(i, '', full_caption(one.scene), full_caption(one.edited_scene))
     for i, one in enumerate(some)
   ]
-  checkpoint = checkpoints.load(base)
+  checkpoint = workdir.load(base)
   networks = networks_of(checkpoint)
-  drawing = Drawing(
+  drawing = PairSettings(
     samples=samples, steps=20, control='share+auto', guidance=(2.0, 5.0), size=world.SIDE,
     batch_size=25 * jax.local_device_count(),
   )  # fmt: skip
   parts = networks, params_of(checkpoint, networks, 'float32'), tokenizer_of(checkpoint, networks)
-  generator = Generator(*parts, Clip.load(clip), drawing)
+  generator = PairGenerator(*parts, Clip.load(clip), drawing)
   found = {name: [] for name in ('drawn', 'kept', *Scores._fields)}
   for sample in range(samples):
     _, values = measure(generator, some, prompts, sample)

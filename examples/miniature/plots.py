@@ -159,7 +159,7 @@ def scale_grid(
   downs, across = (
     [f'{name} {s:g}' for s in of] for name, of in zip(('text', 'image'), scales, strict=True)
   )
-  _save_picture(images.grid(rows, downs, across, title), path)
+  _save_picture(images.image_grid(rows, downs, across, title), path)
 
 
 def gallery(path: Path, rows: Sequence[tuple[np.ndarray, str, np.ndarray, bool, np.ndarray]]):

@@ -25,7 +25,7 @@ import world
 from demo import edit, judge
 
 from ip2p_jax import Editor
-from ip2p_jax.console import cache_compilations, one_line
+from ip2p_jax.cli.console import cache_compilations, one_line
 from ip2p_jax.storage import write_bytes
 
 ROOT = Path(__file__).parent.parent.parent

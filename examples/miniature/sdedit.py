@@ -15,12 +15,18 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from ip2p_jax import checkpoints
 from ip2p_jax.diffusion import guidance, noise, samplers
 from ip2p_jax.diffusion.denoiser import denoiser
 from ip2p_jax.errors import InputError
-from ip2p_jax.networks import Networks, check_is_text_to_image, networks_of, params_of, tokenizer_of
-from ip2p_jax.text import ClipTokenizer
+from ip2p_jax.models.tokenizer import ClipTokenizer
+from ip2p_jax.pipeline import workdir
+from ip2p_jax.pipeline.networks import (
+  Networks,
+  check_is_text_to_image,
+  networks_of,
+  params_of,
+  tokenizer_of,
+)
 
 SAMPLER = 'euler_ancestral'
 BRANCHES = (guidance.TEXT_AND_IMAGE, guidance.UNCONDITIONAL)
@@ -38,7 +44,7 @@ class SDEdit:
   @classmethod
   def load(cls, path: str) -> Self:
     """Reads a checkpoint in float32, as `Editor.load` does; InputError if it is not fit for it."""
-    checkpoint = checkpoints.load(path)
+    checkpoint = workdir.load(path)
     networks = networks_of(checkpoint)
     params = params_of(checkpoint, networks, 'float32')
     return cls(networks, params, tokenizer_of(checkpoint, networks), checkpoint.source)

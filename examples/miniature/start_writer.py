@@ -23,7 +23,7 @@ import world
 from flax import nnx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from ip2p_jax import language, triplets
+from ip2p_jax.captions import generate, triplets
 from ip2p_jax.models.llama import Llama, LlamaConfig
 from ip2p_jax.weights import names
 from ip2p_jax.weights.language_folder import LanguageCheckpoint, write_language
@@ -115,7 +115,7 @@ def main(folder: Path, count: int, captions: int) -> None:
   checkpoint = start([_text(one) for one in learned])
   write_language(checkpoint, folder / 'model', overwrite=True)
   hardest = (triplet(seed, several) for seed in range(FIRST, FIRST + count))
-  encode = language.tokenizer_of(checkpoint).encode
+  encode = generate.tokenizer_of(checkpoint).encode
   # Rows are padded to the longest, so the few long ones would be work for all.
   fits = lambda one: one.caption != one.edited and len(encode(_text(one))) <= LONGEST
   learned, hardest = ([one for one in ones if fits(one)] for ones in (learned, hardest))

@@ -26,8 +26,8 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 from ip2p_jax import weights
 from ip2p_jax.models.clip import TextEncoder, VisionEncoder
 from ip2p_jax.models.configs import TextConfig, VisionConfig
-from ip2p_jax.similarity import MEAN, STD
-from ip2p_jax.text import END, PIECES, START, ClipTokenizer
+from ip2p_jax.models.tokenizer import END, PIECES, START, ClipTokenizer
+from ip2p_jax.pipeline.clip_scores import MEAN, STD
 from ip2p_jax.weights import names
 
 VOCABULARY, LENGTH, WIDTH, SHARED = 768, 40, 128, 64

@@ -15,7 +15,7 @@ from ip2p_jax import images
 from ip2p_jax.data.rows import LatentRow, Pair, Row, Source
 from ip2p_jax.data.sources import SPLITS, check_columns, open_source
 from ip2p_jax.errors import InputError
-from ip2p_jax.text import ClipTokenizer
+from ip2p_jax.models.tokenizer import ClipTokenizer
 from ip2p_jax.weights import clip_tokenizer
 
 ASPECT = 0.05  # how far the shapes of a pair may differ

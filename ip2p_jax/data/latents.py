@@ -38,8 +38,8 @@ from ip2p_jax.data.rows import LatentRow, Row
 from ip2p_jax.data.shard_writing import Summary
 from ip2p_jax.errors import InputError
 from ip2p_jax.models.layers import Params
-from ip2p_jax.networks import Networks
-from ip2p_jax.text import ClipTokenizer
+from ip2p_jax.models.tokenizer import ClipTokenizer
+from ip2p_jax.pipeline.networks import Networks
 
 Moments = Callable[[np.ndarray], tuple[Array, Array]]
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from ip2p_jax.attention import attend
+from ip2p_jax.models.attention import attend
 from ip2p_jax.models.configs import TextConfig, VisionConfig
 from ip2p_jax.models.layers import LayerNorm, Linear
 

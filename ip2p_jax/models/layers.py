@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from ip2p_jax.attention import ATTENTION_OUT
+from ip2p_jax.models.attention import ATTENTION_OUT
 
 Params = Any  # a nested dict of arrays, as nnx.to_pure_dict gives
 

@@ -13,7 +13,7 @@ from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from ip2p_jax.attention import ATTENTION_OUT, Attention, Site, attend
+from ip2p_jax.models.attention import ATTENTION_OUT, Attention, Site, attend
 from ip2p_jax.models.configs import UNetConfig
 from ip2p_jax.models.layers import (
   Conv1x1,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from ip2p_jax.attention import attend
+from ip2p_jax.models.attention import attend
 from ip2p_jax.models.configs import VAEConfig
 from ip2p_jax.models.layers import Conv1x1, GroupNorm, Linear, ResnetBlock, Upsample, conv3x3
 

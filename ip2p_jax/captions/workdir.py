@@ -1,0 +1,168 @@
+"""What a run of a language model keeps beside its checkpoints, and the model to take out of it.
+
+  base/language.json      config.json of the model; written last: with it, a base is complete
+  base/model.safetensors  the weights that are not trained, in the type they came in
+  base/...                the tokenizer and what else the model's folder had
+
+The rest of the workdir is as in `checkpoints`.
+"""
+
+import dataclasses
+import os
+from collections.abc import Collection
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
+
+from ip2p_jax import parameters, storage, weights
+from ip2p_jax.errors import InputError
+from ip2p_jax.models import lora
+from ip2p_jax.models.layers import abstract
+from ip2p_jax.models.llama import Llama, LlamaConfig
+from ip2p_jax.pipeline.workdir import (
+  BASE,
+  Workdir,
+  lora_config,
+  read_part,
+  saved_steps,
+  tensor_makers,
+  tensor_name,
+)
+from ip2p_jax.weights import Tensors, names
+from ip2p_jax.weights.language_folder import LanguageCheckpoint, write_language
+
+MODEL, TENSORS, TOKENIZER = 'language.json', 'model.safetensors', 'tokenizer.json'
+
+
+def is_language_run(path: Workdir) -> bool:
+  """Whether a language model was trained at `path`."""
+  return (storage.folder(path) / BASE / MODEL).exists()
+
+
+def shapes_of(checkpoint: LanguageCheckpoint) -> tuple[nnx.GraphDef, dict[str, Any]]:
+  """The network's definition, and {dotted name: ShapeDtypeStruct} of its parameters."""
+  config = LlamaConfig.from_json(checkpoint.config, f'{checkpoint.source}: config.json')
+  definition, shapes = abstract(lambda keys: Llama(config, rngs=keys))
+  return definition, parameters.flatten(shapes)
+
+
+def read_parameters(checkpoint: LanguageCheckpoint, shapes: dict[str, Any]) -> Tensors:
+  """{dotted name: array} of those parameters, typed as `shapes`; each is made when asked for.
+
+  Raises InputError naming tensors that are missing, and when asked for, misshapen or not finite.
+  """
+  tensors, wanted = checkpoint.tensors, {tensor_name(name): name for name in shapes}
+
+  def read(tensor):
+    name = wanted[tensor]
+    alone = Tensors({tensor: lambda: tensors[tensor]})
+    shape = parameters.unflatten({name: shapes[name]})
+    tree = names.to_params(alone, shape, 'language', source=checkpoint.source)
+    return parameters.flatten(tree)[name]
+
+  missing = [tensor for tensor in wanted if tensor not in tensors]
+  if missing:
+    raise InputError(f'{checkpoint.source}: lacks {len(missing)} tensors, such as {missing[0]}.')
+  return Tensors({name: lambda tensor=tensor: read(tensor) for tensor, name in wanted.items()})
+
+
+def save_base(workdir: Workdir, checkpoint: LanguageCheckpoint, trained: Collection[str]) -> None:
+  """Keeps what training does not change, so that a run needs its starting point only once.
+
+  Does nothing if the workdir has a base and a training checkpoint. Every process must call it.
+
+  Args:
+    trained: dotted names of the parameters that lie in the state instead.
+
+  Raises OSError if the disk refuses it, InputError if a weight is not finite.
+  """
+  folder = storage.folder(workdir)
+  is_there = is_language_run(workdir) and saved_steps(workdir)
+  if jax.process_index() == 0 and not is_there:
+    _write_base(folder / BASE, checkpoint, set(map(tensor_name, trained)))
+  multihost_utils.sync_global_devices('ip2p_jax language base')
+
+
+def load_base(workdir: Workdir) -> LanguageCheckpoint | None:
+  """What `save_base` kept, its tensors read lazily. None if there is none."""
+  if not is_language_run(workdir):
+    return None
+  folder = storage.folder(workdir) / BASE
+  texts = {file.name: file.read_bytes() for file in folder.iterdir() if file.name not in _OURS}
+  tensors = Tensors({})
+  if (folder / TENSORS).exists():  # not if all is trained
+    with storage.fetched(folder / TENSORS) as file:
+      tensors = weights.read_tensors(file)[0]
+  config, tokenizer = storage.read_json(folder / MODEL), texts.pop(TOKENIZER)
+  return LanguageCheckpoint(config, tensors, tokenizer, str(workdir), texts)
+
+
+def read(workdir: Workdir, ema: bool = True, step: int | None = None) -> LanguageCheckpoint:
+  """A run's model, adapters merged in float32. The run may be going on.
+
+  Args:
+    ema: the moving average, or the weights that are being trained.
+    step: None takes the latest checkpoint.
+
+  Raises InputError if there is none, or if something of it is missing or damaged.
+  """
+  base = load_base(workdir)
+  if base is None:
+    raise InputError(f'{workdir}: is no run of a language model; give the workdir of one.')
+  step, trained = read_part(workdir, 'ema' if ema else 'params', step)
+  config = lora_config(workdir)
+  fixed = {name: lambda name=name: base.tensors[name] for name in base.tensors}
+  changed = _merged(base, trained, config) if config.rank else trained
+  tensors = Tensors(fixed | tensor_makers(changed))
+  return dataclasses.replace(base, tensors=tensors, source=f'{workdir} (step {step})')
+
+
+def export_language(
+  workdir: Workdir,
+  dst: str | os.PathLike,
+  dtype: str = 'float32',
+  use_ema: bool = True,
+  overwrite: bool = False,
+) -> str:
+  """Writes a run's model as a folder of transformers; returns what it was: 'W (step 63)'.
+
+  Raises InputError for anything wrong with the workdir or the destination.
+  """
+  checkpoint = read(workdir, use_ema)
+  write_language(checkpoint, dst, dtype, overwrite)
+  return checkpoint.source
+
+
+_OURS = (MODEL, TENSORS)
+
+
+def _merged(base, adapters, config) -> Tensors:
+  """{kernel: float32} of the kernels that have adapters, each made when asked for."""
+  shapes = shapes_of(base)[1]
+  halves = {}
+  for name, array in adapters.items():
+    halves.setdefault(f'{name.rpartition(".")[0]}.kernel', {})[name] = array
+  kernels = read_parameters(base, {name: shapes[name] for name in halves})
+
+  def merge(kernel):
+    merged = lora.merged({kernel: kernels[kernel]}, halves[kernel], config)
+    return np.asarray(merged[kernel])
+
+  return Tensors({kernel: lambda kernel=kernel: merge(kernel) for kernel in halves})
+
+
+def _write_base(folder, checkpoint, trained):
+  (folder / MODEL).unlink(missing_ok=True)
+  for name, content in {TOKENIZER: checkpoint.tokenizer, **checkpoint.others}.items():
+    storage.write_bytes(folder / name, content)
+  tensors = checkpoint.tensors
+  kept = Tensors({name: lambda name=name: tensors[name] for name in tensors if name not in trained})
+  (folder / TENSORS).unlink(missing_ok=True)
+  if kept:
+    kinds = {str(kept[name].dtype) for name in kept}
+    with storage.sent(folder / TENSORS) as file:
+      weights.write_safetensors(file, kept, kinds.pop() if len(kinds) == 1 else 'float32')
+  storage.write_json(folder / MODEL, checkpoint.config)

@@ -1,0 +1,176 @@
+"""Editing picture files: which pictures with which seeds and scales, in which batches, to where."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ip2p_jax.editing.editor import MAX_SCALE, Editor, Progress, part_of
+from ip2p_jax.errors import InputError
+from ip2p_jax.images import (
+  WRITE_FORMATS,
+  check_writable,
+  find_images,
+  for_file,
+  image_grid,
+  read,
+  read_mask,
+  working_size,
+)
+
+GRID_THUMBNAIL = 512  # pixels of the longer side of each picture in a grid
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """One picture to make; with the settings common to all, enough to make it again."""
+
+  file: Path
+  size: tuple[int, int]  # the picture's own
+  seed: int
+  index: int
+  cfg_text: float
+  cfg_image: float
+  output: Path
+
+
+def check_options(given: dict[str, Any]) -> None:
+  """Raises InputError for a flag that others, given or not, keep from acting; None is not given."""
+  needs = {'--index': '--seed', '--grid-text': '--grid', '--grid-image': '--grid'}
+  usual = (None, 0)  # 0 is what --index is without it
+  for flag, other in needs.items():
+    if given[flag] not in usual and given[other] in (None, False):
+      raise InputError(f'{flag}: of no use without {other}; add that, or leave {flag} out.')
+  for flag, instead in {'--cfg-text': '--grid-text', '--cfg-image': '--grid-image'}.items():
+    if given['--grid'] and given[flag] is not None:
+      raise InputError(f'{flag}: of no use with --grid, whose scales are those of {instead}.')
+
+
+def plan_jobs(
+  input: Path,
+  output: Path,
+  scales: Sequence[tuple[float, float]],
+  *,
+  seed: int,
+  index: int,
+  num: int,
+  mask: Path | None,
+  is_grid: bool,
+) -> list[Job]:
+  """Every picture to make. Reads all inputs and tries all outputs now, before hours of work.
+
+  A folder's pictures count up from `index`, variations from `seed`; each pair (text scale, image
+  scale) of `scales` makes one picture more, to the same output.
+  """
+  if seed + num > 2**32:
+    raise InputError(f'--seed {seed} with --num {num} goes past {2**32 - 1}; use a lower seed.')
+  files = find_images(input)
+  if is_grid and (len(files) > 1 or num > 1):
+    raise InputError('--grid makes one picture of one picture; give a file, and leave out --num.')
+  outputs = _outputs(input, files, output, num)
+  jobs = []
+  for i, file in enumerate(files):
+    size = read(file).size
+    if mask is not None:
+      read_mask(mask, size)
+    for n in range(num):
+      for text, image in scales:
+        jobs.append(Job(file, size, seed + n, index + i, text, image, outputs[file, n]))
+  return jobs
+
+
+def _outputs(input, files, output, num) -> dict[tuple[Path, int], Path]:
+  is_picture = output.suffix.lower() in WRITE_FORMATS and not output.is_dir()
+  if input.is_dir() and is_picture:
+    raise InputError(f'--output {output}: --input is a folder, so give a folder.')
+  is_folder = output.is_dir() or input.is_dir() or not output.suffix
+  result = {}
+  for file in files:
+    base = output / f'{file.stem}.png' if is_folder else output
+    for n in range(num):
+      path = base.with_stem(f'{base.stem}-{n}') if num > 1 else base
+      if path in result.values():
+        raise InputError(f'--input {input}: two pictures would both be written to {path}; '
+                         'give them different names.')  # fmt: skip
+      if path.exists() and any(path.samefile(other) for other in files):
+        raise InputError(f'--output {path} is a picture of --input; give another name or folder.')
+      result[file, n] = path
+  for path in result.values():
+    check_writable(path)
+  return result
+
+
+def run_jobs(
+  editor: Editor,
+  jobs: Sequence[Job],
+  instruction: str,
+  *,
+  resolution: int,
+  batch_size: int,
+  mask: Path | None,
+  options: dict[str, Any],
+  progress: Progress | None = None,
+) -> Iterator[tuple[Job, Image.Image]]:
+  """Makes the pictures batch by batch; `options` are those of `Editor.edit`."""
+  batches = _batches(jobs, resolution, editor.networks.vae_config.factor, batch_size)
+  for done, batch in enumerate(batches):
+    originals = [for_file(read(job.file), job.output) for job in batch]
+    results = editor.edit(
+      originals,
+      instruction,
+      text_guidance=[job.cfg_text for job in batch],
+      image_guidance=[job.cfg_image for job in batch],
+      seed=[job.seed for job in batch],
+      indices=[job.index for job in batch],
+      mask=mask and [read_mask(mask, original.size) for original in originals],
+      resolution=resolution,
+      batch_size=min(batch_size, max(map(len, batches))),
+      progress=part_of(progress, done, len(batches)),
+      **options,
+    )
+    yield from zip(batch, results, strict=True)
+
+
+def _batches(jobs, resolution, factor, batch_size) -> list[list[Job]]:
+  """Jobs of equal working size, which one run of the program can serve."""
+  by_size: dict[tuple[int, int], list[Job]] = {}
+  for job in jobs:
+    by_size.setdefault(working_size(*job.size, resolution, factor), []).append(job)
+  return [
+    group[start : start + batch_size]
+    for group in by_size.values()
+    for start in range(0, len(group), batch_size)
+  ]
+
+
+def parse_scales(text: str, image: str) -> list[tuple[float, float]]:
+  """'3,7.5' and '1,1.5' -> every pair (text scale, image scale), row by row."""
+  try:
+    texts, images = ([float(part) for part in scales.split(',')] for scales in (text, image))
+    if not all(abs(scale) <= MAX_SCALE for scale in texts + images):
+      raise ValueError
+  except ValueError:
+    raise InputError(
+      '--grid-text and --grid-image take numbers with commas between, as in 3,5,7.5, none over'
+      f' {MAX_SCALE}.'
+    ) from None
+  if len(set(texts)) < len(texts) or len(set(images)) < len(images):
+    raise InputError('--grid-text and --grid-image take each scale once; leave out what repeats.')
+  return [(t, i) for t in texts for i in images]
+
+
+def labelled_grid(results: Sequence[tuple[Job, Image.Image]], title: str) -> Image.Image:
+  """One picture of a sweep: a row per text scale, a column per image scale."""
+  cells = {}
+  for job, picture in results:
+    picture.thumbnail((GRID_THUMBNAIL, GRID_THUMBNAIL))
+    cells[job.cfg_text, job.cfg_image] = picture
+  texts, images = (list(dict.fromkeys(scales)) for scales in zip(*cells, strict=True))
+  return image_grid(
+    [[cells[text, image] for image in images] for text in texts],
+    [f'text {text:g}' for text in texts],
+    [f'image {image:g}' for image in images],
+    title,
+  )

@@ -1,0 +1,265 @@
+"""The one seam for attention: every attention of the UNet is a function of this type.
+
+  attention(q, k, v, site) -> out
+
+B batch, N query tokens, M key tokens, C channels of one head: q [B, N, heads, C], k and v
+[B, M, heads, C], out like q. Prompt-to-prompt, recording of maps, and other kernels are other
+functions of the type; they close over whatever traced arrays they need.
+"""
+
+import functools
+import math
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from ip2p_jax.errors import InputError
+
+
+class Site(NamedTuple):
+  """Where in the UNet an attention stands; static under jit.
+
+  Attributes:
+    place: 'down', 'mid' or 'up'.
+    level: 0 is the full latent resolution; each level below halves it.
+    is_cross: whether keys and values come from the text.
+    tokens: number of query tokens, latent height times width at this level.
+  """
+
+  place: str
+  level: int
+  is_cross: bool
+  tokens: int
+
+
+Attention = Callable[[Array, Array, Array, Site | None], Array]
+
+
+# What an attention's results are named, so that a remat policy can keep them.
+ATTENTION_OUT = 'attention_out'
+
+
+class AttentionKernel(NamedTuple):
+  """Where a kernel can run, and from how many queries on it pays.
+
+  Attributes:
+    capability: least compute capability of a GPU (9.0 is Hopper), or generation of a TPU; those
+      `before` another.
+    width: largest number of channels of a head; `multiple` divides it.
+    tokens: least number of queries; a choice of ours, the rest is the kernel's.
+    block: divides the numbers of queries and keys.
+    types: dtypes it computes in.
+  """
+
+  kernel: str
+  platform: str
+  capability: float
+  before: float
+  width: int
+  multiple: int
+  tokens: int
+  block: int
+  types: tuple[str, ...]
+
+
+HALVES = ('bfloat16', 'float16')
+# The first row that holds is taken; XLA's own attention where none does. XLA writes all scores to
+# memory, which is what long attentions spend their time on; below these lengths they are few.
+KERNELS = (
+  # A v3 cannot run it.
+  AttentionKernel('splash', 'tpu', 4.0, math.inf, 256, 8, 1024, 128, ('bfloat16', 'float32')),
+  # Gradients of heads of over 128 channels: cuDNN has them on Hopper alone, as of 9.18.
+  AttentionKernel('cudnn', 'gpu', 9.0, 10.0, 256, 8, 256, 1, HALVES),
+  AttentionKernel('cudnn', 'gpu', 8.0, math.inf, 128, 8, 256, 1, HALVES),
+)
+CHOICES = ('auto', 'xla', 'splash', 'cudnn')
+
+
+def dispatch(choice: str = 'auto', mesh: Mesh | None = None) -> Attention:
+  """The attention for the devices of a mesh; without one, for jax's default device.
+
+  Args:
+    choice: 'auto' follows KERNELS; 'xla' uses no kernel; 'splash' and 'cudnn' are used wherever
+      they can run, however short the attention.
+    mesh: batches are split over all its axes. Kernels need to be told.
+
+  Raises InputError for a kernel that the devices do not have.
+  """
+  device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+  platform = 'gpu' if device.platform in ('cuda', 'rocm') else device.platform
+  capability = _capability(platform, device)
+  if choice not in CHOICES:
+    raise InputError(f'attention is {choice!r}; use one of {", ".join(CHOICES)}.')
+  if choice not in ('auto', 'xla') and not any(
+    row.kernel == choice and row.platform == platform and row.capability <= capability < row.before
+    for row in KERNELS
+  ):
+    raise InputError(
+      f"attention is {choice!r}, which {device.device_kind} does not have; use 'auto'."
+    )
+  if choice == 'xla' or platform not in {row.platform for row in KERNELS}:
+    return attend
+  kernels = {kernel.__name__: functools.partial(kernel, mesh=mesh) for kernel in (splash, cudnn)}
+  kernels['xla'] = attend
+
+  def attention(q, k, v, site=None):
+    shape = (q.shape[1], k.shape[1], q.shape[-1])
+    return kernels[kernel_for(platform, capability, *shape, str(q.dtype), choice)](q, k, v)
+
+  return attention
+
+
+def _capability(platform, device) -> float:
+  if platform == 'tpu':  # 'TPU v3', 'TPU v5 lite', 'TPU7x'
+    found = re.search(r'\d+', device.device_kind)
+    return float(found[0]) if found else math.inf
+  found = str(getattr(device, 'compute_capability', ''))  # of AMD 'gfx942'
+  return float(found) if platform == 'gpu' and re.fullmatch(r'\d+(\.\d+)?', found) else 0.0
+
+
+def kernel_for(
+  platform: str,
+  capability: float,
+  queries: int,
+  keys: int,
+  width: int,
+  dtype: str,
+  choice: str = 'auto',
+) -> str:
+  """'splash', 'cudnn' or 'xla', by KERNELS."""
+  for row in KERNELS:
+    if (
+      (row.platform, choice) in ((platform, 'auto'), (platform, row.kernel))
+      and row.capability <= capability < row.before
+      and width <= row.width
+      and width % row.multiple == 0
+      and (choice != 'auto' or queries >= row.tokens)
+      and queries % row.block == keys % row.block == 0
+      and dtype in row.types
+    ):
+      return row.kernel
+  return 'xla'
+
+
+def cudnn(q: Array, k: Array, v: Array, *, mesh: Mesh | None = None) -> Array:
+  """A GPU's flash attention, of NVIDIA's cuDNN.
+
+  Its gradients want even numbers of queries and keys; of odd ones, such as the 77 tokens of a text,
+  one more is laid beside and hidden by the lengths.
+  """
+  queries, keys = q.shape[1], k.shape[1]
+  even = lambda x: jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
+
+  def kernel(q, k, v):
+    lengths = {}
+    if queries % 2 or keys % 2:
+      of = lambda count: jnp.full(q.shape[0], count, jnp.int32)
+      lengths = {'query_seq_lengths': of(queries), 'key_value_seq_lengths': of(keys)}
+    return jax.nn.dot_product_attention(q, k, v, implementation='cudnn', **lengths)
+
+  # jax can split this kernel, but not its lengths.
+  return _split(kernel, mesh, q.shape[0])(even(q), even(k), even(v))[:, :queries]
+
+
+def splash(
+  q: Array, k: Array, v: Array, *, mesh: Mesh | None = None, interpret: bool = False
+) -> Array:
+  """A TPU's attention, a tile of scores at a time (jax's own kernel); `interpret` runs anywhere.
+
+  Numbers of queries and keys must be multiples of 128. Heads are not padded to 128 lanes, which
+  would cost more than the kernel saves.
+  """
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+  queries, keys, heads = q.shape[1], k.shape[1], q.shape[2]
+  rows, columns = _tile(queries), _tile(keys)
+  kernel = kernels.make_splash_mha(
+    masks.MultiHeadMask([masks.FullMask((queries, keys))] * heads),
+    block_sizes=kernels.BlockSizes(
+      block_q=rows,
+      block_kv=columns,
+      block_q_dkv=rows,
+      block_kv_dkv=columns,
+      block_q_dq=rows,
+      block_kv_dq=columns,
+    ),
+    head_shards=1,
+    q_seq_shards=1,
+    residual_checkpoint_name=ATTENTION_OUT,
+    interpret=interpret,
+  )
+
+  def heads_first(q, k, v):
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    return jax.vmap(kernel)(q, k, v).swapaxes(1, 2)
+
+  # Kept as scaled, else the scaling is a pass of its own, and again when q is computed again.
+  q = checkpoint_name(q * q.shape[-1] ** -0.5, ATTENTION_OUT)
+  return _split(heads_first, mesh, q.shape[0])(q, k, v)
+
+
+def _split(kernel, mesh: Mesh | None, batch: int):
+  """The kernel, each device with its own rows of q, k and v; XLA cannot split it by itself.
+
+  A batch that cannot be shared is done whole by each.
+  """
+  if mesh is None or mesh.size == 1 or _is_split(mesh):
+    return kernel
+  rows = P(mesh.axis_names) if batch % mesh.size == 0 else P()
+  return jax.shard_map(kernel, mesh=mesh, in_specs=(rows,) * 3, out_specs=rows, check_vma=False)
+
+
+def _is_split(mesh):
+  """Whether a shard_map over the mesh is around this: then each device has its own rows already."""
+  return set(mesh.axis_names) <= set(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def _tile(length):
+  return next(size for size in (512, 256, 128) if length % size == 0)
+
+
+# On a CPU, scores of one head and this many queries stay in the cache. Below so many scores the
+# plain way is as fast.
+BLOCK = 512
+BLOCKED_FROM = 1024 * 1024
+
+
+def attend(q: Array, k: Array, v: Array, site: Site | None = None, *, is_causal: bool = False):
+  """Softmax attention with scale C ** -0.5; scores and softmax in float32."""
+  del site
+  if is_causal or q.shape[1] * k.shape[1] < BLOCKED_FROM:
+    return _plain(q, k, v, is_causal)
+  return jax.lax.platform_dependent(q, k, v, cpu=_blocked, default=_plain)
+
+
+def _plain(q, k, v, is_causal=False):
+  scores = jnp.einsum('bnhc,bmhc->bhnm', q, k, preferred_element_type=jnp.float32)
+  scores = scores * q.shape[-1] ** -0.5
+  if is_causal:
+    seen = jnp.tri(q.shape[1], k.shape[1], dtype=bool)[None, None]
+    scores = jnp.where(seen, scores, -jnp.inf)
+  return jnp.einsum('bhnm,bmhc->bnhc', jax.nn.softmax(scores).astype(v.dtype), v)
+
+
+def _blocked(q, k, v):
+  """The same, a head and a block at a time; on a CPU 4 to 8 times as fast, and small in memory."""
+  B, N, H, C = q.shape
+  heads_first = lambda x: x.swapaxes(1, 2).reshape(B * H, x.shape[1], C)
+  padded = jnp.pad(q, ((0, 0), (0, -N % BLOCK), (0, 0), (0, 0)))
+  blocks = heads_first(padded).reshape(B * H, -1, BLOCK, 1, C)
+
+  def one_head(args):
+    blocks, k, v = args
+    return jax.lax.map(lambda q: _plain(q[None], k, v)[0], blocks)
+
+  lone = lambda x: heads_first(x)[:, None, :, None]  # [B * H, 1, M, 1, C]
+  out = jax.lax.map(one_head, (blocks, lone(k), lone(v)))  # [B * H, blocks, BLOCK, 1, C]
+  return out.reshape(B, H, -1, C)[:, :, :N].swapaxes(1, 2)

@@ -1,0 +1,225 @@
+"""Keeps the good pairs: thresholds on CLIP's numbers, and the best few of each prompt.
+
+Reads folders that `pairs` wrote, whose pictures and numbers stay as they are, so that other
+thresholds can be tried at no cost; writes the original's layout, ready to pack and to train on:
+
+  OUT/0000007/prompt.json, metadata.jsonl     one line per pair that stays, the best first
+  OUT/0000007/SEED_0.jpg, SEED_1.jpg
+  OUT/seeds.json
+  OUT/filter.json                             the thresholds; with it, all rows are for training
+
+Numbers are judged as they are stored.
+"""
+
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from ip2p_jax import storage
+from ip2p_jax.data.original import FILTERED
+from ip2p_jax.errors import InputError
+from ip2p_jax.pairs.pair_files import (
+  DIGITS,
+  PROMPT,
+  RELEASED,
+  SCORES,
+  passes,
+  read_scores,
+  scores_of,
+)
+from ip2p_jax.pairs.prompts import instruction_fault, listed
+from ip2p_jax.pipeline.clip_scores import Scores
+
+PAPER = Scores(0.2, 0.2, 0.2, 0.75)
+MOST = 4  # pairs of a prompt
+LABELS = Scores('picture and caption', 'edited picture and caption', 'direction', 'both pictures')
+SAME = 4  # bits of 64 in which two pictures differ that look the same
+UNKEPT = ('sample',)  # of a line of scores, not in the original's metadata
+
+Progress = Callable[[int, int], None]
+
+
+class Yield(NamedTuple):
+  """What a filter did. Counts are of pairs, but for `prompts`."""
+
+  drawn: int
+  passed: dict[str, int]  # each threshold alone, by name
+  passed_all: int
+  broken: int  # that overflowed when they were drawn
+  duplicates: int
+  kept: int
+  prompts: int  # with a pair that stays
+  scores: np.ndarray  # float64 [drawn, 4], of all; NaN for what overflowed
+
+
+def filter_pairs(
+  folders: Sequence[Path],
+  out: Path,
+  thresholds: Scores = PAPER,
+  most: int = MOST,
+  drop_duplicates: bool = False,
+  progress: Progress = lambda done, total: None,
+) -> Yield:
+  """Writes `out`, whole or not at all; does not write it if no pair stays.
+
+  Pictures are hard links where the disk allows, else copies. With `drop_duplicates`, of a prompt's
+  pairs that look the same (a hash of both pictures) only the best stays.
+
+  Raises InputError if `out` exists or is being written, a prompt has no instruction, or a picture
+  is missing.
+  """
+  busy = f'{out}: another process writes it; wait for that, or give another folder.'
+  with storage.locked(out.with_name(f'.{out.name}.lock'), busy):
+    if out.exists():
+      raise InputError(f'{out} exists; give a new folder, or delete it.')
+    places = _places(folders)
+    _check_instructions(places)
+    with storage.unfinished(out) as place:
+      found = _filter(places, place, thresholds, most, drop_duplicates, progress)
+      if found.kept:
+        place.rename(out)
+  return found
+
+
+def _filter(places, folder, thresholds, most, drop_duplicates, progress) -> Yield:
+  seeds, rows, counts = [], [], {'passed_all': 0, 'duplicates': 0}
+  for done, place in enumerate(places):
+    lines = read_scores(place / SCORES)
+    rows += [[np.nan if x is None else x for x in scores_of(line)] for line in lines]
+    good = [line for line in lines if passes(scores_of(line), thresholds)]
+    good = [line for line in good if not (_is_on_border(line) and _lacks(place, line))]
+    counts['passed_all'] += len(good)
+    good.sort(key=lambda line: (line['clip_sim_dir'], line['seed']), reverse=True)
+    for line in good if drop_duplicates else good[:most]:
+      if file := _lacks(place, line):
+        raise InputError(
+          f'{file} was not kept when it was drawn; use thresholds of at least the released ones, or'
+          ' draw again with --keep all.'
+        )
+    if drop_duplicates:
+      different = _different(place, good)
+      counts['duplicates'] += len(good) - len(different)
+      good = different
+    if good := good[:most]:
+      _copy(place, folder / place.name, good)
+      seeds.append((place.name, sorted(str(line['seed']) for line in good)))
+    progress(done + 1, len(places))
+  about = thresholds._asdict() | {'most': most, 'drop_duplicates': drop_duplicates}
+  (folder / FILTERED).write_text(json.dumps(about) + '\n')
+  (folder / 'seeds.json').write_text(json.dumps(seeds))
+  scores = np.array(rows, np.float64).reshape(-1, len(Scores._fields))
+  alone = {
+    name: int((scores[:, i] >= least).sum())
+    for i, (name, least) in enumerate(thresholds._asdict().items())
+  }
+  counts['broken'] = int(np.isnan(scores).any(1).sum())
+  kept = sum(len(of_prompt) for _, of_prompt in seeds)
+  return Yield(len(scores), alone, **counts, kept=kept, prompts=len(seeds), scores=scores)
+
+
+def draw_histograms(scores: np.ndarray, thresholds: Scores, file: Path) -> None:
+  """Writes a plot of all scores [N, 4] with the thresholds; needs matplotlib."""
+  from matplotlib.figure import Figure  # only plots need it
+
+  figure = Figure(figsize=(12, 3), layout='constrained')
+  for i, (axes, title) in enumerate(zip(figure.subplots(1, 4), LABELS, strict=True)):
+    axes.hist(scores[np.isfinite(scores[:, i]), i], bins=40, color='tab:blue')
+    axes.axvline(thresholds[i], color='tab:red')
+    share = (scores[:, i] >= thresholds[i]).mean()
+    axes.set(title=title, xlabel=f'cosine; {share:.1%} at or above {thresholds[i]:g}')
+  png = io.BytesIO()
+  figure.savefig(png, dpi=100, format='png')
+  storage.write_bytes(storage.folder(file), png.getvalue())
+
+
+def _places(folders) -> list[Path]:
+  """The prompts' folders by name; two workers' folders may share none."""
+  found: dict[str, Path] = {}
+  for folder in folders:
+    here = sorted(file.parent for file in folder.glob(f'*/{SCORES}'))
+    if not here:
+      raise InputError(f'{folder}: has no pairs; give a folder that `ip2p pairs` wrote.')
+    for place in here:
+      if place.name in found:
+        raise InputError(f'{place} and {found[place.name]} are pairs of the same prompt.')
+      found[place.name] = place
+  return [found[name] for name in sorted(found)]
+
+
+def _check_instructions(places) -> None:
+  """An editor learns nothing from a pair that no instruction tells of."""
+  faults = []
+  for place in places:
+    try:
+      prompt = json.loads((place / PROMPT).read_bytes())
+      fault = instruction_fault(prompt) if isinstance(prompt, dict) else 'is no JSON object'
+    except FileNotFoundError:
+      fault = 'is missing'
+    except ValueError as error:
+      fault = f'is damaged ({error})'
+    if fault:
+      faults.append(f'{place / PROMPT} {fault}')
+  if faults:
+    raise InputError(
+      f'{listed(faults)}; add it to the file of prompts, and run `ip2p pairs` again, which draws'
+      ' nothing twice.'
+    )
+
+
+def _pictures(place, line):
+  return [place / f'{line["seed"]}_{side}.jpg' for side in (0, 1)]
+
+
+def _lacks(place, line) -> Path | None:
+  """A picture of the pair that is not there."""
+  return next((file for file in _pictures(place, line) if not file.exists()), None)
+
+
+def _is_on_border(line) -> bool:
+  """Whether it passes the released thresholds, but may not have before it was rounded.
+
+  Older versions judged first, and wrote no pictures of such a pair.
+  """
+  scores, half = scores_of(line), 10**-DIGITS / 2
+  is_near = any(value - least < half for value, least in zip(scores, RELEASED, strict=True))
+  return passes(scores, RELEASED) and is_near
+
+
+def _different(place, lines):
+  """Without those that look like a better one."""
+  kept, hashes = [], []
+  for line in lines:
+    one = np.concatenate([_hash(file) for file in _pictures(place, line)])
+    if all((one != other).sum() > 2 * SAME for other in hashes):
+      kept.append(line)
+      hashes.append(one)
+  return kept
+
+
+def _hash(file) -> np.ndarray:
+  """bool [64]: where brightness rises from left to right, in 8 x 9 cells."""
+  with Image.open(file) as picture:
+    cells = np.asarray(picture.convert('L').resize((9, 8), Image.Resampling.BOX), np.int16)
+  return (cells[:, 1:] > cells[:, :-1]).ravel()
+
+
+def _copy(place, target, lines):
+  target.mkdir()
+  shutil.copyfile(place / PROMPT, target / PROMPT)
+  with (target / 'metadata.jsonl').open('w') as file:
+    for line in lines:
+      kept = {key: value for key, value in line.items() if key not in UNKEPT}
+      file.write(json.dumps(kept) + '\n')
+  for line in lines:
+    for picture in _pictures(place, line):
+      try:
+        os.link(picture, target / picture.name)
+      except OSError:  # another disk
+        shutil.copyfile(picture, target / picture.name)

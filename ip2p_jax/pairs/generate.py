@@ -1,0 +1,330 @@
+"""Draws pairs of pictures for pairs of captions, with CLIP's numbers for each.
+
+A sample is one pair of one prompt; S samples per prompt, B samples per call of the program. Whole
+runs are in `pair_run`.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from ip2p_jax import images, sharding
+from ip2p_jax.diffusion import samplers
+from ip2p_jax.diffusion.noise import Schedule
+from ip2p_jax.errors import InputError
+from ip2p_jax.models import attention
+from ip2p_jax.models.tokenizer import ClipTokenizer
+from ip2p_jax.pairs import alignment, inversion
+from ip2p_jax.pairs.program import PairRequest, PairSpec, scored_pairs
+from ip2p_jax.pairs.prompt_to_prompt import Blend, Control, Injection
+from ip2p_jax.pairs.prompts import Prompt, listed
+from ip2p_jax.pipeline.clip_scores import Clip, Scores, Towers
+from ip2p_jax.pipeline.networks import Networks, check_is_text_to_image
+from ip2p_jax.sharding import ROWS, SECOND, WHOLE
+
+INJECTIONS = ('replace', 'refine', 'auto')
+CONTROLS = ('none', 'share', *INJECTIONS, *(f'share+{name}' for name in INJECTIONS))
+KEEPS = ('all', 'passing')
+
+
+class Sample(NamedTuple):
+  """What decides one pair of pictures, beside its captions and the settings."""
+
+  seed: int  # uint32, of the noise
+  threshold: float  # share of the steps that share self-attention
+  guidance: float
+
+
+@dataclasses.dataclass(frozen=True)
+class PairSettings:
+  """How pairs are drawn; the defaults are the paper's.
+
+  Attributes:
+    samples: per prompt.
+    control: 'share', the released generator's rule; 'replace' or 'refine', prompt-to-prompt as
+      published; 'auto', the one of the two that fits the captions; 'share+auto' and the like; or
+      'none'.
+    threshold, guidance: ranges to draw each sample's from, evenly.
+    cross, self: part of the steps that replace and refine act in, on words and on self-attention.
+    size: of the pictures, pixels.
+    seed: of the whole run.
+    keep: which pictures to write: 'all', or those 'passing' the thresholds of the released data.
+      The numbers of all are written.
+    batch_size: samples per call of the program.
+  """
+
+  samples: int = 100
+  steps: int = 100
+  sampler: str = 'euler_ancestral'
+  control: str = 'share'
+  threshold: tuple[float, float] = (0.1, 0.9)
+  guidance: tuple[float, float] = (7.5, 15.0)
+  cross: float = 0.8
+  self: float = 0.4
+  negative: str = ''
+  size: int = 512
+  seed: int = 0
+  keep: str = 'all'
+  batch_size: int = 8
+
+  def __post_init__(self):
+    samplers.noise_levels(Schedule(), self.sampler, self.steps)  # refuses unknown ones
+    for name, choices in (('control', CONTROLS), ('keep', KEEPS)):
+      if getattr(self, name) not in choices:
+        raise InputError(f'{name} is {getattr(self, name)!r}; use one of {", ".join(choices)}.')
+    for name in ('samples', 'batch_size', 'size'):
+      if getattr(self, name) < 1:
+        raise InputError(f'{name} is {getattr(self, name)}; use 1 or more.')
+    for name, most in (('threshold', 1), ('guidance', 100)):
+      low, high = getattr(self, name)
+      if not 0 <= low <= high <= most:
+        raise InputError(f'{name} is {low} to {high}; give two numbers of 0 to {most}, in order.')
+    for name in ('cross', 'self'):
+      alignment.step_window(getattr(self, name), self.steps)
+
+  def sample(self, prompt: int, number: int) -> Sample:
+    """Sample `number` of prompt `prompt`: by a hash, so that each can be drawn alone.
+
+    The original seeds each sample by the one before, and soon comes back to where it was.
+    """
+    return _samples(self.seed, prompt, self.samples, self.threshold, self.guidance)[number]
+
+
+@functools.lru_cache(maxsize=1024)
+def _samples(seed, prompt, count, threshold, guidance) -> list[Sample]:
+  """No two of a prompt have a seed in common, since files are named by it."""
+  found: dict[int, Sample] = {}
+  attempt = 0
+  while len(found) < count:
+    digest = hashlib.blake2b(f'{seed} {prompt} {attempt}'.encode(), digest_size=12).digest()
+    one, *parts = (int.from_bytes(digest[i : i + 4], 'little') for i in (0, 4, 8))
+    between = [low + (high - low) * part / 2**32
+               for part, (low, high) in zip(parts, (threshold, guidance), strict=True)]  # fmt: skip
+    found.setdefault(one, Sample(one, *between))
+    attempt += 1
+  return list(found.values())
+
+
+# How devices share what `program` takes.
+SPLIT = PairRequest(
+  SECOND, WHOLE, ROWS, ROWS, WHOLE, ROWS, init_noise=ROWS, step_noise=SECOND, null_contexts=SECOND
+)
+SPECS = WHOLE, SPLIT, SECOND, ROWS
+
+
+def program(networks: Networks, towers: Towers, mesh: Mesh) -> Callable:
+  """Jitted; each device of the mesh draws its own pairs, and never talks to another.
+
+  It takes a PairSpec (static), parameters with 'clip', a PairRequest, CLIP's tokens [2, P, L], and
+  pictures uint8 [P, H, W, 3] to begin with, or None; and gives what `PairGenerator.draw` does.
+  """
+
+  def draw(spec, params, request, clip_ids, pictures):
+    if pictures is not None:
+      found = inversion.invert(
+        networks, params, pictures, request.token_ids[0], request.negative_ids, request.guidance,
+        request.grid,
+      )  # fmt: skip
+      request = request._replace(**found._asdict())
+    pairs, scores = scored_pairs(networks, towers, spec, params, request, clip_ids)
+    return jax.numpy.round(pairs.images * 255).astype(np.uint8), scores, pairs.attention
+
+  def run(spec, *inputs):
+    of_devices = sharding.each_its_rows(
+      functools.partial(draw, spec),
+      mesh,
+      in_specs=SPECS,
+      out_specs=(SECOND, ROWS, SECOND),
+    )
+    return of_devices(*inputs)
+
+  return jax.jit(run, static_argnums=0)
+
+
+class PairGenerator:
+  """Draws batches of pairs on all local devices."""
+
+  def __init__(
+    self,
+    networks: Networks,
+    params: dict[str, Any],
+    tokenizer: ClipTokenizer,
+    clip: Clip,
+    drawing: PairSettings,
+    mesh: Mesh | None = None,
+  ):
+    """InputError if the checkpoint is no text-to-image model, or the settings do not fit it."""
+    check_is_text_to_image(networks, 'the checkpoint')
+    factor = networks.vae_config.factor
+    if drawing.size % factor:
+      raise InputError(f'size is {drawing.size}; use a multiple of {factor}.')
+    self.mesh = mesh or sharding.make_mesh(devices=jax.local_devices())
+    if drawing.batch_size % self.mesh.size:
+      raise InputError(
+        f'batch_size is {drawing.batch_size}; use a multiple of the {self.mesh.size} devices.'
+      )
+    self.networks = networks._replace(attention=attention.dispatch(mesh=self.mesh))
+    self.drawing = drawing
+    self.tokenizer, self.clip = tokenizer, clip
+    self.spec = PairSpec(drawing.sampler, *[drawing.size // factor] * 2)
+    self.grid = samplers.noise_levels(networks.schedule, drawing.sampler, drawing.steps)
+    params = {**params, 'clip': clip.params}
+    self.params = jax.device_put(params, sharding.replicated(self.mesh))
+    self._negative = tokenizer([drawing.negative])
+    self._program = program(self.networks, clip.towers, self.mesh)
+
+  def check(self, prompts: Sequence[Prompt]) -> None:
+    """InputError that names all lines that cannot be drawn, and why; warns of what is cut off."""
+    faults = [
+      f'line {prompt.index + 1}: {fault}' for prompt in prompts for fault in self._faults(prompt)
+    ]
+    if faults:
+      raise InputError(f'the prompts cannot be drawn: {listed(faults)}; mend this first.')
+    texts = [('the negative text', self.drawing.negative)]
+    for prompt in prompts:
+      name = f'line {prompt.index + 1}'
+      texts += [(name, prompt.caption), (f'{name}, output', prompt.edited_caption)]
+    cut = [f'{name} (ignored: {end!r})' for name, text in texts if (end := self._cut_off(text))]
+    if cut:
+      warnings.warn(
+        f'{len(cut)} of the captions are longer than the {self.tokenizer.length} tokens that are'
+        f' read: {listed(cut)}',
+        stacklevel=2,
+      )
+
+  def _faults(self, prompt: Prompt) -> Iterator[str]:
+    control = self.drawing.control.removeprefix('share+')
+    given = {'weights': prompt.weights, 'cross_steps': prompt.spans, 'blend': prompt.blend}
+    named = [name for name, value in given.items() if value]
+    if named and control not in INJECTIONS:
+      yield f'{" and ".join(named)} do nothing with the control {control!r}; use auto or share+auto'
+    elif named or control == 'replace':
+      try:
+        self._control([prompt], [Sample(0, 0.0, 1.0)])
+      except InputError as error:
+        yield str(error).partition(' of the prompts: ')[2].rstrip('.')
+    if prompt.image is not None:
+      if self.drawing.sampler != inversion.SAMPLER:
+        yield f'pairs of given pictures are drawn by the sampler {inversion.SAMPLER}'
+      try:
+        images.read(prompt.image)
+      except InputError as error:
+        yield str(error)
+
+  def _cut_off(self, text: str) -> str:
+    """What neither the network nor CLIP reads of a text; '' if both read all of it."""
+    readers = (self.tokenizer, self.clip.tokenizer)
+    if len(text.encode()) <= min(reader.length for reader in readers) - 2:  # a token has a byte
+      return ''
+    return max((reader.cut_off(text).strip() for reader in readers), key=len)
+
+  def draw(
+    self, prompts: Sequence[Prompt], samples: Sequence[Sample], shows_attention: bool = False
+  ) -> tuple[np.ndarray, Scores, np.ndarray | None]:
+    """Draws at most B pairs; does not wait for the device.
+
+    Returns uint8 pictures [2, B, H, W, 3], the scores of each, and where each token looked (see
+    `pair_program.Pairs`); rows past those given are padding.
+    """
+    count = self.drawing.batch_size
+    padded = lambda rows: (list(rows) * count)[:count]
+    prompts, samples = padded(prompts), padded(samples)
+    texts = [p.caption for p in prompts], [p.edited_caption for p in prompts]
+    request = PairRequest(
+      token_ids=np.stack([self.tokenizer(side) for side in texts]),
+      negative_ids=self._negative,
+      guidance=np.float32([sample.guidance for sample in samples]),
+      seeds=np.uint32([sample.seed for sample in samples]),
+      grid=self.grid,
+      control=self._control(prompts, samples),
+    )
+    spec = self.spec._replace(shows_attention=shows_attention)
+    clip_ids = np.stack([self.clip.tokenizer(side) for side in texts])
+    pictures = None
+    if prompts[0].image is not None:
+      if self.drawing.sampler != inversion.SAMPLER:
+        raise InputError(f'pairs of given pictures are drawn by the sampler {inversion.SAMPLER}.')
+      pictures = np.stack([_square(prompt.image, self.drawing.size) for prompt in prompts])
+    return self._program(spec, self.params, request, clip_ids, pictures)
+
+  def _control(self, prompts: Sequence[Prompt], samples: Sequence[Sample]) -> Control:
+    control, steps = self.drawing.control, self.drawing.steps
+    if control == 'none':
+      return Control()
+    until = None
+    if control.startswith('share'):
+      until = np.int32([shared_steps(sample.threshold, steps) for sample in samples])
+    if control == 'share':
+      return Control(until)
+    kind = control.removeprefix('share+')
+    injection = jax.tree.map(lambda *rows: np.stack(rows), *map(self._injection(kind), prompts))
+    blend = None
+    if any(prompt.blend for prompt in prompts):
+      blend = jax.tree.map(lambda *rows: np.stack(rows), *map(self._blend, prompts))
+    return Control(until, injection, blend)
+
+  def _injection(self, kind):
+    aligned = {
+      'auto': lambda *texts: alignment.align(*texts)[1],
+      'replace': alignment.replace,
+      'refine': alignment.refine,
+    }[kind]
+    steps = self.drawing.steps
+
+    def injection(prompt: Prompt) -> Injection:
+      with _naming(prompt):
+        found = aligned(self.tokenizer, prompt.caption, prompt.edited_caption)
+        text = prompt.edited_caption
+        return Injection(
+          np.int32(alignment.step_window(self.drawing.self, steps)),
+          alignment.windows(self.tokenizer, text, steps, self.drawing.cross, prompt.spans),
+          found.matrix,
+          found.has_source,
+          alignment.equalizer(self.tokenizer, text, prompt.weights),
+        )
+
+    return injection
+
+  def _blend(self, prompt: Prompt) -> Blend:
+    if prompt.blend is None:
+      nothing = np.zeros((2, self.tokenizer.length), np.float32)
+      return Blend(nothing, np.float32(0.3), np.int32(self.drawing.steps))
+    with _naming(prompt):
+      words = [
+        alignment.mask(self.tokenizer, text, side)
+        for text, side in zip((prompt.caption, prompt.edited_caption), prompt.blend, strict=True)
+      ]
+    return Blend(np.stack(words), np.float32(0.3), np.int32(0))
+
+
+def _square(path: Path, size: int) -> np.ndarray:
+  """The middle of a picture, uint8 [size, size, 3]."""
+  picture = images.read(path)
+  side = min(picture.size)
+  left, top = ((length - side) // 2 for length in picture.size)
+  return images.to_array(picture.crop((left, top, left + side, top + side)), (size, size))
+
+
+def shared_steps(threshold: float, steps: int) -> int:
+  """How many steps share: those with threshold > i / (steps - 1), as the released generator has it.
+
+  Computed in double precision on the host, so that no rounding on a device moves the border.
+  """
+  return sum(threshold > i / max(steps - 1, 1) for i in range(steps))
+
+
+@contextlib.contextmanager
+def _naming(prompt: Prompt) -> Iterator[None]:
+  try:
+    yield
+  except InputError as error:
+    raise InputError(f'line {prompt.index + 1} of the prompts: {error}') from None

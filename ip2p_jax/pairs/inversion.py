@@ -1,0 +1,151 @@
+"""A photograph enters prompt-to-prompt: the noise, and the empty texts, that give it back.
+
+P pictures, h w latent sides, L text tokens (77), S steps. DDIM is run backwards with the caption
+alone (Dhariwal and Nichol 2021), and then, because guidance leads away from that path, the empty
+text of every step is trained until the guided path stays on it (Mokady et al. 2023). Both pictures
+of a pair drawn from the result by the sampler 'ddim' begin as the photograph.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import Array
+
+from ip2p_jax.diffusion import samplers
+from ip2p_jax.diffusion.denoiser import denoiser
+from ip2p_jax.pipeline.networks import Networks
+
+SAMPLER = 'ddim'
+TRIES = 10  # updates of one step's empty text, at most
+# As published for PUBLISHED_STEPS: more steps pass through the same values in finer parts.
+PUBLISHED_STEPS = 50
+RATE, RATE_END = 1e-2, 100  # the learning rate; it would be 0 after so many steps
+GOOD, GOOD_PER_STEP = 1e-5, 2e-5  # a squared error to stop at, and how much it grows each step
+
+
+class Inversion(NamedTuple):
+  """What `pairs.program.PairRequest` takes to begin as a picture.
+
+  Attributes:
+    init_noise: float32 [P, h, w, 4].
+    null_contexts: float32 [S, P, L, C].
+  """
+
+  init_noise: Array
+  null_contexts: Array
+
+
+def invert(
+  networks: Networks,
+  params,
+  images: Array,
+  token_ids: Array,
+  negative_ids: Array,
+  guidance: Array,
+  grid: samplers.Grid,
+) -> Inversion:
+  """Pictures uint8 [P, H, W, 3] with their captions [P, L]; `grid` is that of 'ddim'.
+
+  `negative_ids` [1, L] are of the empty text; `guidance` [P] as the pairs will be drawn with.
+  """
+  vae = nnx.merge(networks.vae_def, params['vae'])
+  latents = vae.encode(images.astype(jnp.float32) / 127.5 - 1).mode()
+  latents = latents.astype(jnp.float32) * networks.vae_config.scaling_factor
+  texts = nnx.merge(networks.text_encoder_def, params['text_encoder'])(
+    jnp.concatenate([token_ids, negative_ids])
+  )
+  path = ddim_path(networks, params, latents, texts[:-1], grid)
+  nothing = jnp.broadcast_to(texts[-1:], texts[:-1].shape)
+  null_contexts = null_texts(networks, params, path, texts[:-1], nothing, guidance, grid)
+  return Inversion(path[0] / grid.initial_scale, null_contexts)
+
+
+def ddim_path(
+  networks: Networks, params, latents: Array, context: Array, grid: samplers.Grid
+) -> Array:
+  """The noisier and noisier x of scaled latents [P, h, w, 4]: [S + 1, P, h, w, 4], noisiest first.
+
+  Each step takes the noise that the network sees at the timestep where the step ends, in latents of
+  the level where it begins, as diffusers' DDIMInverseScheduler does.
+  """
+  unet = _unet(networks, params)
+  sigmas, timesteps = jnp.asarray(grid.sigmas), jnp.asarray(grid.timesteps)
+
+  def up(x, i):
+    sigma = sigmas[i + 1]
+    scaled = x / jnp.sqrt(sigma**2 + 1)
+    noise = unet(scaled, timesteps[i], context)
+    if networks.schedule.prediction_type == 'v_prediction':
+      noise = (noise + sigma * scaled) / jnp.sqrt(sigma**2 + 1)
+    noisier = x + (sigmas[i] - sigma) * noise
+    return noisier, noisier
+
+  start = latents / grid.final_scale
+  _, path = jax.lax.scan(up, start, jnp.arange(len(timesteps))[::-1])
+  return jnp.concatenate([path[::-1], start[None]])
+
+
+def null_texts(
+  networks: Networks,
+  params,
+  path: Array,
+  context: Array,
+  null_context: Array,
+  guidance: Array,
+  grid: samplers.Grid,
+) -> Array:
+  """Empty texts [S, P, L, C] with which guided DDIM goes down `path`, noisiest first.
+
+  Each step begins with the text of the one before, and ends at the first update that finds the
+  error good enough, for each picture alone.
+  """
+  unet = _unet(networks, params)
+  sigmas, scale = jnp.asarray(grid.sigmas), guidance[:, None, None, None]
+  optimizer = optax.scale_by_adam()
+  steps = len(grid.timesteps)
+
+  def step(carry, i):
+    x, start = carry
+    place = i * min(1.0, PUBLISHED_STEPS / steps)
+    sigma, below = sigmas[i], sigmas[i + 1]
+    noise = lambda text: _noise(unet, networks.schedule, x, sigma, text)
+    with_text = noise(context)
+
+    def down(text):
+      without_text = noise(text)
+      return x + (below - sigma) * (without_text + scale * (with_text - without_text))
+
+    def errors(text):
+      apart = (down(text) - path[i + 1]) / jnp.sqrt(below**2 + 1)  # as latents of unit variance
+      each = (apart**2).mean((1, 2, 3))
+      return each.sum(), each
+
+    def update(state):
+      tries, text, moments, is_bad = state
+      (_, each), grads = jax.value_and_grad(errors, has_aux=True)(text)
+      changes, moments = optimizer.update(grads, moments)
+      rate = RATE * (1 - place / RATE_END)
+      text = text - jnp.where(is_bad[:, None, None], rate * changes, 0)
+      return tries + 1, text, moments, is_bad & (each >= GOOD + GOOD_PER_STEP * place)
+
+    go_on = lambda state: (state[0] < TRIES) & state[3].any()
+    begin = (0, start, optimizer.init(start), jnp.ones(len(start), bool))
+    _, text, *_ = jax.lax.while_loop(go_on, update, begin)
+    return (down(text), text), text
+
+  _, texts = jax.lax.scan(step, (path[0], null_context), jnp.arange(steps))
+  return texts
+
+
+def _unet(networks, params):
+  unet = nnx.merge(networks.unet_def, params['unet'])
+  return functools.partial(unet, attention=networks.attention)
+
+
+def _noise(unet, schedule, x, sigma, context):
+  denoise = denoiser(lambda scaled, timestep: unet(scaled, timestep, context), schedule)
+  return (x - denoise(x, sigma)) / sigma

@@ -1,0 +1,161 @@
+"""Pairs of captions to draw pictures of: a file of JSON lines.
+
+  {"caption": "a cat", "edit": "make it a lion", "output": "a lion"}
+
+'input' is as good as 'caption'. More keys are kept, and some are read by prompt-to-prompt:
+
+  "weights": {"lion": 2.0}           of words of the edited caption
+  "cross_steps": {"lion": 0.4}       the part of the steps that is controlled, or [0.1, 0.4]
+  "blend": [["cat"], ["lion"]]       words of either caption, for a local blend
+  "image": "cat.jpg"                 a picture, beside the file, that the first of the pair shall be
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from ip2p_jax.errors import InputError
+from ip2p_jax.pairs.alignment import Span, step_window
+
+NOTHING = MappingProxyType({})
+DRAWN_FROM = ('output', 'weights', 'cross_steps', 'blend', 'image')  # and the caption
+# What other data sets call an instruction.
+INSTRUCTIONS = ('instruction', 'edit_prompt', 'edit_instruction', 'instructions', 'prompt')
+SHOWN = 5  # faults named in one message
+
+
+class Prompt(NamedTuple):
+  """A line of the file; `index` counts lines from 0, and `line` is as it came."""
+
+  index: int
+  line: str
+  caption: str
+  edited_caption: str
+  weights: Mapping[str, float] = NOTHING
+  spans: Mapping[str, Span] = NOTHING
+  blend: tuple[list[str], list[str]] | None = None
+  image: Path | None = None
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+  """Every line; InputError that names the lines that are wrong, and why."""
+  try:
+    lines = path.read_bytes().decode('utf-8-sig').split('\n')  # no other sign ends a line
+  except (OSError, UnicodeDecodeError) as error:
+    reason = getattr(error, 'strerror', None) or 'is not UTF-8'
+    raise InputError(f'{path}: cannot be read ({reason}).') from None
+  prompts, faults = [], []
+  for index, line in enumerate(lines):
+    if not line.strip():
+      continue
+    value, problems = _value(line.strip(), path.parent)
+    faults += [f'line {index + 1}{problem}' for problem in problems]
+    if not problems:
+      prompts.append(_prompt(index, line.removesuffix('\r'), value, path.parent))
+  if faults:
+    raise InputError(f'{path}: {listed(faults)}; mend this first.')
+  if not prompts:
+    raise InputError(f'{path}: has no prompt; write a JSON object per line.')
+  if len({prompt.image is None for prompt in prompts}) > 1:
+    raise InputError(f'{path}: some lines have an image and some have none; use a file for each.')
+  return prompts
+
+
+def listed(faults: Sequence[str]) -> str:
+  """The first of them in a sentence, and how many more there are."""
+  more = len(faults) - SHOWN
+  return '; '.join(faults[:SHOWN]) + (f'; and {more} more' if more > 0 else '')
+
+
+def drawn_from(line: str) -> list[Any]:
+  """What of a line its pictures depend on, to compare; the rest may change when they are drawn."""
+  value = json.loads(line)
+  return [_caption(value), *(value.get(key) or None for key in DRAWN_FROM)]
+
+
+def instruction_fault(value: Mapping[str, Any]) -> str | None:
+  """What is wrong with the instruction of a prompt, after the place where it stands."""
+  text = value.get('edit')
+  if isinstance(text, str) and text.strip():
+    return None
+  other = next((name for name in INSTRUCTIONS if value.get(name)), None)
+  if 'edit' not in value and other:
+    return f"has no text 'edit': the instruction is called so, and not {other!r}"
+  return "has no text 'edit', the instruction"
+
+
+def _caption(value):
+  return value.get('caption', value.get('input'))
+
+
+def _value(line, folder) -> tuple[dict[str, Any], list[str]]:
+  """A line as JSON has it, and all that is wrong with it, as what follows 'line 7'."""
+  try:
+    value = json.loads(line)
+  except (ValueError, RecursionError):
+    return {}, [' is not JSON']
+  if not isinstance(value, dict):
+    return {}, [' is no JSON object']
+  return value, list(_faults(value, folder))
+
+
+def _faults(value, folder) -> Iterator[str]:
+  for key, text in (('caption', _caption(value)), ('output', value.get('output'))):
+    if not isinstance(text, str) or not text.strip():
+      yield f' has no text {key!r}'
+  if 'caption' in value and value.get('input', value['caption']) != value['caption']:
+    yield " has both a 'caption' and an 'input', which differ"
+  if fault := instruction_fault(value):
+    yield f' {fault}'
+  try:
+    ''.join(map(str, (_caption(value), value.get('edit'), value.get('output')))).encode()
+  except UnicodeEncodeError as error:
+    yield f' has text that is not Unicode ({error.reason})'
+  for key in ('weights', 'cross_steps'):
+    if not _are_words(value, key):
+      yield f': {key} is no object of words and numbers'
+  spans = value.get('cross_steps')
+  for span in spans.values() if spans and _are_words(value, 'cross_steps') else ():
+    try:
+      step_window(tuple(span) if isinstance(span, list) else span, 1)
+    except InputError as error:
+      yield f': cross_steps: {str(error).rstrip(".")}'
+  blend = value.get('blend')
+  if blend is not None and not _is_blend(blend):
+    yield ': blend is not two lists of words, as in [["cat"], ["dog"]]'
+  image = value.get('image')
+  if image is not None and not (folder / str(image)).is_file():
+    yield f': there is no picture {folder / str(image)}'
+
+
+def _are_words(value, key) -> bool:
+  """Whether these are numbers by word; for steps, also pairs of numbers."""
+  words = value.get(key) or {}
+  is_number = lambda x: isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+  is_pair = lambda x: (
+    key == 'cross_steps' and isinstance(x, list) and len(x) == 2 and all(map(is_number, x))
+  )
+  return isinstance(words, dict) and all(is_number(x) or is_pair(x) for x in words.values())
+
+
+def _is_blend(blend) -> bool:
+  is_words = lambda side: isinstance(side, list) and all(isinstance(word, str) for word in side)
+  return isinstance(blend, list) and len(blend) == 2 and all(map(is_words, blend)) and any(blend)
+
+
+def _prompt(index, line, value, folder) -> Prompt:
+  spans = value.get('cross_steps') or {}
+  blend, image = value.get('blend'), value.get('image')
+  return Prompt(
+    index,
+    line,
+    _caption(value),
+    value['output'],
+    weights=value.get('weights') or {},
+    spans={word: tuple(x) if isinstance(x, list) else x for word, x in spans.items()},
+    blend=None if blend is None else tuple(blend),
+    image=None if image is None else folder / str(image),
+  )

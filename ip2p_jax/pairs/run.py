@@ -1,0 +1,84 @@
+"""Draws all pairs of a file of prompts, with other workers or alone, into what `pair_files` tells.
+
+Killed at any time and started again by the same command, a run ends with the very same bytes. Going
+on with other batches, more samples, more prompts or another number of workers, it ends with what
+that command alone would have drawn, but for rounding where other samples are drawn together.
+"""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import itertools
+import warnings
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from ip2p_jax import storage
+from ip2p_jax.errors import InputError
+from ip2p_jax.pairs import pair_files
+from ip2p_jax.pairs.generate import PairGenerator
+from ip2p_jax.pairs.prompts import Prompt
+from ip2p_jax.pipeline.clip_scores import Scores
+
+THREADS = 8  # that write JPEGs
+
+Progress = Callable[[int, int], None]  # called with (samples done, samples in all)
+
+
+def draw_all(
+  generator: PairGenerator,
+  prompts: Sequence[Prompt],
+  out: str,
+  identity: dict[str, str],
+  shard: pair_files.Shard = (0, 1),
+  progress: Progress = lambda done, total: None,
+) -> int:
+  """Draws all samples of this worker's prompts, from where an earlier try stopped.
+
+  `identity` tells checkpoints apart, so that no run goes on with others; `shard` (i, n) is worker i
+  of n, which has every n-th prompt. Returns the number of samples there are now. Samples whose
+  numbers overflowed are recorded, and warned of.
+
+  Raises InputError for prompts that cannot be drawn, before any is; for a folder of another run;
+  and if no sample is finite.
+  """
+  generator.check(prompts)
+  drawing, folder = generator.drawing, storage.folder(out)
+  lines = '\n'.join(f'{prompt.index} {prompt.line}' for prompt in prompts)
+  digest = hashlib.blake2b(lines.encode(), digest_size=8).hexdigest()
+  settings = dataclasses.asdict(drawing) | identity | {'prompts': digest}
+  mine = prompts[shard[0] :: shard[1]]
+  total, size = len(mine) * drawing.samples, drawing.batch_size
+  with (
+    pair_files.working(folder, settings, prompts, shard),
+    concurrent.futures.ThreadPoolExecutor(THREADS) as pool,
+  ):
+    left = pair_files.left(folder, mine, drawing.samples, size, shard)
+    done, broken, rows = total - left.count(), left.broken, left.rows()
+    batches = itertools.chain([left.torn], iter(lambda: list(itertools.islice(rows, size)), []))
+    waiting = None  # while one batch is written, the device draws the next
+    for batch in itertools.chain(filter(None, batches), [None]):
+      drawn = None
+      if batch is not None:
+        samples = [drawing.sample(prompt.index, number) for prompt, number in batch]
+        drawn = batch, samples, generator.draw([prompt for prompt, _ in batch], samples)
+      if waiting is not None:
+        batch, samples, (pictures, scores, _) = waiting
+        new, not_finite = pair_files.write_batch(
+          folder, shard, size, batch, samples, np.asarray(pictures),
+          Scores(*map(np.asarray, scores)), drawing.keep, pool,
+        )  # fmt: skip
+        done, broken = done + new, broken + not_finite
+        progress(done, total)
+      waiting = drawn
+    pair_files.end(folder, shard)
+  if broken:
+    text = (
+      f'{broken} of {total} pairs overflowed, and have no pictures; bfloat16, float32 or less'
+      ' guidance might have drawn them, into another folder'
+    )
+    if broken == total:
+      raise InputError(f'{text}.')
+    warnings.warn(text, stacklevel=2)
+  return total

@@ -1,0 +1,277 @@
+"""What a training run will cost on TPUs or GPUs, told by their real compiler without having them.
+
+The compilers come with `pip install 'jax[tpu]'` and `'jax[cuda13]'`. They are given the very step
+that `train.py` runs, on the shapes of the config, for described devices; memory is what will be
+allocated; of a TPU, FLOPs, bytes and cycles are the compiler's own cost model. Collectives, and of
+a GPU kernels and bytes, are read from the program. Nothing is timed.
+"""
+
+import collections
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from ip2p_jax import parameters, sharding
+from ip2p_jax.config import TrainConfig, check_values
+from ip2p_jax.diffusion.noise import Schedule
+from ip2p_jax.errors import InputError
+from ip2p_jax.models import attention
+from ip2p_jax.models.configs import TextConfig, UNetConfig, VAEConfig
+from ip2p_jax.pipeline.networks import Networks, networks_of_configs
+from ip2p_jax.planning import gpus
+from ip2p_jax.planning.compiler import Compiled, compiled_for
+from ip2p_jax.planning.devices import Chip, chip_of, describe, gib, peak_of
+from ip2p_jax.planning.program_text import Collective
+from ip2p_jax.training import flops, optimizer
+from ip2p_jax.training.run import trained_shapes
+from ip2p_jax.training.step import Recipe, initial_state, jitted
+
+NOT_TOLD = 'not told by --quick'
+
+
+class TrainingPlan(NamedTuple):
+  """What one training step needs; bytes and FLOPs are of one device."""
+
+  topology: str
+  devices: int
+  device_batch: int
+  parameters: int
+  state_bytes: int
+  frozen_bytes: int
+  analytic_flops: float
+  compiled: Compiled
+
+
+def settled(config: TrainConfig, topology: str, device_batch: int | None = None) -> TrainConfig:
+  """The config for a topology: accumulating as often as leaves `device_batch` examples at a time.
+
+  InputError if a setting makes no sense, or the devices cannot share a batch evenly.
+  """
+  check_values(config)
+  mesh = sharding.make_mesh(config.mesh.fsdp, describe(topology))
+  share, rest = divmod(config.batch_size, mesh.size)
+  advised = f'set batch_size to a multiple of {mesh.size}' if rest else f'use a divisor of {share}'
+  if device_batch is not None:
+    if device_batch < 1 or config.batch_size % (mesh.size * device_batch):
+      raise InputError(
+        f'--device-batch is {device_batch}, which {mesh.size} devices of {topology} cannot repeat'
+        f' to batch_size={config.batch_size}; {advised}.'
+      )
+    accumulation = config.batch_size // (mesh.size * device_batch)
+    config = dataclasses.replace(config, accumulation=accumulation)
+  sharding.check_batch(mesh, config.batch_size, config.accumulation)
+  return config
+
+
+def stable_diffusion(is_editor: bool) -> Networks:
+  """Stable Diffusion 1.5, with four more input channels if it is to edit."""
+  unet = UNetConfig(in_channels=8 if is_editor else 4)
+  return networks_of_configs(unet, VAEConfig(), TextConfig(), Schedule())
+
+
+def lower_step(config: TrainConfig, networks: Networks, mesh: Mesh, from_latents: bool = True):
+  """The training step of a config on shapes alone: (lowered, state, shardings, frozen)."""
+  networks = networks._replace(attention=attention.dispatch(config.attention, mesh))
+  shapes = parameters.flatten(networks.shapes['unet'])
+  trained, _ = trained_shapes(config, shapes)
+  transform = optimizer.adamw(config.optimizer, {*shapes, *trained}, config.steps)
+  recipe = Recipe(networks, config, transform)
+  state = jax.eval_shape(functools.partial(initial_state, recipe), trained)
+  shardings = sharding.of_state(mesh, state, config.mesh.zero1)
+  placed = lambda x, where, dtype=None: jax.ShapeDtypeStruct(
+    x.shape, dtype or x.dtype, sharding=where
+  )
+  everywhere, rows = sharding.replicated(mesh), sharding.of_batch(mesh)
+  length = networks.text_config.max_position_embeddings
+  frozen = {
+    part: jax.tree.map(lambda x: placed(x, everywhere, config.dtype), networks.shapes[part])
+    for part in ('vae', 'text_encoder')
+  }
+  frozen['null_ids'] = jax.ShapeDtypeStruct((length,), jnp.int32, sharding=everywhere)
+  frozen['unet'] = {
+    name: placed(x, sharding.split(mesh, x.shape, ('fsdp',)), config.dtype)
+    for name, x in shapes.items()
+    if name not in trained
+  }
+  of = lambda shape, dtype: jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=rows)
+  batch = {'token_ids': of((length,), jnp.int32), 'weight': of((), jnp.float32)}
+  batch['index'] = of((), jnp.int32)
+  edits = ('edited_', 'input_') if config.task == 'edit' else ('edited_',)
+  if from_latents:
+    side = config.resolution // networks.vae_config.factor
+    latents = (side, side, networks.vae_config.latent_channels)
+    batch |= {f'{of_one}mean': of(latents, jnp.float16) for of_one in edits}
+    batch['edited_log_variance'] = of(latents, jnp.float16)
+  else:
+    pixels = (config.resolution, config.resolution, 3)
+    batch |= {f'{of_one}image': of(pixels, jnp.uint8) for of_one in edits}
+  state = jax.tree.map(placed, state, shardings)
+  step = jitted(recipe, mesh, shardings)
+  with gpus.lowering_for(mesh.devices.flat[0]):
+    lowered = step.lower(state, frozen, batch)
+  return lowered, state, shardings, frozen
+
+
+def plan_training(
+  config: TrainConfig,
+  networks: Networks,
+  topology: str,
+  from_latents: bool = True,
+  say: Callable[[str], None] = lambda text: None,
+  is_quick: bool = False,
+) -> TrainingPlan:
+  """Compiles the step for a topology; takes many minutes at full size, see `docs/tpu.md`.
+
+  InputError for a resolution that the VAE does not take.
+  """
+  factor = networks.vae_config.factor
+  if config.resolution % factor:
+    raise InputError(f'resolution is {config.resolution}; use a multiple of {factor}.')
+  devices = describe(topology)
+  mesh = sharding.make_mesh(config.mesh.fsdp, devices)
+  device_batch = sharding.check_batch(mesh, config.batch_size, config.accumulation)
+  lowered, state, shardings, frozen = lower_step(config, networks, mesh, from_latents)
+  per_example = flops.training_flops(
+    networks, config.resolution, latents=from_latents,
+    trained_fraction=flops.trained_fraction(networks, frozen['unet']),
+  )  # fmt: skip
+  known = {
+    'topology': topology,
+    'devices': len(devices),
+    'device_batch': device_batch,
+    'parameters': sum(math.prod(x.shape) for x in jax.tree.leaves(state['params'])),
+    'state_bytes': sharding.bytes_per_device(state, shardings),
+    'frozen_bytes': sharding.bytes_per_device(frozen, jax.tree.map(lambda x: x.sharding, frozen)),
+    'analytic_flops': per_example * config.batch_size / len(devices),
+  }
+  say(f'{topology}: {len(devices)} devices, {device_batch} examples at a time each; compiling')
+  return TrainingPlan(**known, compiled=compiled_for(topology, lowered, is_quick))
+
+
+# For people.
+
+
+def training_report(found: TrainingPlan, config: TrainConfig) -> str:
+  """A table of one plan, and what to do."""
+  chip, compiled = chip_of(found.topology), found.compiled
+  rows = [
+    ('devices', f'{found.devices} of {gib(chip.memory)}'),
+    (
+      'examples',
+      f'{config.batch_size} a step, {found.device_batch} at a time on a device'
+      f' (accumulation {config.accumulation})',
+    ),
+    ('parameters learnt', f'{found.parameters:,}'),
+    ('state on a device', gib(found.state_bytes)),
+    ('frozen on a device', gib(found.frozen_bytes)),
+  ]
+  if compiled.needed_bytes:
+    is_gpu = gpus.is_gpu(found.topology)
+    rounds = config.accumulation  # nearly all of a step is in that loop
+    moved = compiled.bytes_accessed * (1 if is_gpu else rounds)
+    at_best = best_time(found.topology, found.analytic_flops, moved)
+    counted = '' if is_gpu else f'{rounds * compiled.flops / 1e12:.2f} T compiled, '
+    rows += [
+      *memory_rows(found.topology, compiled),
+      ('reused for the new state', gib(compiled.alias_bytes)),
+      ('FLOPs', f'{counted}{found.analytic_flops / 1e12:.2f} T asked for'),
+      ('bytes moved', f'{moved / 1e9:.1f} GB' if moved else NOT_TOLD),
+      ('time at best', f'{1e3 * at_best:.0f} ms, by FLOPs{" or bytes" * bool(moved)}'),
+      *program_rows(found.topology, compiled),
+    ]
+  return table(found.topology, compiled, rows, advice(found, config))
+
+
+def best_time(topology: str, operations: float, moved: float) -> float:
+  """Seconds that a device takes for so many FLOPs, or to move so many bytes if that is longer."""
+  return max(operations / peak_of(topology), moved / chip_of(topology).bandwidth)
+
+
+def program_rows(topology: str, compiled: Compiled) -> list[tuple[str, str]]:
+  """Of a TPU the time, of a GPU the kernels; and what devices exchange."""
+  if gpus.is_gpu(topology):
+    calls = sorted(compiled.kernels.items(), key=lambda item: -item[1])
+    first = ('kernels called', ', '.join(f'{count} {name}' for name, count in calls) or 'none')
+  else:
+    first = ('time as scheduled', scheduled_time(compiled, chip_of(topology)))
+  return [first, *collective_rows(compiled.collectives)]
+
+
+def collective_rows(collectives: Sequence[Collective]) -> list[tuple[str, str]]:
+  """What each kind moves, and whence most of it comes."""
+  by_kind, by_source = collections.Counter(), collections.defaultdict(collections.Counter)
+  for one in collectives:
+    by_kind[one.kind] += one.bytes * one.times
+    by_source[one.kind][one.source or 'the compiler'] += one.bytes * one.times
+  rows = []
+  for kind, size in by_kind.most_common():
+    source, part = by_source[kind].most_common(1)[0]
+    rows.append((kind, f'{size / 1e6:.1f} MB a device, {part / size:.0%} of {source}'))
+  return rows
+
+
+def scheduled_time(compiled: Compiled, chip: Chip) -> str:
+  if compiled.is_quick:
+    return NOT_TOLD
+  if not compiled.cycles:
+    return (
+      "unknown: libtpu is newer than this jax can read; pip install 'jax[tpu]' for what belongs"
+    )
+  time = f'{1e3 * scheduled(compiled, chip):,.0f} ms'
+  return f"{time}, by the compiler's cycles; no kernels, no collectives"
+
+
+def table(
+  name: str, compiled: Compiled, rows: Sequence[tuple[str, str]], told: Sequence[str]
+) -> str:
+  """The verdict, a line per row, and what to do."""
+  rows = [*rows, ('compiled in', f'{compiled.seconds:.0f} s')]
+  if compiled.is_quick and not compiled.fits:
+    told = ['If it is close: the real program may need less than that of --quick.', *told]
+  width = max(len(label) for label, _ in rows)
+  verdict = 'fits' if compiled.fits else f'DOES NOT FIT: {compiled.problem}'
+  lines = [f'{label:{width}}  {value}' for label, value in rows]
+  return '\n'.join([f'{name}: {verdict}', *(f'  {line}' for line in (*lines, *told))])
+
+
+def memory_rows(topology: str, compiled: Compiled) -> list[tuple[str, str]]:
+  share = compiled.needed_bytes / chip_of(topology).memory
+  told = ''
+  if gpus.is_gpu(topology) and compiled.fits:
+    taken = f'JAX takes {gpus.SHARE:.0%} if not told'
+    told = f'; {taken}'
+    if share > gpus.SHARE:
+      told = f'; set {gpus.SETTING}={gpus.LARGEST_SHARE}, for {taken}'
+  return [
+    ('temporary', gib(compiled.temporary_bytes)),
+    ('memory in all', f'{gib(compiled.needed_bytes)}, {share:.0%}{told}'),
+  ]
+
+
+def scheduled(compiled: Compiled, chip: Chip) -> float:
+  """Seconds."""
+  return compiled.cycles / chip.clock
+
+
+def advice(found: TrainingPlan, config: TrainConfig) -> list[str]:
+  """What to change, most effective first; nothing if it fits with room."""
+  compiled, memory = found.compiled, chip_of(found.topology).memory
+  if compiled.fits:
+    most = gpus.LARGEST_SHARE if gpus.is_gpu(found.topology) else 1.0
+    is_tight = compiled.needed_bytes > 0.95 * most * memory
+    return ['Tight: accumulate more if it fails.'] if is_tight else []
+  told = []
+  if found.device_batch > 1:
+    told.append(f'Try --config.accumulation={2 * config.accumulation}: half as many at a time.')
+  if found.state_bytes > 0.5 * memory and found.devices > config.mesh.fsdp:
+    ways = min(found.devices, max(4, 2 * config.mesh.fsdp))
+    told.append(f'Try --config.mesh.fsdp={ways}: weights split over {ways} devices.')
+  if config.remat != 'full':
+    told.append('Try --config.remat=full: more is computed twice.')
+  return told or ['It will not fit on these devices; use larger ones, or more.']

@@ -1,0 +1,442 @@
+"""Captions by HTTP: beside a server that fails in every way it can."""
+
+import contextlib
+import email.utils
+import json
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from fake_server import (
+  answer_to,
+  caption_of,
+  drip,
+  half,
+  half_in_chunks,
+  hang,
+  hang_up,
+  running,
+  status,
+  text_for,
+)
+
+from ip2p_jax.captions import write
+from ip2p_jax.captions.server import (
+  PROBE,
+  Server,
+  Usage,
+  estimate,
+  read_key,
+  request,
+  server_backend,
+)
+from ip2p_jax.captions.triplets import Triplet
+from ip2p_jax.captions.write import Caption, Writing, read_answers, write_all
+from ip2p_jax.errors import InputError
+
+KEY = 'sk-do-not-tell'
+EXAMPLES = [Triplet(f'caption {i}', f'edit {i}', f'edited {i}') for i in range(20)]
+WRITING = Writing(seed=3)
+TROUBLES = {
+  '500': status(500), '503': status(503), '429': status(429), '408': status(408),
+  'half': half, 'half in chunks': half_in_chunks, 'hangs up': hang_up,
+  'no JSON': status(200, b'<html>'), 'empty': status(200, b''), 'a list': status(200, b'[]'),
+  'no choices': status(200, b'{"choices": []}'),
+  'no text': status(200, b'{"choices": [{"message": {"content": 3}}]}'),
+}  # fmt: skip
+
+
+@pytest.fixture
+def fake(monkeypatch):
+  monkeypatch.setattr('ip2p_jax.captions.server.WAITS', (0.01, 0.02))
+  with running() as server:
+    yield server
+
+
+@pytest.fixture
+def ask(fake):
+  """Asks for captions: their texts in order."""
+
+  def run(texts, seeds=None, say=lambda line: None, usage=None, **options):
+    options = {'examples': EXAMPLES, 'shown': 2, 'timeout': 30.0} | options
+    complete = server_backend(Server(fake.url, 'tiny', **options), WRITING, usage, say)
+    found = dict(complete(texts, seeds or range(len(texts))))
+    return [found[i] for i in range(len(texts))]
+
+  return run
+
+
+# Requests.
+
+
+def test_a_chat_is_shown_triplets_and_then_asked(fake, ask):
+  (text,) = ask(['a cat'], [7])
+  assert text == text_for('a cat', 7) + '\nEND'
+  (body,) = fake.asked
+  roles = [message['role'] for message in body['messages']]
+  assert roles == ['system', *['user', 'assistant'] * 2, 'user']
+  number = body['messages'][1]['content'].split()[1]
+  assert body['messages'][2]['content'] == f'edit {number}\n%%\nedited {number}'
+  assert (body['seed'], body['temperature'], body['frequency_penalty']) == (7, 0.7, 0.1)
+  assert body['stop'] == ['\nEND'] and 'Authorization' not in fake.headers[0]
+
+
+def test_completions_are_asked_in_the_format_of_training(fake, ask):
+  assert ask(['a cat'], [7], api='completions') == [text_for('a cat', 7) + '\nEND']
+  examples, _, rest = fake.asked[0]['prompt'].rpartition('END\n\n')
+  assert rest == 'a cat\n##\n' and examples.count('\n%%\n') == 2
+
+
+def test_a_model_that_was_trained_on_triplets_is_shown_none(fake, ask):
+  ask(['a cat'], api='completions', shown=0)
+  assert fake.asked[0]['prompt'] == 'a cat\n##\n'
+
+
+def test_examples_are_drawn_by_the_seed_alone():
+  server = Server('http://here/v1', 'tiny', examples=EXAMPLES, shown=3)
+  shown = lambda seed: tuple(
+    message['content'] for message in request(server, WRITING, 'a', seed)['messages'][1:-1]
+  )
+  assert shown(5) == shown(5)
+  assert len({shown(seed) for seed in range(50)}) > 45
+  assert {example for seed in range(50) for example in shown(seed)[::2]} >= {
+    triplet.caption for triplet in EXAMPLES
+  }
+
+
+def test_the_body_can_be_changed():
+  server = Server('http://here', 'tiny', examples=EXAMPLES, body={'seed': None, 'min_p': 0.1})
+  body = request(server, WRITING, 'a cat', 1)
+  assert 'seed' not in body and body['min_p'] == 0.1
+
+
+def test_requests_under_way_are_bounded(fake, ask):
+  fake.delay = 0.1
+  ask([f'caption {i}' for i in range(12)], concurrency=3)
+  assert fake.most == 3
+
+
+def test_no_more_is_asked_for_than_is_soon_written_down(fake):
+  server = Server(fake.url, 'tiny', examples=EXAMPLES, shown=2, concurrency=2)
+  answers = server_backend(server, WRITING)([f'caption {i}' for i in range(40)], range(40))
+  for taken in range(1, 6):
+    next(answers)
+    time.sleep(0.3)  # a slow disk
+    assert len(fake.asked) <= taken + 2 * 2
+  assert len(list(answers)) == 35
+
+
+def test_the_servers_count_of_tokens_is_added_up(ask):
+  usage = Usage()
+  ask(['a', 'b', 'c'], usage=usage)
+  assert (usage.prompt_tokens, usage.completion_tokens) == (300, 30)
+
+
+def test_the_estimate_is_of_characters():
+  server = Server('http://here', 'tiny', api='completions', examples=EXAMPLES[:10], shown=0)
+  found = estimate(server, WRITING, ['a' * 36] * 1000)
+  assert found == (1000, 10_000, round(len('edit 1\n%%\nedited 1\nEND') / 4 * 1000))
+
+
+# Trouble.
+
+
+@pytest.mark.parametrize('trouble', TROUBLES.values(), ids=TROUBLES)
+def test_trouble_that_passes_is_overcome(fake, ask, trouble):
+  fake.troubles.extend([trouble, trouble])
+  said = []
+  assert ask(['a cat'], [7], said.append) == [text_for('a cat', 7) + '\nEND']
+  assert len(fake.asked) == 3 and fake.asked[0] == fake.asked[2]
+  assert len(said) == 2 and all('trying again' in line for line in said)
+
+
+@pytest.mark.parametrize(
+  ('trouble', 'what'),
+  [
+    (half, 'half an answer'),
+    (half_in_chunks, 'the connection failed (IncompleteRead)'),
+    (status(529), 'status 529'),
+    (status(200, b'{"error": 1}'), 'an answer that is not as the protocol has it'),
+  ],
+)
+def test_trouble_is_told_in_a_few_words(fake, ask, trouble, what):
+  fake.troubles.append(trouble)
+  said = []
+  ask(['a cat'], say=said.append)
+  assert said == [f'{fake.url}/chat/completions: {what}; trying again']
+
+
+@pytest.mark.parametrize('trouble', [hang, drip])
+def test_an_answer_has_its_time(fake, ask, trouble):
+  fake.troubles.append(trouble)
+  said = []
+  assert ask(['a cat'], [7], said.append, timeout=0.5) == [text_for('a cat', 7) + '\nEND']
+  assert len(fake.asked) >= 2 and 'no answer in 0.5 s; trying again' in said[0]
+
+
+@pytest.mark.parametrize('kind', ['seconds', 'date'])
+def test_the_server_says_when_to_come_back(fake, ask, kind):
+  after = '1' if kind == 'seconds' else email.utils.formatdate(time.time() + 2, usegmt=True)
+  fake.troubles.append(status(429, Retry_After=after))
+  ask(['a cat'])
+  assert fake.times[1] - fake.times[0] >= 0.9
+
+
+LATE = 'Mon, 01 Jan 2026 00:00:00 +99999999999999999999'
+
+
+@pytest.mark.parametrize('after', ['soon', 'nan', '-3', 'inf', '', LATE])
+def test_a_strange_time_to_come_back_is_ignored(fake, ask, after, monkeypatch):
+  monkeypatch.setattr('ip2p_jax.captions.server.LONGEST_WAIT', 0.05)
+  fake.troubles.append(status(503, Retry_After=after))
+  assert ask(['a cat'])
+
+
+def test_trouble_that_stays_stops_the_run_with_a_sentence(fake, ask):
+  fake.always = lambda body: status(500)
+  with pytest.raises(InputError, match=r'status 500, 3 times in a row; what was written stays'):
+    ask(['a cat'], retries=2)
+  assert len(fake.asked) == 3 + 1  # the last shows that the caption is not to blame
+
+
+def test_nobody_at_the_address_is_told(ask):
+  complete = server_backend(Server('http://127.0.0.1:9/v1', 'tiny', shown=0, retries=1), WRITING)
+  with pytest.raises(InputError, match='the connection failed'):
+    list(complete(['a cat'], [1]))
+
+
+@pytest.mark.parametrize(
+  ('code', 'message'),
+  [
+    (401, 'refuses the key'),
+    (403, 'refuses the key'),
+    (404, r"model 'tiny' \(status 404: no such model\)"),
+    (402, 'status 402'),
+  ],
+)
+def test_a_mistake_stops_the_run_at_once(fake, ask, code, message):
+  said = json.dumps({'error': {'message': 'no such model'}}).encode()
+  fake.always = lambda body: status(code, said)
+  with pytest.raises(InputError, match=message):
+    ask([f'caption {i}' for i in range(50)], concurrency=4, key=KEY)
+  assert len(fake.asked) <= 8
+
+
+def test_a_redirect_is_not_followed_with_the_key(fake, ask):
+  with running() as other:
+    fake.always = lambda body: status(302, Location=other.url)
+    with pytest.raises(InputError, match='redirects to somewhere else'):
+      ask(['a cat'], key=KEY)
+    assert not other.asked
+
+
+def test_a_caption_that_the_server_will_not_take_goes_without(fake, ask):
+  fake.always = lambda body: status(400, b'{"error": "filtered"}') if body['seed'] == 1 else None
+  said = []
+  assert ask(['a', 'b', 'c'], say=said.append)[1] is None
+  assert len(said) == 1 and 'status 400: filtered' in said[0]
+
+
+def test_a_caption_that_always_fails_goes_without_for_now_if_another_does_not(fake, ask):
+  fake.always = lambda body: status(500) if body['seed'] == 1 else None
+  assert ask(['a', 'b', 'c'], retries=1)[1] == ''
+  found = [(caption_of(body), body['seed']) for body in fake.asked]
+  assert found.count(('b', 1)) == 2
+
+
+def test_one_caption_alone_is_to_blame_if_another_is_taken(fake, ask):
+  fake.always = lambda body: status(400) if caption_of(body) == 'bad' else None
+  assert ask(['bad', 'bad']) == [None, None]
+  assert [caption_of(body) for body in fake.asked][-1] == PROBE
+
+
+def test_many_captions_in_a_row_may_be_to_blame(fake, ask):
+  fake.always = lambda body: status(400) if caption_of(body).startswith('bad') else None
+  write = [f'bad {i}' for i in range(40)] + ['good']
+  assert ask(write)[:40] == [None] * 40
+
+
+@pytest.mark.parametrize('count', [1, 3, 50])
+def test_no_caption_is_lost_by_a_mistake_in_the_request(fake, count):
+  fake.always = lambda body: status(400, b'{"error": "no such parameter"}')
+  server = Server(fake.url, 'tiny', shown=0, concurrency=2)
+  told = []
+  with pytest.raises(InputError, match=r'status 400: no such parameter\)\.$'):
+    told.extend(
+      server_backend(server, WRITING)([f'caption {i}' for i in range(count)], range(count))
+    )
+  assert told == []
+
+
+def test_a_request_that_the_server_never_takes_stops_the_run(fake, ask):
+  fake.always = lambda body: status(422, f'unknown field, dear {KEY}'.encode())
+  with pytest.raises(InputError, match=r'status 422: unknown field, dear \*\*\*'):
+    ask([f'caption {i}' for i in range(50)], key=KEY)
+
+
+def test_an_answer_that_ran_out_of_tokens_has_no_end(fake, ask):
+  fake.troubles.append(lambda handler, body: handler.say(200, answer_to(body, 'make it', 'length')))
+  assert ask(['a cat']) == ['make it']
+
+
+@pytest.mark.parametrize('reason', ['content_filter', 'tool_calls', None])
+def test_an_answer_that_was_cut_short_has_no_end(fake, ask, reason):
+  fake.troubles.append(lambda handler, body: handler.say(200, answer_to(body, 'make it', reason)))
+  assert ask(['a cat']) == ['make it']
+
+
+def test_thoughts_are_no_part_of_an_answer(fake, ask):
+  thinking = '<think>\nA lion?\n</think>\n\nmake it a lion\n%%\na lion'
+  fake.troubles.append(lambda handler, body: handler.say(200, answer_to(body, thinking)))
+  assert ask(['a cat']) == ['make it a lion\n%%\na lion\nEND']
+
+
+def test_an_error_within_an_answer_is_told(fake, ask):
+  fake.troubles.append(status(200, b'{"error": {"message": "no credits"}}'))
+  said = []
+  ask(['a cat'], say=said.append)
+  assert said == [f'{fake.url}/chat/completions: an error (no credits); trying again']
+
+
+def test_nothing_that_a_server_sends_back_tells_the_key(fake, ask):
+  long = json.dumps({'error': {'message': 'x' * 290 + KEY}}).encode()
+  fake.always = lambda body: status(404, long)
+  with pytest.raises(InputError) as stop:
+    ask(['a cat'], key=KEY)
+  assert KEY[:6] not in str(stop.value)
+  fake.always = lambda body: lambda handler, body: handler.say(200, answer_to(body, f'a {KEY}'))
+  assert ask(['a cat'], key=KEY) == ['a ***\nEND']
+
+
+@pytest.mark.parametrize(
+  'begin', [b'HTTP/1.1 200 OK', b'HTTP/1.1 400 Bad\r\nContent-Length: 900\r\n\r\n']
+)
+def test_a_server_that_never_comes_to_the_end_is_left(begin):
+  def drip():
+    opened, _ = listener.accept()
+    with opened, contextlib.suppress(OSError):
+      opened.sendall(begin)
+      while True:
+        opened.sendall(b'x')
+        time.sleep(0.05)
+
+  with socket.create_server(('127.0.0.1', 0)) as listener:
+    thread = threading.Thread(target=drip)
+    thread.start()
+    url = f'http://127.0.0.1:{listener.getsockname()[1]}/v1'
+    complete = server_backend(Server(url, 'tiny', shown=0, retries=0, timeout=0.5), WRITING)
+    began = time.monotonic()
+    with pytest.raises(InputError, match=r'no answer in 0\.5 s|status 400'):
+      list(complete(['a cat'], [1]))
+    assert time.monotonic() - began < 5
+    thread.join(5)
+
+
+def test_halves_of_characters_do_not_break_it(fake, ask):
+  fake.troubles.append(lambda handler, body: handler.say(200, answer_to(body, 'a \ud83d b')))
+  assert ask(['a cat']) == ['a ? b\nEND']
+
+
+# Mistakes.
+
+
+@pytest.mark.parametrize(
+  'url',
+  ['localhost:8000', 'ftp://here', 'http://', 'http://me:pw@here', 'http://here?key=1',
+   'http://here:port', 'http://he re', 'http://here/é', 'http://a..b/v1', f'http://{"a" * 64}/v1'],
+)  # fmt: skip
+def test_a_url_that_is_none_or_holds_a_secret_is_refused(url):
+  with pytest.raises(InputError, match='the URL of the server') as stop:
+    Server(url, 'tiny')
+  assert 'pw' not in str(stop.value)
+
+
+@pytest.mark.parametrize('name', ['temperature', 'seed'])
+def test_what_is_written_into_the_prompts_is_not_changed_behind_their_back(name):
+  with pytest.raises(InputError, match=f"may not change '{name}', which has an option"):
+    Server('http://here', 'tiny', shown=0, body={name: 1})
+
+
+def test_the_key_is_named_and_never_told(monkeypatch):
+  monkeypatch.setenv('SOME_KEY', KEY)
+  assert read_key('SOME_KEY') == KEY
+  assert KEY not in repr(Server('http://here', 'tiny', shown=0, key=KEY))
+  with pytest.raises(InputError, match='give its name, not the key') as stop:
+    read_key(KEY)  # by mistake
+  assert KEY not in str(stop.value)
+  monkeypatch.setenv('SOME_KEY', f'{KEY}\nX-Other: 1')
+  with pytest.raises(InputError, match='the key in SOME_KEY has spaces') as stop:
+    read_key('SOME_KEY')
+  assert KEY not in str(stop.value)
+
+
+# Whole runs.
+
+MINE = [Caption(i, f'caption number {i}') for i in range(40)]
+
+
+def run(fake, out, **options):
+  options = {'examples': EXAMPLES, 'shown': 2, 'timeout': 30.0, 'concurrency': 4} | options
+  complete = server_backend(Server(fake.url, 'tiny', **options), WRITING)
+  return write_all(MINE, out, complete, WRITING, {'model': 'tiny'})
+
+
+def contents(folder):
+  return {file.name: file.read_bytes() for file in folder.iterdir() if 'answers' not in file.name}
+
+
+def test_a_run_that_failed_goes_on_where_it_was(fake, tmp_path):
+  assert run(fake, tmp_path / 'whole')
+  fake.asked.clear()
+  count = iter(range(1000))
+  fake.always = lambda body: status(401) if next(count) >= 15 else None
+  with pytest.raises(InputError, match='wants a key'):
+    run(fake, tmp_path / 'parts')
+  fake.always = lambda body: None
+  assert run(fake, tmp_path / 'parts')
+  assert contents(tmp_path / 'parts') == contents(tmp_path / 'whole')
+  assert len(fake.asked) <= len(MINE) + 2 * 4
+
+
+RUN = """
+import sys
+import threading
+from ip2p_jax.captions.server import Server, server_backend
+from ip2p_jax.captions import Caption, Writing, write_all
+from ip2p_jax.triplets import Triplet
+examples = [Triplet(f'caption {i}', f'edit {i}', f'edited {i}') for i in range(20)]
+server = Server(sys.argv[1], 'tiny', examples=examples, shown=2, concurrency=4)
+writing, mine = Writing(seed=3), [Caption(i, f'caption number {i}') for i in range(40)]
+print('ready', flush=True)
+write_all(mine, sys.argv[2], server_backend(server, writing), writing, {'model': 'tiny'})
+"""
+
+
+def test_killed_at_any_time_and_started_again_nothing_is_lost_or_doubled(fake, tmp_path):
+  assert run(fake, tmp_path / 'whole')
+  fake.asked.clear()
+  fake.delay = 0.05
+  answers = write.answers_file(tmp_path / 'parts', (0, 1))
+  draw, kills = random.Random(0), 0
+  while not (tmp_path / 'parts' / write.PROMPTS).exists():
+    words = [sys.executable, '-c', RUN, fake.url, str(tmp_path / 'parts')]
+    with subprocess.Popen(words, stdout=subprocess.PIPE) as process:
+      process.stdout.readline()
+      if kills < 3:
+        known = len(answers.read_bytes()) if answers.exists() else 0
+        until = known + draw.randrange(100, 1200)  # bytes
+        while process.poll() is None and (not answers.exists() or answers.stat().st_size < until):
+          time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        kills += 1
+      else:
+        assert process.wait(120) == 0
+  assert contents(tmp_path / 'parts') == contents(tmp_path / 'whole')
+  found = [(line['row'], line['attempt']) for line in read_answers(answers)]
+  assert len(found) == len(set(found)) == len(MINE)
+  assert len(fake.asked) < 2 * len(MINE)  # only what was under way is asked again

@@ -1,0 +1,467 @@
+"""Pictures in colours of their own: models see sRGB, results have what their pictures had."""
+
+import io
+import struct
+import warnings
+import zlib
+
+import numpy as np
+import profiles
+import pytest
+from PIL import ExifTags, Image, ImageCms
+
+from ip2p_jax import Editor, bundled, images
+from ip2p_jax.config import DataConfig, TrainConfig
+from ip2p_jax.data import check, examples, pack
+from ip2p_jax.data.rows import Pair, Row
+from ip2p_jax.editing.image_files import plan_jobs, run_jobs
+
+B, IFD = ExifTags.Base, ExifTags.IFD
+LOSSLESS = ('png', 'tif')
+
+
+@pytest.fixture
+def photo():
+  """RGB of sRGB, 64 x 48, smooth, of many colours."""
+  y, x = np.mgrid[:48, :64] / 63
+  colours = np.stack([0.1 + 0.8 * x, 0.9 - y, 0.5 + 0.4 * np.sin(7 * x + 5 * y)], -1)
+  return Image.fromarray(np.uint8(255 * colours))
+
+
+@pytest.fixture
+def half():
+  """A mask: the upper half is edited."""
+  mask = np.zeros((48, 64), np.float32)
+  mask[:24] = 1
+  return mask
+
+
+def pixels(picture):
+  return np.asarray(picture).astype(int)
+
+
+def opened(path):
+  """As other software opens it; the file is closed again."""
+  with Image.open(path) as image:
+    image.load()
+  return image
+
+
+def difference(one, other):
+  """In levels of 255, on average."""
+  return np.abs(pixels(one) - pixels(other)).mean()
+
+
+def write(picture, path, **options):
+  """A file as other software writes it."""
+  extra = {'lossless': True} if path.suffix == '.webp' else {'subsampling': 0, 'quality': 98}
+  extra = {} if path.suffix in ('.png', '.tif') else extra
+  picture.save(path, icc_profile=picture.info.get('icc_profile'), **extra, **options)
+  return path
+
+
+def negative(array):
+  """An edit that moves every colour far."""
+  return 255 - array
+
+
+# The model sees sRGB.
+
+
+@pytest.mark.parametrize('name', [*profiles.WIDE, 'CMYK'])
+@pytest.mark.parametrize('extension', ['png', 'jpg', 'tif', 'webp'])
+def test_a_picture_is_seen_by_its_profile(tmp_path, photo, name, extension):
+  if name == 'CMYK' and extension in ('png', 'webp'):
+    return  # which have no CMYK
+  own = profiles.tagged(photo, name)
+  path = write(own, tmp_path / f'in.{extension}')
+  seen = images.to_array(images.read(path), photo.size)
+  assert difference(own.convert('RGB'), photo) > 5  # what the numbers alone would show
+  assert difference(seen, photo) < (1.5 if extension == 'jpg' else 0.8)
+  assert difference(examples.picture(path.read_bytes(), 48, 'squash'),
+                    photo.resize((48, 48), Image.Resampling.LANCZOS)) < 1.5  # fmt: skip
+
+
+@pytest.mark.parametrize('mode', ['L', 'LA', 'I;16'])
+def test_greys_are_seen_by_their_profile_and_stay_what_they_were(tmp_path, mode, half):
+  values = np.tile(np.linspace(0, 255, 64).round().astype(np.uint8), (48, 1))
+  grey = Image.fromarray(values)
+  seen = pixels(profiles.converted(grey, profiles.ALL['grey'], None, 'RGB'))
+  own = {'L': grey, 'LA': Image.merge('LA', [grey, grey])}.get(mode)
+  own = own or Image.fromarray(values.astype(np.uint16) * 257)
+  own.info = {'icc_profile': profiles.ALL['grey']}
+  original = images.read(write(own, tmp_path / 'grey.png'))
+  assert (pixels(original)[..., 0] == values).all()
+  assert (pixels(original)[..., 3:] == values[..., None]).all()
+  array = images.to_array(original.convert('RGB'), original.size)
+  assert np.abs(array - seen).max() <= 1
+  result = images.restore(negative(array), original, half)
+  images.save(result, tmp_path / 'out.png', {})
+  written = opened(tmp_path / 'out.png')
+  assert (pixels(written)[24:, :, :3] == values[24:, :, None]).all()
+  shown = pixels(profiles.as_seen(written.convert('RGB')))
+  assert np.abs(shown[24:] - seen[24:]).max() <= 1
+  assert difference(shown[:24], 255 - seen[:24]) < 1
+
+
+def test_a_palette_is_seen_by_its_profile(tmp_path, photo):
+  own = profiles.tagged(photo, 'Adobe RGB')
+  palette = own.quantize(256)
+  palette.info = dict(own.info)
+  write(palette, tmp_path / 'in.png')
+  expected = profiles.converted(palette.convert('RGB'), own.info['icc_profile'], None, 'RGB')
+  assert difference(images.to_array(images.read(tmp_path / 'in.png'), photo.size), expected) == 0
+
+
+def test_lab_needs_no_profile(tmp_path, photo):
+  lab = ImageCms.ImageCmsProfile(ImageCms.createProfile('LAB')).tobytes()
+  own = profiles.converted(photo, None, lab, 'LAB')
+  own.save(tmp_path / 'lab.tif', icc_profile=lab)
+  assert difference(images.read(tmp_path / 'lab.tif'), photo) < 2
+
+
+def test_transparency_is_no_colour(tmp_path, photo):
+  own = profiles.tagged(photo, 'ProPhoto').convert('RGBA')
+  alpha = Image.linear_gradient('L').resize(photo.size)
+  own.putalpha(alpha)
+  own.info = {'icc_profile': profiles.ALL['ProPhoto']}
+  original = images.read(write(own, tmp_path / 'in.png'))
+  on_white = Image.composite(photo, Image.new('RGB', photo.size, 'white'), alpha)
+  array = images.to_array(original, photo.size)
+  assert difference(array, on_white) < 1
+  result = images.restore(array, original)
+  assert result.getchannel('A').tobytes() == alpha.tobytes()
+  images.save(result, tmp_path / 'out.tif', {})
+  assert images.read(tmp_path / 'out.tif').tobytes() == result.tobytes()
+  images.save(result, tmp_path / 'out.jpg', {})
+  assert profiles.as_seen(opened(tmp_path / 'out.jpg')).getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize('profile', [None, 'sRGB'])
+def test_srgb_by_any_name_is_not_touched(tmp_path, photo, profile):
+  made = {'lcms': ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes()}
+  for content in (profiles.ALL['sRGB'], made['lcms']) if profile else (None,):
+    photo.info = {'icc_profile': content} if content else {}
+    original = images.read(write(photo, tmp_path / 'in.png'))
+    assert original.info == photo.info
+    array = images.to_array(original, (32, 24))
+    assert (array == np.asarray(photo.resize((32, 24), Image.Resampling.LANCZOS))).all()
+    result = images.restore(array, original)
+    expected = Image.fromarray(array).resize(photo.size, Image.Resampling.LANCZOS)
+    assert result.tobytes() == expected.tobytes() and result.info == photo.info
+
+
+# And the result has the colours of its picture.
+
+
+@pytest.mark.parametrize('name', profiles.WIDE)
+@pytest.mark.parametrize('extension', ['png', 'jpg', 'tif', 'webp'])
+def test_a_result_keeps_the_profile_and_is_shown_as_it_was_edited(
+  tmp_path, photo, half, name, extension
+):
+  own = profiles.tagged(photo, name)
+  original = images.read(write(own, tmp_path / 'in.png'))
+  edited = negative(images.to_array(original, photo.size))
+  images.save(images.restore(edited, original, half), tmp_path / f'out.{extension}', {'seed': 1})
+  written = opened(tmp_path / f'out.{extension}')
+  assert written.info['icc_profile'] == profiles.ALL[name]
+  shown = pixels(profiles.as_seen(written))
+  close = 3.5 if extension == 'webp' else 2  # which loses 2.1 of this picture without a profile
+  assert difference(shown[:24], edited[:24]) < close
+  assert difference(shown[24:], pixels(photo)[24:]) < close
+  if extension in LOSSLESS:
+    assert (pixels(written)[24:] == pixels(own)[24:]).all()
+    assert images.read_settings(tmp_path / f'out.{extension}') == {'seed': 1}
+
+
+@pytest.mark.parametrize(
+  ('extension', 'mode'), [('tif', 'CMYK'), ('jpg', 'CMYK'), ('png', 'RGB'), ('webp', 'RGB')]
+)
+def test_cmyk_stays_cmyk_where_the_format_has_it_and_else_becomes_srgb(
+  tmp_path, photo, half, extension, mode
+):
+  own, path = profiles.tagged(photo, 'CMYK'), tmp_path / f'out.{extension}'
+  original = images.read(write(own, tmp_path / 'in.tif'))
+  assert original.mode == 'CMYK' and original.tobytes() == own.tobytes()
+  original = images.for_file(original, path)
+  edited = negative(images.to_array(original, photo.size))
+  images.save(images.restore(edited, original, half), path, {})
+  written = opened(path)
+  assert written.mode == mode
+  assert written.info.get('icc_profile') == (profiles.ALL['CMYK'] if mode == 'CMYK' else None)
+  shown = pixels(profiles.as_seen(written))
+  close = 3 if extension == 'webp' else 2
+  assert difference(shown[:24], edited[:24]) < close
+  assert difference(shown[24:], pixels(photo)[24:]) < close
+  if extension == 'tif':
+    assert (pixels(written)[24:] == pixels(own)[24:]).all()
+  images.save(images.read(tmp_path / 'in.tif'), path, {})  # and whoever saves without asking
+  assert difference(profiles.as_seen(opened(path)), photo) < 2
+
+
+def test_a_soft_mask_mixes_between_the_pictures_own_numbers(photo):
+  original = images.plain(profiles.tagged(photo, 'CMYK'))
+  edited = negative(images.to_array(original, photo.size))
+  whole = pixels(images.restore(edited, original))
+  mixed = pixels(images.restore(edited, original, np.full((48, 64), 0.5, np.float32)))
+  assert np.abs(mixed - (whole + pixels(original)) / 2).max() <= 0.5
+
+
+def test_a_profile_without_a_way_back_leads_to_srgb(tmp_path, photo):
+  photo.info = {'icc_profile': profiles.scanner()}
+  write(photo, tmp_path / 'scan.png')
+  with pytest.warns(UserWarning, match=r'scan\.png: its colour profile has no way back.*sRGB'):
+    original = images.read(tmp_path / 'scan.png')
+  assert original.info == {}
+  assert difference(original, profiles.as_seen(photo)) == 0
+  assert difference(photo, original) > 5
+
+
+# What cannot be honoured is said once, by name.
+
+
+BROKEN = {
+  'no profile at all': ('RGB', b'garbage'),
+  'a profile cut short': ('RGB', profiles.ALL['Adobe RGB'][:200]),
+  'a profile in ruins': ('RGB', profiles.ALL['Adobe RGB'][:300].ljust(6624, b'\xff')),
+  'a profile of CMYK': ('RGB', profiles.ALL['CMYK']),
+  'a profile of grey': ('RGB', profiles.ALL['grey']),
+  'a profile of RGB': ('CMYK', profiles.ALL['Adobe RGB']),
+}
+
+
+@pytest.mark.parametrize('what', BROKEN)
+def test_a_profile_that_cannot_be_read_is_one_warning_that_names_the_file(tmp_path, photo, what):
+  mode, profile = BROKEN[what]
+  own = photo.convert(mode)
+  own.info = {'icc_profile': profile}
+  write(own, tmp_path / 'odd.tif')
+  with warnings.catch_warnings(record=True, action='always') as heard:
+    original = images.read(tmp_path / 'odd.tif')
+  (warning,) = heard
+  assert str(warning.message).startswith(f'{tmp_path}/odd.tif: its colour profile ')
+  assert str(warning.message).endswith('its colours are taken as sRGB')
+  assert original.info == {} and original.tobytes() == own.convert('RGB').tobytes()
+  with pytest.warns(UserWarning, match='the picture: its colour profile'):
+    images.with_metadata(own)
+  encoded = (tmp_path / 'odd.tif').read_bytes()  # of data sets, `ip2p check` warns
+  expected = own.convert('RGB').resize((48, 48), Image.Resampling.LANCZOS)
+  assert difference(examples.picture(encoded, 48, 'squash'), expected) == 0
+  row = Row('row 3', ('go',), (Pair(encoded, encoded),), False)
+  found = check._pictures(row, type('Tokenizer', (), {'cut_off': lambda self, text: ''})())
+  assert sum('picture: its colour profile' in text for _, text in found.warnings) == 2
+
+
+def test_adobe_rgb_of_a_cameras_exif_is_read_and_written_as_a_profile(tmp_path, photo):
+  own = Image.fromarray(np.asarray(profiles.tagged(photo, 'Adobe RGB')))
+  exif = Image.Exif()
+  exif[B.Make] = 'Camera'
+  exif.get_ifd(IFD.Exif)[B.ColorSpace] = 65535
+  exif.get_ifd(IFD.Exif)[B.ExifInteroperabilityOffset] = {1: 'R03', 2: b'0100'}
+  own.save(tmp_path / 'camera.jpg', quality=98, subsampling=0, exif=exif.tobytes())
+  original = images.read(tmp_path / 'camera.jpg')
+  assert difference(images.to_array(original, photo.size), photo) < 1.5
+  assert difference(original, photo) > 5
+  images.save(original, tmp_path / 'out.png', {})
+  assert difference(profiles.as_seen(opened(tmp_path / 'out.png')), photo) < 1.5
+  exif.get_ifd(IFD.Exif)[B.ColorSpace] = 1  # sRGB: the other mark is a leftover
+  own.save(tmp_path / 'camera.jpg', exif=exif.tobytes())
+  assert 'icc_profile' not in images.read(tmp_path / 'camera.jpg').info
+
+
+def png_with(photo, path, **chunks):
+  """A PNG with these chunks before its pixels."""
+  file = io.BytesIO()
+  photo.save(file, 'PNG')
+  content = file.getvalue()
+  extra = b''
+  for name, data in chunks.items():
+    body = name.encode() + data
+    extra += struct.pack('>I', len(data)) + body + struct.pack('>I', zlib.crc32(body))
+  path.write_bytes(content[:33] + extra + content[33:])
+  return path
+
+
+P3_CHRM = struct.pack('>8I', 31270, 32900, 68000, 32000, 26500, 69000, 15000, 6000)
+SRGB_CHRM = struct.pack('>8I', 31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000)
+
+
+@pytest.mark.parametrize(
+  ('chunks', 'told'),
+  [
+    ({'gAMA': struct.pack('>I', 45455), 'cHRM': SRGB_CHRM}, None),
+    ({'gAMA': struct.pack('>I', 100000), 'sRGB': b'\0'}, None),
+    ({'cICP': b'\x01\x0d\0\x01'}, None),
+    ({'gAMA': struct.pack('>I', 100000)}, 'gAMA'),
+    ({'cHRM': P3_CHRM}, 'cHRM'),
+    ({'cICP': b'\x0c\x0d\0\x01'}, 'cICP'),
+  ],
+  ids=str,
+)
+def test_colours_told_by_chunks_of_png_are_not_read_and_it_is_said(tmp_path, photo, chunks, told):
+  path = png_with(photo, tmp_path / 'chunks.png', **chunks)
+  with warnings.catch_warnings(record=True, action='always') as heard:
+    original = images.read(path)
+  assert difference(original, photo) == 0 and original.info == {}
+  assert len(heard) == (told is not None)
+  assert all('chunks.png' in str(one.message) and told in str(one.message) for one in heard)
+
+
+# Everything else that reads pictures.
+
+
+def test_only_jpegs_of_srgb_take_the_fast_way(photo):
+  encode = lambda name: jpeg(profiles.tagged(photo, name))
+  assert images.decode_jpeg(encode('sRGB')) is not None
+  for name in (*profiles.WIDE, 'grey', 'CMYK'):
+    assert images.decode_jpeg(encode(name)) is None, name
+
+
+def jpeg(picture):
+  file = io.BytesIO()
+  picture.save(file, 'JPEG', quality=98, subsampling=0, icc_profile=picture.info['icc_profile'])
+  return file.getvalue()
+
+
+@pytest.mark.parametrize('quality', [None, 95])
+def test_packed_pictures_are_srgb_or_keep_their_profile(photo, quality):
+  large = photo.resize((160, 120), Image.Resampling.BICUBIC)
+  encoded = jpeg(profiles.tagged(large, 'ProPhoto'))
+  shrunk = pack.smaller(encoded, 32, quality)
+  assert 'icc_profile' not in Image.open(io.BytesIO(shrunk)).info
+  for file in (shrunk, pack.smaller(encoded, 120, quality)):  # which is left as it is
+    expected = large.resize((32, 32), Image.Resampling.LANCZOS)
+    assert difference(examples.picture(file, 32, 'squash'), expected) < 2
+
+
+def test_a_pair_is_compared_in_one_space_whatever_its_files_are(photo):
+  files = jpeg(profiles.tagged(photo, 'sRGB')), jpeg(profiles.tagged(photo, 'CMYK'))
+  config = TrainConfig(resolution=48, data=DataConfig(resize='squash'))
+  row = Row('row', ('keep it',), (Pair(*files),), False)
+  made = examples.example(row, None, config, lambda texts: np.zeros((1, 1), np.int32))
+  assert difference(made['input_image'], made['edited_image']) < 1.5
+
+
+def test_a_mask_counts_by_the_brightness_that_is_seen(tmp_path):
+  grey = Image.new('L', (8, 8), 100)
+  grey.info = {'icc_profile': profiles.ALL['grey']}
+  write(grey, tmp_path / 'mask.png')
+  seen = profiles.converted(grey, profiles.ALL['grey'], None, 'RGB').getpixel((0, 0))[0]
+  mask = images.read_mask(tmp_path / 'mask.png', (8, 8))
+  assert abs(mask[0, 0] * 255 - seen) <= 1 and seen > 110
+
+
+def test_a_grid_shows_every_picture_by_its_profile(photo):
+  rows = [[images.plain(profiles.tagged(photo, name)) for name in (*profiles.WIDE, 'CMYK')]]
+  sheet = images.image_grid(rows, [''], [''] * 4)
+  plain = images.image_grid([[photo] * 4], [''], [''] * 4)
+  assert sheet.size == plain.size and difference(sheet, plain) < 0.5
+
+
+# EXIF and resolution.
+
+
+def exif_of_a_camera():
+  exif = Image.Exif()
+  exif[B.Make], exif[B.Orientation], exif[B.Copyright] = 'Camera', 6, 'someone'
+  exif.get_ifd(IFD.Exif).update({
+    B.DateTimeOriginal: '2026:01:02 03:04:05', B.ISOSpeedRatings: 200, B.MakerNote: b'\1' * 400,
+    B.ExifImageWidth: 64, B.UserComment: b'ASCII\0\0\0hello',
+  })  # fmt: skip
+  exif.get_ifd(IFD.GPSInfo).update({1: 'N', 2: (48.0, 51.0, 30.0)})
+  return exif.tobytes()
+
+
+@pytest.mark.parametrize('source', ['jpg', 'png', 'tif', 'webp'])
+@pytest.mark.parametrize('target', ['jpg', 'png', 'tif', 'webp'])
+def test_exif_and_dpi_are_kept_and_the_turn_is_not_made_twice(tmp_path, photo, source, target):
+  exif = Image.Exif()
+  exif.load(exif_of_a_camera())
+  exif[B.XResolution], exif[B.YResolution], exif[B.ResolutionUnit] = 300, 150, 2
+  photo.save(tmp_path / f'in.{source}', exif=exif.tobytes(), dpi=(300, 150))
+  original = images.read(tmp_path / f'in.{source}')
+  assert original.size == (48, 64)
+  result = images.restore(images.to_array(original, (48, 64)), original)
+  images.save(result, tmp_path / f'out.{target}', {'seed': 1})
+  with Image.open(tmp_path / f'out.{target}') as written:
+    found = written.getexif()
+    camera, place = found.get_ifd(IFD.Exif), found.get_ifd(IFD.GPSInfo)
+    assert (found[B.Make], found[B.Copyright]) == ('Camera', 'someone')
+    assert found.get(B.Orientation, 1) == 1
+    assert (camera[B.DateTimeOriginal], camera[B.ISOSpeedRatings]) == ('2026:01:02 03:04:05', 200)
+    assert place[1] == 'N' and [float(part) for part in place[2]] == [48, 51, 30]
+    assert not {B.MakerNote, B.ExifImageWidth} & set(camera)
+  again = images.read(tmp_path / f'out.{target}')
+  assert again.size == (48, 64)
+  assert np.round(again.info['dpi']).tolist() == [150, 300]  # turned with the picture
+  assert images.read_settings(tmp_path / f'out.{target}') == {'seed': 1}
+
+
+def test_a_file_without_exif_or_dpi_gets_none(tmp_path, photo):
+  for extension in ('jpg', 'png', 'tif', 'webp', 'bmp', 'gif'):
+    photo.save(tmp_path / f'in.{extension}')
+    read = images.read(tmp_path / f'in.{extension}').info
+    assert read == ({'dpi': read['dpi']} if extension == 'bmp' else {})  # a BMP always says
+    images.save(photo, tmp_path / 'out.jpg', {})
+    assert images.read(tmp_path / 'out.jpg').info == {}
+
+
+def test_exif_in_ruins_or_without_end_stops_nothing(tmp_path, photo):
+  photo.save(tmp_path / 'ruins.jpg', exif=b'Exif\0\0MM\0*\0\0\0\x08\0\x05\x01\x0f')
+  assert images.read(tmp_path / 'ruins.jpg').info.get('exif') is None
+  exif = Image.Exif()
+  exif[B.ImageDescription] = 'x' * 65000
+  original = photo.copy()
+  original.info = {'exif': exif.tobytes()}
+  images.save(original, tmp_path / 'long.jpg', {'instruction': 'x' * 1000})
+  assert images.read_settings(tmp_path / 'long.jpg') == {'instruction': 'x' * 1000}
+  original.info = {'exif': b'Exif\0\0garbage'}
+  images.save(original, tmp_path / 'out.jpg', {'seed': 1})
+  assert images.read_settings(tmp_path / 'out.jpg') == {'seed': 1}
+
+
+@pytest.mark.parametrize('brand', [b'heic', b'avif', b'mif1'])
+def test_heic_is_named_and_what_to_do(tmp_path, brand):
+  (tmp_path / 'phone.heic').write_bytes(struct.pack('>I', 24) + b'ftyp' + brand + bytes(100))
+  with pytest.raises(images.InputError, match=r'phone\.heic is HEIC or AVIF; convert it to JPEG'):
+    images.read(tmp_path / 'phone.heic')
+
+
+# A real edit.
+
+
+def test_the_miniatures_edits_are_the_same_in_all_colours_and_kept_outside_a_mask(tmp_path):
+  import world
+
+  one = world.example(11, 'test')
+  scene = Image.fromarray(world.picture(one.scene))
+  mask = Image.new('L', scene.size)
+  mask.paste(255, (0, 0, 64, 32))
+  mask.save(tmp_path / 'mask.png')
+  scene.save(tmp_path / 'plain.png')
+  formats = {name: '.tif' if name == 'CMYK' else '.png' for name in profiles.ALL if name != 'grey'}
+  files = {name: tmp_path / f'{name}{formats[name]}' for name in formats}
+  for name, file in files.items():
+    write(profiles.tagged(scene, name), file)
+  editor = Editor.load(dtype='float32')
+  made = {}
+  for name, file in ({'plain': tmp_path / 'plain.png'} | files).items():
+    jobs = plan_jobs(
+      file, tmp_path / f'out-{name}{file.suffix}',
+      [(bundled.TEXT_GUIDANCE, bundled.IMAGE_GUIDANCE)],
+      seed=0, index=0, num=1, mask=tmp_path / 'mask.png', is_grid=False,
+    )  # fmt: skip
+    options = {'steps': 8, 'sampler': bundled.SAMPLER}
+    ((job, result),) = run_jobs(
+      editor, jobs, one.instruction, resolution=64, batch_size=1,
+      mask=tmp_path / 'mask.png', options=options,
+    )  # fmt: skip
+    images.save(result, job.output, {})
+    made[name] = opened(job.output)
+  assert difference(made['plain'], scene) > 1  # it is an edit
+  assert difference(made['sRGB'], made['plain']) == 0
+  for name, file in files.items():
+    assert difference(profiles.as_seen(made[name]), made['plain']) < 2, name
+    assert made[name].mode == opened(file).mode
+    assert (pixels(made[name])[32:] == pixels(opened(file))[32:]).all(), name
+    assert made[name].info['icc_profile'] == profiles.ALL[name]

@@ -1,0 +1,198 @@
+"""Plans for NVIDIA GPUs: names, memory, what the program calls; and the GPU compiler itself."""
+
+import collections
+import sys
+import types
+
+import pytest
+import torch_models as reference
+from jax._src.cudnn import fused_attention_stablehlo
+
+from ip2p_jax.cli import main
+from ip2p_jax.config import DataConfig, TrainConfig
+from ip2p_jax.errors import InputError
+from ip2p_jax.pipeline.networks import networks_of
+from ip2p_jax.planning import compiler, gpus, program_text, sampling, training
+from ip2p_jax.planning.devices import GIB, chip_of, describe, peak_of
+from ip2p_jax.training import flops
+
+PROGRAM = """\
+HloModule jit_step
+
+%scaled (p.1: f32[4]) -> f32[4] {
+  %p.1 = f32[4]{0} parameter(0)
+  ROOT %inside = f32[4]{0} multiply(%p.1, %p.1)
+}
+
+%body (arg: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %arg = (s32[], f32[4]{0}) parameter(0)
+  %part = f32[4]{0} get-tuple-element(%arg), index=1
+  %x = f32[4]{0} fusion(%part), kind=kLoop, calls=%scaled
+  %found = (bf16[8]{0}, s8[99]{0}) custom-call(%x, %part), custom_call_target="__cudnn$fmhaSoftmax"
+  ROOT %again = (s32[], f32[4]{0}) tuple(%count, %x)
+}
+
+ENTRY %main (p: f32[4]) -> f32[4] {
+  %p = f32[4]{0} parameter(0)
+  %y = bf16[8]{0} custom-call(%p), custom_call_target="__cublas$lt$matmul"
+  %loop = (s32[], f32[4]{0}) while(%t), body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  ROOT %z = f32[4]{0} copy(%p)
+}
+"""
+
+
+def settings(**changes):
+  known = {'resolution': 68, 'batch_size': 16, 'data': DataConfig(path='x')}
+  return TrainConfig(checkpoint='x', **known | changes)
+
+
+def test_bytes_are_of_whole_kernels_as_often_as_they_run():
+  in_loop = (16 + 16) + (16 + 16 + 16)  # the fusion, and the call, of two arrays to one
+  assert program_text.bytes_moved(PROGRAM) == 5 * in_loop + (16 + 16) + (16 + 16)
+
+
+def test_calls_of_libraries_are_counted_by_name():
+  assert program_text.kernels_of(PROGRAM) == {'__cudnn$fmhaSoftmax': 1, '__cublas$lt$matmul': 1}
+
+
+@pytest.mark.parametrize(
+  ('name', 'count', 'gib', 'tera'),
+  [
+    ('a100-40', 1, 39.4, 312), ('a100-80', 1, 79.3, 312), ('a6000', 1, 47.5, 154.8),
+    ('h100', 1, 79.1, 989.4), ('h200', 1, 141.0, 989.4), ('b200', 1, 178.4, 2250),
+    ('h100x8', 8, 79.1, 989.4), ('a100-40x16', 16, 39.4, 312),
+  ],
+)  # fmt: skip
+def test_gpus_are_known_by_name_and_number(name, count, gib, tera):
+  assert gpus.is_gpu(name) and gpus.parse(name)[1] == count
+  chip = chip_of(name)
+  assert chip.memory / GIB == pytest.approx(gib, abs=0.05)
+  assert peak_of(name) == tera * 1e12 == flops.peak_of_kind(chip.kind)
+
+
+@pytest.mark.parametrize('name', ['h100x0', 'h100x17', 'h100-8', 'h100x', 'h1000', 'a100-40:2x2'])
+def test_gpus_that_are_not_of_one_host_are_one_sentence(name):
+  with pytest.raises(InputError, match=r'use a100-40.*or as many of one host, such as h100x8'):
+    describe(name)
+
+
+@pytest.mark.parametrize('name', ['gpu', 'a100', 'rtx'])
+def test_an_unknown_name_lists_the_gpus(name):
+  with pytest.raises(InputError, match='or GPUs of one host: one of a100-40, a100-80, a6000, h100'):
+    describe(name)
+
+
+def test_a_compiler_that_is_missing_is_named(monkeypatch):
+  monkeypatch.setattr(gpus.importlib.util, 'find_spec', lambda name: None)
+  with pytest.raises(InputError, match=r"GPU compiler is missing: pip install 'jax\[cuda13\]'"):
+    describe('h100')
+
+
+def test_a_compiler_of_another_version_is_one_sentence(monkeypatch):
+  monkeypatch.setattr(gpus.importlib.util, 'find_spec', lambda name: True)
+  monkeypatch.setattr(
+    gpus.topologies, 'get_topology_desc', lambda **_: (_ for _ in ()).throw(ValueError('no such'))
+  )
+  with pytest.raises(InputError, match=r'does not start \(no such\); install jax and'):
+    describe('h100')
+
+
+def test_what_only_a_tpu_compiler_knows_is_refused(monkeypatch, capsys):
+  monkeypatch.setattr(sys, 'argv', ['ip2p', 'plan', '--quick', '--topology=h100x8'])
+  with pytest.raises(SystemExit, match='2'):
+    main.main()
+  assert '--quick: of no use with h100x8' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('major', [8, 9])
+def test_jax_is_told_what_cudnn_can_do_only_while_a_program_is_lowered(major):
+  before = fused_attention_stablehlo.check_compute_capability
+  with gpus.lowering_for(types.SimpleNamespace(platform='gpu', compute_capability=f'{major}.0')):
+    check = fused_attention_stablehlo.check_compute_capability
+    assert check('8.0') and check('9.0') == (major == 9) and not check('10.0')
+  assert fused_attention_stablehlo.check_compute_capability is before
+
+
+def told(gibibytes):
+  """The report of a step that needs so much on an A100 of 39.4 GiB."""
+  memory = types.SimpleNamespace(
+    argument_size_in_bytes=13 * GIB, temp_size_in_bytes=(gibibytes - 14) * GIB,
+    output_size_in_bytes=13 * GIB, alias_size_in_bytes=12 * GIB,
+  )  # fmt: skip
+  program = types.SimpleNamespace(memory_analysis=lambda: memory, as_text=lambda: PROGRAM)
+  lowered = types.SimpleNamespace(compile=lambda options: program)
+  compiled = compiler.compiled_for('a100-40', lowered)
+  found = training.TrainingPlan('a100-40', 1, 64, 10**9, 12 * GIB, GIB, 500e12, compiled)
+  return training.training_report(found, settings(batch_size=1024, accumulation=16))
+
+
+def test_a_report_says_which_share_of_the_memory_jax_has_to_take():
+  text = told(29)
+  assert text.startswith('a100-40: fits\n') and '29.00 GiB, 74%; JAX takes 75% if not' in text
+  assert '1603 ms, by FLOPs or bytes' in text  # 500 T at 312 T/s
+  assert '1 __cublas$lt$matmul, 1 __cudnn$fmhaSoftmax' in text
+  assert 'scheduled' not in text and ' compiled,' not in text
+  assert 'set XLA_PYTHON_CLIENT_MEM_FRACTION=0.92, for JAX takes 75%' in told(32)
+  assert 'Tight' in told(36) and 'Tight' not in told(32)
+
+
+def test_a_report_says_what_is_missing_where_a_step_does_not_fit():
+  text = told(37)
+  assert text.startswith('a100-40: DOES NOT FIT: needs 37.00 GiB of 39.42 GiB')
+  assert 'accumulation=32' in text and 'temporary' in text
+
+
+# The compiler itself.
+
+
+@pytest.fixture(scope='module')
+def networks():
+  return networks_of(reference.checkpoint(reference.TINY_UNET)[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('topology', ['a100-40', 'h100x2'])
+def test_the_gpu_compiler_compiles_a_step_with_odd_tokens(topology, networks, monkeypatch):
+  """17 x 17 tokens, 77 of text: gradients of cuDNN's attention want even numbers."""
+  pytest.importorskip('jax_cuda13_plugin', reason="pip install 'jax[cuda13]'")
+  texts = []
+  read = compiler.kernels_of
+  monkeypatch.setattr(compiler, 'kernels_of', lambda text: texts.append(text) or read(text))
+  found = training.plan_training(settings(), networks, topology)
+  compiled, devices = found.compiled, found.devices
+  assert compiled.fits and compiled.alias_bytes == found.state_bytes
+  kernels = compiled.kernels
+  attentions = 6  # three blocks attend to themselves and to the text
+  assert kernels['__cudnn$fmhaSoftmax'] == kernels['__cudnn$fmhaSoftmaxBackward'] == attentions
+  assert f's32[{16 // devices}]' in texts[0] and 's32[16]{0}) custom-call' not in texts[0]
+  moved = collections.Counter()
+  for one in compiled.collectives:
+    moved[one.kind] += one.bytes * one.times
+  if devices > 1:  # gradients, in bfloat16: whole, or to each device its part
+    gradients = moved.pop('all-reduce') + devices * moved.pop('reduce-scatter')
+    assert gradients == pytest.approx(2 * found.parameters, rel=0.02)
+    assert moved.pop('all-gather') <= 4 * found.parameters and not moved  # weights
+  else:
+    assert not compiled.collectives
+  assert compiled.bytes_accessed > compiled.argument_bytes
+  assert f'{topology}: fits' in training.training_report(found, settings())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('made', 'unet'),
+  [('edits', reference.TINY_UNET), ('pairs', reference.TINY_UNET | {'in_channels': 4})],
+)
+def test_the_gpu_compiler_compiles_edits_and_pairs(made, unet):
+  pytest.importorskip('jax_cuda13_plugin', reason="pip install 'jax[cuda13]'")
+  networks = networks_of(reference.checkpoint(unet)[0])
+  plan_of = lambda steps: sampling.plan_sampling(
+    networks, sampling.Work(made, 64, 2, steps), 'a6000x2'
+  )
+  # 64 px are 16 x 16 latents, whose attention is cuDNN's.
+  found, longer = plan_of(4), plan_of(8)
+  assert found.compiled.fits and not found.compiled.collectives
+  assert found.compiled.kernels['__cudnn$fmhaSoftmax'] and found.compiled.bytes_accessed
+  assert longer.compiled.bytes_accessed > 1.01 * found.compiled.bytes_accessed
+  text = sampling.sampling_report(found)
+  assert text.startswith('a6000x2: fits') and '2 of 47.54 GiB' in text and f'{made} an hour' in text

@@ -1,0 +1,119 @@
+"""What the loop logs, keeps and says, of steps that are made up, with no network to compile."""
+
+import json
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ip2p_jax import sharding
+from ip2p_jax.config import LogConfig
+from ip2p_jax.errors import InputError
+from ip2p_jax.training import logs, loop
+from ip2p_jax.training.loss_course import Course
+
+
+class Kept:
+  """Checkpoints in memory, of which the newest and the good one stay."""
+
+  folder = 'W/checkpoints'
+
+  def __init__(self, keep=1):
+    self.keep, self.courses = keep, {}
+
+  def save(self, step, state, course):
+    self.courses[step] = course
+    for old in sorted(self.courses)[: -self.keep]:
+      if old != course.good:
+        del self.courses[old]
+
+  def steps(self):
+    return sorted(self.courses)
+
+  def latest_step(self):
+    return max(self.courses, default=None)
+
+  def wait(self):
+    pass
+
+
+def run(losses, workdir, weights=None, kept=None, first=0, course=None, **log):
+  """Goes through steps of these losses; (status, lines of metrics.jsonl, what was kept).
+
+  A loss that is not finite is a bad step, after which the state stays as it is.
+  """
+  kept = kept or Kept()
+  weights = weights or [4.0] * len(losses)
+  where = sharding.replicated(sharding.make_mesh(devices=jax.devices()[:1]))
+  placed = lambda x: jax.device_put(jnp.int32(x), where)
+  state = {'step': placed(first), 'bad_step': placed(-1), 'ema': placed(0)}
+
+  def step(state, i):
+    bad = int(state['bad_step'])
+    bad = int(state['step']) if bad < 0 and not np.isfinite(losses[i]) else bad
+    taken = int(state['step']) + (bad < 0)
+    values = {'loss': losses[i], 'weight': weights[i], 'grad_norm': 10.0 + i,
+              'learning_rate': 1e-4, 'bad_step': bad}  # fmt: skip
+    as_arrays = jax.tree.map(jnp.asarray, values)
+    return state | {'step': placed(taken), 'bad_step': placed(bad)}, as_arrays
+
+  stop = lambda values, state, course: loop.stop_if_bad(values, state, course, kept.save, kept)
+  job = loop.Job(
+    step=step, batches=(i for i in range(len(losses))),
+    shardings=jax.tree.map(lambda _: where, state), save=kept.save, check=stop,
+  )  # fmt: skip
+  log = {'every': 2, 'checkpoint_every': 4, 'validate_every': 0} | log
+  config = types.SimpleNamespace(steps=first + len(losses), log=LogConfig(**log))
+  meter = logs.Meter(4, 1e9, 1, None)
+  with logs.Writer(workdir, first) as writer:
+    status = loop.loop(
+      job, config, state, str(workdir), kept, writer, meter, lambda step: False, course or Course()
+    )
+  lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+  return status, {line.pop('step'): line for line in lines}, kept
+
+
+def test_the_logged_loss_is_the_mean_over_examples_that_count(tmp_path):
+  losses, weights = [1.0, 3.0, 0.0, 5.0, 0.0, 0.0, 2.0, 0.0], [4, 2, 0, 4, 0, 0, 4, 0]
+  status, lines, kept = run(losses, tmp_path, [float(x) for x in weights])
+  assert status == 0
+  assert lines[2]['loss'] == pytest.approx(10 / 6) and lines[4]['loss'] == 5
+  assert not lines[6].keys() & {'loss', 'grad_norm'} and 'learning_rate' in lines[6]
+  assert lines[8]['loss'] == 2 and lines[8]['grad_norm'] == 16  # of the step that had examples
+  assert kept.courses[8].last == 2
+  assert (tmp_path / 'loss.png').exists()
+
+
+def test_every_step_is_told_once(tmp_path, capsys):
+  run([1.0] * 5, tmp_path / 'new')
+  run([1.0], tmp_path / 'on', first=5)
+  run([1.0, 1.0], tmp_path / 'too', first=4)
+  said = [line for line in capsys.readouterr().out.splitlines() if line.startswith('step ')]
+  assert [line.split()[1] for line in said] == ['1/5', '2/5', '4/5', '5/5', '6/6', '5/6', '6/6']
+  assert ['ready after' in line for line in said] == [True, False, False, False, True, True, False]
+
+
+def test_a_run_that_diverges_keeps_its_last_good_checkpoint_and_says_what_to_remove(tmp_path):
+  losses = [0.2] * 13 + [1.0, 3.0] + [9.0] * 18 + [float('nan')] * 3
+  kept = Kept(keep=3)
+  message = (
+    r'step 34: the loss or a gradient is not finite\. The loss had grown from 0\.2 to 9, so the'
+    r' weights are spoilt: remove 28, 32, 33 from W/checkpoints to go on from step 8,'
+  )
+  with pytest.raises(InputError, match=message):
+    run(losses, tmp_path, kept=kept)
+  assert kept.steps() == [8, 28, 32, 33]
+  assert kept.courses[33].is_grown and kept.courses[33].good == 8
+  # Going on from what is left: the loss is near its mean again, and new checkpoints count.
+  left = Kept()
+  left.courses[8] = kept.courses[8]
+  _, lines, left = run([0.2] * 6, tmp_path, kept=left, first=8, course=kept.courses[8])
+  assert left.courses[14].good == 12 and list(lines) == [2, 4, 6, 8, 10, 12, 14]
+
+
+def test_a_step_that_fails_without_a_sign_before_may_be_the_examples_fault(tmp_path):
+  with pytest.raises(InputError, match=r'step 6: .* The state before it is saved; go on') as stop:
+    run([0.2] * 5 + [float('inf')], tmp_path, kept=Kept(keep=2))
+  assert 'remove 5 from W/checkpoints to go on from step 4' in str(stop.value)
