@@ -22,6 +22,8 @@ from etils import epath
 from ip2p_jax.errors import InputError
 
 CLAIM_WAIT = 5.0  # seconds for a content that is on its way
+# Lies in a folder of pairs that `ip2p filter` made.
+FILTERED = 'filter.json'
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of a disk that has none
 
 
@@ -111,6 +113,15 @@ def claim(file: epath.Path, value: Any) -> Any:
 def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
   """Names of settings that are not the same, in order; those that one lacks are None there."""
   return sorted(name for name in {*one, *other} if one.get(name) != other.get(name))
+
+
+@contextlib.contextmanager
+def one_writer(dst: str | os.PathLike) -> Iterator[None]:
+  """Keeps a second process from writing the same file or folder; InputError where one does."""
+  place = Path(dst).resolve()  # by whatever name it is reached
+  busy = f'{dst}: another process writes it; wait for that, or choose another name.'
+  with locked(place.with_name(f'.{place.name}.lock'), busy):
+    yield
 
 
 @contextlib.contextmanager

@@ -131,8 +131,9 @@ def export_language(
 
   Raises InputError for anything wrong with the workdir or the destination.
   """
-  checkpoint = read(workdir, use_ema)
-  write_language(checkpoint, dst, dtype, overwrite)
+  with storage.one_writer(dst):
+    checkpoint = read(workdir, use_ema)
+    write_language(checkpoint, dst, dtype, overwrite)
   return checkpoint.source
 
 

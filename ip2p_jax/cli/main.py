@@ -29,6 +29,7 @@ from ip2p_jax.cli.console import (
   one_line,
   waiting,
 )
+from ip2p_jax.cli.convert import convert_any
 from ip2p_jax.config import load_config
 from ip2p_jax.data.check import check as check_data_set
 from ip2p_jax.data.latents import pack_latents
@@ -38,7 +39,7 @@ from ip2p_jax.data.shard_writing import parse_shard
 from ip2p_jax.data.sources import open_splits
 from ip2p_jax.editing import image_files
 from ip2p_jax.editing.editor import MAX_SCALE, Editor
-from ip2p_jax.editing.export import check_checkpoint, convert_checkpoint
+from ip2p_jax.editing.export import check_checkpoint
 from ip2p_jax.errors import InputError
 from ip2p_jax.images import save
 from ip2p_jax.pairs.filter import LABELS, MOST, PAPER, draw_histograms, filter_pairs
@@ -293,7 +294,7 @@ def convert(
   alone and prints the difference.
   """
   cache_compilations()
-  convert_checkpoint(
+  convert_any(
     src, dst, to, dtype, ema=ema, variant=variant, prediction_type=prediction_type,
     verify=verify, overwrite=overwrite, say=_say,
   )  # fmt: skip

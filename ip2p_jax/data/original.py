@@ -19,8 +19,8 @@ import numpy as np
 from ip2p_jax.data import columns
 from ip2p_jax.data.rows import Pair, Row
 from ip2p_jax.errors import InputError
+from ip2p_jax.storage import FILTERED
 
-FILTERED = 'filter.json'
 THREADS = 16  # that list folders, where waiting for a network disk is all the work
 
 

@@ -12,15 +12,13 @@ from pathlib import Path
 import numpy as np
 
 from ip2p_jax import storage, weights
-from ip2p_jax.captions.workdir import export_language, is_language_run
 from ip2p_jax.editing.editor import Editor, Sampling
 from ip2p_jax.errors import InputError
-from ip2p_jax.models import lora
 from ip2p_jax.pipeline import workdir
 from ip2p_jax.pipeline.networks import COMPONENTS, Networks, is_editor, networks_of, tokenizer_of
-from ip2p_jax.weights import diffusers_folder, names
+from ip2p_jax.weights import diffusers_folder, lora_file, names
 
-VERIFY = Path(__file__).parent / 'resources' / 'verify.py'
+VERIFY = Path(__file__).parents[1] / 'resources' / 'verify.py'
 INSTRUCTION, STEPS, TEXT_GUIDANCE, IMAGE_GUIDANCE = 'make it winter', 4, 7.5, 1.5
 LATENT_SIDE = 16
 
@@ -41,8 +39,7 @@ def convert_checkpoint(
   """Reads SRC, checks every tensor against its architecture, writes DST and reads it back.
 
   Args:
-    src: a diffusers folder, a single file, or the workdir of a training run (local or gs://). That
-      of a language model is written as a folder of transformers.
+    src: a diffusers folder, a single file, or the workdir of an editor's run (local or gs://).
     dst: a folder for `to='diffusers'`, a `.safetensors` file for 'ldm', a `.ckpt` file for
       'original', either of the first two for 'lora': the adapters alone of a LoRA run, for
       diffusers' `load_lora_weights`.
@@ -57,23 +54,17 @@ def convert_checkpoint(
   Raises InputError for anything wrong with SRC or DST.
   """
   dst = Path(dst)
-  busy = f'{dst}: another process writes it; wait for that, or choose another name.'
-  place = dst.resolve()  # by whatever name it is reached
-  with storage.locked(place.with_name(f'.{place.name}.lock'), busy):
+  with storage.one_writer(dst):
     _convert(src, dst, to, dtype, ema, variant, prediction_type, verify, overwrite, say)
 
 
 def _convert(src, dst, to, dtype, ema, variant, prediction_type, verify, overwrite, say):
-  if is_language_run(src):
-    _refuse(f'{src}: trained a language model, which is written for transformers', to=to,
-            variant=variant, prediction_type=prediction_type)  # fmt: skip
-    step = export_language(src, dst, dtype, ema is not False, overwrite)
-    say(f'wrote {dst} in {dtype}, from {step}')
-    return
   if to == 'lora':
-    _refuse('adapters alone say nothing of these', variant=variant, prediction_type=prediction_type)
+    refuse_options(
+      'adapters alone say nothing of these', variant=variant, prediction_type=prediction_type
+    )
     adapters, config = workdir.read_adapters(src, ema is not False)
-    say(f'wrote {lora.write(adapters, config, dst, dtype, overwrite)} in {dtype}')
+    say(f'wrote {lora_file.write(adapters, config, dst, dtype, overwrite)} in {dtype}')
     return
   by_name = {suffix: kind for kind, suffix in weights.SUFFIXES.items()}
   to = to or by_name.get(dst.suffix, 'diffusers')
@@ -108,7 +99,7 @@ def _convert(src, dst, to, dtype, ema, variant, prediction_type, verify, overwri
     say(verdict)
 
 
-def _refuse(why: str, **options: str | None) -> None:
+def refuse_options(why: str, **options: str | None) -> None:
   """Raises an InputError if one of the options is given, which could not act."""
   for name, value in options.items():
     if value is not None:

@@ -1,4 +1,4 @@
-"""Low-rank adapters: what is trained instead of kernels, and diffusers' files of them.
+"""Low-rank adapters: what is trained instead of kernels.
 
 Of a kernel W an adapter is two arrays, named after it, of rank R (Hu et al. 2021, section 4.1):
 
@@ -9,12 +9,8 @@ and stands for W + alpha / R * lora_down @ lora_up. Kernels and adapters come as
 array}: 'mid_block.attentions.0...to_q.kernel' gets '...to_q.lora_down' and '...to_q.lora_up'.
 """
 
-import json
 import math
-import os
-import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,19 +19,9 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from ip2p_jax import weights
 from ip2p_jax.config import LoraConfig
 from ip2p_jax.errors import InputError
-from ip2p_jax.parameters import compiled, flatten, unflatten
-from ip2p_jax.weights import names
-
-FILE_NAME = 'pytorch_lora_weights.safetensors'  # what diffusers looks for in a folder
-
-# The two styles of names that diffusers writes: peft's, and its own.
-_TENSOR = re.compile(r'unet\.(.+)\.(lora_A|lora_B|lora\.down|lora\.up)\.weight')
-_HALVES = {'lora_A': 'down', 'lora.down': 'down', 'lora_B': 'up', 'lora.up': 'up'}
-_OUR_NOTE, _PEFT_NOTE = 'ip2p_jax_lora', 'lora_adapter_metadata'  # keys of a file's metadata
-_NOT_PLAIN = ('use_dora', 'use_rslora', 'lora_bias', 'rank_pattern', 'alpha_pattern')
+from ip2p_jax.parameters import compiled
 
 
 def adapters(
@@ -63,7 +49,10 @@ def adapters(
     )
   found = {}
   for kernel in kernels:
-    (down, up), (down_shape, up_shape) = _names(kernel), _shapes(shapes[kernel].shape, config.rank)
+    (down, up), (down_shape, up_shape) = (
+      names_of(kernel),
+      shapes_of(shapes[kernel].shape, config.rank),
+    )
     bound = 1 / math.sqrt(math.prod(down_shape[:-1]))
     found[down] = rng.uniform(-bound, bound, down_shape).astype(np.float32)
     found[up] = np.zeros(up_shape, np.float32)
@@ -84,8 +73,8 @@ def merged(
     InputError: an adapter's kernel is not there, or has another shape.
   """
   scale, result = config.alpha / config.rank, dict(fixed)
-  for kernel in _kernels(adapters):
-    down, up = (adapters[name].astype(jnp.float32) for name in _names(kernel))
+  for kernel in kernels_of(adapters):
+    down, up = (adapters[name].astype(jnp.float32) for name in names_of(kernel))
     up = up.reshape(up.shape[-2:])  # [R, out]
     if kernel not in fixed or fixed[kernel].shape != (*down.shape[:-1], up.shape[-1]):
       raise InputError(f'lora: the network has no {kernel} of the shape the adapter was made for; '
@@ -119,85 +108,13 @@ def attach(model: nnx.Module, adapters: Mapping[str, Array], config: LoraConfig)
 
   Names are as in `merged`, which gives the same function of x.
   """
-  for kernel in _kernels(adapters):
+  for kernel in kernels_of(adapters):
     *path, layer = kernel.removesuffix('.kernel').split('.')
     owner = model
     for key in path:
       owner = owner[int(key)] if key.isdecimal() else getattr(owner, key)
-    down, up = (adapters[name] for name in _names(kernel))
+    down, up = (adapters[name] for name in names_of(kernel))
     setattr(owner, layer, Branched(getattr(owner, layer), down, up, config.alpha / config.rank))
-
-
-def to_diffusers(adapters: Mapping[str, Array], config: LoraConfig) -> dict[str, np.ndarray]:
-  """The adapters under diffusers' names ('unet...to_q.lora_A.weight') and in torch's layout.
-
-  alpha / rank is multiplied into lora_B, so that the file's own alpha is its rank. Every reader
-  takes that for granted, while another alpha would be a note that only some of them look up.
-  """
-  halves = {'lora_A': {}, 'lora_B': {}}
-  for kernel in _kernels(adapters):
-    down, up = (np.asarray(adapters[name], np.float32) for name in _names(kernel))
-    halves['lora_A'][kernel] = down
-    halves['lora_B'][kernel] = up * np.float32(config.alpha / config.rank)
-  return {
-    f'unet.{name.removesuffix(".weight")}.{half}.weight': array
-    for half, kernels in halves.items()
-    for name, array in weights.to_tensors(unflatten(kernels)).items()
-  }
-
-
-def write(
-  adapters: Mapping[str, Array],
-  config: LoraConfig,
-  path: str | os.PathLike,
-  dtype: str = 'float32',
-  overwrite: bool = False,
-) -> Path:
-  """Writes a file that diffusers' `pipeline.load_lora_weights(path)` reads; returns its path.
-
-  Args:
-    path: the `.safetensors` file, or a folder for `pytorch_lora_weights.safetensors`.
-    dtype: 'float32', 'float16' or 'bfloat16'.
-    overwrite: whether an older file may be replaced.
-
-  Raises:
-    InputError: the file exists, `dtype` is unknown, or an adapter does not fit it.
-    OSError: the disk failed.
-  """
-  file = _file(path)
-  if file.exists() and not overwrite:
-    raise InputError(f'{file}: already exists; choose another name, or say to overwrite it.')
-  note = {'alpha': config.alpha, 'targets': config.targets}
-  tensors = to_diffusers(adapters, config)
-  weights.write_safetensors(file, tensors, dtype, {_OUR_NOTE: json.dumps(note)})
-  return file
-
-
-def read(
-  path: str | os.PathLike, shapes: Mapping[str, Any]
-) -> tuple[dict[str, np.ndarray], LoraConfig]:
-  """Adapters, float32, and their config, from a file of ours, diffusers' or peft's.
-
-  Args:
-    path: the file, or a folder with `pytorch_lora_weights.safetensors`.
-    shapes: {name: anything with a shape} of the UNet that they are for.
-
-  Raises:
-    InputError: the file is damaged, of another format or kind of adapter, or for another UNet.
-  """
-  file = _file(path)
-  tensors, metadata = weights.read_tensors(file)
-  halves = _split(file, tensors)
-  ranks = {array.shape[0] for array in halves['down'].values() if array.ndim > 1}
-  if len(ranks) != 1:
-    raise InputError(f'{file}: has adapters of ranks {sorted(ranks)}; one rank for all is needed.')
-  rank = ranks.pop()
-  found = _to_adapters(file, halves, shapes, rank)
-  config, factor = _config(file, metadata, rank, _kernels(found))
-  for name in found:
-    if name.endswith('.lora_up'):
-      found[name] = found[name] / np.float32(factor)
-  return found, config
 
 
 def _check(config):
@@ -207,73 +124,19 @@ def _check(config):
     raise InputError(f'lora.alpha is {config.alpha}; give a number above 0, such as the rank.')
 
 
-def _names(kernel):
+def names_of(kernel: str) -> tuple[str, str]:
+  """The names of a kernel's two adapter arrays."""
   module = kernel.removesuffix('.kernel')
   return f'{module}.lora_down', f'{module}.lora_up'
 
 
-def _shapes(kernel_shape, rank):
+def shapes_of(kernel_shape: tuple[int, ...], rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+  """The shapes of a kernel's lora_down and lora_up."""
   *window, in_width, out_width = kernel_shape
   return (*window, in_width, rank), (*(1 for _ in window), rank, out_width)
 
 
-def _kernels(adapters):
+def kernels_of(adapters: Mapping[str, Any]) -> list[str]:
+  """The names of the kernels that adapters belong to."""
   downs = (name for name in adapters if name.endswith('.lora_down'))
   return [name.removesuffix('lora_down') + 'kernel' for name in downs]
-
-
-def _file(path):
-  path = Path(path)
-  return path if path.suffix == '.safetensors' else path / FILE_NAME
-
-
-def _split(file, tensors):
-  """{'down': {torch name of the kernel: array}, 'up': the same}."""
-  halves = {'down': {}, 'up': {}}
-  for name in tensors:
-    match = _TENSOR.fullmatch(name)
-    if match is None:
-      raise InputError(f"{file}: {name} is not a UNet's adapter in diffusers' format; load the file"
-                       ' in diffusers and save_lora_weights(unet_lora_layers=...).')  # fmt: skip
-    halves[_HALVES[match[2]]][f'{match[1]}.weight'] = tensors[name]
-  return halves
-
-
-def _to_adapters(file, halves, shapes, rank):
-  """Our names, layout and float32; refuses what does not fit the UNet."""
-  kernels = [name for name in shapes if name.endswith('.kernel')]
-  kernel_of = {names.tensor_name(tuple(kernel.split('.'))): kernel for kernel in kernels}
-  adapted = halves['down'] | halves['up']
-  unknown = [name for name in adapted if name not in kernel_of]
-  if unknown:
-    raise InputError(f'{file}: adapts layers that the UNet does not have, such as {unknown[0]}.')
-  found = {}
-  for i, half in enumerate(('down', 'up')):
-    wanted = {}
-    for kernel in map(kernel_of.get, adapted):
-      wanted[kernel] = jax.ShapeDtypeStruct(_shapes(shapes[kernel].shape, rank)[i], np.float32)
-    source = f'{file}: lora_{half}'
-    params = weights.to_params(halves[half], unflatten(wanted), 'unet', source=source)
-    found |= {_names(kernel)[i]: array for kernel, array in flatten(params).items()}
-  return found
-
-
-def _config(file, metadata, rank, kernels):
-  """The config, and what lora_up in the file is multiplied by, compared with ours."""
-  if _OUR_NOTE in metadata:
-    note = _json(file, metadata[_OUR_NOTE])
-    config = LoraConfig(rank, note.get('alpha', rank), note.get('targets', ''))
-    return config, config.alpha / rank
-  note = _json(file, metadata.get(_PEFT_NOTE, '{}'))
-  for key in _NOT_PLAIN:
-    if note.get(f'unet.{key}'):
-      raise InputError(f'{file}: was made with {key}, which is not supported; use plain LoRA.')
-  targets = f'^({"|".join(map(re.escape, kernels))})$'
-  return LoraConfig(rank, note.get('unet.lora_alpha', rank), targets), 1.0
-
-
-def _json(file, text):
-  try:
-    return dict(json.loads(text))
-  except (ValueError, TypeError):
-    raise InputError(f'{file}: its metadata is not valid JSON; write it again.') from None

@@ -14,7 +14,7 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from ip2p_jax.errors import InputError
-from ip2p_jax.weights import learned_tokens
+from ip2p_jax.models.learned_tokens import learned_tokens
 
 START, END = '<|startoftext|>', '<|endoftext|>'
 # Contractions, words, single digits, and runs of anything else that is not a space.

@@ -23,7 +23,6 @@ import numpy as np
 from PIL import Image
 
 from ip2p_jax import storage
-from ip2p_jax.data.original import FILTERED
 from ip2p_jax.errors import InputError
 from ip2p_jax.pairs.pair_files import (
   DIGITS,
@@ -36,6 +35,7 @@ from ip2p_jax.pairs.pair_files import (
 )
 from ip2p_jax.pairs.prompts import instruction_fault, listed
 from ip2p_jax.pipeline.clip_scores import Scores
+from ip2p_jax.storage import FILTERED
 
 PAPER = Scores(0.2, 0.2, 0.2, 0.75)
 MOST = 4  # pairs of a prompt

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 from ip2p_jax.errors import InputError
+from ip2p_jax.models.learned_tokens import learned_tokens
 from ip2p_jax.weights import diffusers_folder, files, ldm_file
 from ip2p_jax.weights.files import (
   Checkpoint,
@@ -18,7 +19,7 @@ from ip2p_jax.weights.files import (
 )
 from ip2p_jax.weights.ldm_file import without_learned
 from ip2p_jax.weights.names import to_params, to_tensors, with_input_channels
-from ip2p_jax.weights.tokenizer_files import clip_tokenizer, learned_tokens
+from ip2p_jax.weights.tokenizer_files import clip_tokenizer
 
 __all__ = [
   'SUFFIXES',

@@ -27,6 +27,7 @@ from ip2p_jax.captions.generate import Language, write
 from ip2p_jax.captions.step import Recipe, language_step, network, validation_loss
 from ip2p_jax.captions.train import batches, split, tokenized, train_language
 from ip2p_jax.captions.workdir import export_language, load_base, read
+from ip2p_jax.cli.convert import convert_any
 from ip2p_jax.config import (
   LanguageConfig,
   LanguageLogConfig,
@@ -35,7 +36,6 @@ from ip2p_jax.config import (
   OptimizerConfig,
   TripletsConfig,
 )
-from ip2p_jax.editing import export
 from ip2p_jax.errors import InputError
 from ip2p_jax.models import lora
 from ip2p_jax.models.layers import abstract
@@ -472,7 +472,7 @@ def test_held_out_triplets_are_spread_and_only_validated(folder, tmp_path, visib
 
 def test_what_is_exported_is_what_transformers_computes(folder, uninterrupted, tmp_path):
   told = []
-  export.convert_checkpoint(uninterrupted, tmp_path / 'out', say=told.append)
+  convert_any(uninterrupted, tmp_path / 'out', say=told.append)
   assert 'step 4' in told[-1]
   theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'out', dtype='float32')
   average = weights_of(uninterrupted, ema=True)
@@ -481,9 +481,7 @@ def test_what_is_exported_is_what_transformers_computes(folder, uninterrupted, t
   assert any((x != found[name]).any() for name, x in weights_of(uninterrupted).items())
   tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / 'out')
   assert tokenizer.decode(tokenizer('a girl\n##\n')['input_ids']) == 'a girl\n##\n'
-  export.convert_checkpoint(
-    uninterrupted, tmp_path / 'half', dtype='bfloat16', ema=False, say=told.append
-  )
+  convert_any(uninterrupted, tmp_path / 'half', dtype='bfloat16', ema=False, say=told.append)
   half = read_language(tmp_path / 'half').tensors
   live = weights_of(uninterrupted)
   assert_same({name: x.astype(jnp.bfloat16) for name, x in live.items()}, dict(half))
@@ -599,7 +597,7 @@ def test_settings_that_would_change_what_is_saved_are_refused(folder, tmp_path, 
   with pytest.raises(InputError, match=r'lora\.rank'):
     train(a_run(folder, rank=0, steps=2), tmp_path)
   with pytest.raises(InputError, match='leave out to='):
-    export.convert_checkpoint(tmp_path, tmp_path / 'out', 'diffusers')
+    convert_any(tmp_path, tmp_path / 'out', 'diffusers')
 
 
 def command(folder, workdir, **settings):

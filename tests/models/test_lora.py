@@ -20,6 +20,7 @@ from ip2p_jax.models import lora
 from ip2p_jax.models.configs import UNetConfig
 from ip2p_jax.models.unet import UNet
 from ip2p_jax.parameters import flatten, unflatten
+from ip2p_jax.weights import lora_file
 
 torch = peers.module('torch')
 convert_state_dict_to_diffusers = peers.module('diffusers.utils').convert_state_dict_to_diffusers
@@ -184,7 +185,7 @@ def test_a_diffusers_pipeline_with_our_file_is_our_merged_unet(
 ):
   pipeline, run, params = models
   adapters = filled(params, config, rng)
-  lora.write(adapters, config, tmp_path)
+  lora_file.write(adapters, config, tmp_path)
   without = torch_output(pipeline, *inputs)
   pipeline.load_lora_weights(tmp_path)
   try:
@@ -201,8 +202,8 @@ def test_a_diffusers_pipeline_with_our_file_is_our_merged_unet(
 @pytest.mark.parametrize('config', [EVERY_KERNEL, ATTENTIONS], ids=['every kernel', 'attentions'])
 def test_a_file_comes_back(models, config, tmp_path, rng):
   adapters = filled(models[2], config, rng)
-  file = lora.write(adapters, config, tmp_path / 'some' / 'mine.safetensors')
-  found, found_config = lora.read(file, models[2])
+  file = lora_file.write(adapters, config, tmp_path / 'some' / 'mine.safetensors')
+  found, found_config = lora_file.read(file, models[2])
   assert found_config == config
   assert found.keys() == adapters.keys()
   for name in adapters:
@@ -212,7 +213,7 @@ def test_a_file_comes_back(models, config, tmp_path, rng):
 
 def test_half_precision_files_are_read_as_float32(models, tmp_path, rng):
   adapters = filled(models[2], ATTENTIONS, rng)
-  found, _ = lora.read(lora.write(adapters, ATTENTIONS, tmp_path, 'float16'), models[2])
+  found, _ = lora_file.read(lora_file.write(adapters, ATTENTIONS, tmp_path, 'float16'), models[2])
   for name in adapters:
     assert found[name].dtype == np.float32
     np.testing.assert_allclose(found[name], adapters[name], rtol=1e-3, atol=1e-6)
@@ -236,7 +237,7 @@ def test_files_that_diffusers_writes_are_read(models, inputs, style, tmp_path):
     theirs = torch_output(pipeline, *inputs)
   finally:
     pipeline.unload_lora_weights()
-  adapters, found = lora.read(tmp_path, params)
+  adapters, found = lora_file.read(tmp_path, params)
   assert (found.rank, found.alpha) == (4, 6)
   assert relative_error(run(lora.merged(params, adapters, found), *inputs), theirs) <= 1e-5
   assert lora.adapters(params, found, np.random.default_rng(0)).keys() == adapters.keys()
@@ -244,9 +245,9 @@ def test_files_that_diffusers_writes_are_read(models, inputs, style, tmp_path):
 
 def test_without_a_note_alpha_is_the_rank(models, tmp_path, rng):
   adapters = filled(models[2], ATTENTIONS, rng)
-  tensors = lora.to_diffusers(adapters, LoraConfig(rank=4, alpha=4.0))
-  weights.write_safetensors(tmp_path / lora.FILE_NAME, tensors)
-  found, config = lora.read(tmp_path, models[2])
+  tensors = lora_file.to_diffusers(adapters, LoraConfig(rank=4, alpha=4.0))
+  weights.write_safetensors(tmp_path / lora_file.FILE_NAME, tensors)
+  found, config = lora_file.read(tmp_path, models[2])
   assert (config.rank, config.alpha) == (4, 4)
   np.testing.assert_array_equal(
     found['mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_up'],
@@ -277,15 +278,17 @@ def test_adapters_of_another_unet_are_refused(rng):
 
 def test_an_older_file_is_not_replaced_unasked(tmp_path, rng):
   adapters = filled(SHAPES, EVERY_KERNEL, rng)
-  lora.write(adapters, EVERY_KERNEL, tmp_path)
+  lora_file.write(adapters, EVERY_KERNEL, tmp_path)
   with pytest.raises(InputError, match='already exists'):
-    lora.write(adapters, EVERY_KERNEL, tmp_path)
-  lora.write(adapters, EVERY_KERNEL, tmp_path, overwrite=True)
+    lora_file.write(adapters, EVERY_KERNEL, tmp_path)
+  lora_file.write(adapters, EVERY_KERNEL, tmp_path, overwrite=True)
 
 
 def wrong_file(change):
   """Tensors and metadata of a good file for `SHAPES`, and what makes it a wrong one."""
-  tensors = lora.to_diffusers(filled(SHAPES, EVERY_KERNEL, np.random.default_rng(0)), EVERY_KERNEL)
+  tensors = lora_file.to_diffusers(
+    filled(SHAPES, EVERY_KERNEL, np.random.default_rng(0)), EVERY_KERNEL
+  )
   up, metadata = 'unet.to_q.lora_B.weight', {}
   if change == 'kohya':
     tensors['lora_unet_to_q.lora_down.weight'] = tensors.pop('unet.to_q.lora_A.weight')
@@ -321,11 +324,11 @@ def wrong_file(change):
 ])  # fmt: skip
 def test_a_wrong_file_is_refused_by_name(tmp_path, change, message):
   tensors, metadata = wrong_file(change)
-  safetensors.numpy.save_file(tensors, tmp_path / lora.FILE_NAME, metadata)
-  with pytest.raises(InputError, match=f'{lora.FILE_NAME}: .*{message}'):
-    lora.read(tmp_path, SHAPES)
+  safetensors.numpy.save_file(tensors, tmp_path / lora_file.FILE_NAME, metadata)
+  with pytest.raises(InputError, match=f'{lora_file.FILE_NAME}: .*{message}'):
+    lora_file.read(tmp_path, SHAPES)
 
 
 def test_a_folder_without_adapters_is_named(tmp_path):
   with pytest.raises(InputError, match=r'pytorch_lora_weights\.safetensors: no such file'):
-    lora.read(tmp_path, SHAPES)
+    lora_file.read(tmp_path, SHAPES)

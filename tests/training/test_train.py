@@ -25,11 +25,10 @@ from ip2p_jax import config, parameters
 from ip2p_jax.config import DataConfig, LogConfig, LoraConfig, MeshConfig, OptimizerConfig
 from ip2p_jax.editing import export
 from ip2p_jax.errors import InputError
-from ip2p_jax.models import lora
 from ip2p_jax.pipeline.workdir import read, read_adapters, read_config, saved_steps
 from ip2p_jax.training import train
 from ip2p_jax.training.run import claimed
-from ip2p_jax.weights import averages
+from ip2p_jax.weights import averages, lora_file
 
 ROOT = Path(__file__).parents[2]
 ROWS = 10
@@ -259,7 +258,7 @@ def test_lora_trains_adapters_and_exports_the_merged_editor(folder, tmp_path):
   assert moved and all('attn' in name and 'to_' in name for name in moved)
   export.convert_checkpoint(tmp_path, tmp_path / 'out', 'lora', say=lambda text: None)
   shapes = parameters.flatten(tiny.networks().shapes['unet'])
-  written, _ = lora.read(tmp_path / 'out', shapes)
+  written, _ = lora_file.read(tmp_path / 'out', shapes)
   for name in adapters:
     np.testing.assert_allclose(written[name], adapters[name], rtol=1e-6)
 
