@@ -63,7 +63,7 @@ from ip2p_jax.pipeline.sampling import Sampling, check_acts
 from ip2p_jax.planning import devices, gpus
 from ip2p_jax.planning.sampling import plan_sampling, sampling_report, work_on
 from ip2p_jax.planning.training import plan_training, settled, stable_diffusion, training_report
-from ip2p_jax.training.run import starting_checkpoint
+from ip2p_jax.training.start import starting_checkpoint
 from ip2p_jax.weights import to_params
 
 MAX_TEXT = 10_000  # characters; more would not fit into the metadata of a JPEG

@@ -28,9 +28,9 @@ from ip2p_jax.planning import gpus
 from ip2p_jax.planning.compiler import Compiled, compiled_for
 from ip2p_jax.planning.devices import Chip, chip_of, describe, gib, peak_of
 from ip2p_jax.planning.program_text import Collective
-from ip2p_jax.training import flops, optimizer
-from ip2p_jax.training.run import trained_shapes
-from ip2p_jax.training.step import Recipe, initial_state, jitted
+from ip2p_jax.training import flops
+from ip2p_jax.training.run import learning
+from ip2p_jax.training.step import Recipe, jitted
 
 NOT_TOLD = 'not told by --quick'
 
@@ -79,11 +79,7 @@ def lower_step(config: TrainConfig, networks: Networks, mesh: Mesh, from_latents
   """The training step of a config on shapes alone: (lowered, state, shardings, frozen)."""
   networks = networks._replace(attention=attention.dispatch(config.attention, mesh))
   shapes = parameters.flatten(networks.shapes['unet'])
-  trained, _ = trained_shapes(config, shapes)
-  transform = optimizer.adamw(config.optimizer, {*shapes, *trained}, config.steps)
-  recipe = Recipe(networks, config, transform)
-  state = jax.eval_shape(functools.partial(initial_state, recipe), trained)
-  shardings = sharding.of_state(mesh, state, config.mesh.zero1)
+  learnt = learning(config, shapes, functools.partial(Recipe, networks, config), mesh)
   placed = lambda x, where, dtype=None: jax.ShapeDtypeStruct(
     x.shape, dtype or x.dtype, sharding=where
   )
@@ -97,7 +93,7 @@ def lower_step(config: TrainConfig, networks: Networks, mesh: Mesh, from_latents
   frozen['unet'] = {
     name: placed(x, sharding.split(mesh, x.shape, ('fsdp',)), config.dtype)
     for name, x in shapes.items()
-    if name not in trained
+    if name not in learnt.trained
   }
   of = lambda shape, dtype: jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=rows)
   batch = {'token_ids': of((length,), jnp.int32), 'weight': of((), jnp.float32)}
@@ -111,11 +107,11 @@ def lower_step(config: TrainConfig, networks: Networks, mesh: Mesh, from_latents
   else:
     pixels = (config.resolution, config.resolution, 3)
     batch |= {f'{of_one}image': of(pixels, jnp.uint8) for of_one in edits}
-  state = jax.tree.map(placed, state, shardings)
-  step = jitted(recipe, mesh, shardings)
+  state = jax.tree.map(placed, learnt.state, learnt.shardings)
+  step = jitted(learnt.recipe, mesh, learnt.shardings)
   with gpus.lowering_for(mesh.devices.flat[0]):
     lowered = step.lower(state, frozen, batch)
-  return lowered, state, shardings, frozen
+  return lowered, state, learnt.shardings, frozen
 
 
 def plan_training(

@@ -2,10 +2,9 @@
 
 import collections
 import contextlib
-import dataclasses
 import signal
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,70 +15,63 @@ from jax.experimental import multihost_utils
 from ip2p_jax import sharding
 from ip2p_jax.cli.console import waiting
 from ip2p_jax.errors import InputError
-from ip2p_jax.pipeline.workdir import Checkpoints, differences, read_config, write_config
+from ip2p_jax.pipeline.workdir import Checkpoints
 from ip2p_jax.training import logs
 from ip2p_jax.training.loss_course import Course, advice, followed, mean_loss
 
 IN_FLIGHT = 2  # steps that the host may be ahead; more only cost the memory of their batches
 STOPPED = 143  # exit status, so that whoever watches the job knows to start it again
 
-# Settings that leave the loss comparable with what it was before.
-SAME_LOSS = (
-  'optimizer.', 'log.', 'mesh.', 'checkpoint', 'steps', 'batch_size', 'accumulation', 'remat',
-  'attention', 'dtype', 'seed',
-)  # fmt: skip
-
 State = dict[str, Any]
 
 
 class Job(NamedTuple):
-  """What is trained, as functions.
+  """A run, as the loop sees it.
 
   Attributes:
-    step: (state, batch) -> (state, values), jitted; see `train_step.train_step`.
-    batches: of the steps to come; closed at the end.
+    config: anything with `steps` and `log`.
+    step: (state, batch) -> (state, values), jitted; see `step.train_step`.
+    batches: of the steps to come; the loop closes them.
     shardings: of the state.
-    save: (step, state, course) -> None, writes a checkpoint.
-    check: (values, state, course) -> None; raises after a step that was not finite.
-    validate: ema -> validation loss, if there are examples; None where all of them are broken.
-    preview: ema -> picture, if there is one.
-    check_log: (step, values, state, course) -> None; may raise when all of a log is written.
+    save: (step, state, course) writes a checkpoint.
+    must_stop: step -> whether to stop after it.
+    look: (state, step) -> a sentence about the batch of the step after `step`, which was bad.
+    check: (step, values) -> why the run cannot go on, or None; asked after each log.
   """
 
+  config: Any
+  workdir: str
   step: Callable[[State, Any], tuple[State, dict[str, jax.Array]]]
   batches: Generator
   shardings: State
+  checkpoints: Checkpoints
+  writer: logs.Writer
+  meter: logs.Meter
   save: Callable[[int, State, Course], None]
-  check: Callable[[dict[str, Any], State, Course], None]
-  validate: Callable[[Any], float | None] | None = None
-  preview: Callable[[Any], Any] | None = None
-  check_log: Callable[[int, dict[str, float], State, Course], None] = lambda *_: None
+  must_stop: Callable[[int], bool]
+  look: Callable[[State, int], str] = lambda state, step: ''
+  check: Callable[[int, dict[str, float]], str | None] = lambda step, values: None
 
 
-def loop(
-  job: Job,
-  config: Any,
-  state: State,
-  workdir: str,
-  manager: Checkpoints,
-  writer: logs.Writer,
-  meter: logs.Meter,
-  must_stop: Callable[[int], bool],
-  course: Course,
-) -> int:
-  """Steps until `config.steps`, or until `must_stop`; the exit status, 0 or 143.
+# (step, state) -> numbers to log with those of the step, or None.
+Action = Callable[[int, State], dict[str, float] | None]
+
+
+def loop(job: Job, actions: Sequence[tuple[int, Action]], state: State, course: Course) -> int:
+  """Steps until `config.steps`, or until `must_stop`; returns the exit status, 0 or 143.
 
   Args:
-    config: anything with `steps` and `log`.
+    actions: (every so many steps, action): done in this order, and after the last step. A run that
+      is stopped is saved, but does not take the time for them.
     state: is donated, but on a CPU.
     course: of the loss until here.
   """
-  log, first, compiling = config.log, int(state['step']), _first_time()
-  recent, since_log = collections.deque(), []
+  log, steps, first = job.config.log, job.config.steps, int(state['step'])
+  recent, since_log, compiling = collections.deque(), [], first_time()
   with contextlib.ExitStack() as stack:
     batches = stack.enter_context(contextlib.closing(job.batches))
-    profile = stack.enter_context(_profiler(log.profile, first, workdir, meter))
-    for step in range(first + 1, config.steps + 1):  # steps are counted when taken
+    profile = stack.enter_context(_profiler(log.profile, first, job.workdir, job.meter))
+    for step in range(first + 1, steps + 1):  # steps are counted when taken
       profile(step, recent)
       batch = next(batches)  # first of all, since it may start processes
       with compiling('step'):
@@ -87,55 +79,69 @@ def loop(
         if step == first + 1:
           jax.block_until_ready(values)
           sharding.check_placed(state, job.shardings)
-          meter.start(step)
+          job.meter.start(step)
       since_log.append(values)
       recent.append(values['loss'])
       if len(recent) > IN_FLIGHT:
         recent.popleft().block_until_ready()
-      is_stopped, is_last = must_stop(step), step == config.steps
-      is_checkpoint = step % log.checkpoint_every == 0 or is_last or is_stopped
-      is_due = log.validate_every and (step % log.validate_every == 0 or is_last)
-      is_validation = job.validate and is_due and not is_stopped
-      if step % log.every and not is_checkpoint and not is_validation:
+      is_stopped, is_last = job.must_stop(step), step == steps
+      is_saved = step % log.checkpoint_every == 0 or is_last or is_stopped
+      due = [act for every, act in actions if not is_stopped and (step % every == 0 or is_last)]
+      if step % log.every and not is_saved and not due:
         if step == first + 1:
-          _say_progress(step, config.steps, _logged([jax.device_get(values)]), meter)
+          _say_progress(step, steps, _logged([jax.device_get(values)]), job.meter)
         continue
 
-      values, course = _looked_at(job, step, jax.device_get(since_log), state, course, manager)
+      values, course = _looked_at(job, step, jax.device_get(since_log), state, course)
       since_log.clear()
-      values |= meter.read(step) | logs.memory()
-      _say_progress(step, config.steps, values, meter if step == first + 1 else None)
-      with meter.paused(state):
-        if is_checkpoint:
+      values |= job.meter.read(step) | logs.memory()
+      _say_progress(step, steps, values, job.meter if step == first + 1 else None)
+      with job.meter.paused(state):
+        if is_saved:
           job.save(step, state, course)
-        if is_validation:
-          with compiling('validation'):
-            values |= _validated(job.validate(state['ema']))
-        writer.scalars(step, values)
-        if job.preview and is_checkpoint and not is_stopped:
-          with compiling('previews'):
-            picture = job.preview(state['ema'])
-          writer.image(step, 'preview', picture)
-        if is_checkpoint or is_validation:
-          writer.curve()
-      job.check_log(step, values, state, course)
+        try:
+          for act in due:
+            values |= act(step, state) or {}
+        finally:
+          job.writer.scalars(step, values)
+        if is_saved or due:
+          job.writer.curve()
+      if problem := job.check(step, values):
+        job.save(step, state, course)
+        raise InputError(problem)
       if is_stopped and not is_last:
-        manager.wait()
+        job.checkpoints.wait()
         say(f'stopped at step {step:,}, and saved; run the same command to go on')
         return STOPPED
-  manager.wait()
+  job.checkpoints.wait()
   return 0
 
 
-def _looked_at(job, step, since_log, state, course, manager):
+def _looked_at(job, step, since_log, state, course):
   """(what is logged of the steps since the last log, the course); raises after a bad step."""
   newest = since_log[-1]
   is_bad = newest['bad_step'] >= 0
   # A bad step, and those after it, say nothing of how the loss went.
   fine = since_log[: newest['bad_step'] - step + len(since_log)] if is_bad else since_log
-  course = followed(course, mean_loss(fine), manager.latest_step())
-  job.check(newest, state, course)
+  course = followed(course, mean_loss(fine), job.checkpoints.latest_step())
+  if is_bad:
+    _stop_at_bad_step(job, int(newest['bad_step']), state, course)
   return _logged(since_log), course
+
+
+def _stop_at_bad_step(job: Job, step: int, state: State, course: Course) -> None:
+  """Stops a run at a loss that is not finite, and says how it goes on.
+
+  The state is still that before the step; it becomes a checkpoint, so that the run, started again,
+  takes that very step first.
+  """
+  where = state['bad_step'].sharding
+  job.save(step, state | {'bad_step': jax.device_put(np.int32(-1), where)}, course)
+  sentence = job.look(state, step)
+  raise InputError(
+    f'step {step + 1}: the loss or a gradient is not finite.{sentence}'
+    f' {advice(course, job.checkpoints.steps(), job.checkpoints.folder)}'
+  )
 
 
 def _logged(steps):
@@ -153,15 +159,7 @@ def _say_progress(step, steps, values, meter):
   say(logs.progress_line(step, steps, values) + ready)
 
 
-def _validated(loss):
-  if loss is None:
-    say('no validation loss: every example is broken')
-    return {}
-  say(f'validation loss {logs.shown_loss(loss)}')
-  return {'validation_loss': loss}
-
-
-def _first_time() -> Callable[[str], contextlib.AbstractContextManager]:
+def first_time() -> Callable[[str], contextlib.AbstractContextManager]:
   """`compiling(what)`: tells how long it takes, the first time."""
   seen = set()
 
@@ -172,84 +170,6 @@ def _first_time() -> Callable[[str], contextlib.AbstractContextManager]:
     return waiting(f'compiling the {what}, about a minute', is_quiet=jax.process_index() > 0)
 
   return compiling
-
-
-def stop_if_bad(
-  values: dict[str, Any],
-  state: State,
-  course: Course,
-  save: Callable[[int, State, Course], None],
-  manager: Checkpoints,
-  look: Callable[[int], str] = lambda step: '',
-) -> None:
-  """Stops a run at a loss that is not finite, and says how it goes on.
-
-  The state is still that before the step; it becomes a checkpoint, so that the run, started again,
-  takes that very step first.
-
-  Args:
-    values: of a step.
-    save: as of a `Job`.
-    look: gives a sentence of what was found at the step after so many; called last.
-
-  Raises InputError.
-  """
-  step = int(values['bad_step'])
-  if step < 0:
-    return
-  where = state['bad_step'].sharding
-  save(step, state | {'bad_step': jax.device_put(np.int32(-1), where)}, course)
-  found = look(step)
-  raise InputError(
-    f'step {step + 1}: the loss or a gradient is not finite.{found}'
-    f' {advice(course, manager.steps(), manager.folder)}'
-  )
-
-
-def course_of(extras: dict[str, Any], config: Any) -> Course:
-  """How the loss went before a checkpoint with these extras; unknown if it was another loss.
-
-  Says so if it had grown.
-  """
-  lines = differences(extras.get('config', {}), dataclasses.asdict(config))
-  if 'course' not in extras or not all(line.startswith(SAME_LOSS) for line in lines):
-    return Course()
-  course = Course(**extras['course'])
-  if course.is_grown:
-    good = '' if course.good is None else f'; after step {course.good:,} it was as before'
-    say(f'the loss had grown from {course.mean:.4g} to {course.last:.4g} at this checkpoint{good}')
-  return course
-
-
-def keep_config(config: Any, workdir: str, step: int) -> None:
-  """Writes config.json; says what differs if the run was begun with another, and what is short.
-
-  InputError for steps to profile that are new and past.
-  """
-  new = dataclasses.asdict(config)
-  lines = differences(read_config(workdir) or new, new)
-  first, count = config.log.profile
-  if count and first + count <= step + 1 and any(line.startswith('log.profile') for line in lines):
-    raise InputError(
-      f'log.profile is {config.log.profile}, and this run is at step {step:,} already; name later'
-      ' steps, or leave it as it was.'
-    )
-  for line in lines:
-    say(f'changed since the last start: {line}')
-  if config.optimizer.warmup_steps > config.steps:
-    say(
-      f'the warm-up of {config.optimizer.warmup_steps:,} steps is longer than the run: the learning'
-      f' rate ends at {config.steps / config.optimizer.warmup_steps:.0%} of what is set'
-    )
-  write_config(workdir, new)
-
-
-def describe_params(state: State, writer: logs.Writer) -> None:
-  """Says what is trained, by parts; all of it goes to TensorBoard."""
-  table = logs.overview(state['params'])
-  writer.text(int(state['step']), 'parameters', table)
-  for line in table.splitlines()[-len({name.split('.')[0] for name in state['params']}) - 1 :]:
-    say(line)
 
 
 @contextlib.contextmanager

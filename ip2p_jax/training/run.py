@@ -1,48 +1,108 @@
-"""From a config to all that a training run holds: data, networks, and its state on the devices."""
+"""The driver of every training run: mesh, resume, signals, checkpoints, metrics, validation.
+
+What differs from one kind of training to another is a `Kind` (how a run begins) and a `Task` (what
+is trained, on which batches). `train.py` describes the training of an editor, and
+`captions/train.py` that of a language model.
+"""
 
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from ip2p_jax import parameters, sharding, storage, weights
-from ip2p_jax.config import TrainConfig, knobs
-from ip2p_jax.data import shards, sources
-from ip2p_jax.data.rows import Source
-from ip2p_jax.data.settings import check_training
+from ip2p_jax import sharding, storage
 from ip2p_jax.errors import InputError
-from ip2p_jax.models import attention, lora
-from ip2p_jax.models.tokenizer import ClipTokenizer
-from ip2p_jax.pipeline.networks import (
-  Networks,
-  check_is_editor,
-  fingerprint,
-  networks_of,
-  tokenizer_of,
-)
+from ip2p_jax.models import lora
 from ip2p_jax.pipeline.workdir import (
-  BASE,
-  CHECKPOINTS,
-  CONFIG,
   Checkpoints,
-  load_base,
-  read_config,
-  read_unet,
-  save_base,
 )
-from ip2p_jax.training import logs, optimizer, step
-from ip2p_jax.training.step import Recipe, State
-from ip2p_jax.weights import Checkpoint, names
+from ip2p_jax.training import flops, logs, optimizer, step
+from ip2p_jax.training.loop import Action, Job, first_time, loop, say, signals
+from ip2p_jax.training.resume import as_begun, claimed, course_before, keep_config
+from ip2p_jax.training.sizes import describe_params, sizes
+from ip2p_jax.training.step import State
 
-OURS = (
-  CONFIG, BASE, CHECKPOINTS, logs.LINES, logs.EVENTS,
-  logs.PREVIEWS, logs.CURVE, 'failures', 'profile',
-)  # fmt: skip
+Arrays = Mapping[str, np.ndarray]
+
+
+class Kind(NamedTuple):
+  """A kind of training: how a run of it begins.
+
+  Attributes:
+    fixed: settings that give the saved weights their meaning.
+    read_start: config -> the checkpoint that a new run begins with.
+    load_start: workdir -> the same, of a run that is resumed; None where the workdir has none.
+    describe: (config, checkpoint, mesh, workdir) -> Task.
+  """
+
+  fixed: tuple[str, ...]
+  read_start: Callable[[Any], Any]
+  load_start: Callable[[str], Any]
+  describe: Callable[[Any, Any, Mesh, str], 'Task']
+
+
+class Task(NamedTuple):
+  """What is trained, and on what.
+
+  Attributes:
+    config: the run's, with what the checkpoint decides.
+    shapes: {name: shape} of all parameters that may learn.
+    recipe: optimizer -> what the step knows and jit need not trace.
+    step: as `step.train_step`.
+    values: names -> {name: array} of the checkpoint.
+    frozen: names of what learns -> what a step uses and does not change, on the devices.
+    save_start: names of checkpoint parameters that learn -> None; keeps the rest in the workdir.
+    size: how large an example is, as in 'at 256 px'.
+    data: what there is to learn from, for people.
+    rows: how many rows there are; kept with each checkpoint.
+    batches: (run, place) -> the batches from that place on.
+    flops: run -> FLOPs of one example, forward and backward.
+    validation: run -> (() -> batches of validation examples); None without any.
+    validation_loss: (recipe, ema, frozen, batch) -> sums of the losses and of their weights.
+    preview: run -> (ema -> image); None without examples.
+    look: (run, place, state, step) -> a sentence about a bad step's batch.
+    check: (run, place, values) -> why the run cannot go on, or None.
+  """
+
+  config: Any
+  shapes: dict[str, Any]
+  recipe: Callable[[Any], Any]
+  step: Callable
+  values: Callable[[Collection[str]], Arrays]
+  frozen: Callable[[Collection[str]], dict[str, Any]]
+  save_start: Callable[[Collection[str]], None]
+  size: str
+  data: str
+  rows: Any
+  batches: Callable[['Run', int], Generator]
+  flops: Callable[['Run'], float]
+  validation: Callable[['Run'], Callable[[], Generator] | None]
+  validation_loss: Callable
+  preview: Callable[['Run'], Callable[[Any], Any] | None] = lambda run: None
+  look: Callable[['Run', int, State, int], str] = lambda run, place, state, step: ''
+  check: Callable[['Run', int, dict[str, float]], str | None] = lambda run, place, values: None
+
+
+class Learning(NamedTuple):
+  """What learns, and where its state lies.
+
+  Attributes:
+    trained: {name: shape}.
+    adapters: {name: array} of new adapters, which no checkpoint has; None without LoRA.
+    state: shapes of the state.
+    shardings: of the state.
+  """
+
+  recipe: Any
+  trained: dict[str, Any]
+  adapters: Arrays | None
+  state: State
+  shardings: State
 
 
 class Run(NamedTuple):
@@ -50,206 +110,174 @@ class Run(NamedTuple):
 
   Attributes:
     shardings: of the state.
-    frozen: what a step uses and does not change, on the devices; see `train_step`.
+    frozen: what a step uses and does not change, on the devices.
     microbatch: examples of one device and accumulation step.
   """
 
-  config: TrainConfig
+  config: Any
   mesh: Mesh
-  tokenizer: ClipTokenizer
-  recipe: Recipe
+  recipe: Any
   shardings: State
   frozen: dict[str, Any]
   microbatch: int
 
-  @property
-  def networks(self) -> Networks:
-    return self.recipe.networks
 
+def train(kind: Kind, config: Any, workdir: str) -> int:
+  """Trains until `config.steps`, or until a signal; called again, goes on where it was.
 
-class Data(NamedTuple):
-  """Opened data sets and their weights; `validation` may be empty."""
-
-  train: list[Source]
-  weights: list[float]
-  validation: Source
-  is_latents: bool
-
-
-@contextlib.contextmanager
-def claimed(workdir: str) -> Iterator[None]:
-  """Keeps a second run out of a local workdir, and this run out of folders that are something else.
-
-  The lock is the system's, and goes with the process however it ends. InputError if another run
-  has it, or if the folder holds what no run writes.
+  Returns the exit status: 0 when done, 143 when stopped by a signal (a checkpoint is written
+  first). Raises InputError for anything wrong with config, checkpoint or workdir, and for a loss
+  that is not finite.
   """
-  folder = storage.folder(workdir)
-  if jax.process_index() or not storage.is_local(workdir):
-    yield
-    return
-  if folder.exists() and not folder.is_dir():
-    raise InputError(f'{folder}: is a file, and --workdir is to be a folder; give another name.')
-  folder.mkdir(parents=True, exist_ok=True)
-  found = (file.name for file in folder.iterdir())
-  strangers = sorted(name for name in found if name not in OURS and not name.startswith('.'))
-  if strangers:
-    raise InputError(f'{folder}: holds {strangers[0]}, so it is no workdir; give a new folder.')
-  busy = f'{folder}: another run is writing here; wait for it, or stop it.'
-  with storage.locked(folder / '.lock', busy):
-    yield
+  workdir = str(storage.folder(workdir))
+  mesh = sharding.make_mesh(config.mesh.fsdp)
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(claimed(workdir))
+    checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, config.log.keep)))
+    task, run, state, extras = _prepare(kind, config, workdir, mesh, checkpoints)
+    config, step = run.config, int(state['step'])
+    sharding.check_placed(state, run.shardings)
+    if step:
+      say(f'resumed   from the checkpoint of step {step:,}')
+    if step >= config.steps:
+      say(f'done: already at step {step:,} of {config.steps:,}')
+      return 0
+    keep_config(config, workdir, step)
+    course = course_before(extras, config)
+    if extras['rows'] not in (None, task.rows):
+      say(f'the data had {extras["rows"]} rows, and now has {task.rows}: the order is another')
+    writer = stack.enter_context(logs.Writer(workdir, step))
+    say(f'data      {task.data}')
+    describe_params(state, writer)
+    must_stop = stack.enter_context(signals())
+    # Counted in batches of today's size, in case that has changed; no example comes twice.
+    ahead = -(-extras['examples'] // config.batch_size) - step
+    job = _job(task, run, workdir, checkpoints, writer, ahead, step)._replace(must_stop=must_stop)
+    status = loop(job, _actions(task, run, writer), state, course)
+  if status == 0:
+    has_previews = (storage.folder(workdir) / logs.PREVIEWS).exists()
+    say(f'done: {config.steps:,} steps{f", images in {workdir}/previews" * has_previews}')
+    say(f'ip2p convert {workdir} DST exports the averaged weights')
+  return status
 
 
-def open_data(config: TrainConfig) -> Data:
-  """Opens every data set of the mixture; the first that has a validation split gives it."""
-  opened, mixture, validation = [], sources.mixture(config.data.path), ()
-  check_training(config, [path for path, _ in mixture])
-  kinds = []
-  for path, _ in mixture:
-    opener = functools.partial(
-      sources.open_source, path, columns=config.data.columns, task=config.task
-    )
-    train = opener('train')
-    if not len(train):
-      raise InputError(f'{path}: has no training examples, only other splits.')
-    opened.append(train)
-    kinds.append(shards.is_shards(path) and shards.describe(path)['kind'] == 'latents')
-    validation = validation if len(validation) else opener('validation')
-  sources.check_columns(config.data.columns, opened, config.data.path)
-  return Data(opened, [weight for _, weight in mixture], validation, all(kinds))
+def learning(
+  config: Any, shapes: Mapping[str, Any], recipe: Callable[[Any], Any], mesh: Mesh
+) -> Learning:
+  """What learns of parameters of these shapes, its optimizer, and how devices share its state.
 
-
-def check_latents(config: TrainConfig, checkpoint: Checkpoint, tokenizer: ClipTokenizer) -> None:
-  """Raises InputError if latents were made by another VAE, or at another size, than this run's."""
-  ours = None
-  for path, _ in sources.mixture(config.data.path):
-    about = shards.describe(path) if shards.is_shards(path) else {'kind': 'pictures'}
-    if about['kind'] != 'latents':
-      continue
-    ours = ours or fingerprint(checkpoint, tokenizer)
-    if about['fingerprint'] != ours:
-      raise InputError(
-        f'{path}: these latents were made with another VAE or tokenizer than those of'
-        f' {checkpoint.source}; pack them again with --ckpt of this checkpoint.'
-      )
-    if about['resolution'] != config.resolution:
-      raise InputError(
-        f'{path}: these latents are of {about["resolution"]} px and resolution is'
-        f' {config.resolution}; set --config.resolution={about["resolution"]}, or pack them again.'
-      )
-
-
-def starting_checkpoint(config: TrainConfig) -> Checkpoint:
-  """The checkpoint to start from; for editing, its UNet widened by input channels at zero."""
-  checkpoint = weights.read(
-    config.checkpoint,
-    ema={'': None, 'average': True, 'live': False}[config.checkpoint_weights],
-    prediction_type=config.prediction_type or None,
+  InputError for settings of LoRA or rates that leave nothing to learn.
+  """
+  trained, adapters = trained_shapes(config, shapes)
+  recipe = recipe(optimizer.adamw(config.optimizer, {*shapes, *trained}, config.steps))
+  state = jax.eval_shape(functools.partial(step.initial_state, recipe), trained)
+  return Learning(
+    recipe, trained, adapters, state, sharding.of_state(mesh, state, config.mesh.zero1)
   )
-  networks = networks_of(checkpoint)
-  latents = networks.vae_config.latent_channels
-  if config.task == 'text_to_image':
-    if networks.unet_config.in_channels != latents:
-      raise InputError(
-        f'{config.checkpoint}: the UNet takes {networks.unet_config.in_channels} channels, so it is'
-        " no text-to-image model; set task to 'edit'."
-      )
-    return checkpoint
-  widened = weights.with_input_channels(checkpoint, 2 * latents)
-  if widened is not checkpoint:
-    rate = parameters.first_match(config.optimizer.rates, 'conv_in.kernel', 'optimizer.rates')
-    if config.lora.rank or not rate:
-      raise InputError(
-        f'{config.checkpoint}: is a text-to-image model, whose new input channels must learn; train'
-        ' all weights, or start LoRA and partial training from an editor.'
-      )
-  check_is_editor(networks_of(widened), config.checkpoint)
-  return widened
 
 
-def prepare(
-  config: TrainConfig, workdir: str, mesh: Mesh, manager: Checkpoints, say: Callable[[str], None]
-) -> tuple[Run, State, dict[str, Any]]:
-  """Starts or resumes: (run, state, {'examples': seen so far, 'rows': of the data sets or None}).
+def _prepare(
+  kind: Kind, config: Any, workdir: str, mesh: Mesh, checkpoints: Checkpoints
+) -> tuple[Task, Run, State, dict[str, Any]]:
+  """Starts or resumes: (task, run, state, {'examples': seen so far, 'rows': of then, or None}).
 
   The run's config says what the run does: what it goes on from decides some of it.
-
-  Raises InputError for a config, checkpoint or workdir that does not fit the others.
   """
   microbatch = sharding.check_batch(mesh, config.batch_size, config.accumulation)
-  is_resumed = manager.latest_step() is not None
+  is_resumed = checkpoints.latest_step() is not None
   if is_resumed:
-    config = as_begun(config, ('task', 'lora.rank', 'lora.alpha'), workdir, say)
-  checkpoint = load_base(workdir) if is_resumed else starting_checkpoint(config)
-  if checkpoint is None:
-    raise InputError(f'{workdir}: has checkpoints but no {BASE}; use a new workdir.')
-  networks = networks_of(checkpoint)
-  networks = networks._replace(attention=attention.dispatch(config.attention, mesh))
-  config = _with_prediction_type(config, networks, workdir)
-  _check_resolution(config, networks)
-  tokenizer = tokenizer_of(checkpoint, networks)
-  check_latents(config, checkpoint, tokenizer)
-  shapes = parameters.flatten(networks.shapes['unet'])
-  trained, initial = trained_shapes(config, shapes)
-  transform = optimizer.adamw(config.optimizer, {*shapes, *trained}, config.steps)
-  recipe = Recipe(networks, config, transform)
-  abstract = jax.eval_shape(functools.partial(step.initial_state, recipe), trained)
-  shardings = sharding.of_state(mesh, abstract, config.mesh.zero1)
+    config = as_begun(config, kind.fixed, workdir)
+  start = kind.load_start(workdir) if is_resumed else kind.read_start(config)
+  if start is None:
+    raise InputError(f'{workdir}: has checkpoints of another kind of run; use a new workdir.')
+  task = kind.describe(config, start, mesh, workdir)
+  learnt = learning(task.config, task.shapes, task.recipe, mesh)
   if is_resumed:
-    manager.check_fits(abstract)
-  in_base = [name for name in shapes if name not in trained]
-  frozen = _frozen(config, checkpoint, networks, in_base, trained, tokenizer, mesh)
-  run = Run(config, mesh, tokenizer, recipe, shardings, frozen, microbatch)
-  say(sizes(run, abstract, f'at {config.resolution} px'))
+    checkpoints.check_fits(learnt.state)
+  frozen = task.frozen(learnt.trained)
+  run = Run(task.config, mesh, learnt.recipe, learnt.shardings, frozen, microbatch)
+  say(sizes(run, learnt.state, task.size))
   if is_resumed:
-    return run, *resumed(manager, abstract, shardings)
-  save_base(workdir, checkpoint, set(trained) - set(initial or ()))
-  values = initial or read_unet(checkpoint, {name: shapes[name] for name in trained})
-  return run, started(recipe, values, shardings), {'examples': 0, 'rows': None}
+    return task, run, *_resumed(checkpoints, learnt)
+  task.save_start([name for name in learnt.trained if name in task.shapes])
+  values = learnt.adapters or task.values(learnt.trained)
+  return task, run, _started(learnt, values), {'examples': 0, 'rows': None}
 
 
-def resumed(manager: Checkpoints, abstract: State, shardings: State) -> tuple[State, dict]:
-  """The latest checkpoint, on the devices."""
-  target = jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
+def _job(task, run, workdir, checkpoints, writer, ahead, first) -> Job:
+  """The batch of a step is that of place step + ahead; `first` steps are taken."""
+  jitted = step.jitted(run.recipe, run.mesh, run.shardings, task.step)
+
+  def save(step, state, course):
+    extras = {
+      'examples': (step + ahead) * run.config.batch_size,
+      'rows': task.rows,
+      'config': dataclasses.asdict(run.config),
+      'course': course._asdict(),
+    }
+    checkpoints.save(step, state, extras, course.good)
+
+  meter = logs.Meter(
+    run.config.batch_size, task.flops(run), run.mesh.size, flops.peak(run.mesh.devices.flat[0])
   )
-  return manager.restore(target)
+  return Job(
+    config=run.config,
+    workdir=workdir,
+    step=lambda state, batch: jitted(state, run.frozen, batch),
+    batches=task.batches(run, first + ahead),
+    shardings=run.shardings,
+    checkpoints=checkpoints,
+    writer=writer,
+    meter=meter,
+    save=save,
+    must_stop=lambda step: False,
+    look=lambda state, step: task.look(run, step + ahead, state, step),
+    check=lambda step, values: task.check(run, step + ahead, values),
+  )
 
 
-def started(recipe: Any, values: Mapping[str, np.ndarray], shardings: State) -> State:
-  """The state before the first step, on the devices."""
-  params = {name: sharding.put(values[name], where) for name, where in shardings['params'].items()}
-  start = functools.partial(step.initial_state, recipe)
-  return jax.jit(start, out_shardings=shardings, donate_argnums=0)(params)
+def _actions(task: Task, run: Run, writer: logs.Writer) -> list[tuple[int, Action]]:
+  """What is done beside the steps: (every so many steps, action)."""
+  log, compiling, actions = run.config.log, first_time(), []
+  if log.validate_every and (validate := _validation(task, run)):
+
+    def validated(step, state):
+      with compiling('validation'):
+        loss = validate(state['ema'])
+      if loss is None:
+        say('no validation loss: every example is broken')
+        return {}
+      say(f'validation loss {logs.shown_loss(loss)}')
+      return {'validation_loss': loss}
+
+    actions.append((log.validate_every, validated))
+  if preview := task.preview(run):
+
+    def previewed(step, state):
+      with compiling('previews'):
+        writer.image(step, 'preview', preview(state['ema']))
+
+    actions.append((log.checkpoint_every, previewed))
+  return actions
 
 
-def as_begun(config: Any, fixed: Collection[str], workdir: str, say: Callable[[str], None]) -> Any:
-  """The config with the starting checkpoint that the run really had, which is not read again.
+def _validation(task: Task, run: Run) -> Callable[[Any], float | None] | None:
+  """`validate(ema)`: the mean loss of the validation examples; None if all of them are broken."""
+  batches = task.validation(run)
+  if batches is None:
+    return None
+  losses = jax.jit(
+    functools.partial(task.validation_loss, run.recipe),
+    out_shardings=sharding.replicated(run.mesh),
+  )
 
-  InputError for another value of a knob that gives the saved weights their meaning.
-  """
-  old, new = parameters.flatten(read_config(workdir) or {}), dict(knobs(config))
-  for knob in fixed:
-    was, now = old.get(knob, new[knob]), new[knob]
-    if was != now:
-      raise InputError(f'{knob} was {was!r} in this workdir; set it so, or use a new workdir.')
-  begun = {name: old[name] for name in ('checkpoint', 'checkpoint_weights') if name in old}
-  if any(getattr(config, name) != value for name, value in begun.items()):
-    say(
-      f'checkpoint is not read again: this workdir, begun with {begun["checkpoint"]}, has its own'
-      ' weights'
-    )
-  return dataclasses.replace(config, **begun)
+  def validate(ema):
+    with contextlib.closing(batches()) as placed:
+      totals = [jax.device_get(losses(ema, run.frozen, batch)) for batch in placed]
+    loss, weight = np.sum(np.array(totals, np.float64), 0)
+    return float(loss / weight) if weight else None
 
-
-def _with_prediction_type(config, networks, workdir):
-  """The config, with what the network really predicts."""
-  known = networks.schedule.prediction_type
-  if config.prediction_type not in ('', known):
-    raise InputError(
-      f'prediction_type was {known!r} in {workdir}, which cannot change any more; set it so, or use'
-      ' a new workdir.'
-    )
-  return dataclasses.replace(config, prediction_type=known)
+  return validate
 
 
 def trained_shapes(
@@ -268,56 +296,19 @@ def trained_shapes(
   return {name: as_float32(name) for name in shapes if name in kept}, None
 
 
-def _frozen(config, checkpoint, networks, in_base, trained, tokenizer, mesh):
-  """On the devices, in the dtype of arithmetic."""
-  everywhere, shapes = sharding.replicated(mesh), parameters.flatten(networks.shapes['unet'])
-  # A kernel that an adapter is added to keeps its digits until then.
-  adapted = {name.rpartition('.')[0] for name in trained if '.lora_' in name}
-  frozen = {'unet': {}, 'null_ids': sharding.put(tokenizer([''])[0], everywhere)}
-  fixed = read_unet(checkpoint, {name: shapes[name] for name in in_base})
-  for name, value in fixed.items():
-    dtype = np.float32 if name.rpartition('.')[0] in adapted else config.dtype
-    where = sharding.split(mesh, value.shape, ('fsdp',))
-    frozen['unet'][name] = sharding.put(value.astype(dtype), where)
-  for part in ('vae', 'text_encoder'):
-    place = lambda x, _: sharding.put(np.asarray(x).astype(config.dtype), everywhere)
-    frozen[part] = names.to_params(
-      checkpoint.tensors[part], networks.shapes[part], part, source=checkpoint.source, place=place
-    )
-  return frozen
+def _resumed(checkpoints: Checkpoints, learnt: Learning) -> tuple[State, dict[str, Any]]:
+  """The latest checkpoint, on the devices."""
+  target = jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    learnt.state,
+    learnt.shardings,
+  )
+  return checkpoints.restore(target)
 
 
-def _check_resolution(config, networks):
-  factor = networks.vae_config.factor
-  if config.resolution % factor:
-    near = max(round(config.resolution / factor), 1) * factor
-    raise InputError(
-      f'resolution is {config.resolution}; this VAE takes multiples of {factor}: use {near}.'
-    )
-
-
-def sizes(run: Any, abstract: State, each: str) -> str:
-  """Lines for people: who computes what, and how many bytes each device holds.
-
-  Args:
-    run: a `Run`, or what has the same of it.
-    each: how large an example is.
-  """
-  config, mesh = run.config, run.mesh
-  kind = mesh.devices.flat[0].device_kind
-  held = lambda part: _bytes(sharding.bytes_per_device(abstract[part], run.shardings[part]))
-  frozen = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(run.frozen))
-  trained = sum(x.size for x in jax.tree.leaves(abstract['params']))
-  return '\n'.join([
-    f'devices   {mesh.size} ({kind}) as data {mesh.shape["data"]} x fsdp {mesh.shape["fsdp"]},'
-    f' in {jax.process_count()} process{"es" if jax.process_count() > 1 else ""}',
-    f'batch     {config.batch_size} = {mesh.size} devices x {run.microbatch} examples'
-    f' x {config.accumulation} accumulation steps, {each}',
-    f'training  {trained:,} parameters in float32, arithmetic in {config.dtype}',
-    f'memory    on each device: parameters {held("params")}, optimizer {held("opt_state")},'
-    f' average {held("ema")}, frozen networks {_bytes(frozen)}',
-  ])  # fmt: skip
-
-
-def _bytes(count) -> str:
-  return f'{count / 2**30:.2f} GiB' if count >= 2**28 else f'{count / 2**20:.1f} MiB'
+def _started(learnt: Learning, values: Arrays) -> State:
+  """The state before the first step, on the devices."""
+  places = learnt.shardings['params'].items()
+  params = {name: sharding.put(values[name], where) for name, where in places}
+  start = functools.partial(step.initial_state, learnt.recipe)
+  return jax.jit(start, out_shardings=learnt.shardings, donate_argnums=0)(params)

@@ -1,36 +1,47 @@
-"""Training an editor: batches in; metrics, validation, previews and checkpoints out."""
+"""Training an editor: which batches it learns from, and what is looked at on the way."""
 
 import contextlib
-import dataclasses
 import functools
 import io
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 
-from ip2p_jax import sharding, storage
+from ip2p_jax import parameters, sharding, storage
 from ip2p_jax.config import TrainConfig, check_config
 from ip2p_jax.data import examples, loader
 from ip2p_jax.data.rows import LatentRow
 from ip2p_jax.errors import InputError
-from ip2p_jax.pipeline.workdir import Checkpoints
-from ip2p_jax.training import flops, logs, previews
-from ip2p_jax.training.loop import (
-  Job,
-  course_of,
-  describe_params,
-  keep_config,
-  loop,
-  say,
-  signals,
-  stop_if_bad,
+from ip2p_jax.models import attention
+from ip2p_jax.models.tokenizer import ClipTokenizer
+from ip2p_jax.pipeline.networks import networks_of, tokenizer_of
+from ip2p_jax.pipeline.workdir import load_base, read_unet, save_base
+from ip2p_jax.training import flops, previews, run
+from ip2p_jax.training.run import Kind, Run, Task
+from ip2p_jax.training.start import (
+  Data,
+  check_latents,
+  check_resolution,
+  frozen_parts,
+  open_data,
+  starting_checkpoint,
+  with_prediction_type,
 )
-from ip2p_jax.training.run import Data, Run, claimed, open_data, prepare
-from ip2p_jax.training.step import jitted, losses_at, unet_params, validation_loss
+from ip2p_jax.training.step import Recipe, losses_at, train_step, unet_params, validation_loss
+from ip2p_jax.weights import Checkpoint
+
+
+class Editing(NamedTuple):
+  """What an editor's run has beside the weights."""
+
+  data: Data
+  tokenizer: ClipTokenizer
+  workdir: str
 
 
 def train(config: TrainConfig, workdir: str) -> int:
@@ -41,79 +52,67 @@ def train(config: TrainConfig, workdir: str) -> int:
   that is not finite; and for more broken examples than `data.max_corrupt`.
   """
   check_config(config)
-  workdir = str(storage.folder(workdir))
   data = open_data(config)
-  mesh = sharding.make_mesh(config.mesh.fsdp)
-  with contextlib.ExitStack() as stack:
-    stack.enter_context(claimed(workdir))
-    manager = stack.enter_context(contextlib.closing(Checkpoints(workdir, config.log.keep)))
-    run, state, extras = prepare(config, workdir, mesh, manager, say)
-    config = run.config
-    sharding.check_placed(state, run.shardings)
-    step = int(state['step'])
-    if step:
-      say(f'resumed   from the checkpoint of step {step:,}')
-    if step >= config.steps:
-      say(f'done: already at step {step:,} of {config.steps:,}')
-      return 0
-    keep_config(config, workdir, step)
-    course = course_of(extras, config)
-    if extras['rows'] not in (None, _rows(data)):
-      say(
-        f'the data set had {extras["rows"]} rows, and now has {_rows(data)}: the order is another'
-      )
-    writer = stack.enter_context(logs.Writer(workdir, step))
-    _describe(data)
-    describe_params(state, writer)
-    must_stop = stack.enter_context(signals())
-    # Counted in batches of today's size, in case that has changed; no example comes twice.
-    ahead = -(-extras['examples'] // config.batch_size) - step
-    job = _job(run, data, manager, workdir, ahead, step)
-    meter = _meter(run, data)
-    status = loop(job, config, state, workdir, manager, writer, meter, must_stop, course)
-  if status == 0:
-    pictures = f', pictures in {workdir}/previews' if job.preview else ''
-    say(f'done: {config.steps:,} steps{pictures}')
-    say(f'ip2p convert {workdir} DST exports the averaged weights')
-  return status
+  kind = Kind(
+    fixed=('task', 'lora.rank', 'lora.alpha'),
+    read_start=starting_checkpoint,
+    load_start=load_base,
+    describe=functools.partial(_describe, data),
+  )
+  return run.train(kind, config, workdir)
 
 
-def _job(run: Run, data: Data, manager, workdir, ahead, first) -> Job:
-  """The batch of a step is that of place step + ahead; `first` steps are taken."""
-  save = functools.partial(_save, manager, run, data, ahead)
-  step_of = jitted(run.recipe, run.mesh, run.shardings)
-  validate = _validation(run, data)
-  return Job(
-    step=lambda state, batch: step_of(state, run.frozen, batch),
-    batches=_batches(run, data, first + ahead),
-    shardings=run.shardings,
-    save=save,
-    check=functools.partial(_check_finite, run, data, ahead, save, manager, workdir),
-    validate=validate and (lambda ema: validate(ema, run.frozen)),
-    preview=_preview(run, data),
-    check_log=functools.partial(_check_skipped, run, data, ahead, save),
+def _describe(
+  data: Data, config: TrainConfig, checkpoint: Checkpoint, mesh: Mesh, workdir: str
+) -> Task:
+  networks = networks_of(checkpoint)
+  networks = networks._replace(attention=attention.dispatch(config.attention, mesh))
+  config = with_prediction_type(config, networks, workdir)
+  check_resolution(config, networks)
+  tokenizer = tokenizer_of(checkpoint, networks)
+  check_latents(config, checkpoint, tokenizer)
+  shapes, editing = parameters.flatten(networks.shapes['unet']), Editing(data, tokenizer, workdir)
+  of_data = lambda function: functools.partial(function, editing)
+  return Task(
+    config=config,
+    shapes=shapes,
+    recipe=functools.partial(Recipe, networks, config),
+    step=train_step,
+    values=lambda names: read_unet(checkpoint, {name: shapes[name] for name in names}),
+    frozen=functools.partial(frozen_parts, config, checkpoint, networks, tokenizer, mesh),
+    save_start=functools.partial(save_base, workdir, checkpoint),
+    size=f'at {config.resolution} px',
+    data=_about(data),
+    rows=_rows(data),
+    batches=of_data(_batches),
+    flops=of_data(_flops),
+    validation=of_data(_validation),
+    validation_loss=validation_loss,
+    preview=of_data(_preview),
+    look=of_data(_keep_batch),
+    check=of_data(_check_skipped),
   )
 
 
-def _save(manager: Checkpoints, run: Run, data: Data, ahead: int, step: int, state, course) -> None:
-  extras = {
-    'examples': (step + ahead) * run.config.batch_size,
-    'rows': _rows(data),
-    'config': dataclasses.asdict(run.config),
-    'course': course._asdict(),
-  }
-  manager.save(step, state, extras, course.good)
+def _about(data: Data) -> str:
+  rows = ' + '.join(f'{len(source):,}' for source in data.train)
+  kind = 'latents' if data.is_latents else 'images'
+  none = (
+    '' if len(data.validation) else ' (so no validation loss; previews are of training examples)'
+  )
+  return f'{rows} training examples ({kind}), {len(data.validation):,} for validation{none}'
 
 
 def _rows(data: Data) -> list[int]:
   return [len(source) for source in data.train]
 
 
-def _batches(run: Run, data: Data, start: int) -> Iterator[dict[str, jax.Array]]:
-  config = run.config
+def _batches(editing: Editing, run: Run, start: int) -> Iterator[dict[str, jax.Array]]:
+  config, data = run.config, editing.data
   host = loader.batches(
     data.train, data.weights, seed=config.seed, batch_size=config.batch_size, start_step=start,
-    rows=sharding.local_rows(run.mesh, config.batch_size), config=config, tokenizer=run.tokenizer,
+    rows=sharding.local_rows(run.mesh, config.batch_size), config=config,
+    tokenizer=editing.tokenizer,
     workers=0 if data.is_latents else config.data.workers,  # nothing to decode: threads are faster
   )  # fmt: skip
   where = sharding.of_batch(run.mesh)
@@ -125,33 +124,27 @@ def _name_broken(errors: list[str]) -> None:
     print(f'skipped a broken example: {error}', file=sys.stderr, flush=True)
 
 
-def _validation(run: Run, data: Data) -> Callable[[Any, Any], float | None] | None:
-  """`validate(ema, frozen)`: the mean loss over the first validation examples that are good."""
-  log, size = run.config.log, run.microbatch * run.mesh.size
-  if not (log.validate_every and log.validation_examples and len(data.validation)):
+def _validation(editing: Editing, run: Run) -> Callable[[], Iterator[dict[str, jax.Array]]] | None:
+  """`batches()` of the first validation examples that are good; None without any."""
+  count, source = run.config.log.validation_examples, editing.data.validation
+  if not (count and len(source)):
     return None
-  losses = jax.jit(
-    functools.partial(validation_loss, run.recipe),
-    out_shardings=sharding.replicated(run.mesh),
-  )
+  size = run.microbatch * run.mesh.size
 
-  def validate(ema, frozen):
+  def batches():
     host = loader.validation_batches(
-      data.validation, batch_size=size, examples=log.validation_examples,
-      rows=sharding.local_rows(run.mesh, size), config=run.config, tokenizer=run.tokenizer,
+      source, batch_size=size, examples=count, rows=sharding.local_rows(run.mesh, size),
+      config=run.config, tokenizer=editing.tokenizer,
     )  # fmt: skip
-    placed = loader.to_device(host, sharding.of_batch(run.mesh), size, on_error=_name_broken)
-    with contextlib.closing(placed) as batches:
-      totals = [jax.device_get(losses(ema, frozen, batch)) for batch in batches]
-    loss, weight = np.sum(np.array(totals, np.float64), 0)
-    return float(loss / weight) if weight else None
+    return loader.to_device(host, sharding.of_batch(run.mesh), size, on_error=_name_broken)
 
-  return validate
+  return batches
 
 
-def _preview(run: Run, data: Data) -> Callable[[Any], Any] | None:
-  """`preview(ema)`: a picture of the first validation (or else training) examples, edited."""
-  count = run.config.log.previews
+def _preview(editing: Editing, run: Run) -> Callable[[Any], Any] | None:
+  """`preview(ema)`: an image of the first validation (or else training) examples, edited."""
+  count, data, tokenizer = run.config.log.previews, editing.data, editing.tokenizer
+  networks = run.recipe.networks
   source = data.validation if len(data.validation) else data.train[0]
   shown, latents = [], []
   for i in range(min(len(source), 10 * count)):
@@ -162,17 +155,17 @@ def _preview(run: Run, data: Data) -> Callable[[Any], Any] | None:
       if isinstance(row, LatentRow):
         latents.append(row)
         continue
-      made = examples.example(row, None, run.config, run.tokenizer)
+      made = examples.example(row, None, run.config, tokenizer)
       pictures = {
         key: made[f'{key}_image'] for key in ('input', 'edited') if f'{key}_image' in made
       }
       shown.append(pictures | {'instruction': row.instructions[0]})
   if latents:
-    shown = previews.latent_examples(run.networks, run.frozen['vae'], run.tokenizer, latents)
+    shown = previews.latent_examples(networks, run.frozen['vae'], tokenizer, latents)
   if not shown:
     return None
   preview = previews.make_preview(
-    run.networks, run.tokenizer, shown, steps=run.config.log.preview_steps, mesh=run.mesh
+    networks, tokenizer, shown, steps=run.config.log.preview_steps, mesh=run.mesh
   )
   gather = jax.jit(
     functools.partial(unet_params, run.recipe),
@@ -186,32 +179,24 @@ def _preview(run: Run, data: Data) -> Callable[[Any], Any] | None:
   return show
 
 
-def _meter(run: Run, data: Data) -> logs.Meter:
-  work = flops.training_flops(
-    run.networks, run.config.resolution, latents=data.is_latents,
-    trained_fraction=flops.trained_fraction(run.networks, run.frozen['unet']),
+def _flops(editing: Editing, run: Run) -> float:
+  networks = run.recipe.networks
+  return flops.training_flops(
+    networks, run.config.resolution, latents=editing.data.is_latents,
+    trained_fraction=flops.trained_fraction(networks, run.frozen['unet']),
   )  # fmt: skip
-  devices = run.mesh.devices.flat
-  return logs.Meter(run.config.batch_size, work, run.mesh.size, flops.peak(devices[0]))
 
 
-def _check_finite(
-  run: Run, data: Data, ahead, save, manager, workdir, values, state, course
-) -> None:
-  """Stops at a loss that is not finite, and keeps what is needed to look into it.
+def _keep_batch(editing: Editing, run: Run, place: int, state: Any, step: int) -> str:
+  """Writes the batch of the step after `step`, which `state` stands before; says where.
 
-  The batch lies in W/failures, with each example's loss and draws.
+  The batch, of that place, lies in W/failures, with each example's loss and draws.
   """
-  look = functools.partial(_keep_batch, run, data, ahead, workdir, state)
-  stop_if_bad(values, state, course, save, manager, look)
-
-
-def _keep_batch(run: Run, data: Data, ahead, workdir, state, step) -> str:
-  """Writes the batch of the step after `step`, which `state` stands before; says where."""
-  config, rows = run.config, sharding.local_rows(run.mesh, run.config.batch_size)
+  config, data = run.config, editing.data
+  rows = sharding.local_rows(run.mesh, config.batch_size)
   host = loader.batch_at(
-    data.train, data.weights, seed=config.seed, batch_size=config.batch_size, step=step + ahead,
-    rows=rows, config=config, tokenizer=run.tokenizer,
+    data.train, data.weights, seed=config.seed, batch_size=config.batch_size, step=place,
+    rows=rows, config=config, tokenizer=editing.tokenizer,
   )  # fmt: skip
   errors = host.pop('error')
   batch = loader.globally(host, sharding.of_batch(run.mesh), config.batch_size)
@@ -226,36 +211,27 @@ def _keep_batch(run: Run, data: Data, ahead, workdir, state, step) -> str:
   content = io.BytesIO()
   np.savez_compressed(content, **found)
   name = f'step_{step + 1:08d}_process_{jax.process_index()}.npz'
-  file = epath.Path(workdir) / 'failures' / name
+  file = epath.Path(editing.workdir) / 'failures' / name
   storage.write_bytes(file, content.getvalue())
   badness = np.where(np.isfinite(each), each, np.inf)
   worst = int(np.argmax(np.where(weight > 0, badness, -np.inf)))  # broken rows do not count
   return f' The batch with every example’s loss is in {file} (worst: row {worst}).'
 
 
-def _check_skipped(run: Run, data: Data, ahead, save, step, values, state, course) -> None:
-  """Stops at too many broken examples, saved first. Each is met again in every pass of the data."""
-  config, skipped = run.config, values['skipped']
-  passes = _passes((step + ahead) * config.batch_size, _rows(data), data.weights)
+def _check_skipped(editing: Editing, run: Run, place: int, values: dict[str, float]) -> str | None:
+  """What to do about too many broken examples. Each is met again in every pass of the data."""
+  config, data, skipped = run.config, editing.data, values['skipped']
+  passes = _passes(place * config.batch_size, _rows(data), data.weights)
   if skipped > config.data.max_corrupt * passes:
-    save(step, state, course)
-    raise InputError(
+    return (
       f'{int(skipped)} broken examples were met in {passes:.1f} passes of the data, more than'
       f' data.max_corrupt ({config.data.max_corrupt}) in each; ip2p check names them all. Mend'
       ' them, or raise the limit.'
     )
+  return None
 
 
 def _passes(seen: int, rows: Sequence[int], weights: Sequence[float]) -> float:
   """How often all rows of a mixture's data set were seen, of the one that comes most often."""
   each = zip(rows, weights, strict=True)
   return max(1.0, *(seen * weight / sum(weights) / count for count, weight in each))
-
-
-def _describe(data: Data) -> None:
-  rows = ' + '.join(f'{len(source):,}' for source in data.train)
-  kind = 'latents' if data.is_latents else 'pictures'
-  none = (
-    '' if len(data.validation) else ' (so no validation loss; previews are of training examples)'
-  )
-  say(f'data      {rows} training examples ({kind}), {len(data.validation):,} for validation{none}')

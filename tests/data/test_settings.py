@@ -17,7 +17,7 @@ from ip2p_jax.data.pack import pack
 from ip2p_jax.data.pack_plan import make_plan
 from ip2p_jax.data.rows import LatentRow
 from ip2p_jax.errors import InputError
-from ip2p_jax.training.run import open_data
+from ip2p_jax.training.start import open_data
 
 SIDE, LATENT = 32, 8
 MINIATURE = Path(__file__).parents[2] / 'assets' / 'miniature'

@@ -39,7 +39,7 @@ class Kept:
     pass
 
 
-def run(losses, workdir, weights=None, kept=None, first=0, course=None, **log):
+def run(losses, workdir, weights=None, kept=None, first=0, course=None, actions=(), **log):
   """Goes through steps of these losses; (status, lines of metrics.jsonl, what was kept).
 
   A loss that is not finite is a bad step, after which the state stays as it is.
@@ -59,18 +59,15 @@ def run(losses, workdir, weights=None, kept=None, first=0, course=None, **log):
     as_arrays = jax.tree.map(jnp.asarray, values)
     return state | {'step': placed(taken), 'bad_step': placed(bad)}, as_arrays
 
-  stop = lambda values, state, course: loop.stop_if_bad(values, state, course, kept.save, kept)
-  job = loop.Job(
-    step=step, batches=(i for i in range(len(losses))),
-    shardings=jax.tree.map(lambda _: where, state), save=kept.save, check=stop,
-  )  # fmt: skip
   log = {'every': 2, 'checkpoint_every': 4, 'validate_every': 0} | log
   config = types.SimpleNamespace(steps=first + len(losses), log=LogConfig(**log))
-  meter = logs.Meter(4, 1e9, 1, None)
   with logs.Writer(workdir, first) as writer:
-    status = loop.loop(
-      job, config, state, str(workdir), kept, writer, meter, lambda step: False, course or Course()
-    )
+    job = loop.Job(
+      config=config, workdir=str(workdir), step=step, batches=(i for i in range(len(losses))),
+      shardings=jax.tree.map(lambda _: where, state), checkpoints=kept, writer=writer,
+      meter=logs.Meter(4, 1e9, 1, None), save=kept.save, must_stop=lambda step: False,
+    )  # fmt: skip
+    status = loop.loop(job, actions, state, course or Course())
   lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
   return status, {line.pop('step'): line for line in lines}, kept
 
@@ -117,3 +114,22 @@ def test_a_step_that_fails_without_a_sign_before_may_be_the_examples_fault(tmp_p
   with pytest.raises(InputError, match=r'step 6: .* The state before it is saved; go on') as stop:
     run([0.2] * 5 + [float('inf')], tmp_path, kept=Kept(keep=2))
   assert 'remove 5 from W/checkpoints to go on from step 4' in str(stop.value)
+
+
+def test_actions_come_in_order_and_at_the_end(tmp_path):
+  seen = []
+  act = lambda name: lambda step, state: seen.append((name, step)) or {name: float(step)}
+  _, lines, kept = run([1.0] * 7, tmp_path, actions=[(3, act('a')), (6, act('b'))])
+  assert seen == [('a', 3), ('a', 6), ('b', 6), ('a', 7), ('b', 7)]
+  assert lines[6]['a'] == lines[6]['b'] == 6 and 'a' not in lines[4]
+  assert kept.steps() == [7]
+
+
+def test_a_failed_action_loses_no_numbers(tmp_path):
+  def fail(step, state):
+    raise RuntimeError('no memory')
+
+  with pytest.raises(RuntimeError):
+    run([1.0] * 4, tmp_path, actions=[(4, fail)])
+  lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
+  assert json.loads(lines[-1])['step'] == 4

@@ -27,7 +27,7 @@ from ip2p_jax.editing import export
 from ip2p_jax.errors import InputError
 from ip2p_jax.pipeline.workdir import read, read_adapters, read_config, saved_steps
 from ip2p_jax.training import train
-from ip2p_jax.training.run import claimed
+from ip2p_jax.training.resume import claimed
 from ip2p_jax.weights import averages, lora_file
 
 ROOT = Path(__file__).parents[2]

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 from ip2p_jax import weights
 from ip2p_jax.config import TrainConfig
 from ip2p_jax.errors import InputError
-from ip2p_jax.training.run import starting_checkpoint
+from ip2p_jax.training.start import starting_checkpoint
 from ip2p_jax.weights import averages, ldm_names
 from ip2p_jax.weights.files import read_tensors
 from ip2p_jax.weights.ldm_file import UNET

@@ -1,0 +1,146 @@
+"""How the training of an editor begins: its data, its checkpoint, and what does not learn."""
+
+import dataclasses
+import functools
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+
+from ip2p_jax import parameters, sharding, weights
+from ip2p_jax.config import TrainConfig
+from ip2p_jax.data import shards, sources
+from ip2p_jax.data.rows import Source
+from ip2p_jax.data.settings import check_training
+from ip2p_jax.errors import InputError
+from ip2p_jax.models.tokenizer import ClipTokenizer
+from ip2p_jax.pipeline.networks import Networks, check_is_editor, fingerprint, networks_of
+from ip2p_jax.pipeline.workdir import read_unet
+from ip2p_jax.weights import Checkpoint, names
+
+
+class Data(NamedTuple):
+  """Opened data sets and their weights; `validation` may be empty."""
+
+  train: list[Source]
+  weights: list[float]
+  validation: Source
+  is_latents: bool
+
+
+def open_data(config: TrainConfig) -> Data:
+  """Opens every data set of the mixture; the first that has a validation split gives it."""
+  opened, mixture, validation = [], sources.mixture(config.data.path), ()
+  check_training(config, [path for path, _ in mixture])
+  kinds = []
+  for path, _ in mixture:
+    opener = functools.partial(
+      sources.open_source, path, columns=config.data.columns, task=config.task
+    )
+    train = opener('train')
+    if not len(train):
+      raise InputError(f'{path}: has no training examples, only other splits.')
+    opened.append(train)
+    kinds.append(shards.is_shards(path) and shards.describe(path)['kind'] == 'latents')
+    validation = validation if len(validation) else opener('validation')
+  sources.check_columns(config.data.columns, opened, config.data.path)
+  return Data(opened, [weight for _, weight in mixture], validation, all(kinds))
+
+
+def check_latents(config: TrainConfig, checkpoint: Checkpoint, tokenizer: ClipTokenizer) -> None:
+  """Raises InputError if latents were made by another VAE, or at another size, than this run's."""
+  ours = None
+  for path, _ in sources.mixture(config.data.path):
+    about = shards.describe(path) if shards.is_shards(path) else {'kind': 'pictures'}
+    if about['kind'] != 'latents':
+      continue
+    ours = ours or fingerprint(checkpoint, tokenizer)
+    if about['fingerprint'] != ours:
+      raise InputError(
+        f'{path}: these latents were made with another VAE or tokenizer than those of'
+        f' {checkpoint.source}; pack them again with --ckpt of this checkpoint.'
+      )
+    if about['resolution'] != config.resolution:
+      raise InputError(
+        f'{path}: these latents are of {about["resolution"]} px and resolution is'
+        f' {config.resolution}; set --config.resolution={about["resolution"]}, or pack them again.'
+      )
+
+
+def starting_checkpoint(config: TrainConfig) -> Checkpoint:
+  """The checkpoint to start from; for editing, its UNet widened by input channels at zero."""
+  checkpoint = weights.read(
+    config.checkpoint,
+    ema={'': None, 'average': True, 'live': False}[config.checkpoint_weights],
+    prediction_type=config.prediction_type or None,
+  )
+  networks = networks_of(checkpoint)
+  latents = networks.vae_config.latent_channels
+  if config.task == 'text_to_image':
+    if networks.unet_config.in_channels != latents:
+      raise InputError(
+        f'{config.checkpoint}: the UNet takes {networks.unet_config.in_channels} channels, so it is'
+        " no text-to-image model; set task to 'edit'."
+      )
+    return checkpoint
+  widened = weights.with_input_channels(checkpoint, 2 * latents)
+  if widened is not checkpoint:
+    rate = parameters.first_match(config.optimizer.rates, 'conv_in.kernel', 'optimizer.rates')
+    if config.lora.rank or not rate:
+      raise InputError(
+        f'{config.checkpoint}: is a text-to-image model, whose new input channels must learn; train'
+        ' all weights, or start LoRA and partial training from an editor.'
+      )
+  check_is_editor(networks_of(widened), config.checkpoint)
+  return widened
+
+
+def with_prediction_type(config: TrainConfig, networks: Networks, workdir: str) -> TrainConfig:
+  """The config, with what the network really predicts."""
+  known = networks.schedule.prediction_type
+  if config.prediction_type not in ('', known):
+    raise InputError(
+      f'prediction_type was {known!r} in {workdir}, which cannot change any more; set it so, or use'
+      ' a new workdir.'
+    )
+  return dataclasses.replace(config, prediction_type=known)
+
+
+def check_resolution(config: TrainConfig, networks: Networks) -> None:
+  """InputError for a resolution that the VAE does not take."""
+  factor = networks.vae_config.factor
+  if config.resolution % factor:
+    near = max(round(config.resolution / factor), 1) * factor
+    raise InputError(
+      f'resolution is {config.resolution}; this VAE takes multiples of {factor}: use {near}.'
+    )
+
+
+def frozen_parts(
+  config: TrainConfig,
+  checkpoint: Checkpoint,
+  networks: Networks,
+  tokenizer: ClipTokenizer,
+  mesh: Mesh,
+  trained: Collection[str],
+) -> dict[str, Any]:
+  """What a step uses and does not change, on the devices, in the dtype of arithmetic.
+
+  `trained` are the names of what learns. See `step.train_step` for the parts.
+  """
+  everywhere, shapes = sharding.replicated(mesh), parameters.flatten(networks.shapes['unet'])
+  # A kernel that an adapter is added to keeps its digits until then.
+  adapted = {name.rpartition('.')[0] for name in trained if '.lora_' in name}
+  frozen = {'unet': {}, 'null_ids': sharding.put(tokenizer([''])[0], everywhere)}
+  fixed = read_unet(checkpoint, {name: shapes[name] for name in shapes if name not in trained})
+  for name, value in fixed.items():
+    dtype = np.float32 if name.rpartition('.')[0] in adapted else config.dtype
+    where = sharding.split(mesh, value.shape, ('fsdp',))
+    frozen['unet'][name] = sharding.put(value.astype(dtype), where)
+  for part in ('vae', 'text_encoder'):
+    place = lambda x, _: sharding.put(np.asarray(x).astype(config.dtype), everywhere)
+    frozen[part] = names.to_params(
+      checkpoint.tensors[part], networks.shapes[part], part, source=checkpoint.source, place=place
+    )
+  return frozen
