@@ -31,8 +31,8 @@ from bench_turns import machine, results, whole
 from PIL import Image
 
 from ip2p_jax import weights
-from ip2p_jax.config import DataConfig, TrainConfig
 from ip2p_jax.data import examples, loader, shards
+from ip2p_jax.data.examples import Framing
 from ip2p_jax.data.latents import pack_latents
 from ip2p_jax.data.pack import pack
 from ip2p_jax.data.rows import LatentRow
@@ -118,13 +118,13 @@ class Latents:
     return example | {'token_ids': row.token_ids[0]}
 
 
-def check_same(source, dataset, config, tokenizer) -> None:
+def check_same(source, dataset, framing, tokenizer) -> None:
   """Both sides make the same arrays of a row, or nothing is timed."""
   row = source[0]
   ours = (
-    examples.latent_example(row, None, config)
+    examples.latent_example(row, None, framing)
     if isinstance(row, LatentRow)
-    else examples.example(row, None, config, tokenizer)
+    else examples.example(row, None, framing, tokenizer)
   )
   for key, value in dataset.__getitem__(0, is_mirrored=False).items():
     np.testing.assert_array_equal(value, ours[key], key)
@@ -150,10 +150,10 @@ def of_batches(batches, size: int, seconds: float) -> float:
   return made / (time.perf_counter() - start)
 
 
-def ours(source, config, tokenizer, workers: int, size: int, seconds: float) -> float:
+def ours(source, framing, tokenizer, workers: int, size: int, seconds: float) -> float:
   batches = loader.batches(
     [source], [1.0], seed=0, batch_size=size, rows=np.arange(size), start_step=0,
-    config=config, tokenizer=tokenizer, workers=workers,
+    framing=framing, tokenizer=tokenizer, workers=workers,
   )  # fmt: skip
   with contextlib.closing(batches):
     return of_batches(batches, size, seconds)
@@ -176,23 +176,23 @@ def decode(rows, i: int) -> None:
     Image.open(io.BytesIO(encoded)).load()
 
 
-def sides_of(source, dataset, config, tokenizer, args) -> dict[str, Callable[[float], float]]:
+def sides_of(source, dataset, framing, tokenizer, args) -> dict[str, Callable[[float], float]]:
   """Everything that is measured of one kind of files, by name: `side(seconds)` -> pairs/s.
 
   Without a data set, our sides alone.
   """
   rng, count = np.random.default_rng(0), len(source)
   if isinstance(source[0], LatentRow):
-    make = lambda i: examples.latent_example(source[i % count], rng, config)
+    make = lambda i: examples.latent_example(source[i % count], rng, framing)
     sides = {}
   else:
     rows = [source[i] for i in range(count)]
-    make = lambda i: examples.example(source[i % count], rng, config, tokenizer)
+    make = lambda i: examples.example(source[i % count], rng, framing, tokenizer)
     sides = {'one thread, PIL decodes': lambda s: of_one_thread(lambda i: decode(rows, i), s)}
   sides['one thread'] = functools.partial(of_one_thread, make)
   for workers in (0, args.workers):
     name = f'loader, {workers} processes' if workers else 'loader, threads'
-    sides[name] = functools.partial(ours, source, config, tokenizer, workers, args.batch_size)
+    sides[name] = functools.partial(ours, source, framing, tokenizer, workers, args.batch_size)
   if dataset is not None:
     torch = functools.partial(torchs, dataset, args.workers, args.batch_size)
     sides['one thread, torch Dataset'] = lambda s: of_one_thread(lambda i: dataset[i % count], s)
@@ -202,7 +202,7 @@ def sides_of(source, dataset, config, tokenizer, args) -> dict[str, Callable[[fl
 
 def main() -> None:
   args = arguments()
-  config = TrainConfig(resolution=args.resolution, data=DataConfig())
+  framing = Framing(args.resolution)
   tokenizer = ClipTokenizer(weights.clip_tokenizer())
   head, found = machine(), {}
   with tempfile.TemporaryDirectory() as scratch:
@@ -220,8 +220,8 @@ def main() -> None:
     }  # fmt: skip
     for kind, (source, dataset) in kinds.items():
       if dataset is not None:
-        check_same(source, dataset, config, tokenizer)
-      sides = sides_of(source, dataset, config, tokenizer, args)
+        check_same(source, dataset, framing, tokenizer)
+      sides = sides_of(source, dataset, framing, tokenizer, args)
       times = {name: [] for name in sides}
       for number in range(args.rounds):
         for name in sides if number % 2 == 0 else reversed(sides):

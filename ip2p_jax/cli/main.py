@@ -34,7 +34,7 @@ from ip2p_jax.config import load_config
 from ip2p_jax.data.check import check as check_data_set
 from ip2p_jax.data.latents import pack_latents
 from ip2p_jax.data.pack import pack as pack_pictures
-from ip2p_jax.data.settings import pack_size
+from ip2p_jax.data.pack_plan import pack_size
 from ip2p_jax.data.shard_writing import parse_shard
 from ip2p_jax.data.sources import open_splits
 from ip2p_jax.editing import image_files

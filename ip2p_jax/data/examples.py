@@ -22,13 +22,23 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from ip2p_jax import images
-from ip2p_jax.config import DataConfig, TrainConfig
 from ip2p_jax.data.rows import LatentRow, Row
 from ip2p_jax.errors import InputError
 
 Example = dict[str, Any]
 Tokenizer = Callable[[Sequence[str]], np.ndarray]
 SAME_SHAPE = 1.05  # how far the aspects of a pair may lie apart
+
+
+class Framing(NamedTuple):
+  """How an image becomes a training example; see `config.TrainConfig` and its `data`."""
+
+  resolution: int
+  task: str = 'edit'
+  resize: str = 'crop'
+  largest_resize: int = 0
+  flip_rate: float = 0.5
+  flip_directions: bool = False
 
 
 class Crop(NamedTuple):
@@ -45,22 +55,21 @@ class Crop(NamedTuple):
   side: int
 
 
-def check_settings(config: TrainConfig) -> None:
+def check_framing(framing: Framing) -> None:
   """Raises InputError if a knob that shapes examples has an impossible value."""
-  data = config.data
-  if config.task not in ('edit', 'text_to_image'):
-    raise InputError(f"task is {config.task!r}; it must be 'edit' or 'text_to_image'.")
-  if config.resolution < images.MIN_SIDE:
-    raise InputError(f'resolution is {config.resolution}; it must be {images.MIN_SIDE} or more.')
-  if data.resize not in ('crop', 'squash'):
-    raise InputError(f"data.resize is {data.resize!r}; it must be 'crop' or 'squash'.")
-  if data.largest_resize and data.largest_resize < config.resolution:
+  if framing.task not in ('edit', 'text_to_image'):
+    raise InputError(f"task is {framing.task!r}; it must be 'edit' or 'text_to_image'.")
+  if framing.resolution < images.MIN_SIDE:
+    raise InputError(f'resolution is {framing.resolution}; it must be {images.MIN_SIDE} or more.')
+  if framing.resize not in ('crop', 'squash'):
+    raise InputError(f"data.resize is {framing.resize!r}; it must be 'crop' or 'squash'.")
+  if framing.largest_resize and framing.largest_resize < framing.resolution:
     raise InputError(
-      f'data.largest_resize is {data.largest_resize}; it must be 0, or at least the resolution'
-      f' {config.resolution}.'
+      f'data.largest_resize is {framing.largest_resize}; it must be 0, or at least the resolution'
+      f' {framing.resolution}.'
     )
-  if not 0 <= data.flip_rate <= 1:
-    raise InputError(f'data.flip_rate is {data.flip_rate}; it must be from 0 to 1.')
+  if not 0 <= framing.flip_rate <= 1:
+    raise InputError(f'data.flip_rate is {framing.flip_rate}; it must be from 0 to 1.')
 
 
 def picture(encoded: bytes, resolution: int, resize: str = 'crop', name: str = '') -> np.ndarray:
@@ -75,11 +84,11 @@ def picture(encoded: bytes, resolution: int, resize: str = 'crop', name: str = '
   Raises InputError if the bytes are no picture, or a damaged one.
   """
   array = _decode(encoded, name or 'a picture')
-  return _cut(array, _crop(_size(array), resolution, DataConfig(resize=resize), None))
+  return _cut(array, _crop(_size(array), Framing(resolution, resize=resize), None))
 
 
 def example(
-  row: Row, rng: np.random.Generator | None, config: TrainConfig, tokenizer: Tokenizer
+  row: Row, rng: np.random.Generator | None, framing: Framing, tokenizer: Tokenizer
 ) -> Example:
   """One example of encoded pictures. Both are cut and mirrored alike.
 
@@ -87,32 +96,32 @@ def example(
   InputError if a picture is broken, missing, or of another shape than its partner.
   """
   choice, instruction, is_mirrored = _choose(
-    len(row.pairs), len(row.instructions), row.may_flip, rng, config.data
+    len(row.pairs), len(row.instructions), row.may_flip, rng, framing
   )
   pair = row.pairs[choice]
   files = {'input_image': pair.input_image, 'edited_image': pair.edited_image}
-  if config.task == 'text_to_image':
+  if framing.task == 'text_to_image':
     del files['input_image']
   decoded = {
     key: _decode(file, f'{row.name}: the {key.replace("_", " ")}') for key, file in files.items()
   }
   sizes = [_size(array) for array in decoded.values()]
   _check_shapes(sizes, row.name)
-  crop = _crop(sizes[0], config.resolution, config.data, rng)
+  crop = _crop(sizes[0], framing, rng)
   arrays = {key: _cut(array, crop, is_mirrored) for key, array in decoded.items()}
   return _complete(arrays, tokenizer([row.instructions[instruction]])[0])
 
 
-def latent_example(row: LatentRow, rng: np.random.Generator | None, config: TrainConfig) -> Example:
+def latent_example(row: LatentRow, rng: np.random.Generator | None, framing: Framing) -> Example:
   """One example of latents; pair, instruction and mirroring are drawn as `example` does.
 
   Raises InputError if the task needs an input that the row does not have.
   """
   pair, instruction, is_mirrored = _choose(
-    len(row.edited_mean), len(row.token_ids), row.may_flip, rng, config.data
+    len(row.edited_mean), len(row.token_ids), row.may_flip, rng, framing
   )
   arrays = {'edited_mean': row.edited_mean, 'edited_log_variance': row.edited_log_variance}
-  if config.task == 'edit':
+  if framing.task == 'edit':
     if row.input_mean is None:
       raise InputError(f"{row.name} has no input; set task to 'text_to_image'.")
     arrays['input_mean'] = row.input_mean
@@ -131,13 +140,13 @@ def _complete(arrays, token_ids):
   return arrays | {'token_ids': token_ids, 'weight': np.ones((), np.float32), 'error': ''}
 
 
-def _choose(pairs, instructions, may_flip, rng, data) -> tuple[int, int, bool]:
+def _choose(pairs, instructions, may_flip, rng, framing) -> tuple[int, int, bool]:
   """Numbers of a pair and of an instruction, and whether to mirror."""
   if rng is None:
     return 0, 0, False
   pair, instruction = int(rng.integers(pairs)), int(rng.integers(instructions))
-  wants_flip = rng.random() < data.flip_rate  # drawn in any case, so that what follows stays
-  return pair, instruction, bool(wants_flip and (may_flip or data.flip_directions))
+  wants_flip = rng.random() < framing.flip_rate  # drawn in any case, so that what follows stays
+  return pair, instruction, bool(wants_flip and (may_flip or framing.flip_directions))
 
 
 def _decode(encoded, name) -> np.ndarray:
@@ -176,11 +185,12 @@ def _check_shapes(sizes, name):
     )
 
 
-def _crop(size, resolution, data, rng) -> Crop:
+def _crop(size, framing, rng) -> Crop:
   """Where to cut. By default the centre; with `largest_resize` and a generator, anywhere."""
-  is_random = rng is not None and data.largest_resize > 0
-  short = int(rng.integers(resolution, data.largest_resize + 1)) if is_random else resolution
-  if data.resize == 'squash':
+  resolution = framing.resolution
+  is_random = rng is not None and framing.largest_resize > 0
+  short = int(rng.integers(resolution, framing.largest_resize + 1)) if is_random else resolution
+  if framing.resize == 'squash':
     width = height = short
   else:  # the long side to the nearest pixel, in integers, so that no platform rounds another way
     least = min(size)

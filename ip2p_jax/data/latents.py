@@ -22,7 +22,6 @@ from flax import nnx
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from ip2p_jax.config import DataConfig, TrainConfig
 from ip2p_jax.data import examples, shard_writing, shards
 from ip2p_jax.data.pack_plan import (
   SHARD_BYTES,
@@ -88,7 +87,7 @@ def pack_latents(
     resolution: R, side of the square pictures; the latents are only good for training at that.
     fingerprint: of the checkpoint, kept in the data set so that training can compare.
     dtype: of the encoder's arithmetic, 'float32' or 'bfloat16'; latents are stored as float16.
-    resize: 'crop' or 'squash', as of `config.DataConfig`.
+    resize: 'crop' or 'squash', as of `examples.Framing`.
     batch_size: pictures per call of the encoder, which runs on both mirrorings, over all devices of
       this process; rounded up to a multiple of those.
     holdout, shard_bytes, shard, max_corrupt, say, progress: as of `pack.pack`.
@@ -97,18 +96,18 @@ def pack_latents(
   Raises:
     InputError: as `pack.pack`; and if the encoder gives values that are not finite.
   """
-  config = TrainConfig(resolution=resolution, data=DataConfig(resize=resize))
-  _check(config, networks, dtype, batch_size, workers)
+  framing = examples.Framing(resolution, resize=resize)
+  _check(framing, networks, dtype, batch_size, workers)
   sources, held = hold_out(sources, holdout, dst, say, progress)
   samples = sample(sources)
-  config.task = 'edit' if has_input(samples) else 'text_to_image'
-  settings = _settings(config, networks, dtype, fingerprint, tokenizer)
+  framing = framing._replace(task='edit' if has_input(samples) else 'text_to_image')
+  settings = _settings(framing, networks, dtype, fingerprint, tokenizer)
   side_bytes = math.prod(settings['latent_shape']) * np.float16().nbytes
   arrays = 3 if settings['has_input'] else 2
   size_of = lambda row: len(row.pairs) * arrays * 2 * side_bytes
   plan = make_plan('latents', settings, sources, samples, size_of, shard_bytes, held)
   encode, batch_size = encoder(networks, params, dtype, batch_size)
-  prepare_row = functools.partial(prepare, config=config, tokenizer=tokenizer)
+  prepare_row = functools.partial(prepare, framing=framing, tokenizer=tokenizer)
   with (
     shard_writing.working(dst, plan, shard, max_corrupt) as job,
     concurrent.futures.ThreadPoolExecutor(max(workers, 1)) as threads,
@@ -148,15 +147,15 @@ def moments(vae_def: nnx.GraphDef, params: Params, images: Array) -> tuple[Array
   return fold(posterior.mean), fold(posterior.log_variance)
 
 
-def prepare(place, config: TrainConfig, tokenizer: ClipTokenizer) -> Prepared | InputError:
+def prepare(place, framing: examples.Framing, tokenizer: ClipTokenizer) -> Prepared | InputError:
   """A row's pictures just as training makes them, but for mirroring; or why it is broken."""
   source, i = place
   try:
     row = source[i]
-    check_row(row, config.task == 'edit')
+    check_row(row, framing.task == 'edit')
     images = []
     for pair in row.pairs:
-      example = examples.example(row._replace(pairs=(pair,)), None, config, tokenizer)
+      example = examples.example(row._replace(pairs=(pair,)), None, framing, tokenizer)
       images += [example[key] for key in ('input_image', 'edited_image') if key in example]
     return Prepared(row, tokenizer(row.instructions), np.stack(images))
   except InputError as error:
@@ -180,23 +179,23 @@ def encoded(
   yield from _latent_rows(*before) if before else ()
 
 
-def _check(config, networks, dtype, batch_size, workers):
-  examples.check_settings(config)
+def _check(framing, networks, dtype, batch_size, workers):
+  examples.check_framing(framing)
   factor = networks.vae_config.factor
-  if config.resolution % factor:
-    raise InputError(f'resolution is {config.resolution}; use a multiple of {factor}.')
+  if framing.resolution % factor:
+    raise InputError(f'resolution is {framing.resolution}; use a multiple of {factor}.')
   if dtype not in ('float32', 'bfloat16'):
     raise InputError(f'dtype is {dtype!r}; use float32 or bfloat16.')
   if batch_size < 1 or workers < 0:
     raise InputError(f'batch_size is {batch_size} and workers {workers}; use 1 or more.')
 
 
-def _settings(config, networks, dtype, fingerprint, tokenizer) -> dict:
-  side = config.resolution // networks.vae_config.factor
+def _settings(framing, networks, dtype, fingerprint, tokenizer) -> dict:
+  side = framing.resolution // networks.vae_config.factor
   return {
-    'has_input': config.task == 'edit',
-    'resolution': config.resolution,
-    'resize': config.data.resize,
+    'has_input': framing.task == 'edit',
+    'resolution': framing.resolution,
+    'resize': framing.resize,
     'dtype': dtype,
     'fingerprint': fingerprint,
     'latent_shape': [side, side, networks.vae_config.latent_channels],

@@ -29,9 +29,8 @@ import jax
 import numpy as np
 from absl import flags
 
-from ip2p_jax.config import TrainConfig
 from ip2p_jax.data import examples
-from ip2p_jax.data.examples import Example, Tokenizer
+from ip2p_jax.data.examples import Example, Framing, Tokenizer
 from ip2p_jax.data.rows import LatentRow, Source
 from ip2p_jax.errors import InputError
 
@@ -52,7 +51,7 @@ class Feed(NamedTuple):
   sources: tuple[Source, ...]
   order: grain.MapDataset
   seed: int
-  config: TrainConfig
+  framing: Framing
   tokenizer: Tokenizer
   like: Example
 
@@ -65,7 +64,7 @@ def batches(
   batch_size: int,
   rows: np.ndarray,
   start_step: int,
-  config: TrainConfig,
+  framing: Framing,
   tokenizer: Tokenizer,
   workers: int,
 ) -> Generator[Batch, None, None]:
@@ -78,7 +77,6 @@ def batches(
     batch_size: B, over all hosts.
     rows: which rows of the global batch this host feeds, ascending.
     start_step: 0 for a new run; any other costs nothing.
-    config: its task, resolution and `data` say how examples are made.
     tokenizer: texts -> int32 [n, L].
     workers: processes; 0 for threads of this one.
 
@@ -86,7 +84,7 @@ def batches(
   InputError if the sources cannot be mixed or a setting is impossible; RuntimeError if reading
   fails in another way.
   """
-  feed = _feed(sources, weights, seed, config, tokenizer)
+  feed = _feed(sources, weights, seed, framing, tokenizer)
   parts = _parts(rows)
   make = functools.partial(_part, functools.partial(_drawn, feed), batch_size, parts, start_step)
   return _join(_stream(make, sys.maxsize, len(parts), workers, feed.like), len(parts))
@@ -100,11 +98,11 @@ def batch_at(
   batch_size: int,
   rows: np.ndarray,
   step: int,
-  config: TrainConfig,
+  framing: Framing,
   tokenizer: Tokenizer,
 ) -> Batch:
   """The batch of one step, as `batches` gives it, without going through those before."""
-  feed = _feed(sources, weights, seed, config, tokenizer)
+  feed = _feed(sources, weights, seed, framing, tokenizer)
   return _part(functools.partial(_drawn, feed), batch_size, [np.asarray(rows)], step, 0)
 
 
@@ -114,11 +112,11 @@ def validation_batches(
   batch_size: int,
   examples: int,
   rows: np.ndarray,
-  config: TrainConfig,
+  framing: Framing,
   tokenizer: Tokenizer,
 ) -> Generator[Batch, None, None]:
   """The first `examples` rows in order, nothing random; the last batch is filled up at weight 0."""
-  feed = _feed([source], [1.0], 0, config, tokenizer)
+  feed = _feed([source], [1.0], 0, framing, tokenizer)
   parts, count = _parts(rows), min(examples, len(source))
   in_order = functools.partial(_in_order, feed, count)
   make = functools.partial(_part, in_order, batch_size, parts, 0)
@@ -202,8 +200,8 @@ def _pair(source, row):
   return source, int(row)
 
 
-def _feed(sources, weights, seed, config, tokenizer) -> Feed:
-  examples.check_settings(config)
+def _feed(sources, weights, seed, framing, tokenizer) -> Feed:
+  examples.check_framing(framing)
   if seed < 0:
     raise InputError(f'seed is {seed}; it must be 0 or more.')
   for k, (source, weight) in enumerate(zip(sources, weights, strict=True), 1):
@@ -211,7 +209,7 @@ def _feed(sources, weights, seed, config, tokenizer) -> Feed:
       raise InputError(f'data.path: data set {k} has weight {weight}; it must be more than 0.')
     if not len(source):
       raise InputError(f'data.path: data set {k} has no examples in this split.')
-  likes = [_first_good(source, config, tokenizer) for source in sources]
+  likes = [_first_good(source, framing, tokenizer) for source in sources]
   for k, like in enumerate(likes[1:], 2):
     if _shapes(like) != _shapes(likes[0]):
       raise InputError(
@@ -219,23 +217,23 @@ def _feed(sources, weights, seed, config, tokenizer) -> Feed:
         ' must be pictures, or all latents of one resolution.'
       )
   places = order([len(source) for source in sources], weights, seed)
-  return Feed(tuple(sources), places, seed, config, tokenizer, likes[0])
+  return Feed(tuple(sources), places, seed, framing, tokenizer, likes[0])
 
 
-def _first_good(source, config, tokenizer) -> Example:
+def _first_good(source, framing, tokenizer) -> Example:
   first = None
   for i in range(min(len(source), 100)):
     try:
-      return _example(source[i], None, config, tokenizer)
+      return _example(source[i], None, framing, tokenizer)
     except InputError as error:
       first = first or error
   raise InputError(f'the first rows of a data set are all broken: {first}')
 
 
-def _example(row, rng, config, tokenizer) -> Example:
+def _example(row, rng, framing, tokenizer) -> Example:
   if isinstance(row, LatentRow):
-    return examples.latent_example(row, rng, config)
-  return examples.example(row, rng, config, tokenizer)
+    return examples.latent_example(row, rng, framing)
+  return examples.example(row, rng, framing, tokenizer)
 
 
 def _shapes(example) -> str:
@@ -262,7 +260,7 @@ def _in_order(feed, count, place) -> Example:
 def _read(feed, source, i, rng) -> Example:
   try:
     row = source[i]
-    example = _example(row, rng, feed.config, feed.tokenizer)
+    example = _example(row, rng, feed.framing, feed.tokenizer)
     if _shapes(example) != _shapes(feed.like):
       raise InputError(f'{row.name} has {_shapes(example)}; others have {_shapes(feed.like)}.')
     return example

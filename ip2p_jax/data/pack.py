@@ -15,7 +15,6 @@ import numpy as np
 from PIL import Image
 
 from ip2p_jax import images
-from ip2p_jax.config import TrainConfig
 from ip2p_jax.data import examples, shard_writing, shards
 from ip2p_jax.data.pack_plan import (
   SHARD_BYTES,
@@ -103,10 +102,10 @@ def packed(row: Row, form: Form) -> Row:
     shrink = lambda image: image and smaller(image, form.size, form.quality)
     row = row._replace(pairs=tuple(pair._make(map(shrink, pair)) for pair in row.pairs))
   task = 'edit' if form.has_input else 'text_to_image'
-  config = TrainConfig(resolution=images.MIN_SIDE, task=task)
+  framing = examples.Framing(images.MIN_SIDE, task)
   no_tokens = lambda texts: np.zeros((len(texts), 0), np.int32)
   for pair in row.pairs:
-    examples.example(row._replace(pairs=(pair,)), None, config, no_tokens)
+    examples.example(row._replace(pairs=(pair,)), None, framing, no_tokens)
   return row
 
 

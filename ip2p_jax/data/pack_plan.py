@@ -199,3 +199,35 @@ def _hash(row):
   for image in (image for pair in row.pairs for image in pair if image is not None):
     digest.update(image)
   return digest.hexdigest()[:16]
+
+
+def pack_size(src: str, size: int | None, is_latents: bool) -> int:
+  """The side to pack at, pixels; 0 keeps files as they are.
+
+  Args:
+    src: what is packed. Shards of pictures can be packed again no larger than they are.
+    size: as given; None for the size of packed shards, else 256.
+    is_latents: whether latents are made, which are of this very side.
+  """
+  held = _held_size(src)
+  if held is None:
+    return 256 if size is None else size
+  most = largest(held) if is_latents else held
+  if size is not None and size > most:
+    raise InputError(
+      f'{src}: its pictures were packed for {held} px, and --size {size} would scale them up; give'
+      f' --size {held}, or pack the first data set again.'
+    )
+  return size or held
+
+
+def largest(size: int) -> int:
+  """Pixels of the short side that a picture packed with `size` has at most."""
+  return size * 9 // 8
+
+
+def _held_size(src) -> int | None:
+  """What packed pictures were packed at; None for other data and for files that were kept."""
+  if not shards.is_shards(src):
+    return None
+  return shards.describe(src)['settings'].get('size')

@@ -2,17 +2,18 @@
 
 import dataclasses
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
 
 from ip2p_jax import parameters, sharding, weights
-from ip2p_jax.config import TrainConfig
+from ip2p_jax.config import DataConfig, TrainConfig
 from ip2p_jax.data import shards, sources
+from ip2p_jax.data.examples import Framing
+from ip2p_jax.data.pack_plan import largest
 from ip2p_jax.data.rows import Source
-from ip2p_jax.data.settings import check_training
 from ip2p_jax.errors import InputError
 from ip2p_jax.models.tokenizer import ClipTokenizer
 from ip2p_jax.pipeline.networks import Networks, check_is_editor, fingerprint, networks_of
@@ -32,7 +33,7 @@ class Data(NamedTuple):
 def open_data(config: TrainConfig) -> Data:
   """Opens every data set of the mixture; the first that has a validation split gives it."""
   opened, mixture, validation = [], sources.mixture(config.data.path), ()
-  check_training(config, [path for path, _ in mixture])
+  _check_settings(config, [path for path, _ in mixture])
   kinds = []
   for path, _ in mixture:
     opener = functools.partial(
@@ -46,6 +47,15 @@ def open_data(config: TrainConfig) -> Data:
     validation = validation if len(validation) else opener('validation')
   sources.check_columns(config.data.columns, opened, config.data.path)
   return Data(opened, [weight for _, weight in mixture], validation, all(kinds))
+
+
+def framing_of(config: TrainConfig) -> Framing:
+  """How a config makes examples of images."""
+  data = config.data
+  return Framing(
+    config.resolution, config.task, data.resize, data.largest_resize, data.flip_rate,
+    data.flip_directions,
+  )  # fmt: skip
 
 
 def check_latents(config: TrainConfig, checkpoint: Checkpoint, tokenizer: ClipTokenizer) -> None:
@@ -144,3 +154,55 @@ def frozen_parts(
       checkpoint.tensors[part], networks.shapes[part], part, source=checkpoint.source, place=place
     )
   return frozen
+
+
+def _check_settings(config: TrainConfig, paths: Sequence[str]) -> None:
+  """Raises InputError if a data setting of a run cannot act on one of its data sets.
+
+  Packed pictures have no more pixels than they were packed with, and latents are of one size, cut
+  one way. What is left at its default is never refused.
+  """
+  data = config.data
+  if data.flip_directions and not data.flip_rate:
+    raise InputError(
+      'data.flip_directions has no effect, since data.flip_rate is 0 and nothing is mirrored; leave'
+      ' it out.'
+    )
+  if data.resize == 'squash' and data.largest_resize == config.resolution:
+    raise InputError(
+      f'data.largest_resize is {data.largest_resize}, as the resolution, and data.resize is squash,'
+      ' so there is one way to cut; raise it, or leave it out.'
+    )
+  for path in filter(shards.is_shards, paths):
+    about = shards.describe(path)
+    if about['kind'] == 'latents':
+      _check_packed_latents(config, path, about)
+    else:
+      _check_pixels(config, path, about['settings']['size'])
+
+
+def _check_pixels(config, path, size):
+  most = None if size is None else largest(size)
+  asked = {'resolution': config.resolution, 'data.largest_resize': config.data.largest_resize}
+  for name, pixels in asked.items():
+    if most is not None and pixels > most:
+      raise InputError(
+        f'{path}: was packed for {size} px, and {name} {pixels} would scale its pictures up; set'
+        f' --config.{name} to at most {most}, or pack again with a larger --size.'
+      )
+
+
+def _check_packed_latents(config, path, about):
+  data, usual, packed = config.data, DataConfig(), about['settings']['resize']
+  problem = None
+  if data.largest_resize:
+    problem = f'data.largest_resize {data.largest_resize}: latents cannot be cropped'
+  elif data.resize not in (usual.resize, packed):
+    problem = f'data.resize {data.resize}: they were packed with --resize {packed}'
+  elif data.workers not in (usual.workers, 0):
+    problem = f'data.workers {data.workers}: there is nothing to decode, so threads read them'
+  if problem:
+    raise InputError(
+      f'{path}: holds latents, on which this has no effect: {problem}; leave it out, or train from'
+      ' pictures.'
+    )

@@ -27,6 +27,7 @@ from ip2p_jax.training.start import (
   Data,
   check_latents,
   check_resolution,
+  framing_of,
   frozen_parts,
   open_data,
   starting_checkpoint,
@@ -111,7 +112,7 @@ def _batches(editing: Editing, run: Run, start: int) -> Iterator[dict[str, jax.A
   config, data = run.config, editing.data
   host = loader.batches(
     data.train, data.weights, seed=config.seed, batch_size=config.batch_size, start_step=start,
-    rows=sharding.local_rows(run.mesh, config.batch_size), config=config,
+    rows=sharding.local_rows(run.mesh, config.batch_size), framing=framing_of(config),
     tokenizer=editing.tokenizer,
     workers=0 if data.is_latents else config.data.workers,  # nothing to decode: threads are faster
   )  # fmt: skip
@@ -134,7 +135,7 @@ def _validation(editing: Editing, run: Run) -> Callable[[], Iterator[dict[str, j
   def batches():
     host = loader.validation_batches(
       source, batch_size=size, examples=count, rows=sharding.local_rows(run.mesh, size),
-      config=run.config, tokenizer=editing.tokenizer,
+      framing=framing_of(run.config), tokenizer=editing.tokenizer,
     )  # fmt: skip
     return loader.to_device(host, sharding.of_batch(run.mesh), size, on_error=_name_broken)
 
@@ -155,7 +156,7 @@ def _preview(editing: Editing, run: Run) -> Callable[[Any], Any] | None:
       if isinstance(row, LatentRow):
         latents.append(row)
         continue
-      made = examples.example(row, None, run.config, tokenizer)
+      made = examples.example(row, None, framing_of(run.config), tokenizer)
       pictures = {
         key: made[f'{key}_image'] for key in ('input', 'edited') if f'{key}_image' in made
       }
@@ -196,7 +197,7 @@ def _keep_batch(editing: Editing, run: Run, place: int, state: Any, step: int) -
   rows = sharding.local_rows(run.mesh, config.batch_size)
   host = loader.batch_at(
     data.train, data.weights, seed=config.seed, batch_size=config.batch_size, step=place,
-    rows=rows, config=config, tokenizer=editing.tokenizer,
+    rows=rows, framing=framing_of(config), tokenizer=editing.tokenizer,
   )  # fmt: skip
   errors = host.pop('error')
   batch = loader.globally(host, sharding.of_batch(run.mesh), config.batch_size)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ip2p_jax.config import DataConfig, TrainConfig
 from ip2p_jax.data import examples
+from ip2p_jax.data.examples import Framing
 from ip2p_jax.data.rows import LatentRow, Pair, Row
 from ip2p_jax.errors import InputError
 
@@ -32,12 +32,12 @@ def tokenizer(texts):
   return np.array([[len(text), ord(text[0])] for text in texts])
 
 
-def settings(resolution=16, task='edit', **data) -> TrainConfig:
-  return TrainConfig(resolution=resolution, task=task, data=DataConfig(**data))
+def settings(resolution=16, task='edit', **data) -> Framing:
+  return Framing(resolution, task, **data)
 
 
-def drawn(row, config, seeds=range(200)):
-  return [examples.example(row, np.random.default_rng(s), config, tokenizer) for s in seeds]
+def drawn(row, framing, seeds=range(200)):
+  return [examples.example(row, np.random.default_rng(s), framing, tokenizer) for s in seeds]
 
 
 # One picture
@@ -91,8 +91,8 @@ def test_a_picture_of_a_few_pixels_is_refused():
 
 def test_an_example_has_these_arrays():
   array = noise(0, 16, 16)
-  config = settings(flip_rate=0.0)
-  example = examples.example(row_of(array, array), np.random.default_rng(0), config, tokenizer)
+  framing = settings(flip_rate=0.0)
+  example = examples.example(row_of(array, array), np.random.default_rng(0), framing, tokenizer)
   np.testing.assert_array_equal(example['input_image'], array)
   np.testing.assert_array_equal(example['edited_image'], array)
   np.testing.assert_array_equal(example['token_ids'], [14, ord('m')])
@@ -103,9 +103,9 @@ def test_an_example_has_these_arrays():
 @pytest.mark.parametrize('resize', ['crop', 'squash'])
 def test_both_pictures_are_cut_and_mirrored_alike(resize):
   array = noise(0, 40, 30)
-  config = settings(resize=resize, largest_resize=24)
+  framing = settings(resize=resize, largest_resize=24)
   different = set()
-  for example in drawn(row_of(array, 255 - array), config, range(40)):
+  for example in drawn(row_of(array, 255 - array), framing, range(40)):
     total = example['input_image'].astype(int) + example['edited_image']
     assert np.abs(total - 255).max() <= 2  # Lanczos is linear, but rounds twice
     different.add(example['input_image'].tobytes())
@@ -134,20 +134,20 @@ def test_left_and_right_are_mirrored_only_on_demand():
 
 def test_a_random_crop_reaches_every_place():
   columns = np.broadcast_to(np.arange(32, dtype=np.uint8)[None, :, None], (16, 32, 3)).copy()
-  config = settings(largest_resize=16, flip_rate=0.0)
-  crops = drawn(row_of(columns, columns), config, range(300))
+  framing = settings(largest_resize=16, flip_rate=0.0)
+  crops = drawn(row_of(columns, columns), framing, range(300))
   assert {int(example['input_image'][0, 0, 0]) for example in crops} == set(range(17))
   rows = columns.transpose(1, 0, 2).copy()
-  crops = drawn(row_of(rows, rows), config, range(300))
+  crops = drawn(row_of(rows, rows), framing, range(300))
   assert {int(example['input_image'][0, 0, 0]) for example in crops} == set(range(17))
 
 
 def test_the_short_side_is_drawn_up_to_the_largest():
   steps = (np.arange(240) // 10).astype(np.uint8)  # 24 levels: one a pixel at a short side of 24
   array = np.broadcast_to(steps[None, :, None], (240, 240, 3)).copy()
-  config = settings(largest_resize=24, flip_rate=0.0)
+  framing = settings(largest_resize=24, flip_rate=0.0)
   widths = []
-  for example in drawn(row_of(array, array), config, range(100)):
+  for example in drawn(row_of(array, array), framing, range(100)):
     line = example['input_image'][0, :, 0].astype(int)
     widths.append(24 / (line[-1] - line[0]) * 15)  # pixels that the whole picture would take
   assert min(widths) == pytest.approx(16, abs=1) and max(widths) == pytest.approx(24, abs=1)
@@ -184,8 +184,8 @@ def test_a_broken_picture_of_a_pair_is_named():
 def test_without_a_generator_nothing_is_random():
   files = [encode(noise(seed, 30, 20)) for seed in range(4)]
   row = Row('row', ('first', 'second'), (Pair(*files[:2]), Pair(*files[2:])))
-  config = settings(largest_resize=20, flip_rate=1.0)
-  example = examples.example(row, None, config, tokenizer)
+  framing = settings(largest_resize=20, flip_rate=1.0)
+  example = examples.example(row, None, framing, tokenizer)
   np.testing.assert_array_equal(example['input_image'], examples.picture(files[0], 16))
   np.testing.assert_array_equal(example['edited_image'], examples.picture(files[1], 16))
   np.testing.assert_array_equal(example['token_ids'], tokenizer(['first'])[0])
@@ -194,8 +194,8 @@ def test_without_a_generator_nothing_is_random():
 def test_text_to_image_has_no_input():
   array = noise(0, 16, 16)
   for row in (row_of(array), row_of(noise(1, 40, 16), array)):
-    config = settings(task='text_to_image', flip_rate=0.0)
-    example = examples.example(row, np.random.default_rng(0), config, tokenizer)
+    framing = settings(task='text_to_image', flip_rate=0.0)
+    example = examples.example(row, np.random.default_rng(0), framing, tokenizer)
     assert 'input_image' not in example
     np.testing.assert_array_equal(example['edited_image'], array)
   with pytest.raises(InputError, match='row 3: the input image is missing'):
@@ -220,11 +220,11 @@ def test_a_row_and_its_latents_are_drawn_alike(may_flip):
   halves[:, :, 8:] = 100
   pairs = tuple(Pair(encode(array), encode(array)) for array in halves)
   row = Row('row', tuple('abcde'), pairs, may_flip)
-  latents, config, seen = latent_row(3, 5, may_flip=may_flip), settings(largest_resize=18), set()
+  latents, framing, seen = latent_row(3, 5, may_flip=may_flip), settings(largest_resize=18), set()
   for seed in range(60):
     rng = lambda seed=seed: np.random.default_rng(seed)
-    of_row = examples.example(row, rng(), config, tokenizer)
-    of_latents = examples.latent_example(latents, rng(), config)
+    of_row = examples.example(row, rng(), framing, tokenizer)
+    of_latents = examples.latent_example(latents, rng(), framing)
     pair, mirrored = divmod(int(of_latents['input_mean'][0, 0, 0]), 10)
     assert of_row['input_image'][8, -1 if mirrored else 0, 0] == pair
     assert chr(of_row['token_ids'][1]) == 'abcde'[of_latents['token_ids'][0]]
@@ -245,9 +245,9 @@ def test_latents_keep_their_types_and_shapes():
 
 def test_latents_without_an_input_serve_text_to_image_alone():
   row = latent_row(1, 1)._replace(input_mean=None)
-  config = settings(task='text_to_image')
-  assert 'input_mean' not in examples.latent_example(row, None, config)
-  assert 'input_mean' not in examples.latent_example(latent_row(1, 1), None, config)
+  framing = settings(task='text_to_image')
+  assert 'input_mean' not in examples.latent_example(row, None, framing)
+  assert 'input_mean' not in examples.latent_example(latent_row(1, 1), None, framing)
   with pytest.raises(InputError, match='row 3 has no input'):
     examples.latent_example(row, None, settings())
 
@@ -274,7 +274,7 @@ def test_a_blank_has_the_usual_shapes_and_no_weight():
     (settings(flip_rate=1.5), 'data.flip_rate'),
   ],
 )
-def test_impossible_settings_are_named(config, knob):
-  examples.check_settings(settings(largest_resize=16))
+def test_impossible_settings_are_named(framing, knob):
+  examples.check_framing(settings(largest_resize=16))
   with pytest.raises(InputError, match=knob):
-    examples.check_settings(config)
+    examples.check_framing(framing)

@@ -11,8 +11,8 @@ import tiny_training as tiny
 import torch_models as reference
 from flax import nnx
 
-from ip2p_jax.config import DataConfig, TrainConfig
 from ip2p_jax.data import examples, shards
+from ip2p_jax.data.examples import Framing
 from ip2p_jax.data.latents import pack_latents
 from ip2p_jax.data.rows import Pair
 from ip2p_jax.errors import InputError
@@ -110,14 +110,14 @@ def test_latents_agree_with_diffusers(folder, rows):
 
 @pytest.mark.parametrize('resize', ['crop', 'squash'])
 def test_training_draws_the_same_examples_from_latents(packed, rows, tokenizer, encode, resize):
-  config = TrainConfig(resolution=R, data=DataConfig(resize=resize))
+  framing = Framing(R, resize=resize)
   for seed, (row, latents) in enumerate(
     zip(rows, read(packed(rows, resize=resize)[0]), strict=True)
   ):
     for draw in range(6):
       rng = lambda seed=seed, draw=draw: np.random.default_rng([seed, draw])
-      online = examples.example(row, rng(), config, tokenizer)
-      stored = examples.latent_example(latents, rng(), config)
+      online = examples.example(row, rng(), framing, tokenizer)
+      stored = examples.latent_example(latents, rng(), framing)
       np.testing.assert_array_equal(stored['token_ids'], online['token_ids'])
       mean, log_variance = encode(np.stack([online['input_image'], online['edited_image']]))
       assert_half(stored['input_mean'], mean[0])

@@ -17,8 +17,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from PIL import Image
 
-from ip2p_jax.config import DataConfig, TrainConfig
 from ip2p_jax.data import loader
+from ip2p_jax.data.examples import Framing
 from ip2p_jax.data.rows import LatentRow, Pair, Row
 from ip2p_jax.errors import InputError
 from ip2p_jax.models.tokenizer import ClipTokenizer
@@ -52,14 +52,14 @@ def latent_rows(count, side=4) -> list[LatentRow]:
   ]
 
 
-def settings(**data) -> TrainConfig:
-  return TrainConfig(resolution=SIDE, data=DataConfig(**data))
+def settings(**data) -> Framing:
+  return Framing(SIDE, **data)
 
 
 def taken(sources, weights=(1,), count=3, **changes) -> list[loader.Batch]:
   """The first batches."""
   options = {
-    'seed': 7, 'batch_size': 10, 'start_step': 0, 'workers': 0, 'config': settings(),
+    'seed': 7, 'batch_size': 10, 'start_step': 0, 'workers': 0, 'framing': settings(),
     'tokenizer': tokenizer,
   } | changes  # fmt: skip
   options.setdefault('rows', np.arange(options['batch_size']))
@@ -154,7 +154,7 @@ def test_starting_at_a_step_is_skipping_those_before():
 
 def test_any_step_can_be_looked_into():
   rows, step = image_rows(13), 10**9
-  options = {'seed': 7, 'batch_size': 10, 'rows': np.array([1, 5]), 'config': settings(),
+  options = {'seed': 7, 'batch_size': 10, 'rows': np.array([1, 5]), 'framing': settings(),
              'tokenizer': tokenizer}  # fmt: skip
   batch = loader.batch_at([rows], [1], step=step, **options)
   assert_same([batch], taken([rows], count=1, start_step=step, rows=np.array([1, 5])))
@@ -223,7 +223,7 @@ def test_what_cannot_be_mixed_is_refused_at_once(sources, weights, problem):
 
 def test_impossible_settings_are_refused_at_once():
   with pytest.raises(InputError, match=r'data\.resize'):
-    taken([image_rows(2)], config=settings(resize='stretch'))
+    taken([image_rows(2)], framing=settings(resize='stretch'))
   with pytest.raises(InputError, match='seed is -1'):
     taken([image_rows(2)], seed=-1)
 
@@ -235,7 +235,7 @@ def test_workers_change_nothing_and_leave_nothing(monkeypatch):
   monkeypatch.setattr(loader, 'PART', 3)
   rows = [row._replace(instructions=('make it winter', 'a dog')) for row in image_rows(13)]
   options = {'tokenizer': ClipTokenizer(clip_tokenizer()),
-             'config': settings(largest_resize=12), 'start_step': 10**6}  # fmt: skip
+             'framing': settings(largest_resize=12), 'start_step': 10**6}  # fmt: skip
   expected = taken([rows], **options)
   assert_same(taken([rows], workers=2, **options), expected)
   assert not multiprocessing.active_children()
@@ -256,7 +256,7 @@ def test_other_errors_stop_the_run_and_say_where(workers):
 
 
 def test_a_killed_worker_stops_the_run():
-  options = {'seed': 7, 'batch_size': 10, 'rows': np.arange(10), 'config': settings(),
+  options = {'seed': 7, 'batch_size': 10, 'rows': np.arange(10), 'framing': settings(),
              'tokenizer': tokenizer}  # fmt: skip
   batches = loader.batches([image_rows(10)], [1], start_step=0, workers=1, **options)
   next(batches)
@@ -294,7 +294,7 @@ ORPHANS = """
     from ip2p_jax.data import loader
     batches = loader.batches(
       [Source(test_loader.image_rows(10))], [1], seed=0, batch_size=10, rows=np.arange(10),
-      start_step=0, config=test_loader.settings(), tokenizer=test_loader.tokenizer,
+      start_step=0, framing=test_loader.settings(), tokenizer=test_loader.tokenizer,
       workers=2,
     )
     print(*[error for error in next(batches)['error'] if error], flush=True)
@@ -320,9 +320,9 @@ def test_workers_see_no_accelerator_and_die_with_a_killed_parent(tmp_path):
 
 
 def test_validation_goes_through_the_first_rows_in_order():
-  config = settings(largest_resize=12, flip_rate=1.0)
+  framing = settings(largest_resize=12, flip_rate=1.0)
   rows, hosts = image_rows(30), (np.array([0, 2]), np.array([1, 3]))
-  options = {'batch_size': 4, 'examples': 10, 'config': config, 'tokenizer': tokenizer}
+  options = {'batch_size': 4, 'examples': 10, 'framing': framing, 'tokenizer': tokenizer}
   whole = list(loader.validation_batches(rows, rows=np.arange(4), **options))
   assert [batch['index'].tolist() for batch in whole] == [
     [0, 1, 2, 3],
@@ -340,7 +340,7 @@ def test_validation_goes_through_the_first_rows_in_order():
 
 
 def test_validation_takes_no_more_than_there_is():
-  options = {'batch_size': 4, 'rows': np.arange(4), 'config': settings(), 'tokenizer': tokenizer}
+  options = {'batch_size': 4, 'rows': np.arange(4), 'framing': settings(), 'tokenizer': tokenizer}
   batches = list(loader.validation_batches(image_rows(3), examples=100, **options))
   assert [batch['weight'].tolist() for batch in batches] == [[1, 1, 1, 0]]
 

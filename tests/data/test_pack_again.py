@@ -193,11 +193,12 @@ def test_a_worker_that_dies_is_reported(tmp_path, rows):
 
 
 PROGRAM = """
-import sys, pairs
+import sys, tiny_pairs
 from ip2p_jax.data.pack import pack
 if __name__ == '__main__':
   size, folder = int(sys.argv[1]), sys.argv[2]
-  pack({'train': pairs.rows(40, size=(600, 400))}, folder, size=64, shard_bytes=size, workers=2)
+  rows = tiny_pairs.rows(40, size=(600, 400))
+  pack({"train": rows}, folder, size=64, shard_bytes=size, workers=2)
 """
 
 

@@ -17,7 +17,7 @@ from ip2p_jax.data.pack import pack
 from ip2p_jax.data.pack_plan import make_plan
 from ip2p_jax.data.rows import LatentRow
 from ip2p_jax.errors import InputError
-from ip2p_jax.training.start import open_data
+from ip2p_jax.training.start import framing_of, open_data
 
 SIDE, LATENT = 32, 8
 MINIATURE = Path(__file__).parents[2] / 'assets' / 'miniature'
@@ -92,7 +92,7 @@ def first_batch(path, **settings):
   opened = open_data(config)
   return loader.batch_at(
     opened.train, opened.weights, seed=1, batch_size=24, rows=np.arange(24), step=0,
-    config=config, tokenizer=tokens,
+    framing=framing_of(config), tokenizer=tokens,
   )  # fmt: skip
 
 

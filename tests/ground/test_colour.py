@@ -11,8 +11,8 @@ import pytest
 from PIL import ExifTags, Image, ImageCms
 
 from ip2p_jax import Editor, bundled, images
-from ip2p_jax.config import DataConfig, TrainConfig
 from ip2p_jax.data import check, examples, pack
+from ip2p_jax.data.examples import Framing
 from ip2p_jax.data.rows import Pair, Row
 from ip2p_jax.editing.image_files import plan_jobs, run_jobs
 
@@ -336,9 +336,9 @@ def test_packed_pictures_are_srgb_or_keep_their_profile(photo, quality):
 
 def test_a_pair_is_compared_in_one_space_whatever_its_files_are(photo):
   files = jpeg(profiles.tagged(photo, 'sRGB')), jpeg(profiles.tagged(photo, 'CMYK'))
-  config = TrainConfig(resolution=48, data=DataConfig(resize='squash'))
+  framing = Framing(48, resize='squash')
   row = Row('row', ('keep it',), (Pair(*files),), False)
-  made = examples.example(row, None, config, lambda texts: np.zeros((1, 1), np.int32))
+  made = examples.example(row, None, framing, lambda texts: np.zeros((1, 1), np.int32))
   assert difference(made['input_image'], made['edited_image']) < 1.5
 
 
