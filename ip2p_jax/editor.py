@@ -23,6 +23,7 @@ from ip2p_jax.errors import InputError
 from ip2p_jax.networks import Networks, check_is_editor, networks_of, params_of, tokenizer_of
 from ip2p_jax.sampling import Sampling, check_acts, check_noise_acts
 from ip2p_jax.text import ClipTokenizer
+from ip2p_jax.xla_alarms import quietly
 
 DTYPES = ('float32', 'bfloat16', 'float16')
 MAX_SEED = 2**32 - 1
@@ -307,14 +308,14 @@ class Rows(NamedTuple):
 def _run(programs, plan, params, request, steps, progress) -> program.Edit:
   """The program; in parts, so that the host can count, if there is somebody to tell."""
   if progress is None:
-    return programs.edit(plan, params, request)
-  conditions, state = programs.begin(plan, params, request)
+    return quietly(programs.edit, plan, params, request)
+  conditions, state = quietly(programs.begin, plan, params, request)
   for i in range(steps):
     previous = state
-    state = programs.advance(plan, params, request, conditions, state, np.int32(i))
+    state = quietly(programs.advance, plan, params, request, conditions, state, np.int32(i))
     jax.block_until_ready(previous)  # one step is always in flight
     progress(i, steps)
-  edit = jax.block_until_ready(programs.end(plan, params, request, state))
+  edit = jax.block_until_ready(quietly(programs.end, plan, params, request, state))
   progress(steps, steps)
   return edit
 

@@ -27,6 +27,7 @@ from ip2p_jax.prompts import Prompt, listed
 from ip2p_jax.sharding import ROWS, SECOND, WHOLE
 from ip2p_jax.similarity import Clip, Scores, Towers
 from ip2p_jax.text import ClipTokenizer
+from ip2p_jax.xla_alarms import quietly
 
 INJECTIONS = ('replace', 'refine', 'auto')
 CONTROLS = ('none', 'share', *INJECTIONS, *(f'share+{name}' for name in INJECTIONS))
@@ -251,7 +252,7 @@ class Generator:
       if self.drawing.sampler != inversion.SAMPLER:
         raise InputError(f'pairs of given pictures are drawn by the sampler {inversion.SAMPLER}.')
       pictures = np.stack([_square(prompt.image, self.drawing.size) for prompt in prompts])
-    return self._program(plan, self.params, request, clip_ids, pictures)
+    return quietly(self._program, plan, self.params, request, clip_ids, pictures)
 
   def _control(self, prompts: Sequence[Prompt], samples: Sequence[Sample]) -> p2p.Control:
     control, steps = self.drawing.control, self.drawing.steps

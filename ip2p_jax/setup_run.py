@@ -38,6 +38,7 @@ from ip2p_jax.networks import (
 from ip2p_jax.text import ClipTokenizer
 from ip2p_jax.train_step import Recipe, State
 from ip2p_jax.weights import Checkpoint, names
+from ip2p_jax.xla_alarms import quietly
 
 OURS = (
   workdirs.CONFIG, workdirs.BASE, workdirs.CHECKPOINTS, metrics.LINES, metrics.EVENTS,
@@ -219,7 +220,7 @@ def started(recipe: Any, values: Mapping[str, np.ndarray], shardings: State) -> 
   """The state before the first step, on the devices."""
   params = {name: sharding.put(values[name], where) for name, where in shardings['params'].items()}
   start = functools.partial(train_step.initial_state, recipe)
-  return jax.jit(start, out_shardings=shardings, donate_argnums=0)(params)
+  return quietly(jax.jit(start, out_shardings=shardings, donate_argnums=0), params)
 
 
 def as_begun(config: Any, fixed: Collection[str], workdir: str, say: Callable[[str], None]) -> Any:

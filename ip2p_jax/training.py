@@ -30,6 +30,7 @@ from ip2p_jax.training_loop import (
   signals,
   stop_if_bad,
 )
+from ip2p_jax.xla_alarms import quietly
 
 
 def train(config: TrainConfig, workdir: str) -> int:
@@ -219,7 +220,7 @@ def _keep_batch(run: Run, data: Data, ahead, workdir, state, step) -> str:
     return *train_step.losses_at(run.recipe, state, frozen, batch), batch['weight']
 
   everywhere = sharding.replicated(run.mesh)
-  found = jax.jit(look, out_shardings=everywhere)(state, run.frozen, batch)
+  found = quietly(jax.jit(look, out_shardings=everywhere), state, run.frozen, batch)
   each, draws, weight = jax.device_get(found)
   found = host | {'error': errors, 'rows': rows, 'losses': each} | draws._asdict()
   content = io.BytesIO()
