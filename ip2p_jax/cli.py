@@ -61,7 +61,7 @@ from ip2p_jax.networks import (
 )
 from ip2p_jax.pair_files import RELEASED, attention_sheet
 from ip2p_jax.pair_run import draw_all
-from ip2p_jax.pairs import Drawing, Generator
+from ip2p_jax.pairs import Drawing, Generator, faults
 from ip2p_jax.parameters import flatten
 from ip2p_jax.prompts import read_prompts
 from ip2p_jax.sampling import Sampling, check_acts
@@ -499,7 +499,6 @@ def pairs(
   Killed, it goes on where it was, and ends with the very same files. It may also go on with more
   samples or prompts, another batch size or number of workers. `ip2p filter` keeps the good pairs.
   """
-  read = read_prompts(prompts)
   number = parse_shard(shard)
   settings = {
     'samples': samples, 'steps': steps, 'sampler': sampler, 'control': control,
@@ -515,11 +514,11 @@ def pairs(
   networks = networks_of(checkpoint)
   dtype = dtype or ('float32' if jax.default_backend() == 'cpu' else 'bfloat16')
   size = size or networks.unet_config.sample_size * networks.vae_config.factor
+  drawing, tokenizer = Drawing(size=size, **settings), tokenizer_of(checkpoint, networks)
+  read = read_prompts(prompts, lambda prompt: faults(prompt, drawing, tokenizer))
   towers = Clip.load(clip)
-  generator = Generator(
-    networks, params_of(checkpoint, networks, dtype), tokenizer_of(checkpoint, networks), towers,
-    Drawing(size=size, **settings),
-  )  # fmt: skip
+  params = params_of(checkpoint, networks, dtype)
+  generator = Generator(networks, params, tokenizer, towers, drawing)
   if show_attention:
     _show_attention(generator, read[:show_attention], local_folder(out))
     return

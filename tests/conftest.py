@@ -26,6 +26,8 @@ import jax
 import numpy as np
 import pytest
 
+from ip2p_jax import cli
+
 atexit.register(shutil.rmtree, os.environ['XDG_CACHE_HOME'], ignore_errors=True)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_default_matmul_precision', 'highest')
@@ -34,3 +36,18 @@ jax.config.update('jax_default_matmul_precision', 'highest')
 @pytest.fixture
 def rng():
   return np.random.default_rng(0)
+
+
+@pytest.fixture
+def ip2p(monkeypatch, capsys):
+  """Runs the command with these words: (status, what it printed)."""
+  monkeypatch.setattr(cli, 'cache_compilations', lambda: None)
+
+  def run(*words):
+    monkeypatch.setattr(sys, 'argv', ['ip2p', *map(str, words)])
+    with pytest.raises(SystemExit) as stop:
+      cli.main()
+    printed = capsys.readouterr()
+    return stop.value.code or 0, printed.out + printed.err
+
+  return run
