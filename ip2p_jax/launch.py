@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 from absl import flags, logging
+from ml_collections import config_flags
 
 from ip2p_jax import config as configuration
 from ip2p_jax.console import cache_compilations, one_line
@@ -52,7 +53,8 @@ def train(argv: Sequence[str]) -> None:
     cache_compilations()
     is_language = isinstance(values.config, configuration.LanguageConfig)
     run = language_training.train_language if is_language else training.train
-    sys.exit(run(values.config, values.workdir))
+    given = config_flags.get_override_values(values['config'])
+    sys.exit(run(configuration.without_idle(values.config, given), values.workdir))
 
 
 def _join(values) -> None:
