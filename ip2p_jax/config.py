@@ -6,13 +6,14 @@ keeps them as `config.json`. Rules are ((pattern, value), ...) over dotted param
 On the command line they are 'pattern=value,pattern=value': --config.optimizer.rates='attn2=1,.*=0'.
 """
 
+import copy
 import dataclasses
 import difflib
 import functools
 import math
 import os
 import runpy
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from ip2p_jax.config_text import parse
@@ -335,7 +336,7 @@ def _check_acting(config, values):
   usual = dict(knobs(type(config)()))
   for name, other in NEEDS:
     is_set = name in values and values[name] and values[name] != usual[name]
-    if is_set and values.get(other, 1) in (0, 'constant'):
+    if is_set and _is_off(values, other):
       raise InputError(
         f'{name} is {values[name]!r}, which does nothing while {other} is {values[other]!r}; change'
         f' {other}, or leave {name} at {usual[name]!r}.'
@@ -351,6 +352,29 @@ def _check_acting(config, values):
       f'log.profile begins at step {max(first, 2)}, and the run ends at step {config.steps}; name'
       ' earlier steps.'
     )
+
+
+def _is_off(values, name) -> bool:
+  return values.get(name, 1) in (0, 'constant')
+
+
+def without_idle(config: Any, given: Collection[str]) -> Any:
+  """A config as before, but for what does nothing since a setting named in `given` is off.
+
+  That is for what a file sets, and someone switched off for one run; it gets its default. Settings
+  in `given` themselves stay, and `check` refuses those that do nothing.
+  """
+  config = copy.deepcopy(config)
+  usual, values = dict(knobs(type(config)())), dict(knobs(config))
+  for name, other in NEEDS:
+    if name in values and name not in given and other in given and _is_off(values, other):
+      _set(config, name, usual[name])
+  return config
+
+
+def _set(config, name, value):
+  *sections, knob = name.split('.')
+  setattr(functools.reduce(getattr, sections, config), knob, value)
 
 
 def _check_paths(config):
@@ -417,12 +441,10 @@ def load_config(
   check_overrides([f'--config.{change}' for change in changes], [kind])
   for change in changes:
     name, is_given, text = change.partition('=')
-    *sections, knob = name.split('.')
-    owner = functools.reduce(getattr, sections, config)
     if not is_given:
       raise InputError(f'{change}: has no value; write {name}=VALUE.')
-    setattr(owner, knob, parse(name, text, getattr(owner, knob)))
-  return config
+    _set(config, name, parse(name, text, dict(knobs(config))[name]))
+  return without_idle(config, [change.partition('=')[0] for change in changes])
 
 
 def _nearest(name, known):

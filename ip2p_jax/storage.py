@@ -48,7 +48,7 @@ def write_bytes(file: epath.Path, content: bytes) -> None:
   if not is_local(file):
     file.write_bytes(content)  # a bucket shows no part of a file
     return
-  with _temporary(file) as temporary:
+  with temporary_name(file) as temporary:
     temporary.write_bytes(content)
     temporary.replace(file)
 
@@ -81,7 +81,7 @@ def create(file: epath.Path, content: bytes) -> None:
       raise InputError(f'{file}: {error}.') from None
     system.pipe_file(name, content, mode='create')
     return
-  with _temporary(file) as temporary:
+  with temporary_name(file) as temporary:
     temporary.write_bytes(content)
     try:
       os.link(temporary, file)
@@ -211,13 +211,16 @@ def _lock(file, waits) -> int | None:
 
 
 @contextlib.contextmanager
-def _temporary(file) -> Iterator[epath.Path]:
-  """A name beside `file` that nobody else has; gone afterwards."""
+def temporary_name(file: epath.Path | Path) -> Iterator[epath.Path | Path]:
+  """A name beside `file`, or a folder, that nobody else has; gone afterwards with what it names."""
   temporary = file.with_name(f'.{file.name}.{os.urandom(8).hex()}.tmp')
   try:
     yield temporary
   finally:
-    temporary.unlink(missing_ok=True)
+    if temporary.is_dir():
+      shutil.rmtree(temporary)
+    else:
+      temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

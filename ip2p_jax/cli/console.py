@@ -4,14 +4,12 @@ import contextlib
 import logging
 import os
 import re
-import subprocess
 import sys
 import threading
 import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
 
 import jax
 
@@ -116,7 +114,7 @@ def waiting(what: str, is_quiet: bool = False, after: float = 2.0) -> Iterator[N
         break
     print(f'\r{" " * len(text)}\r', end='', file=screen, flush=True)
 
-  with _without_alarms() as screen:
+  with xla_alarms.diverted() as screen:
     teller = threading.Thread(target=tell, args=(screen,), daemon=True)
     if not is_quiet:
       teller.start()
@@ -126,33 +124,3 @@ def waiting(what: str, is_quiet: bool = False, after: float = 2.0) -> Iterator[N
       done.set()
       if not is_quiet:
         teller.join()
-
-
-@contextlib.contextmanager
-def _without_alarms() -> Iterator[TextIO]:
-  """Lets what this process writes to stderr, in Python or not, run through `xla_alarms`.
-
-  Gives what writes past it.
-  """
-  sys.stderr.flush()
-  try:
-    screen = os.fdopen(os.dup(2), 'w')
-  except OSError:  # closed
-    yield sys.stderr
-    return
-  with screen:
-    # In a session of its own, since Ctrl-C is for us.
-    command = [sys.executable, '-I', '-S', xla_alarms.__file__]
-    copying = subprocess.Popen(
-      command, stdin=subprocess.PIPE, stderr=screen, start_new_session=True
-    )
-    os.dup2(copying.stdin.fileno(), 2)
-    copying.stdin.close()
-    try:
-      yield screen
-    finally:
-      sys.stderr.flush()
-      os.dup2(screen.fileno(), 2)
-      # A child of ours that was started meanwhile may still write to it.
-      with contextlib.suppress(subprocess.TimeoutExpired):
-        copying.wait(timeout=5)

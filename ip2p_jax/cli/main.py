@@ -43,7 +43,7 @@ from ip2p_jax.editing.export import check_checkpoint
 from ip2p_jax.errors import InputError
 from ip2p_jax.images import save
 from ip2p_jax.pairs.filter import LABELS, MOST, PAPER, draw_histograms, filter_pairs
-from ip2p_jax.pairs.generate import PairGenerator, PairSettings
+from ip2p_jax.pairs.generate import PairGenerator, PairSettings, faults
 from ip2p_jax.pairs.pair_files import RELEASED, attention_sheet
 from ip2p_jax.pairs.prompts import read_prompts
 from ip2p_jax.pairs.run import draw_all
@@ -496,7 +496,6 @@ def pairs(
   Killed, it goes on where it was, and ends with the very same files. It may also go on with more
   samples or prompts, another batch size or number of workers. `ip2p filter` keeps the good pairs.
   """
-  read = read_prompts(prompts)
   number = parse_shard(shard)
   settings = {
     'samples': samples, 'steps': steps, 'sampler': sampler, 'control': control,
@@ -512,11 +511,11 @@ def pairs(
   networks = networks_of(checkpoint)
   dtype = dtype or ('float32' if jax.default_backend() == 'cpu' else 'bfloat16')
   size = size or networks.unet_config.sample_size * networks.vae_config.factor
+  drawing, tokenizer = PairSettings(size=size, **settings), tokenizer_of(checkpoint, networks)
+  read = read_prompts(prompts, lambda prompt: faults(prompt, drawing, tokenizer))
   towers = Clip.load(clip)
-  generator = PairGenerator(
-    networks, params_of(checkpoint, networks, dtype), tokenizer_of(checkpoint, networks), towers,
-    PairSettings(size=size, **settings),
-  )  # fmt: skip
+  params = params_of(checkpoint, networks, dtype)
+  generator = PairGenerator(networks, params, tokenizer, towers, drawing)
   if show_attention:
     _show_attention(generator, read[:show_attention], local_folder(out))
     return

@@ -6,9 +6,16 @@ from pathlib import Path
 
 import jax
 from absl import flags, logging
+from ml_collections import config_flags
 
 from ip2p_jax.cli.console import cache_compilations, one_line
-from ip2p_jax.config import LanguageConfig, TrainConfig, check_overrides, plain_overrides
+from ip2p_jax.config import (
+  LanguageConfig,
+  TrainConfig,
+  check_overrides,
+  plain_overrides,
+  without_idle,
+)
 from ip2p_jax.errors import InputError
 
 NAME = 'train.py'
@@ -53,7 +60,8 @@ def train(argv: Sequence[str]) -> None:
     cache_compilations()
     is_language = isinstance(values.config, LanguageConfig)
     run = train_language if is_language else train_editor
-    sys.exit(run(values.config, values.workdir))
+    given = config_flags.get_override_values(values['config'])
+    sys.exit(run(without_idle(values.config, given), values.workdir))
 
 
 def _join(values) -> None:

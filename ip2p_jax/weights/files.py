@@ -7,11 +7,11 @@ is read back and compared, and only then takes the destination's name.
 
 import contextlib
 import dataclasses
+import errno
 import json
 import math
 import os
 import pickle
-import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from ip2p_jax import storage
 from ip2p_jax.errors import InputError
 
 COMPONENTS = ('unet', 'vae', 'text_encoder')
@@ -375,37 +376,31 @@ def _bytes(array):
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-  """A temporary name beside `path` that takes its place at the end, or vanishes on any error."""
+  """A temporary name beside `path` that takes its place at the end, or vanishes on any error.
+
+  It is for a file or a folder. Of several that do so at the same time, the last one stays.
+  """
   path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f'.{path.name}.tmp')
-  _remove(temporary)  # left by a run that was killed
-  try:
+  with storage.temporary_name(path) as temporary:
     yield temporary
     if temporary.is_dir():
       _replace_folder(temporary, path)
     else:
       os.replace(temporary, path)
-  finally:
-    _remove(temporary)
-
-
-def _remove(path):
-  if path.is_dir():
-    shutil.rmtree(path)
-  path.unlink(missing_ok=True)
 
 
 def _replace_folder(new, path):
   # Folders cannot be replaced in one step: the old one steps aside, and returns if that fails.
-  old = path.with_name(f'.{path.name}.old')
-  if path.exists():
-    _remove(old)
-    os.rename(path, old)
-  try:
-    os.rename(new, path)
-  except OSError:
-    if old.exists():
-      os.rename(old, path)
-    raise
-  if old.exists():
-    shutil.rmtree(old)
+  while True:
+    with storage.temporary_name(path) as old:
+      with contextlib.suppress(FileNotFoundError):
+        os.rename(path, old)
+      try:
+        os.rename(new, path)
+        return
+      except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+          continue  # another one took its place meanwhile
+        if old.exists():
+          os.rename(old, path)
+        raise
