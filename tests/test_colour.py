@@ -4,6 +4,7 @@ import io
 import struct
 import warnings
 import zlib
+from pathlib import Path
 
 import numpy as np
 import profiles
@@ -18,6 +19,8 @@ from ip2p_jax.edit_files import plan_jobs, run_jobs
 
 B, IFD = ExifTags.Base, ExifTags.IFD
 LOSSLESS = ('png', 'tif')
+BPC = ImageCms.Flags.BLACKPOINTCOMPENSATION
+SWOP = Path('/usr/share/color/icc/ghostscript/default_cmyk.icc')
 
 
 @pytest.fixture
@@ -197,6 +200,40 @@ def test_cmyk_stays_cmyk_where_the_format_has_it_and_else_becomes_srgb(
     assert (pixels(written)[24:] == pixels(own)[24:]).all()
   images.save(images.read(tmp_path / 'in.tif'), path, {})  # and whoever saves without asking
   assert difference(profiles.as_seen(opened(path)), photo) < 2
+
+
+@pytest.fixture(params=['made', 'SWOP'], scope='module')
+def press(request):
+  """A profile of inks that show fewer colours than sRGB: one made here, and one of libgs-common."""
+  if request.param == 'made':
+    return profiles.offset()
+  if not SWOP.exists():
+    pytest.skip(f'{SWOP} is not installed')
+  return SWOP.read_bytes()
+
+
+def test_cmyk_shows_an_edit_as_well_as_its_inks_can(tmp_path, photo, press):
+  original = profiles.converted(photo, None, press, 'CMYK')
+  original.info = {'icc_profile': press}
+  original = images.plain(original)
+  printable = images.shown(original)
+  best = {}
+  for name, edited in {
+    'printable': printable,
+    'sRGB': Image.fromarray(negative(np.asarray(photo))),
+  }.items():
+    ways = [(intent, flags) for intent in ImageCms.Intent for flags in (0, BPC)]
+    ways = [profiles.converted(edited, None, press, 'CMYK', *way) for way in ways]
+    ways = [difference(profiles.converted(way, press, None, 'RGB'), edited) for way in ways]
+    best[name] = min(ways)
+    for extension, loss in (('tif', 0.1), ('jpg', 0.3)):
+      path = tmp_path / f'out.{extension}'
+      images.save(images.restore(np.asarray(edited), original), path, {})
+      written = opened(path)
+      assert written.mode == 'CMYK' and written.info['icc_profile'] == press
+      assert difference(profiles.as_seen(written), edited) < best[name] + loss, (name, extension)
+    assert max(ways) > best[name] + 4  # the other ways are worse by far
+  assert best['printable'] < 1.5 and best['sRGB'] > 5
 
 
 def test_a_soft_mask_mixes_between_the_pictures_own_numbers(photo):
