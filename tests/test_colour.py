@@ -116,6 +116,63 @@ def test_a_palette_is_seen_by_its_profile(tmp_path, photo):
   assert difference(images.to_array(images.read(tmp_path / 'in.png'), photo.size), expected) == 0
 
 
+def png_of_16_bits(values, path, profile):
+  """[h, w, 1 to 4] as grey, grey and alpha, RGB or RGBA; Pillow writes none of the last three."""
+  height, width, channels = values.shape
+  header = struct.pack('>2I5B', width, height, 16, (0, 4, 2, 6)[channels - 1], 0, 0, 0)
+  lines = b''.join(b'\0' + line.astype('>u2').tobytes() for line in values)
+  parts = {b'IHDR': header, b'iCCP': b'own\0\0' + zlib.compress(profile)}
+  parts |= {b'IDAT': zlib.compress(lines), b'IEND': b''}
+  chunk = lambda n, d: struct.pack('>I', len(d)) + n + d + struct.pack('>I', zlib.crc32(n + d))
+  path.write_bytes(b'\x89PNG\r\n\x1a\n' + b''.join(chunk(*part) for part in parts.items()))
+  return path
+
+
+SOURCES = ('palette', 'palette of greys', '16-bit grey', '16-bit grey and alpha', '16-bit RGB')
+SOURCES += ('16-bit RGBA', 'rotated JPEG')
+
+
+@pytest.mark.parametrize('source', SOURCES)
+@pytest.mark.filterwarnings('error')
+def test_odd_files_are_edited_by_their_profile_and_kept_under_a_mask(tmp_path, photo, half, source):
+  path, alpha = tmp_path / 'in.png', None
+  name = 'grey' if 'grey' in source else 'ProPhoto'
+  own = profiles.tagged(photo.convert('L').convert('RGB') if name == 'grey' else photo, name)
+  if source.startswith('16'):
+    values = pixels(own).reshape(48, 64, -1) * 257
+    if 'alpha' in source or 'RGBA' in source:
+      alpha = np.broadcast_to(np.arange(64) * 4, (48, 64))
+      values = np.concatenate([values, alpha[..., None] * 257], -1)
+    png_of_16_bits(values, path, own.info['icc_profile'])
+  elif source == 'rotated JPEG':
+    path, exif = tmp_path / 'in.jpg', Image.Exif()
+    exif[B.Orientation] = 6
+    turned = own.transpose(Image.Transpose.ROTATE_90)
+    turned.info = own.info
+    write(turned, path, exif=exif)
+  else:
+    palette = own.convert('P') if name == 'grey' else own.quantize(255)
+    photo = profiles.converted(palette.convert(own.mode), own.info['icc_profile'], None, 'RGB')
+    indices = pixels(palette)
+    clear = bytes(0 if index == indices[0, 0] else 255 for index in range(256))
+    alpha = np.where(indices == indices[0, 0], 0, 255)
+    palette.save(path, icc_profile=own.info['icc_profile'], transparency=clear)
+  original = images.read(path)
+  truth = pixels(photo.convert('L').convert('RGB') if name == 'grey' else photo)
+  assert original.size == (64, 48)
+  result = images.restore(negative(truth).astype(np.uint8), original, half)
+  images.save(result, tmp_path / 'o.tif', {})
+  written = opened(tmp_path / 'o.tif')
+  assert written.getexif().get(B.Orientation, 1) == 1
+  assert alpha is None or (pixels(written)[..., 3] == alpha).all()
+  assert (pixels(written)[24:] == pixels(original)[24:]).all()
+  seen = written.convert('RGB')
+  seen.info = {'icc_profile': written.info['icc_profile']}
+  seen = pixels(profiles.as_seen(seen))
+  assert difference(seen[:24], negative(truth)[:24]) < 1.5
+  assert difference(seen[24:], truth[24:]) < 1.5
+
+
 def test_lab_needs_no_profile(tmp_path, photo):
   lab = ImageCms.ImageCmsProfile(ImageCms.createProfile('LAB')).tobytes()
   own = profiles.converted(photo, None, lab, 'LAB')
