@@ -123,7 +123,7 @@ def _transform(profile: bytes, mode: str, to_srgb: bool) -> ImageCms.ImageCmsTra
   sides = [(own, mode), (srgb, 'RGBA' if mode == 'RGBA' else 'RGB')]
   (source, source_mode), (target, target_mode) = sides if to_srgb else sides[::-1]
   flags = ImageCms.Flags.BLACKPOINTCOMPENSATION
-  if target_mode == 'CMYK':  # else edges of what can be printed are up to 0.3 levels off on average
+  if target_mode == 'CMYK':  # else its table is up to half a level of ink off the profile's
     flags |= ImageCms.Flags.HIGHRESPRECALC
   intent = ImageCms.Intent.RELATIVE_COLORIMETRIC
   return ImageCms.buildTransform(source, target, source_mode, target_mode, intent, flags)
