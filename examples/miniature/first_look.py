@@ -1,6 +1,6 @@
 """The picture at the top of README.md: one drawn scene, and edits of it by the bundled miniature.
 
-  python examples/miniature/first_look.py docs/edits.png --scene examples/scene.png
+python examples/miniature/first_look.py docs/edits.png --scene examples/scene.png
 """
 
 import argparse

@@ -12,7 +12,8 @@ import pytest
 import tiny_models
 from test_console import ERROR, SLOW
 
-from ip2p_jax import Editor, plan_compiler, xla_alarms
+from ip2p_jax import Editor, xla_alarms
+from ip2p_jax.planning import compiler
 from ip2p_jax.xla_alarms import left_out, quietly
 
 WAIT = xla_alarms.SOONEST + 0.3
@@ -172,5 +173,5 @@ def test_compiling_for_a_device_that_is_not_there_leaves_alarms_out(capfd):
     def compile(self, options):
       return options, alarmed()
 
-  assert plan_compiler._compile(Lowered(), {'a': 1}) == ({'a': 1}, 'compiled')
+  assert compiler._compile(Lowered(), {'a': 1}) == ({'a': 1}, 'compiled')
   assert capfd.readouterr().err == SHOWN

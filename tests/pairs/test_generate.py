@@ -504,11 +504,11 @@ def test_faults_of_form_and_of_words_are_told_at_once(parts, tmp_path):
     sound | {'edit': '', 'blend': [['moon'], ['sun']]},
     sound | {'weights': [1]},
   ]
-  file, told = tmp_path / 'prompts.jsonl', Drawing(steps=2, size=32, control='auto')
+  file, told = tmp_path / 'prompts.jsonl', PairSettings(steps=2, size=32, control='auto')
   file.write_text('\n'.join(map(json.dumps, lines)))
   found = []
   with pytest.raises(InputError) as error:
-    read_prompts(file, lambda prompt: found.append(pairs.faults(prompt, told, parts[2])) or ())
+    read_prompts(file, lambda prompt: found.append(generate.faults(prompt, told, parts[2])) or ())
   assert len(found) == 3 and 'tree' not in str(error.value)
   assert [list(of_line) for of_line in found] == [
     ["the word 'tree' is not in 'a blue star'; use one of its words",
@@ -518,7 +518,7 @@ def test_faults_of_form_and_of_words_are_told_at_once(parts, tmp_path):
     [],
   ]  # fmt: skip
   with pytest.raises(InputError) as error:
-    read_prompts(file, lambda prompt: pairs.faults(prompt, told, parts[2]))
+    read_prompts(file, lambda prompt: generate.faults(prompt, told, parts[2]))
   said = str(error.value)
   assert 'line 1: cross_steps: 1.5 is no part of the steps' in said
   assert "line 1: the word 'tree' is not in" in said and "line 1: the word 'bush'" in said
