@@ -38,6 +38,7 @@ from ip2p_jax.console import (
   MISTAKE,
   cache_compilations,
   complain,
+  interruptible,
   one_line,
   waiting,
 )
@@ -811,7 +812,13 @@ def run(app: typer.Typer | Callable, name: str) -> None:
     tell = functools.cache(lambda message: complain(name, f'warning: {message}'))  # each once
     warnings.showwarning = lambda message, *_: tell(str(message))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that we tidy up
-    status = _status(app, name)
+
+    def end(_number):
+      complain(name, 'stopped')
+      os._exit(INTERRUPTED)
+
+    with interruptible(end):
+      status = _status(app, name)
   if status == INTERRUPTED:  # the device may still be at work, and would fail under our feet
     sys.stdout.flush()
     os._exit(status)

@@ -1,5 +1,6 @@
 """What `train.py` calls: flags, processes, signals, and errors as one line."""
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +9,7 @@ import jax
 from absl import flags, logging
 
 from ip2p_jax import config as configuration
-from ip2p_jax.console import cache_compilations, one_line
+from ip2p_jax.console import INTERRUPTED, cache_compilations, complain, one_line
 from ip2p_jax.errors import InputError
 
 NAME = 'train.py'
@@ -52,7 +53,13 @@ def train(argv: Sequence[str]) -> None:
     cache_compilations()
     is_language = isinstance(values.config, configuration.LanguageConfig)
     run = language_training.train_language if is_language else training.train
-    sys.exit(run(values.config, values.workdir))
+    try:
+      status = run(values.config, values.workdir)
+    except KeyboardInterrupt:
+      complain(NAME, 'stopped')
+      sys.stdout.flush()
+      os._exit(INTERRUPTED)  # the device may still be at work, and would fail under our feet
+    sys.exit(status)
 
 
 def _join(values) -> None:

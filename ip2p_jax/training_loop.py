@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import os
 import signal
 import sys
 from collections.abc import Callable, Generator, Iterator
@@ -16,7 +17,7 @@ from jax.experimental import multihost_utils
 from ip2p_jax import checkpoints as workdirs
 from ip2p_jax import metrics, sharding
 from ip2p_jax.checkpoints import Checkpoints
-from ip2p_jax.console import waiting
+from ip2p_jax.console import INTERRUPTED, interruptible, waiting
 from ip2p_jax.errors import InputError
 from ip2p_jax.loss_course import Course, advice, followed, mean_loss
 
@@ -82,7 +83,7 @@ def loop(
     for step in range(first + 1, config.steps + 1):  # steps are counted when taken
       profile(step, recent)
       batch = next(batches)  # first of all, since it may start processes
-      with compiling('step'):
+      with compiling('step'), _ended_by_signals(step == first + 1):
         state, values = job.step(state, batch)  # dispatched, not awaited
         if step == first + 1:
           jax.block_until_ready(values)
@@ -172,6 +173,27 @@ def _first_time() -> Callable[[str], contextlib.AbstractContextManager]:
     return waiting(f'compiling the {what}, about a minute', is_quiet=jax.process_index() > 0)
 
   return compiling
+
+
+@contextlib.contextmanager
+def _ended_by_signals(is_first: bool) -> Iterator[None]:
+  """Lets signals end the process within the first step, which compiles: nothing is to be saved."""
+  if not is_first:
+    yield
+    return
+
+  def end(number, _frame=None):
+    print('stopped before the first step; nothing is lost', file=sys.stderr, flush=True)
+    os._exit(INTERRUPTED if number == signal.SIGINT else STOPPED)
+
+  ours = [n for n in (signal.SIGTERM, signal.SIGINT) if callable(signal.getsignal(n))]
+  before = {number: signal.signal(number, end) for number in ours}
+  try:
+    with interruptible(end):
+      yield
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)
 
 
 def stop_if_bad(
