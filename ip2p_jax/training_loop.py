@@ -83,7 +83,7 @@ def loop(
     for step in range(first + 1, config.steps + 1):  # steps are counted when taken
       profile(step, recent)
       batch = next(batches)  # first of all, since it may start processes
-      with compiling('step'), _ended_by_signals(step == first + 1):
+      with compiling('step'), _ended_by_signals(step == first + 1, must_stop):
         state, values = job.step(state, batch)  # dispatched, not awaited
         if step == first + 1:
           jax.block_until_ready(values)
@@ -176,7 +176,7 @@ def _first_time() -> Callable[[str], contextlib.AbstractContextManager]:
 
 
 @contextlib.contextmanager
-def _ended_by_signals(is_first: bool) -> Iterator[None]:
+def _ended_by_signals(is_first: bool, must_stop: Callable[[int], bool]) -> Iterator[None]:
   """Lets signals end the process within the first step, which compiles: nothing is to be saved."""
   if not is_first:
     yield
@@ -189,6 +189,8 @@ def _ended_by_signals(is_first: bool) -> Iterator[None]:
   ours = [n for n in (signal.SIGTERM, signal.SIGINT) if callable(signal.getsignal(n))]
   before = {number: signal.signal(number, end) for number in ours}
   try:
+    if jax.process_count() == 1 and must_stop(0):  # one came since the run began
+      end(signal.SIGTERM)
     with interruptible(end):
       yield
   finally:
