@@ -17,8 +17,8 @@ ORDER = (
   'pipeline',
   'weights',
   'models diffusion',
-  'bundled compiling config images progress sharding',
-  'colour metadata parameters storage',
+  'bundled config images progress sharding',
+  'colour interrupts metadata parameters storage',
   'config_text xla_alarms',
   'errors',
 )

@@ -1,22 +1,19 @@
-"""What our commands have in common: one line for a mistake, a clock, compiled programs kept."""
+"""What our commands have in common: one line for a mistake, and compiled programs that are kept."""
 
 import contextlib
 import logging
 import os
 import re
 import sys
-import threading
-import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 
-from ip2p_jax import xla_alarms
 from ip2p_jax.errors import InputError
 
-MISTAKE, INTERRUPTED = 2, 130  # exit statuses
+MISTAKE = 2  # exit status
 
 
 @contextlib.contextmanager
@@ -86,41 +83,3 @@ def _drop_damaged(folder: Path) -> None:
     show(message, *rest)
 
   warnings.showwarning = shown
-
-
-@contextlib.contextmanager
-def waiting(what: str, is_quiet: bool = False, after: float = 2.0) -> Iterator[None]:
-  """Says on stderr what takes longer than `after` seconds: with a clock, or once in a log file.
-
-  Keeps XLA's advice to file a bug about it from the screen; all else that is written there, stays.
-
-  Args:
-    what: as in 'compiling, about a minute'.
-    is_quiet: says nothing; for all processes but one.
-  """
-  done, began = threading.Event(), time.monotonic()
-
-  def tell(screen):
-    text = ''
-    if done.wait(after):
-      return
-    if not screen.isatty():
-      print(what, file=screen, flush=True)
-      return
-    while True:
-      text = f'{what}: {time.monotonic() - began:.0f} s'
-      print(f'\r{text}', end='', file=screen, flush=True)
-      if done.wait(1):
-        break
-    print(f'\r{" " * len(text)}\r', end='', file=screen, flush=True)
-
-  with xla_alarms.diverted() as screen:
-    teller = threading.Thread(target=tell, args=(screen,), daemon=True)
-    if not is_quiet:
-      teller.start()
-    try:
-      yield
-    finally:
-      done.set()
-      if not is_quiet:
-        teller.join()

@@ -21,14 +21,7 @@ from typer import Option
 from ip2p_jax import bundled, storage
 from ip2p_jax.captions.write import local_folder
 from ip2p_jax.cli import captions
-from ip2p_jax.cli.console import (
-  INTERRUPTED,
-  MISTAKE,
-  cache_compilations,
-  complain,
-  one_line,
-  waiting,
-)
+from ip2p_jax.cli.console import MISTAKE, cache_compilations, complain, one_line
 from ip2p_jax.cli.convert import convert_any
 from ip2p_jax.config import load_config
 from ip2p_jax.data.check import check as check_data_set
@@ -42,6 +35,7 @@ from ip2p_jax.editing.editor import MAX_SCALE, Editor
 from ip2p_jax.editing.export import check_checkpoint
 from ip2p_jax.errors import InputError
 from ip2p_jax.images import save
+from ip2p_jax.interrupts import INTERRUPTED, interruptible
 from ip2p_jax.pairs.filter import LABELS, MOST, PAPER, draw_histograms, filter_pairs
 from ip2p_jax.pairs.generate import PairGenerator, PairSettings, faults
 from ip2p_jax.pairs.pair_files import RELEASED, attention_sheet
@@ -63,6 +57,7 @@ from ip2p_jax.pipeline.sampling import Sampling, check_acts
 from ip2p_jax.planning import devices, gpus
 from ip2p_jax.planning.sampling import plan_sampling, sampling_report, work_on
 from ip2p_jax.planning.training import plan_training, settled, stable_diffusion, training_report
+from ip2p_jax.progress import waiting
 from ip2p_jax.training.start import starting_checkpoint
 from ip2p_jax.weights import to_params
 
@@ -804,7 +799,13 @@ def run(app: typer.Typer | Callable, name: str) -> None:
     tell = functools.cache(lambda message: complain(name, f'warning: {message}'))  # each once
     warnings.showwarning = lambda message, *_: tell(str(message))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that we tidy up
-    status = _status(app, name)
+
+    def end(_number):
+      complain(name, 'stopped')
+      os._exit(INTERRUPTED)
+
+    with interruptible(end):
+      status = _status(app, name)
   if status == INTERRUPTED:  # the device may still be at work, and would fail under our feet
     sys.stdout.flush()
     os._exit(status)

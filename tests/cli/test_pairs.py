@@ -48,6 +48,8 @@ def test_from_prompts_to_a_data_set(ip2p, folder, tmp_path):
   assert status == 0 and '12 pairs of 12 prompts' in said
   assert (tmp_path / 'pairs' / 'histograms.png').exists()
   assert ip2p('check', tmp_path / 'pairs')[0] == 0
+  status, said = ip2p('filter', tmp_path / 'pairs', tmp_path / 'again', *loose)
+  assert status == 2 and 'was filtered already; give the folder that it came from' in said
   status, said = ip2p('pack', tmp_path / 'pairs', tmp_path / 'shards', '--size', 32, '--workers', 0)
   assert status == 0 and '12 train' in said
   (tmp_path / '.straight.tmp' / 'pairs').mkdir(parents=True)  # of a run that was killed

@@ -10,11 +10,11 @@ import time
 import numpy as np
 import pytest
 import tiny_models
-from test_console import ERROR, SLOW
+from alarms import ERROR, FOLDING, SLOW
 
 from ip2p_jax import Editor, xla_alarms
 from ip2p_jax.planning import compiler
-from ip2p_jax.xla_alarms import left_out, quietly
+from ip2p_jax.xla_alarms import left_out, quietly, without_alarms
 
 WAIT = xla_alarms.SOONEST + 0.3
 
@@ -175,3 +175,15 @@ def test_compiling_for_a_device_that_is_not_there_leaves_alarms_out(capfd):
 
   assert compiler._compile(Lowered(), {'a': 1}) == ({'a': 1}, 'compiled')
   assert capfd.readouterr().err == SHOWN
+
+
+@pytest.mark.parametrize('alarm', [SLOW, FOLDING])
+@pytest.mark.parametrize('other', [ERROR, b'a warning\nof two lines\n', b''])
+def test_alarms_are_left_out_and_nothing_else(alarm, other):
+  lines = (other + alarm + other).splitlines(keepends=True)
+  assert b''.join(without_alarms(lines)) == other + other
+
+
+def test_an_error_amid_an_alarm_is_kept():
+  lines = [*SLOW.splitlines(keepends=True)[:2], ERROR, b'more of it\n']
+  assert b''.join(without_alarms(lines)) == ERROR + b'more of it\n'
