@@ -17,7 +17,7 @@ ORDER = (
   'pipeline',
   'weights',
   'models diffusion',
-  'bundled config images progress sharding',
+  'bundled config defaults images progress sharding',
   'colour interrupts metadata parameters storage',
   'config_text xla_alarms',
   'errors',

@@ -27,6 +27,7 @@ from ip2p_jax import storage
 from ip2p_jax.captions import triplets
 from ip2p_jax.captions.rules import fits, plain, problems
 from ip2p_jax.data.columns import ALIASES
+from ip2p_jax.defaults import MOST_TOKENS
 from ip2p_jax.errors import InputError
 
 SETTINGS, PROMPTS = 'captions.json', 'prompts.jsonl'
@@ -34,7 +35,6 @@ COLUMNS = (*ALIASES['caption'], *ALIASES['text'])  # groups; LAION's 'TEXT' is a
 LINES = ('', '.txt')  # suffixes of files with a caption per line
 CHUNK = 4096  # captions per call of a backend, which runs half empty at the end of each
 SYNC = 1.0  # seconds of answers that may be lost with the machine
-MOST_TOKENS = 2**15 - 1
 SAMPLING = ('temperature', 'top_p', 'frequency_penalty', 'max_tokens')  # in every line of prompts
 # Why an answer is refused.
 REASONS = {

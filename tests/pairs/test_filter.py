@@ -11,7 +11,7 @@ from ip2p_jax.cli import main
 from ip2p_jax.data.sources import SPLITS, open_source
 from ip2p_jax.errors import InputError
 from ip2p_jax.pairs import filter
-from ip2p_jax.pipeline.clip_scores import Scores
+from ip2p_jax.pipeline.scores import Scores
 
 GOOD = Scores(0.3, 0.3, 0.3, 0.8)
 
