@@ -16,7 +16,8 @@ from ip2p_jax import sharding
 from ip2p_jax.captions import generate
 from ip2p_jax.captions.program import Knobs, TextRows, text_programs
 from ip2p_jax.models.layers import abstract
-from ip2p_jax.models.llama import Llama, LlamaConfig, Rope
+from ip2p_jax.models.llama import Llama
+from ip2p_jax.models.llama_config import LlamaConfig, Rope
 from ip2p_jax.planning import compiler, devices, training
 
 QWEN = LlamaConfig(

@@ -125,9 +125,8 @@ def write(
 
   Killed, it goes on where it was. The result is OUT/prompts.jsonl, once all workers are done.
   """
-  from ip2p_jax.captions import triplets
   from ip2p_jax.captions.local import local_backend
-  from ip2p_jax.captions.server import Server, Usage, read_key, server_backend
+  from ip2p_jax.captions.server import Usage, server_backend
   from ip2p_jax.captions.write import Writing, local_folder, local_path, read_captions, write_all
   from ip2p_jax.data.shard_writing import parse_shard
 
@@ -139,24 +138,14 @@ def write(
     raise InputError('give either --model FOLDER or --server URL.')
   _check_options(context, *((OF_SERVER, '--server') if model else (OF_MODEL, '--model')))
   if temperature == 0:
-    idle = {'top_p'} | ({'seed', 'attempts'} if model else set())
-    for name, flag in console.given_options(context).items():
-      if name in idle and (name, attempts) != ('attempts', 1):
-        raise InputError(
-          f'{flag} would do nothing: --temperature 0 takes the likeliest token; leave it out.'
-        )
+    _check_greedy(context, bool(model), attempts)
   folder, is_flagged = local_folder(out), moderate and _hook(moderate)
   source = Path(local_path(source)).expanduser()
   asked = None
   if server is not None:
-    if not server_model:
-      raise InputError("--server-model is missing: the model's name on the server.")
-    if from_triplets and not examples:
-      raise InputError('--triplets are not shown with --examples 0; leave one of them out.')
-    shown = triplets.read(from_triplets or triplets.bundled_file()) if examples else []
-    asked = Server(
-      server, server_model, api, read_key(key_variable) if key_variable else None,
-      shown, examples, _json(body), concurrency, timeout, retries,
+    asked = _server(
+      server, server_model, api, key_variable, from_triplets, examples, body, concurrency, timeout,
+      retries,
     )  # fmt: skip
     _check_taken_out(context, asked)
   found = read_captions(source, column)
@@ -166,10 +155,7 @@ def write(
   )
   usage, to_ask = Usage(), []
   if asked:
-    identity = {'model': server_model, 'api': api, 'shown': examples}
-    identity |= {'examples': _digest(shown), 'body': _digest(asked.body)}  # that may hold secrets
-    if asked.taken_out:
-      identity['taken_out'] = asked.taken_out
+    identity = _identity(asked)
     complete = server_backend(asked, writing, usage, _once(tqdm.write))
   else:
     loaded, identity = _load(model, dtype, split_weights)
@@ -195,6 +181,37 @@ def write(
   if asked and to_ask:
     _tell_usage(usage, prompt_price, completion_price)
   _report(folder, is_complete)
+
+
+def _check_greedy(context, is_local: bool, attempts: int) -> None:
+  """InputError for an option that decides nothing where the likeliest token is taken."""
+  idle = {'top_p'} | ({'seed', 'attempts'} if is_local else set())
+  for name, flag in console.given_options(context).items():
+    if name in idle and (name, attempts) != ('attempts', 1):
+      raise InputError(
+        f'{flag} would do nothing: --temperature 0 takes the likeliest token; leave it out.'
+      )
+
+
+def _server(url, model, api, key_variable, from_triplets, examples, body, *how):
+  """What a server is asked with; InputError for options that contradict each other."""
+  from ip2p_jax.captions import triplets
+  from ip2p_jax.captions.server import Server, read_key
+
+  if not model:
+    raise InputError("--server-model is missing: the model's name on the server.")
+  if from_triplets and not examples:
+    raise InputError('--triplets are not shown with --examples 0; leave one of them out.')
+  shown = triplets.read(from_triplets or triplets.bundled_file()) if examples else []
+  key = read_key(key_variable) if key_variable else None
+  return Server(url, model, api, key, shown, examples, _json(body), *how)
+
+
+def _identity(server) -> dict:
+  """What tells the answers of one server and prompt from those of others."""
+  identity = {'model': server.model, 'api': server.api, 'shown': server.shown}
+  identity |= {'examples': _digest(server.examples), 'body': _digest(server.body)}  # secrets
+  return identity | ({'taken_out': server.taken_out} if server.taken_out else {})
 
 
 def _check_options(context, names, backend) -> None:
