@@ -17,7 +17,7 @@ from typer import Argument, Option
 from ip2p_jax.captions import generate, triplets
 from ip2p_jax.captions.check import check_triplets, diversity
 from ip2p_jax.captions.local import local_backend
-from ip2p_jax.captions.server import Server, Usage, estimate, read_key, server_backend
+from ip2p_jax.captions.server import Server, Usage, estimate, read_key
 from ip2p_jax.captions.train import train_language
 from ip2p_jax.captions.write import (
   MOST_TOKENS,
@@ -215,6 +215,8 @@ def write(
   tqdm.write(f'{source}: {_many(len(found.kept), "caption")}; left out: {left_out or "none"}')
   usage, to_ask = Usage(), []
   if asked:
+    from ip2p_jax.captions.client import server_backend  # HTTP is slow to import
+
     identity = {'model': server_model, 'api': api, 'shown': examples}
     identity |= {'examples': _digest(shown), 'body': _digest(asked.body)}  # that may hold secrets
     if asked.taken_out:
