@@ -26,8 +26,8 @@ from ip2p_jax.models import llama
 from ip2p_jax.models.layers import Params, abstract
 from ip2p_jax.models.llama import Llama, LlamaConfig
 from ip2p_jax.weights import names
-from ip2p_jax.weights.files import float_dtype
 from ip2p_jax.weights.language_folder import LanguageCheckpoint, read_language
+from ip2p_jax.weights.tensors import float_dtype
 
 SLOTS = 64  # for each copy of the weights
 READ_AT_ONCE = 8  # prompts, by each group of devices

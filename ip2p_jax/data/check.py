@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from ip2p_jax import images
-from ip2p_jax.data.rows import LatentRow, Pair, Row, Source
-from ip2p_jax.data.sources import SPLITS, check_columns, open_source
+from ip2p_jax.data.rows import SPLITS, LatentRow, Pair, Row, Source
+from ip2p_jax.data.sources import check_columns, open_source
 from ip2p_jax.errors import InputError
 from ip2p_jax.models.tokenizer import ClipTokenizer
 from ip2p_jax.weights import clip_tokenizer

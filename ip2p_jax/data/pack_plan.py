@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from ip2p_jax.data import holdout, shards
 from ip2p_jax.data.holdout import HeldOut
-from ip2p_jax.data.rows import LatentRow, Row, Source
+from ip2p_jax.data.rows import SPLITS, LatentRow, Row, Source
 from ip2p_jax.errors import InputError
 
 SHARD_BYTES = 64 << 20  # small, since a shard is what workers share and what a killed run loses
@@ -45,12 +45,12 @@ def hold_out(
   A pack that was begun in `folder` has chosen already, so that neither another machine nor a second
   try has to read all rows for it.
   """
-  unknown = set(sources) - set(shards.SPLITS)
+  unknown = set(sources) - set(SPLITS)
   if unknown:
-    raise InputError(f'splits {sorted(unknown)} are unknown; use {", ".join(shards.SPLITS)}.')
+    raise InputError(f'splits {sorted(unknown)} are unknown; use {", ".join(SPLITS)}.')
   if not 0 <= share < 1:
     raise InputError(f'holdout is {share}; use a share from 0 up to, but not including, 1.')
-  sources = {split: sources[split] for split in shards.SPLITS if len(sources.get(split, ()))}
+  sources = {split: sources[split] for split in SPLITS if len(sources.get(split, ()))}
   if not sources:
     raise InputError('there is nothing to pack: the source has no rows.')
   if not share or 'train' not in sources or 'validation' in sources:

@@ -22,8 +22,7 @@ from ip2p_jax.models.tokenizer import ClipTokenizer
 from ip2p_jax.models.unet import UNet
 from ip2p_jax.models.vae import VAE
 from ip2p_jax.weights import Checkpoint, names
-
-COMPONENTS = ('unet', 'vae', 'text_encoder')
+from ip2p_jax.weights.tensors import COMPONENTS
 
 
 class Networks(NamedTuple):

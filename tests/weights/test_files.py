@@ -15,7 +15,8 @@ import safetensors
 import safetensors.numpy
 
 from ip2p_jax.errors import InputError
-from ip2p_jax.weights.files import Tensors, read_tensors, write_safetensors
+from ip2p_jax.weights.files import read_tensors, write_safetensors
+from ip2p_jax.weights.tensors import Tensors
 
 torch = peers.module('torch')
 
