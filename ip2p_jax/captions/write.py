@@ -28,6 +28,7 @@ from ip2p_jax.captions import triplets
 from ip2p_jax.captions.rules import fits, plain, problems
 from ip2p_jax.data.columns import ALIASES
 from ip2p_jax.errors import InputError
+from ip2p_jax.progress import Progress, unwatched
 
 SETTINGS, PROMPTS = 'captions.json', 'prompts.jsonl'
 COLUMNS = (*ALIASES['caption'], *ALIASES['text'])  # groups; LAION's 'TEXT' is among them
@@ -59,7 +60,6 @@ HOPELESS = {
 # does not take this caption at all.
 Complete = Callable[[Sequence[str], Sequence[int]], Iterator[tuple[int, str | None]]]
 Moderate = Callable[[str], bool]  # whether a text must not be used
-Progress = Callable[[int, int], None]  # called with (captions done, captions in all)
 Task = tuple['Caption', int]  # a caption, and which attempt at it is next
 
 
@@ -198,7 +198,7 @@ def write_all(
   shard: tuple[int, int] = (0, 1),
   limit: int | None = None,
   is_flagged: Moderate | None = None,
-  progress: Progress = lambda done, total: None,
+  progress: Progress = unwatched,
   confirm: Callable[[Sequence[str]], None] = lambda texts: None,
 ) -> bool:
   """Writes for all captions of this worker, from where an earlier try stopped.

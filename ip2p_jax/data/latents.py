@@ -39,6 +39,7 @@ from ip2p_jax.errors import InputError
 from ip2p_jax.models.layers import Params
 from ip2p_jax.models.tokenizer import ClipTokenizer
 from ip2p_jax.pipeline.networks import Networks
+from ip2p_jax.progress import Progress, unwatched
 
 Moments = Callable[[np.ndarray], tuple[Array, Array]]
 
@@ -75,7 +76,7 @@ def pack_latents(
   workers: int = 8,
   max_corrupt: int = 0,
   say: Callable[[str], None] = print,
-  progress: Callable[[int, int], None] = lambda done, total: None,
+  progress: Progress = unwatched,
 ) -> Summary:
   """Writes shards of latents. Killed and called again, it goes on where it was.
 

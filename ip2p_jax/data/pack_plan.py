@@ -15,6 +15,7 @@ from ip2p_jax.data import holdout, shards
 from ip2p_jax.data.holdout import HeldOut
 from ip2p_jax.data.rows import SPLITS, LatentRow, Row, Source
 from ip2p_jax.errors import InputError
+from ip2p_jax.progress import Progress
 
 SHARD_BYTES = 64 << 20  # small, since a shard is what workers share and what a killed run loses
 MAX_SHARDS = 512  # per split; each is a file that stays open while training
@@ -38,7 +39,7 @@ def hold_out(
   share: float,
   folder: str | os.PathLike,
   say: Callable[[str], None],
-  progress: Callable[[int, int], None],
+  progress: Progress,
 ) -> tuple[dict[str, Source], HeldOut | None]:
   """The sources that have rows, and what of 'train' is 'validation' now if there was none.
 

@@ -25,6 +25,7 @@ from ip2p_jax import storage
 from ip2p_jax.data import shards
 from ip2p_jax.data.pack_plan import Shard, differences, shards_of
 from ip2p_jax.errors import InputError
+from ip2p_jax.progress import Progress
 
 SHOWN = 10  # broken rows named in one message
 
@@ -138,7 +139,7 @@ def work(
   job: Job,
   results: Iterable[tuple[Shard, list[str]]],
   say: Callable[[str], None],
-  progress: Callable[[int, int], None],
+  progress: Progress,
 ) -> None:
   """Draws all `results`, a file and its broken rows each, and stops if those are too many."""
   rows = lambda some: sum(shard.stop - shard.start for shard in some)

@@ -7,7 +7,7 @@ VAE's factor, 8), S steps.
 import os
 import secrets
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, Self
 
 import jax
@@ -31,12 +31,11 @@ from ip2p_jax.pipeline.networks import (
   tokenizer_of,
 )
 from ip2p_jax.pipeline.sampling import Sampling, check_acts, check_noise_acts
+from ip2p_jax.progress import Progress, part_of
 
 DTYPES = ('float32', 'bfloat16', 'float16')
 MAX_SEED = 2**32 - 1
 MAX_SCALE = 100
-
-Progress = Callable[[int, int], None]  # called with (steps done, steps in all)
 
 
 class Editor:
@@ -395,10 +394,3 @@ def _latent_mask(mask, size, factor):
   picture = Image.fromarray(np.asarray(mask, np.float32)).resize(size, Image.Resampling.BILINEAR)
   cells = np.asarray(picture).reshape(height // factor, factor, width // factor, factor)
   return (cells.max((1, 3)) > 0).astype(np.float32)[..., None]
-
-
-def part_of(progress: Progress | None, done: int, parts: int) -> Progress | None:
-  """Progress over several runs as one; `done` of the `parts` are over."""
-  if progress is None:
-    return None
-  return lambda step, steps: progress(done * steps + step, parts * steps)

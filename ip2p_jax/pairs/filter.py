@@ -15,7 +15,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +35,7 @@ from ip2p_jax.pairs.pair_files import (
 )
 from ip2p_jax.pairs.prompts import instruction_fault, listed
 from ip2p_jax.pipeline.clip_scores import Scores
+from ip2p_jax.progress import Progress, unwatched
 from ip2p_jax.storage import FILTERED
 
 PAPER = Scores(0.2, 0.2, 0.2, 0.75)
@@ -42,8 +43,6 @@ MOST = 4  # pairs of a prompt
 LABELS = Scores('picture and caption', 'edited picture and caption', 'direction', 'both pictures')
 SAME = 4  # bits of 64 in which two pictures differ that look the same
 UNKEPT = ('sample',)  # of a line of scores, not in the original's metadata
-
-Progress = Callable[[int, int], None]
 
 
 class Yield(NamedTuple):
@@ -65,7 +64,7 @@ def filter_pairs(
   thresholds: Scores = PAPER,
   most: int = MOST,
   drop_duplicates: bool = False,
-  progress: Progress = lambda done, total: None,
+  progress: Progress = unwatched,
 ) -> Yield:
   """Writes `out`, whole or not at all; does not write it if no pair stays.
 
