@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ip2p_jax.config_text import parse
-from ip2p_jax.errors import InputError
+from ip2p_jax.errors import InputError, check_choice
 
 Rules = tuple[tuple[str, float], ...]
 
@@ -315,10 +315,8 @@ def check_language(config: LanguageConfig) -> None:
 def _check_common(config):
   values = dict(knobs(config))
   for name, choices in CHOICES.items():
-    if name in values and values[name] not in choices:
-      raise InputError(
-        f'{name} is {values[name]!r}; use one of {", ".join(filter(None, choices))}.'
-      )
+    if name in values:
+      check_choice(name, values[name], choices)
   for names, least in ((AT_LEAST_ONE, 1), (AT_LEAST_ZERO, 0)):
     for name in names:
       if name in values and not least <= values[name] < math.inf:  # and not nan

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from ip2p_jax.captions import triplets
 from ip2p_jax.captions.triplets import Triplet
 from ip2p_jax.captions.write import Writing
-from ip2p_jax.errors import InputError
+from ip2p_jax.errors import InputError, check_choice
 
 APIS = {'chat': 'chat/completions', 'completions': 'completions'}
 TASK = (
@@ -73,8 +73,7 @@ class Server:
         'the URL of the server may hold no name, password or parameters; a key goes into an'
         ' environment variable.'
       )
-    if self.api not in APIS:
-      raise InputError(f'the api is {self.api!r}; use one of {", ".join(APIS)}.')
+    check_choice('the api', self.api, APIS)
     if not 0 < self.timeout <= LONGEST_TIME:
       raise InputError(f'the timeout is {self.timeout} s; use up to {LONGEST_TIME:.0f}.')
     if fixed := [name for name in FIXED if name in self.body]:

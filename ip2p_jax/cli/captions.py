@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
-import jax
 import typer
 from tqdm import tqdm
 from typer import Argument, Option
@@ -35,7 +34,7 @@ from ip2p_jax.cli.console import cache_compilations
 from ip2p_jax.config import LanguageConfig, load_config
 from ip2p_jax.data.shard_writing import parse_shard
 from ip2p_jax.errors import InputError
-from ip2p_jax.pipeline.networks import weights_digest
+from ip2p_jax.pipeline.networks import default_dtype, weights_digest
 from ip2p_jax.weights.language_folder import read_language
 
 # Options that only one of the two backends reads.
@@ -329,7 +328,7 @@ def _check_taken_out(context, server) -> None:
 def _load(folder, dtype, split):
   """A model of this machine, and what tells it apart."""
   cache_compilations()
-  dtype = dtype or ('float32' if jax.default_backend() == 'cpu' else 'bfloat16')
+  dtype = dtype or default_dtype()
   checkpoint = read_language(folder)
   identity = {
     'model': folder.resolve().name,

@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
-import jax
 import numpy as np
 import typer
 from tqdm import tqdm
@@ -53,6 +52,7 @@ from ip2p_jax.pipeline.clip_scores import Clip, Scores
 from ip2p_jax.pipeline.networks import (
   check_is_editor,
   check_is_text_to_image,
+  default_dtype,
   fingerprint,
   networks_of,
   params_of,
@@ -510,7 +510,7 @@ def pairs(
   cache_compilations()
   checkpoint = workdir.load(ckpt, ema=ema)
   networks = networks_of(checkpoint)
-  dtype = dtype or ('float32' if jax.default_backend() == 'cpu' else 'bfloat16')
+  dtype = dtype or default_dtype()
   size = size or networks.unet_config.sample_size * networks.vae_config.factor
   towers = Clip.load(clip)
   generator = PairGenerator(

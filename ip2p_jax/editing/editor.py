@@ -18,7 +18,7 @@ from PIL import Image
 from ip2p_jax import bundled, sharding, weights
 from ip2p_jax.diffusion import guidance, samplers
 from ip2p_jax.editing.program import CONDITIONAL, SPLIT, Edit, EditRequest, EditSpec, edit_programs
-from ip2p_jax.errors import InputError
+from ip2p_jax.errors import InputError, check_choice
 from ip2p_jax.images import check_mask, restore, to_array, with_metadata, working_size
 from ip2p_jax.models import attention
 from ip2p_jax.models.tokenizer import ClipTokenizer
@@ -26,6 +26,7 @@ from ip2p_jax.pipeline import workdir
 from ip2p_jax.pipeline.networks import (
   Networks,
   check_is_editor,
+  default_dtype,
   networks_of,
   params_of,
   tokenizer_of,
@@ -90,9 +91,8 @@ class Editor:
 
   @classmethod
   def from_checkpoint(cls, checkpoint: weights.Checkpoint, dtype: str | None = None) -> Self:
-    dtype = dtype or ('float32' if jax.default_backend() == 'cpu' else 'bfloat16')
-    if dtype not in DTYPES:
-      raise InputError(f'dtype is {dtype!r}; use one of {", ".join(DTYPES)}.')
+    dtype = dtype or default_dtype()
+    check_choice('dtype', dtype, DTYPES)
     networks = networks_of(checkpoint)._replace(attention=attention.dispatch())
     check_is_editor(networks, checkpoint.source)  # before reading gigabytes
     tokenizer = tokenizer_of(checkpoint, networks)

@@ -124,6 +124,11 @@ def tokenizer_of(checkpoint: Checkpoint, networks: Networks) -> ClipTokenizer:
   )
 
 
+def default_dtype() -> str:
+  """Of weights and arithmetic, where nobody names one."""
+  return 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+
+
 def params_of(checkpoint: Checkpoint, networks: Networks, dtype: Any) -> dict[str, Params]:
   """The parameters of every component in `dtype`, on the default device.
 
