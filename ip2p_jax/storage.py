@@ -135,10 +135,10 @@ def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
 
 
 @contextlib.contextmanager
-def one_writer(dst: str | os.PathLike) -> Iterator[None]:
+def one_writer(dst: str | os.PathLike, instead: str = 'choose another name') -> Iterator[None]:
   """Keeps a second process from writing the same file or folder; InputError where one does."""
   place = Path(dst).resolve()  # by whatever name it is reached
-  busy = f'{dst}: another process writes it; wait for that, or choose another name.'
+  busy = f'{dst}: another process writes it; wait for that, or {instead}.'
   with locked(place.with_name(f'.{place.name}.lock'), busy):
     yield
 

@@ -23,8 +23,9 @@ import httpx2
 import tenacity
 
 from ip2p_jax.captions import triplets
+from ip2p_jax.captions.judge import Writing
 from ip2p_jax.captions.server import Server, Usage, request
-from ip2p_jax.captions.write import Complete, Writing
+from ip2p_jax.captions.write import Complete
 from ip2p_jax.errors import InputError
 
 TRANSIENT = (408, 409, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529)

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ip2p_jax.captions import triplets
+from ip2p_jax.captions.judge import Writing
 from ip2p_jax.captions.triplets import Triplet
-from ip2p_jax.captions.write import Writing
 from ip2p_jax.errors import InputError, check_choice
 
 APIS = {'chat': 'chat/completions', 'completions': 'completions'}

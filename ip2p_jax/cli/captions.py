@@ -13,23 +13,17 @@ import typer
 from tqdm import tqdm
 from typer import Argument, Option
 
+from ip2p_jax import storage
 from ip2p_jax.captions import generate, triplets
+from ip2p_jax.captions.answers import describe, read_yield
 from ip2p_jax.captions.check import check_triplets, diversity
+from ip2p_jax.captions.judge import MOST_TOKENS, Writing
 from ip2p_jax.captions.local import local_backend
+from ip2p_jax.captions.merge import merge_answers
+from ip2p_jax.captions.read import read_captions
 from ip2p_jax.captions.server import Server, Usage, estimate, read_key
 from ip2p_jax.captions.train import train_language
-from ip2p_jax.captions.write import (
-  MOST_TOKENS,
-  PROMPTS,
-  Writing,
-  describe,
-  local_folder,
-  local_path,
-  merge_answers,
-  read_captions,
-  read_yield,
-  write_all,
-)
+from ip2p_jax.captions.write import PROMPTS, write_all
 from ip2p_jax.cli.console import cache_compilations
 from ip2p_jax.config import LanguageConfig, load_config
 from ip2p_jax.data.shard_writing import parse_shard
@@ -195,8 +189,8 @@ def write(
         raise InputError(
           f'{flag} would do nothing: --temperature 0 takes the likeliest token; leave it out.'
         )
-  folder, is_flagged = local_folder(out), moderate and _hook(moderate)
-  source = Path(local_path(source)).expanduser()
+  folder, is_flagged = storage.local_folder(out), moderate and _hook(moderate)
+  source = Path(storage.local_path(source)).expanduser()
   asked = None
   if server is not None:
     if not server_model:

@@ -18,7 +18,6 @@ from tqdm import tqdm
 from typer import Option
 
 from ip2p_jax import bundled, storage
-from ip2p_jax.captions.write import local_folder
 from ip2p_jax.cli import captions
 from ip2p_jax.cli.console import (
   INTERRUPTED,
@@ -518,7 +517,7 @@ def pairs(
     PairSettings(size=size, **settings),
   )  # fmt: skip
   if show_attention:
-    _show_attention(generator, read[:show_attention], local_folder(out))
+    _show_attention(generator, read[:show_attention], storage.local_folder(out))
     return
   identity = {'dtype': dtype, 'clip': weights_digest(flatten(towers.params))}
   parts = {'weights': 'unet', 'vae': 'vae', 'text_encoder': 'text_encoder'}
@@ -638,9 +637,8 @@ def filter(
 
 def _filter_to_shards(sources, out, *how, holdout):
   """`filter_pairs`, whose folder (of hard links) is packed; whole or not at all."""
-  busy = f'{out}: another process writes it; wait for that, or give another folder.'
   with contextlib.ExitStack() as stack:
-    stack.enter_context(storage.locked(out.with_name(f'.{out.name}.lock'), busy))
+    stack.enter_context(storage.one_writer(out))
     if out.exists():
       raise InputError(f'{out} exists; give a new folder, or delete it.')
     place = stack.enter_context(storage.unfinished(out))

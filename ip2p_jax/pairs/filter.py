@@ -74,8 +74,7 @@ def filter_pairs(
   Raises InputError if `out` exists or is being written, a prompt has no instruction, or a picture
   is missing.
   """
-  busy = f'{out}: another process writes it; wait for that, or give another folder.'
-  with storage.locked(out.with_name(f'.{out.name}.lock'), busy):
+  with storage.one_writer(out):
     if out.exists():
       raise InputError(f'{out} exists; give a new folder, or delete it.')
     places = _places(folders)

@@ -26,10 +26,13 @@ from fake_server import (
 )
 
 from ip2p_jax.captions import write
+from ip2p_jax.captions.answers import answers_file, read_answers
 from ip2p_jax.captions.client import PROBE, server_backend
+from ip2p_jax.captions.judge import Writing
+from ip2p_jax.captions.read import Caption
 from ip2p_jax.captions.server import Server, Usage, estimate, read_key, request
 from ip2p_jax.captions.triplets import Triplet
-from ip2p_jax.captions.write import Caption, Writing, read_answers, write_all
+from ip2p_jax.captions.write import write_all
 from ip2p_jax.errors import InputError
 
 KEY = 'sk-do-not-tell'
@@ -460,7 +463,9 @@ import threading
 from ip2p_jax.captions.client import server_backend
 from ip2p_jax.captions.server import Server
 from ip2p_jax.captions.triplets import Triplet
-from ip2p_jax.captions.write import Caption, Writing, write_all
+from ip2p_jax.captions.judge import Writing
+from ip2p_jax.captions.read import Caption
+from ip2p_jax.captions.write import write_all
 examples = [Triplet(f'caption {i}', f'edit {i}', f'edited {i}') for i in range(20)]
 server = Server(sys.argv[1], 'tiny', examples=examples, shown=2, concurrency=4)
 writing, mine = Writing(seed=3), [Caption(i, f'caption number {i}') for i in range(40)]
@@ -473,7 +478,7 @@ def test_killed_at_any_time_and_started_again_nothing_is_lost_or_doubled(fake, t
   assert run(fake, tmp_path / 'whole')
   fake.asked.clear()
   fake.delay = 0.05
-  answers = write.answers_file(tmp_path / 'parts', (0, 1))
+  answers = answers_file(tmp_path / 'parts', (0, 1))
   draw, kills = random.Random(0), 0
   while not (tmp_path / 'parts' / write.PROMPTS).exists():
     words = [sys.executable, '-c', RUN, fake.url, str(tmp_path / 'parts')]
