@@ -17,9 +17,8 @@ ORDER = (
   'pipeline',
   'weights',
   'models diffusion',
-  'bundled compiling config images progress sharding',
-  'colour metadata parameters storage',
-  'config_text xla_alarms',
+  'bundled compiling config_check config_text images progress sharding',
+  'colour config metadata parameters storage xla_alarms',
   'errors',
 )
 ANYWHERE = ('__init__', 'resources')  # the public names; scripts that travel with exports

@@ -25,7 +25,8 @@ from ip2p_jax.captions.server import Server, Usage, estimate, read_key
 from ip2p_jax.captions.train import train_language
 from ip2p_jax.captions.write import PROMPTS, write_all
 from ip2p_jax.cli.console import cache_compilations
-from ip2p_jax.config import LanguageConfig, load_config
+from ip2p_jax.config import LanguageConfig
+from ip2p_jax.config_text import load_config
 from ip2p_jax.data.shard_writing import parse_shard
 from ip2p_jax.errors import InputError
 from ip2p_jax.pipeline.networks import default_dtype, weights_digest

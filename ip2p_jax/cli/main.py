@@ -28,7 +28,7 @@ from ip2p_jax.cli.console import (
   waiting,
 )
 from ip2p_jax.cli.convert import convert_any
-from ip2p_jax.config import load_config
+from ip2p_jax.config_text import load_config
 from ip2p_jax.data.check import check as check_data_set
 from ip2p_jax.data.latents import pack_latents
 from ip2p_jax.data.pack import pack as pack_pictures

@@ -8,7 +8,8 @@ import jax
 from absl import flags, logging
 
 from ip2p_jax.cli.console import cache_compilations, one_line
-from ip2p_jax.config import LanguageConfig, TrainConfig, check_overrides, plain_overrides
+from ip2p_jax.config import LanguageConfig, TrainConfig
+from ip2p_jax.config_text import check_overrides, plain_overrides
 from ip2p_jax.errors import InputError
 
 NAME = 'train.py'

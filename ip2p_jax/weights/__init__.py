@@ -7,6 +7,7 @@ Both formats are read into, and written from, one form, `Checkpoint`: diffusers'
 import os
 from pathlib import Path
 
+from ip2p_jax.diffusion.noise import PREDICTION_TYPES
 from ip2p_jax.errors import InputError
 from ip2p_jax.models.learned_tokens import learned_tokens
 from ip2p_jax.weights import diffusers_folder, ldm_file, torch_file
@@ -34,7 +35,6 @@ __all__ = [
 ]
 
 SUFFIXES = {'ldm': '.safetensors', 'original': '.ckpt'}  # of single files, by what reads them
-PREDICTION_TYPES = ('epsilon', 'v_prediction')
 
 
 def read(

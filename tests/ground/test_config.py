@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from ip2p_jax import config
-from ip2p_jax.config import LanguageConfig, TrainConfig, check_language, check_values, knobs
-from ip2p_jax.config_text import parse
+from ip2p_jax.config import LanguageConfig, TrainConfig, knobs
+from ip2p_jax.config_check import NEEDS, check_language, check_values
+from ip2p_jax.config_text import parse, plain_overrides
 from ip2p_jax.errors import InputError
 
 RATES = TrainConfig().optimizer.rates
@@ -28,7 +28,7 @@ RATES = TrainConfig().optimizer.rates
 def test_rules_may_be_written_as_people_do(text, value):
   assert parse('optimizer.rates', text, RATES) == value
   flags = [f'--config.optimizer.rates={text}', '--config.optimizer.rates', text, '--config.steps=3']
-  written = config.plain_overrides(flags, [TrainConfig, LanguageConfig])
+  written = plain_overrides(flags, [TrainConfig, LanguageConfig])
   shown = [written[0].partition('=')[2], written[2]]
   assert [eval(x) for x in shown] == [value, value] and written[3] == flags[3]
 
@@ -128,4 +128,4 @@ def test_what_is_switched_off_as_a_whole_is_no_mistake():
 
 def test_every_setting_that_needs_another_exists():
   names = {name for kind in BOTH for name, _ in knobs(kind())}
-  assert {name for pair in config.NEEDS for name in pair} <= names
+  assert {name for pair in NEEDS for name in pair} <= names
