@@ -43,7 +43,8 @@ def own_profile(image: Image.Image) -> tuple[bytes | None, str]:
   if not profile:
     return _told_otherwise(image)
   try:
-    space, is_grey = _space(profile), image.mode in GREY_MODES
+    space = _space(profile)
+    is_grey = image.mode in GREY_MODES or (space == 'GRAY' and _has_only_greys(image))
     if is_grey and space == 'GRAY':
       profile, space = _rgb_of_grey(profile), 'RGB'
     if space != ('CMYK' if image.mode == 'CMYK' else 'RGB'):
@@ -52,6 +53,14 @@ def own_profile(image: Image.Image) -> tuple[bytes | None, str]:
   except (OSError, ImageCms.PyCMSError) as error:
     return None, f'its colour profile cannot be read ({error}); {TAKEN}'
   return (None if is_grey and is_srgb(profile) else profile), ''
+
+
+def _has_only_greys(image):
+  """Pillow opens grey with transparency as RGBA if it has 16 bits; palettes may be of greys."""
+  if image.mode not in RGB_MODES:
+    return False
+  red, green, blue = image.convert('RGB').split()
+  return red.tobytes() == green.tobytes() == blue.tobytes()
 
 
 def has_way_back(profile: bytes) -> bool:
@@ -113,10 +122,11 @@ def _transform(profile: bytes, mode: str, to_srgb: bool) -> ImageCms.ImageCmsTra
   srgb, own = ImageCms.createProfile('sRGB'), _open(profile)
   sides = [(own, mode), (srgb, 'RGBA' if mode == 'RGBA' else 'RGB')]
   (source, source_mode), (target, target_mode) = sides if to_srgb else sides[::-1]
-  return ImageCms.buildTransform(
-    source, target, source_mode, target_mode,
-    ImageCms.Intent.RELATIVE_COLORIMETRIC, ImageCms.Flags.BLACKPOINTCOMPENSATION,
-  )  # fmt: skip
+  flags = ImageCms.Flags.BLACKPOINTCOMPENSATION
+  if target_mode == 'CMYK':  # else its table is up to half a level of ink off the profile's
+    flags |= ImageCms.Flags.HIGHRESPRECALC
+  intent = ImageCms.Intent.RELATIVE_COLORIMETRIC
+  return ImageCms.buildTransform(source, target, source_mode, target_mode, intent, flags)
 
 
 def _open(profile):

@@ -7,6 +7,7 @@ On the command line they are 'pattern=value,pattern=value': --config.optimizer.r
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -247,3 +248,8 @@ def knobs(config: Any, prefix: str = '') -> Iterator[tuple[str, Any]]:
       yield from knobs(value, f'{prefix}{field.name}.')
     else:
       yield prefix + field.name, value
+
+
+def set_knob(config: Any, name: str, value: Any) -> None:
+  *sections, knob = name.split('.')
+  setattr(functools.reduce(getattr, sections, config), knob, value)

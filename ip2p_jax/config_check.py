@@ -1,8 +1,11 @@
 """Which values of settings make sense, alone and beside the others."""
 
+import copy
 import math
+from collections.abc import Collection
+from typing import Any
 
-from ip2p_jax.config import LanguageConfig, TrainConfig, knobs
+from ip2p_jax.config import LanguageConfig, TrainConfig, knobs, set_knob
 from ip2p_jax.errors import InputError, check_choice
 
 MAX_SEED = 2**32 - 1
@@ -91,7 +94,7 @@ def _check_acting(config, values):
   usual = dict(knobs(type(config)()))
   for name, other in NEEDS:
     is_set = name in values and values[name] and values[name] != usual[name]
-    if is_set and values.get(other, 1) in (0, 'constant'):
+    if is_set and _is_off(values, other):
       raise InputError(
         f'{name} is {values[name]!r}, which does nothing while {other} is {values[other]!r}; change'
         f' {other}, or leave {name} at {usual[name]!r}.'
@@ -107,6 +110,24 @@ def _check_acting(config, values):
       f'log.profile begins at step {max(first, 2)}, and the run ends at step {config.steps}; name'
       ' earlier steps.'
     )
+
+
+def _is_off(values, name) -> bool:
+  return values.get(name, 1) in (0, 'constant')
+
+
+def without_idle(config: Any, given: Collection[str]) -> Any:
+  """A config as before, but for what does nothing since a setting named in `given` is off.
+
+  That is for what a file sets, and someone switched off for one run; it gets its default. Settings
+  in `given` themselves stay, and `check` refuses those that do nothing.
+  """
+  config = copy.deepcopy(config)
+  usual, values = dict(knobs(type(config)())), dict(knobs(config))
+  for name, other in NEEDS:
+    if name in values and name not in given and other in given and _is_off(values, other):
+      set_knob(config, name, usual[name])
+  return config
 
 
 def _check_paths(config):

@@ -2,14 +2,14 @@
 
 import ast
 import difflib
-import functools
 import os
 import re
 import runpy
 from collections.abc import Sequence
 from typing import Any
 
-from ip2p_jax.config import TrainConfig, knobs
+from ip2p_jax.config import TrainConfig, knobs, set_knob
+from ip2p_jax.config_check import without_idle
 from ip2p_jax.errors import InputError
 
 _NUMBER = r'[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?'
@@ -67,12 +67,10 @@ def load_config(
   check_overrides([f'--config.{change}' for change in changes], [kind])
   for change in changes:
     name, is_given, text = change.partition('=')
-    *sections, knob = name.split('.')
-    owner = functools.reduce(getattr, sections, config)
     if not is_given:
       raise InputError(f'{change}: has no value; write {name}=VALUE.')
-    setattr(owner, knob, parse(name, text, getattr(owner, knob)))
-  return config
+    set_knob(config, name, parse(name, text, dict(knobs(config))[name]))
+  return without_idle(config, [change.partition('=')[0] for change in changes])
 
 
 def _nearest(name, known):

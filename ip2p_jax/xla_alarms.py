@@ -1,17 +1,131 @@
-"""Copies stdin to stderr, but for XLA's advice to file a bug when it compiles for long.
+"""Keeps XLA's advice to file a bug, when it compiles for long, from stderr; all else passes.
 
-A program of its own (`python xla_alarms.py`), so that the last words of a process that XLA ends are
-shown, too. XLA writes the advice as an error, and has no setting for it alone.
+XLA writes the advice as an error to file descriptor 2, and has no setting for it alone. So while a
+program is compiled, what is written there runs through a process of its own (this file). It is no
+thread of ours, so that the last words of a process that XLA ends are shown, too.
 """
 
+import contextlib
+import os
 import re
+import select
+import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TextIO
 
 BEGIN, END = b'slow_operation_alarm.cc', b'attach the results.'
 LONGEST = 12  # lines of an alarm
+SOONEST = 0.5  # seconds; no alarm comes earlier than one second
+PATIENCE = 0.1  # seconds for the rest of a line, before its beginning is shown
+ANSWER = 5.0  # seconds for what was written to be shown, or for a child that may still write
+MARK = b'\0shown?\0\n'  # asks the process whether all before it is shown
 _LOGGED = re.compile(rb'[IWEF]\d{4} ')  # how a line of XLA's log begins
 _FRAME = re.compile(rb'\**\s*')
+
+
+def quietly(program: Callable, *inputs: Any) -> Any:
+  """What `program(*inputs)` gives, without alarms if that has to be compiled first."""
+  with left_out():
+    return program(*inputs)
+
+
+@contextlib.contextmanager
+def left_out() -> Iterator[None]:
+  """Leaves out alarms until the end; does nothing at all in the first half second.
+
+  Holds for the whole process, as file descriptors do. Any number of threads may be in here.
+  """
+  lock, stack, is_over = threading.Lock(), contextlib.ExitStack(), False
+
+  def begin():
+    with lock:
+      if not is_over:
+        stack.enter_context(diverted())
+
+  timer = threading.Timer(SOONEST, begin)
+  timer.daemon = True
+  with contextlib.suppress(RuntimeError):  # no thread can start, as when Python ends
+    timer.start()
+  try:
+    yield
+  finally:
+    timer.cancel()
+    with lock:
+      is_over = True
+      stack.close()
+
+
+class _Diversion:
+  """What is written to file descriptor 2 now runs through a process."""
+
+  def __init__(self, screen: TextIO):
+    self.screen = screen
+    # In a session of its own, since Ctrl-C is for us.
+    self.process = subprocess.Popen(
+      [sys.executable, '-I', '-S', __file__],
+      stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=screen, start_new_session=True,
+    )  # fmt: skip
+    os.dup2(self.process.stdin.fileno(), 2)
+
+  def end(self) -> None:
+    pipe, answer = self.process.stdin.fileno(), self.process.stdout.fileno()
+    with contextlib.suppress(OSError):  # the process was killed
+      os.write(pipe, MARK)
+      select.select([answer], [], [], ANSWER)
+    if os.path.samestat(os.fstat(pipe), os.fstat(2)):  # else somebody else's, by now
+      os.dup2(self.screen.fileno(), 2)
+    self.process.stdin.close()
+    self.process.stdout.close()
+    self.screen.close()
+    # A child of ours that was started meanwhile may still write to it.
+    with contextlib.suppress(subprocess.TimeoutExpired):
+      self.process.wait(timeout=ANSWER)
+
+
+_lock = threading.Lock()
+_users, _diversion = 0, None
+
+
+@contextlib.contextmanager
+def diverted() -> Iterator[TextIO]:
+  """Leaves out alarms from now until the end; gives what writes past that."""
+  global _users, _diversion
+  with _lock:
+    if not _users:
+      _diversion = _divert()
+    _users += 1
+    diversion = _diversion
+  try:
+    yield diversion.screen if diversion else sys.stderr
+  finally:
+    with _lock:
+      _users -= 1
+      if not _users and diversion:
+        _flush()
+        diversion.end()
+
+
+def _divert() -> _Diversion | None:
+  """None where that cannot be: stderr is closed, or Python is no program of its own."""
+  if not sys.executable or getattr(sys, 'frozen', False):
+    return None
+  _flush()
+  try:
+    screen = os.fdopen(os.dup(2), 'w')
+  except OSError:
+    return None
+  try:
+    return _Diversion(screen)
+  except OSError:
+    screen.close()
+    return None
+
+
+def _flush() -> None:
+  with contextlib.suppress(Exception):  # whatever a program has put in its place
+    sys.stderr.flush()
 
 
 def without_alarms(lines: Iterable[bytes]) -> Iterator[bytes]:
@@ -28,7 +142,32 @@ def without_alarms(lines: Iterable[bytes]) -> Iterator[bytes]:
     left, is_ended = left - 1, is_ended or END in line
 
 
+def _lines(source: int, answer: int) -> Iterator[bytes]:
+  """Lines as they come, and the beginning of one whose rest does not, as of a bar of progress.
+
+  Answers each MARK, once all before it was taken and the next is asked for.
+  """
+  text = b''
+  while True:
+    if text and not select.select([source], [], [], PATIENCE)[0]:
+      yield text
+      text = b''
+    part = os.read(source, 1 << 16)
+    text += part
+    while MARK in text:
+      before, _, text = text.partition(MARK)
+      yield from before.splitlines(keepends=True)
+      with contextlib.suppress(OSError):
+        os.write(answer, b'.')
+    *lines, text = re.split(rb'(?<=\n)', text)
+    yield from lines
+    if not part:
+      break
+  if text:
+    yield text
+
+
 if __name__ == '__main__':
-  for line in without_alarms(sys.stdin.buffer):
-    sys.stderr.buffer.write(line)
+  for shown in without_alarms(_lines(0, 1)):
+    sys.stderr.buffer.write(shown)
     sys.stderr.buffer.flush()

@@ -34,3 +34,20 @@ jax.config.update('jax_default_matmul_precision', 'highest')
 @pytest.fixture
 def rng():
   return np.random.default_rng(0)
+
+
+@pytest.fixture
+def ip2p(monkeypatch, capsys):
+  """Runs the command with these words: (status, what it printed)."""
+  from ip2p_jax.cli import main
+
+  monkeypatch.setattr(main, 'cache_compilations', lambda: None)
+
+  def run(*words):
+    monkeypatch.setattr(sys, 'argv', ['ip2p', *map(str, words)])
+    with pytest.raises(SystemExit) as stop:
+      main.main()
+    printed = capsys.readouterr()
+    return stop.value.code or 0, printed.out + printed.err
+
+  return run

@@ -91,6 +91,56 @@ def cmyk(is_two_way=True):
   return profile(b'CMYK', tags, b'prtr')
 
 
+def offset():
+  """Offset print on coated paper: its inks show fewer colours than sRGB; made without black.
+
+  Dots of solid inks side by side (Neugebauer), back from there by the nearest colour in Lab.
+  """
+  solids = (SOLIDS * D50 / SOLIDS[0]).reshape(2, 2, 2, 2, 3)  # relative to the paper
+  to_area = 1 - (1 - LEVELS) ** 1.3  # dots grow in print
+  whole = 32768 / 65535  # what stands for 1 in XYZ
+  light = shown_by(solids, np.stack(np.meshgrid(*[np.linspace(0, 1, 9)] * 4, indexing='ij'), -1))
+  numbers = np.stack(np.meshgrid(*[np.linspace(0, 1, 17)] * 3, indexing='ij'), -1)
+  wanted = lab(np.interp(numbers, LEVELS, SRGB_LIGHT) @ SRGB.T).reshape(-1, 3)
+  areas = np.full_like(wanted, 0.5)
+  shown = lambda areas: lab(shown_by(solids[..., 0, :], areas))
+  error = wanted - shown(areas)
+  damping = np.ones((len(areas), 1, 1))
+  for _ in range(60):  # Levenberg and Marquardt, each point by itself
+    slopes = np.stack([shown(areas + step) - shown(areas) for step in 1e-4 * np.eye(3)], -1) / 1e-4
+    normal = slopes.transpose(0, 2, 1) @ slopes + damping * np.eye(3)
+    step = np.linalg.solve(normal, slopes.transpose(0, 2, 1) @ error[..., None])[..., 0]
+    tried = np.clip(areas + step, 0, 1)
+    left = wanted - shown(tried)
+    is_better = (left**2).sum(-1) < (error**2).sum(-1)
+    areas, error = (np.where(is_better[:, None], *pair) for pair in ((tried, areas), (left, error)))
+    damping *= np.where(is_better, 0.3, 4)[:, None, None]
+  inks = np.concatenate([areas, np.zeros((len(areas), 1))], -1).reshape(17, 17, 17, 4)
+  to_numbers = np.interp(LEVELS, SRGB_LIGHT, LEVELS)
+  from_area = np.interp(LEVELS, to_area, LEVELS)
+  tags = {
+    b'A2B0': lut(np.eye(3), [to_area] * 4, light * whole, [LEVELS] * 3),
+    b'B2A0': lut(np.linalg.inv(SRGB) / whole, [to_numbers] * 3, inks, [from_area] * 4),
+  }
+  return profile(b'CMYK', tags, b'prtr')
+
+
+def shown_by(solids, areas):
+  """XYZ [..., 3] of areas [..., inks], 0..1, by those of all overprints [2, 2, ..., 3]."""
+  result = solids
+  for i in range(areas.shape[-1]):  # from the last ink to the first
+    area = areas[..., -1 - i].reshape(areas.shape[:-1] + (1,) * (areas.shape[-1] - i))
+    result = result[..., 0, :] * (1 - area) + result[..., 1, :] * area
+  return result
+
+
+def lab(xyz):
+  t = np.maximum(xyz / D50, 0)
+  f = np.where(t > (6 / 29) ** 3, np.cbrt(t), t / (3 * (6 / 29) ** 2) + 4 / 29)
+  return np.stack([116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]),
+                   200 * (f[..., 1] - f[..., 2])], -1)  # fmt: skip
+
+
 def scanner():
   """RGB by a table that only leads away from it."""
   r, g, b = np.indices((2, 2, 2))
@@ -103,6 +153,13 @@ SRGB = primaries((0.64, 0.33), (0.30, 0.60), (0.15, 0.06))
 P3 = primaries((0.68, 0.32), (0.265, 0.69), (0.15, 0.06))
 ADOBE = primaries((0.64, 0.33), (0.21, 0.71), (0.15, 0.06))
 PROPHOTO = primaries((0.7347, 0.2653), (0.1596, 0.8404), (0.0366, 0.0001), (0.3457, 0.3585))
+# XYZ of paper, K, Y, YK, M, MK ... CMYK, all solid, by Fogra's measurements (FOGRA39).
+SOLIDS = np.array(
+  [[84.48, 87.62, 74.57], [2.02, 2.1, 1.73], [69.17, 74.16, 7.04], [1.84, 2.04, 0.82],
+   [33.03, 16.79, 15.01], [1.61, 1.18, 0.89], [30.2, 16.02, 2.3], [1.56, 1.31, 0.65],
+   [15.02, 22.93, 52.85], [0.91, 1.18, 1.79], [8.16, 18.42, 6.74], [0.89, 1.31, 0.85],
+   [5.67, 4.1, 15.67], [0.99, 0.87, 1.08], [3.66, 3.8, 3.13], [0.93, 0.97, 0.69]]
+)  # fmt: skip
 ALL = {
   'sRGB': rgb(SRGB, SRGB_LIGHT),
   'Display P3': rgb(P3, SRGB_LIGHT),
@@ -114,12 +171,14 @@ ALL = {
 WIDE = ('Display P3', 'Adobe RGB', 'ProPhoto')
 
 
-def converted(picture, source, target, mode):
+def converted(
+  picture, source, target, mode, intent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
+  flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
+):  # fmt: skip
   """By Pillow alone, relative colorimetric with black point compensation; None is sRGB."""
   open_ = lambda p: ImageCms.ImageCmsProfile(io.BytesIO(p)) if p else ImageCms.createProfile('sRGB')
   return ImageCms.profileToProfile(
-    picture, open_(source), open_(target), ImageCms.Intent.RELATIVE_COLORIMETRIC, mode,
-    flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
+    picture, open_(source), open_(target), intent, mode, flags=flags
   )  # fmt: skip
 
 

@@ -17,8 +17,9 @@ ORDER = (
   'pipeline',
   'weights',
   'models diffusion',
-  'bundled compiling config_check config_text images progress sharding',
-  'colour config metadata parameters storage xla_alarms',
+  'bundled config_text images progress sharding',
+  'colour config_check interrupts metadata parameters storage',
+  'config xla_alarms',
   'errors',
 )
 ANYWHERE = ('__init__', 'resources')  # the public names; scripts that travel with exports

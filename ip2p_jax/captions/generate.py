@@ -28,6 +28,7 @@ from ip2p_jax.models.llama import Llama, LlamaConfig
 from ip2p_jax.weights import names
 from ip2p_jax.weights.language_folder import LanguageCheckpoint, read_language
 from ip2p_jax.weights.tensors import float_dtype
+from ip2p_jax.xla_alarms import quietly
 
 SLOTS = 64  # for each copy of the weights
 READ_AT_ONCE = 8  # prompts, by each group of devices
@@ -206,8 +207,8 @@ class Slots:
       self.rows.last[slot], self.rows.seeds[slot] = known + room, divmod(seed, 2**32)
     self._make_room()
     flat = (x.reshape(-1, *x.shape[2:]) for x in (slots, tokens, positions))
-    self.cache, self.counts = self.programs.read(
-      self.language.params, self.cache, self.counts, *flat
+    self.cache, self.counts = quietly(
+      self.programs.read, self.language.params, self.cache, self.counts, *flat
     )
 
   def go_on(self, knobs: Knobs) -> np.ndarray:
@@ -216,8 +217,14 @@ class Slots:
     busy = rows.position >= 0
     self._make_room()
     steps = min(STEPS, (rows.last - rows.position)[busy].max())
-    self.cache, self.counts, new = self.programs.step(
-      self.language.params, self.cache, self.counts, rows, np.int32(steps), knobs
+    self.cache, self.counts, new = quietly(
+      self.programs.step,
+      self.language.params,
+      self.cache,
+      self.counts,
+      rows,
+      np.int32(steps),
+      knobs,
     )
     new = np.asarray(new)
     grown = (new >= 0).sum(1)

@@ -105,8 +105,9 @@ class TripletRows:
     for field in Triplet._fields:
       column = pick(self._reader.names, NAMES[field])
       if column is None:
+        what = 'edited caption' if field == 'edited' else field
         raise InputError(
-          f'{path}: no column looks like the {field}; the columns are '
+          f'{path}: no column has a name known for the {what}; the columns are '
           f'{", ".join(self._reader.names)}; call them input, edit and output.'
         )
       self._columns.append(column)

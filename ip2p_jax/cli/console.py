@@ -1,24 +1,19 @@
-"""What our commands have in common: one line for a mistake, a clock, compiled programs kept."""
+"""What our commands have in common: one line for a mistake, and compiled programs that are kept."""
 
 import contextlib
 import logging
 import os
 import re
-import subprocess
 import sys
-import threading
-import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
 
 import jax
 
-from ip2p_jax import xla_alarms
 from ip2p_jax.errors import InputError
 
-MISTAKE, INTERRUPTED = 2, 130  # exit statuses
+MISTAKE = 2  # exit status
 
 
 @contextlib.contextmanager
@@ -88,71 +83,3 @@ def _drop_damaged(folder: Path) -> None:
     show(message, *rest)
 
   warnings.showwarning = shown
-
-
-@contextlib.contextmanager
-def waiting(what: str, is_quiet: bool = False, after: float = 2.0) -> Iterator[None]:
-  """Says on stderr what takes longer than `after` seconds: with a clock, or once in a log file.
-
-  Keeps XLA's advice to file a bug about it from the screen; all else that is written there, stays.
-
-  Args:
-    what: as in 'compiling, about a minute'.
-    is_quiet: says nothing; for all processes but one.
-  """
-  done, began = threading.Event(), time.monotonic()
-
-  def tell(screen):
-    text = ''
-    if done.wait(after):
-      return
-    if not screen.isatty():
-      print(what, file=screen, flush=True)
-      return
-    while True:
-      text = f'{what}: {time.monotonic() - began:.0f} s'
-      print(f'\r{text}', end='', file=screen, flush=True)
-      if done.wait(1):
-        break
-    print(f'\r{" " * len(text)}\r', end='', file=screen, flush=True)
-
-  with _without_alarms() as screen:
-    teller = threading.Thread(target=tell, args=(screen,), daemon=True)
-    if not is_quiet:
-      teller.start()
-    try:
-      yield
-    finally:
-      done.set()
-      if not is_quiet:
-        teller.join()
-
-
-@contextlib.contextmanager
-def _without_alarms() -> Iterator[TextIO]:
-  """Lets what this process writes to stderr, in Python or not, run through `xla_alarms`.
-
-  Gives what writes past it.
-  """
-  sys.stderr.flush()
-  try:
-    screen = os.fdopen(os.dup(2), 'w')
-  except OSError:  # closed
-    yield sys.stderr
-    return
-  with screen:
-    # In a session of its own, since Ctrl-C is for us.
-    command = [sys.executable, '-I', '-S', xla_alarms.__file__]
-    copying = subprocess.Popen(
-      command, stdin=subprocess.PIPE, stderr=screen, start_new_session=True
-    )
-    os.dup2(copying.stdin.fileno(), 2)
-    copying.stdin.close()
-    try:
-      yield screen
-    finally:
-      sys.stderr.flush()
-      os.dup2(screen.fileno(), 2)
-      # A child of ours that was started meanwhile may still write to it.
-      with contextlib.suppress(subprocess.TimeoutExpired):
-        copying.wait(timeout=5)

@@ -19,14 +19,7 @@ from typer import Option
 
 from ip2p_jax import bundled, storage
 from ip2p_jax.cli import captions
-from ip2p_jax.cli.console import (
-  INTERRUPTED,
-  MISTAKE,
-  cache_compilations,
-  complain,
-  one_line,
-  waiting,
-)
+from ip2p_jax.cli.console import MISTAKE, cache_compilations, complain, one_line
 from ip2p_jax.cli.convert import convert_any
 from ip2p_jax.config_text import load_config
 from ip2p_jax.data.check import check as check_data_set
@@ -40,8 +33,9 @@ from ip2p_jax.editing.editor import MAX_SCALE, Editor
 from ip2p_jax.editing.export import check_checkpoint
 from ip2p_jax.errors import InputError
 from ip2p_jax.images import save
+from ip2p_jax.interrupts import INTERRUPTED, interruptible
 from ip2p_jax.pairs.filter import LABELS, MOST, PAPER, draw_histograms, filter_pairs
-from ip2p_jax.pairs.generate import PairGenerator, PairSettings
+from ip2p_jax.pairs.generate import PairGenerator, PairSettings, faults
 from ip2p_jax.pairs.pair_files import RELEASED, attention_sheet
 from ip2p_jax.pairs.prompts import read_prompts
 from ip2p_jax.pairs.run import draw_all
@@ -62,6 +56,7 @@ from ip2p_jax.pipeline.sampling import Sampling, check_acts
 from ip2p_jax.planning import devices, gpus
 from ip2p_jax.planning.sampling import plan_sampling, sampling_report, work_on
 from ip2p_jax.planning.training import plan_training, settled, stable_diffusion, training_report
+from ip2p_jax.progress import waiting
 from ip2p_jax.training.start import starting_checkpoint
 from ip2p_jax.weights import to_params
 
@@ -495,7 +490,6 @@ def pairs(
   Killed, it goes on where it was, and ends with the very same files. It may also go on with more
   samples or prompts, another batch size or number of workers. `ip2p filter` keeps the good pairs.
   """
-  read = read_prompts(prompts)
   number = parse_shard(shard)
   settings = {
     'samples': samples, 'steps': steps, 'sampler': sampler, 'control': control,
@@ -511,11 +505,11 @@ def pairs(
   networks = networks_of(checkpoint)
   dtype = dtype or default_dtype()
   size = size or networks.unet_config.sample_size * networks.vae_config.factor
+  drawing, tokenizer = PairSettings(size=size, **settings), tokenizer_of(checkpoint, networks)
+  read = read_prompts(prompts, lambda prompt: faults(prompt, drawing, tokenizer))
   towers = Clip.load(clip)
-  generator = PairGenerator(
-    networks, params_of(checkpoint, networks, dtype), tokenizer_of(checkpoint, networks), towers,
-    PairSettings(size=size, **settings),
-  )  # fmt: skip
+  params = params_of(checkpoint, networks, dtype)
+  generator = PairGenerator(networks, params, tokenizer, towers, drawing)
   if show_attention:
     _show_attention(generator, read[:show_attention], storage.local_folder(out))
     return
@@ -803,7 +797,13 @@ def run(app: typer.Typer | Callable, name: str) -> None:
     tell = functools.cache(lambda message: complain(name, f'warning: {message}'))  # each once
     warnings.showwarning = lambda message, *_: tell(str(message))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that we tidy up
-    status = _status(app, name)
+
+    def end(_number):
+      complain(name, 'stopped')
+      os._exit(INTERRUPTED)
+
+    with interruptible(end):
+      status = _status(app, name)
   if status == INTERRUPTED:  # the device may still be at work, and would fail under our feet
     sys.stdout.flush()
     os._exit(status)

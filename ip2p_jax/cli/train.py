@@ -1,16 +1,20 @@
 """What `train.py` calls: flags, processes, signals, and errors as one line."""
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 from absl import flags, logging
+from ml_collections import config_flags
 
-from ip2p_jax.cli.console import cache_compilations, one_line
+from ip2p_jax.cli.console import cache_compilations, complain, one_line
 from ip2p_jax.config import LanguageConfig, TrainConfig
+from ip2p_jax.config_check import without_idle
 from ip2p_jax.config_text import check_overrides, plain_overrides
 from ip2p_jax.errors import InputError
+from ip2p_jax.interrupts import INTERRUPTED
 
 NAME = 'train.py'
 JOINING = ('multihost', 'coordinator', 'num_processes', 'process_id')
@@ -54,7 +58,14 @@ def train(argv: Sequence[str]) -> None:
     cache_compilations()
     is_language = isinstance(values.config, LanguageConfig)
     run = train_language if is_language else train_editor
-    sys.exit(run(values.config, values.workdir))
+    given = config_flags.get_override_values(values['config'])
+    try:
+      status = run(without_idle(values.config, given), values.workdir)
+    except KeyboardInterrupt:
+      complain(NAME, 'stopped')
+      sys.stdout.flush()
+      os._exit(INTERRUPTED)  # the device may still be at work, and would fail under our feet
+    sys.exit(status)
 
 
 def _join(values) -> None:

@@ -49,6 +49,16 @@ ALIASES = {
   'image': (('image', 'img', 'picture', 'photo'),),
   'text': (('text', 'caption', 'captions', 'prompt'), ('input_caption', 'description')),
 }  # fmt: skip
+# What people call them.
+NOUNS = {role: role for role in ALIASES} | {
+  'input': 'input picture',
+  'edited': 'edited picture',
+  'inverse': 'inverse instruction',
+  'caption': 'caption of the input picture',
+  'edited_caption': 'caption of the edited picture',
+  'image': 'picture',
+  'text': 'caption',
+}
 # Beside one of these, 'image' is the picture that is made, as in diffusers' ControlNet scripts.
 CONDITIONS = ('conditioning_image', 'control_image')
 PICTURES = ('input', 'edited', 'image')
@@ -274,13 +284,13 @@ class _Search:
     named = [x for groups in ALIASES[role] for x in groups]
     unfit = [x for x in self.names if plain(x) in named and not self._fits(role, x)]
     if found:
-      problem = f'{" and ".join(map(repr, found))} could each be the {role}'
+      problem = f'{" and ".join(map(repr, found))} could each be the {NOUNS[role]}'
     elif said:
       problem = f'there is no column {" or ".join(map(repr, said))} (for the {role})'
     elif said is not None:
       problem = f'columns: {role}= names no column, and the {role} is needed'
     else:
-      problem = f'no column looks like the {role}'
+      problem = f'no column has a name known for the {NOUNS[role]}'
       if unfit:
         problem += f' ({unfit[0]!r} holds {self.kinds[unfit[0]]})'
     raise InputError(

@@ -40,6 +40,7 @@ from ip2p_jax.models.layers import Params
 from ip2p_jax.models.tokenizer import ClipTokenizer
 from ip2p_jax.pipeline.networks import Networks
 from ip2p_jax.progress import Progress, unwatched
+from ip2p_jax.xla_alarms import quietly
 
 Moments = Callable[[np.ndarray], tuple[Array, Array]]
 
@@ -130,7 +131,7 @@ def encoder(networks: Networks, params: Params, dtype: str, batch_size: int) -> 
   split = NamedSharding(mesh, PartitionSpec('batch'))
   cast = lambda leaf: jax.device_put(np.asarray(leaf).astype(jnp.dtype(dtype)), everywhere)
   params = jax.tree.map(cast, params)
-  encode = lambda images: moments(networks.vae_def, params, jax.device_put(images, split))
+  encode = lambda images: quietly(moments, networks.vae_def, params, jax.device_put(images, split))
   return encode, -(-batch_size // mesh.size) * mesh.size
 
 

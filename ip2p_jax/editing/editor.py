@@ -33,6 +33,7 @@ from ip2p_jax.pipeline.networks import (
 )
 from ip2p_jax.pipeline.sampling import Sampling, check_acts, check_noise_acts
 from ip2p_jax.progress import Progress, part_of
+from ip2p_jax.xla_alarms import quietly
 
 DTYPES = ('float32', 'bfloat16', 'float16')
 MAX_SEED = 2**32 - 1
@@ -313,14 +314,14 @@ class EditRows(NamedTuple):
 def _run(programs, spec, params, request, steps, progress) -> Edit:
   """The program; in parts, so that the host can count, if there is somebody to tell."""
   if progress is None:
-    return programs.edit(spec, params, request)
-  conditions, state = programs.begin(spec, params, request)
+    return quietly(programs.edit, spec, params, request)
+  conditions, state = quietly(programs.begin, spec, params, request)
   for i in range(steps):
     previous = state
-    state = programs.advance(spec, params, request, conditions, state, np.int32(i))
+    state = quietly(programs.advance, spec, params, request, conditions, state, np.int32(i))
     jax.block_until_ready(previous)  # one step is always in flight
     progress(i, steps)
-  edit = jax.block_until_ready(programs.end(spec, params, request, state))
+  edit = jax.block_until_ready(quietly(programs.end, spec, params, request, state))
   progress(steps, steps)
   return edit
 

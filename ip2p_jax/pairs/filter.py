@@ -142,6 +142,8 @@ def _places(folders) -> list[Path]:
   found: dict[str, Path] = {}
   for folder in folders:
     here = sorted(file.parent for file in folder.glob(f'*/{SCORES}'))
+    if (folder / FILTERED).exists():
+      raise InputError(f'{folder}: was filtered already; give the folder that it came from.')
     if not here:
       raise InputError(f'{folder}: has no pairs; give a folder that `ip2p pairs` wrote.')
     for place in here:

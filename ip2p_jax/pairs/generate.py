@@ -30,6 +30,7 @@ from ip2p_jax.pairs.prompts import Prompt, listed
 from ip2p_jax.pipeline.clip_scores import Clip, Scores, Towers
 from ip2p_jax.pipeline.networks import Networks, check_is_text_to_image
 from ip2p_jax.sharding import ROWS, SECOND, WHOLE
+from ip2p_jax.xla_alarms import quietly
 
 INJECTIONS = ('replace', 'refine', 'auto')
 CONTROLS = ('none', 'share', *INJECTIONS, *(f'share+{name}' for name in INJECTIONS))
@@ -149,6 +150,40 @@ def program(networks: Networks, towers: Towers, mesh: Mesh) -> Callable:
   return jax.jit(run, static_argnums=0)
 
 
+def faults(prompt: Prompt, drawing: PairSettings, tokenizer: ClipTokenizer) -> Iterator[str]:
+  """All that keeps a prompt from being drawn so, each as what follows 'line 7: '."""
+  control = drawing.control.removeprefix('share+')
+  given = {'weights': prompt.weights, 'cross_steps': prompt.spans, 'blend': prompt.blend}
+  named = [name for name, value in given.items() if value]
+  if named and control not in INJECTIONS:
+    yield f'{" and ".join(named)} do nothing with the control {control!r}; use auto or share+auto'
+  elif named or control == 'replace':
+    yield from _word_faults(prompt, control, tokenizer)
+  if prompt.image is not None:
+    if drawing.sampler != inversion.SAMPLER:
+      yield f'pairs of given pictures are drawn by the sampler {inversion.SAMPLER}'
+    try:
+      if prompt.image.is_file():  # else it is told already
+        images.read(prompt.image)
+    except InputError as error:
+      yield str(error)
+
+
+def _word_faults(prompt, control, tokenizer):
+  caption, edited = prompt.caption, prompt.edited_caption
+  before, after = prompt.blend or ((), ())
+  named = [(edited, word) for word in (*prompt.weights, *prompt.spans)]
+  named += [(caption, word) for word in before] + [(edited, word) for word in after]
+  looks = [(alignment.places, text, word) for text, word in dict.fromkeys(named)]
+  if control == 'replace':
+    looks.append((alignment.replace, caption, edited))
+  for look, *texts in looks:
+    try:
+      look(tokenizer, *texts)
+    except InputError as error:
+      yield str(error).rstrip('.')
+
+
 class PairGenerator:
   """Draws batches of pairs on all local devices."""
 
@@ -183,11 +218,13 @@ class PairGenerator:
 
   def check(self, prompts: Sequence[Prompt]) -> None:
     """InputError that names all lines that cannot be drawn, and why; warns of what is cut off."""
-    faults = [
-      f'line {prompt.index + 1}: {fault}' for prompt in prompts for fault in self._faults(prompt)
+    found = [
+      f'line {prompt.index + 1}: {fault}'
+      for prompt in prompts
+      for fault in faults(prompt, self.drawing, self.tokenizer)
     ]
-    if faults:
-      raise InputError(f'the prompts cannot be drawn: {listed(faults)}; mend this first.')
+    if found:
+      raise InputError(f'the prompts cannot be drawn: {listed(found)}; mend this first.')
     texts = [('the negative text', self.drawing.negative)]
     for prompt in prompts:
       name = f'line {prompt.index + 1}'
@@ -199,25 +236,6 @@ class PairGenerator:
         f' read: {listed(cut)}',
         stacklevel=2,
       )
-
-  def _faults(self, prompt: Prompt) -> Iterator[str]:
-    control = self.drawing.control.removeprefix('share+')
-    given = {'weights': prompt.weights, 'cross_steps': prompt.spans, 'blend': prompt.blend}
-    named = [name for name, value in given.items() if value]
-    if named and control not in INJECTIONS:
-      yield f'{" and ".join(named)} do nothing with the control {control!r}; use auto or share+auto'
-    elif named or control == 'replace':
-      try:
-        self._control([prompt], [Sample(0, 0.0, 1.0)])
-      except InputError as error:
-        yield str(error).partition(' of the prompts: ')[2].rstrip('.')
-    if prompt.image is not None:
-      if self.drawing.sampler != inversion.SAMPLER:
-        yield f'pairs of given pictures are drawn by the sampler {inversion.SAMPLER}'
-      try:
-        images.read(prompt.image)
-      except InputError as error:
-        yield str(error)
 
   def _cut_off(self, text: str) -> str:
     """What neither the network nor CLIP reads of a text; '' if both read all of it."""
@@ -253,7 +271,7 @@ class PairGenerator:
       if self.drawing.sampler != inversion.SAMPLER:
         raise InputError(f'pairs of given pictures are drawn by the sampler {inversion.SAMPLER}.')
       pictures = np.stack([_square(prompt.image, self.drawing.size) for prompt in prompts])
-    return self._program(spec, self.params, request, clip_ids, pictures)
+    return quietly(self._program, spec, self.params, request, clip_ids, pictures)
 
   def _control(self, prompts: Sequence[Prompt], samples: Sequence[Sample]) -> Control:
     control, steps = self.drawing.control, self.drawing.steps

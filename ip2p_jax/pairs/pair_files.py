@@ -132,8 +132,8 @@ def _check_drawn(folder, prompts) -> None:
   if changed:
     lines = ', '.join(map(str, changed[:SHOWN])) + (' ...' if len(changed) > SHOWN else '')
     raise InputError(
-      f'{folder}: {len(changed)} lines of the prompts are not as they were drawn: {lines}; use'
-      ' another folder, or these lines as they were (what was not drawn yet may change).'
+      f'{folder}: these lines of the prompts are not as they were drawn: {lines}; use another'
+      ' folder, or these lines as they were (what was not drawn yet may change).'
     )
   for file, prompt in rewritten.items():
     storage.write_bytes(file, _content(prompt))

@@ -12,7 +12,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -40,8 +40,14 @@ class Prompt(NamedTuple):
   image: Path | None = None
 
 
-def read_prompts(path: Path) -> list[Prompt]:
-  """Every line; InputError that names the lines that are wrong, and why."""
+def read_prompts(
+  path: Path, faults_of: Callable[[Prompt], Iterable[str]] = lambda prompt: ()
+) -> list[Prompt]:
+  """Every line; InputError that names the lines that are wrong, and why.
+
+  `faults_of` tells what else is wrong with a prompt. It is asked about lines with faults, too, so
+  that all are told at once; what cannot be read of those is left out of the prompt.
+  """
   try:
     lines = path.read_bytes().decode('utf-8-sig').split('\n')  # no other sign ends a line
   except (OSError, UnicodeDecodeError) as error:
@@ -52,15 +58,19 @@ def read_prompts(path: Path) -> list[Prompt]:
     if not line.strip():
       continue
     value, problems = _value(line.strip(), path.parent)
-    faults += [f'line {index + 1}{problem}' for problem in problems]
-    if not problems:
-      prompts.append(_prompt(index, line.removesuffix('\r'), value, path.parent))
+    unread = {key for key, _ in problems}
+    found = [fault for _, fault in problems]
+    if not unread & {'caption', 'output'}:
+      sound = {key: part for key, part in value.items() if key not in unread}
+      prompts.append(_prompt(index, line.removesuffix('\r'), sound, path.parent))
+      found += [f': {fault}' for fault in faults_of(prompts[-1])]
+    faults += [f'line {index + 1}{fault}' for fault in found]
+  if len({prompt.image is None for prompt in prompts}) > 1 and not faults:
+    faults = ['some lines have an image and some have none; use a file for each']
   if faults:
     raise InputError(f'{path}: {listed(faults)}; mend this first.')
   if not prompts:
     raise InputError(f'{path}: has no prompt; write a JSON object per line.')
-  if len({prompt.image is None for prompt in prompts}) > 1:
-    raise InputError(f'{path}: some lines have an image and some have none; use a file for each.')
   return prompts
 
 
@@ -91,44 +101,47 @@ def _caption(value):
   return value.get('caption', value.get('input'))
 
 
-def _value(line, folder) -> tuple[dict[str, Any], list[str]]:
-  """A line as JSON has it, and all that is wrong with it, as what follows 'line 7'."""
+def _value(line, folder) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+  """A line as JSON has it, and all that is wrong with it: (what cannot be read, fault).
+
+  A fault is what follows 'line 7'.
+  """
   try:
     value = json.loads(line)
   except (ValueError, RecursionError):
-    return {}, [' is not JSON']
+    return {}, [('caption', ' is not JSON')]
   if not isinstance(value, dict):
-    return {}, [' is no JSON object']
+    return {}, [('caption', ' is no JSON object')]
   return value, list(_faults(value, folder))
 
 
-def _faults(value, folder) -> Iterator[str]:
+def _faults(value, folder) -> Iterator[tuple[str, str]]:
   for key, text in (('caption', _caption(value)), ('output', value.get('output'))):
     if not isinstance(text, str) or not text.strip():
-      yield f' has no text {key!r}'
+      yield key, f' has no text {key!r}'
   if 'caption' in value and value.get('input', value['caption']) != value['caption']:
-    yield " has both a 'caption' and an 'input', which differ"
+    yield 'caption', " has both a 'caption' and an 'input', which differ"
   if fault := instruction_fault(value):
-    yield f' {fault}'
+    yield 'edit', f' {fault}'
   try:
     ''.join(map(str, (_caption(value), value.get('edit'), value.get('output')))).encode()
   except UnicodeEncodeError as error:
-    yield f' has text that is not Unicode ({error.reason})'
+    yield 'caption', f' has text that is not Unicode ({error.reason})'
   for key in ('weights', 'cross_steps'):
     if not _are_words(value, key):
-      yield f': {key} is no object of words and numbers'
+      yield key, f': {key} is no object of words and numbers'
   spans = value.get('cross_steps')
   for span in spans.values() if spans and _are_words(value, 'cross_steps') else ():
     try:
       step_window(tuple(span) if isinstance(span, list) else span, 1)
     except InputError as error:
-      yield f': cross_steps: {str(error).rstrip(".")}'
+      yield '', f': cross_steps: {str(error).rstrip(".")}'
   blend = value.get('blend')
   if blend is not None and not _is_blend(blend):
-    yield ': blend is not two lists of words, as in [["cat"], ["dog"]]'
+    yield 'blend', ': blend is not two lists of words, as in [["cat"], ["dog"]]'
   image = value.get('image')
   if image is not None and not (folder / str(image)).is_file():
-    yield f': there is no picture {folder / str(image)}'
+    yield '', f': there is no picture {folder / str(image)}'
 
 
 def _are_words(value, key) -> bool:

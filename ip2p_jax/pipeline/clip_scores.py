@@ -23,6 +23,7 @@ from ip2p_jax.models.layers import Params, abstract
 from ip2p_jax.models.tokenizer import ClipTokenizer
 from ip2p_jax.weights import names
 from ip2p_jax.weights.files import read_tensors
+from ip2p_jax.xla_alarms import quietly
 
 MEAN = np.float32([[[(0.48145466, 0.4578275, 0.40821073)]]])  # of colours in 0..1
 STD = np.float32([[[(0.26862954, 0.26130258, 0.27577711)]]])
@@ -118,11 +119,11 @@ class Clip:
 
   def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
     """float32 [B, P] of length 1."""
-    return np.asarray(self._texts(self.params, self.tokenizer(texts)))
+    return np.asarray(quietly(self._texts, self.params, self.tokenizer(texts)))
 
   def embed_images(self, images: np.ndarray) -> np.ndarray:
     """float32 [B, P] of length 1, from uint8 [B, H, W, 3]."""
-    return np.asarray(self._images(self.params, np.float32(images) / 255))
+    return np.asarray(quietly(self._images, self.params, np.float32(images) / 255))
 
   def scores(
     self,
@@ -134,7 +135,7 @@ class Clip:
     """Of uint8 pictures [B, H, W, 3] before and after, and their captions."""
     images = np.float32(np.stack([inputs, edits])) / 255
     tokens = np.stack([self.tokenizer(captions), self.tokenizer(edited_captions)])
-    return Scores(*map(np.asarray, self._scores(self.params, images, tokens)))
+    return Scores(*map(np.asarray, quietly(self._scores, self.params, images, tokens)))
 
 
 def resize(images: Array, size: int) -> Array:

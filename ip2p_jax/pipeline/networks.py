@@ -6,6 +6,7 @@ inside jit.
 
 import hashlib
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -108,12 +109,19 @@ def fingerprint(checkpoint: Checkpoint, tokenizer: ClipTokenizer) -> str:
 
 
 def weights_digest(tensors: Mapping[str, np.ndarray]) -> str:
-  """Tells trained weights apart, by a few numbers of each tensor: 16 hexadecimal digits."""
-  digest = hashlib.blake2b(digest_size=8)
-  for name in sorted(tensors):
-    few = np.asarray(tensors[name]).reshape(-1)[:64]
-    digest.update(name.encode() + few.astype(np.float16).tobytes())
-  return digest.hexdigest()
+  """Tells trained weights apart, by all bytes of every tensor: 16 hexadecimal digits.
+
+  The files that they come in do not count. 1.6 GB take two seconds of one core.
+  """
+
+  def of_one(name):
+    array = np.asarray(tensors[name], order='C')
+    digest = hashlib.blake2b(f'{name} {array.dtype} {array.shape}'.encode())
+    digest.update(array.reshape(-1).view(np.uint8))
+    return digest.digest()
+
+  with ThreadPoolExecutor() as pool:
+    return hashlib.blake2b(b''.join(pool.map(of_one, sorted(tensors))), digest_size=8).hexdigest()
 
 
 def tokenizer_of(checkpoint: Checkpoint, networks: Networks) -> ClipTokenizer:

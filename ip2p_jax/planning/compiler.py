@@ -18,6 +18,7 @@ from ip2p_jax.planning.program_text import (
   cycles_of,
   kernels_of,
 )
+from ip2p_jax.xla_alarms import quietly
 
 # Less of the compiler's time and memory, for a slower program that needs about as much memory.
 QUICK = {'exec_time_optimization_effort': -1.0}
@@ -116,7 +117,7 @@ def compiled_for_gpu(lowered: jax.stages.Lowered, memory: float) -> Compiled:
 
 def _compile(lowered: jax.stages.Lowered, options: dict[str, Any] | None) -> jax.stages.Compiled:
   """In a thread of its own, so that Ctrl-C is heard meanwhile."""
-  return ThreadPoolExecutor(1).submit(lowered.compile, options).result()
+  return ThreadPoolExecutor(1).submit(quietly, lowered.compile, options).result()
 
 
 def _refused(whose: str, error: Exception) -> InputError:

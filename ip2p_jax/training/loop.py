@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import os
 import signal
 import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -13,9 +14,10 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from ip2p_jax import sharding
-from ip2p_jax.cli.console import waiting
 from ip2p_jax.errors import InputError
+from ip2p_jax.interrupts import INTERRUPTED, interruptible
 from ip2p_jax.pipeline.workdir import Checkpoints
+from ip2p_jax.progress import waiting
 from ip2p_jax.training import logs
 from ip2p_jax.training.loss_course import Course, advice, followed, mean_loss
 
@@ -74,7 +76,7 @@ def loop(job: Job, actions: Sequence[tuple[int, Action]], state: State, course: 
     for step in range(first + 1, steps + 1):  # steps are counted when taken
       profile(step, recent)
       batch = next(batches)  # first of all, since it may start processes
-      with compiling('step'):
+      with compiling('step'), _ended_by_signals(step == first + 1, job.must_stop):
         state, values = job.step(state, batch)  # dispatched, not awaited
         if step == first + 1:
           jax.block_until_ready(values)
@@ -170,6 +172,29 @@ def first_time() -> Callable[[str], contextlib.AbstractContextManager]:
     return waiting(f'compiling the {what}, about a minute', is_quiet=jax.process_index() > 0)
 
   return compiling
+
+
+@contextlib.contextmanager
+def _ended_by_signals(is_first: bool, must_stop: Callable[[int], bool]) -> Iterator[None]:
+  """Lets signals end the process within the first step, which compiles: nothing is to be saved."""
+  if not is_first:
+    yield
+    return
+
+  def end(number, _frame=None):
+    print('stopped before the first step; nothing is lost', file=sys.stderr, flush=True)
+    os._exit(INTERRUPTED if number == signal.SIGINT else STOPPED)
+
+  ours = [n for n in (signal.SIGTERM, signal.SIGINT) if callable(signal.getsignal(n))]
+  before = {number: signal.signal(number, end) for number in ours}
+  try:
+    if jax.process_count() == 1 and must_stop(0):  # one came since the run began
+      end(signal.SIGTERM)
+    with interruptible(end):
+      yield
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)
 
 
 @contextlib.contextmanager

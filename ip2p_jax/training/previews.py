@@ -27,6 +27,7 @@ from ip2p_jax.images import image_grid
 from ip2p_jax.models.tokenizer import ClipTokenizer
 from ip2p_jax.pipeline.networks import Networks, is_editor
 from ip2p_jax.sharding import ROWS, WHOLE
+from ip2p_jax.xla_alarms import quietly
 
 Example = dict[str, Any]
 Run = Callable[[Any], Array]  # parameters -> uint8 [B, R, R, 3]
@@ -100,7 +101,7 @@ def latent_examples(
 def decode(networks: Networks, vae_params: Any, latents: np.ndarray) -> np.ndarray:
   """Unscaled latents [B, h, w, 4], such as posterior means, as uint8 pictures [B, R, R, 3]."""
   to_pixels = jax.jit(functools.partial(_pixels, networks))
-  return _on_host(to_pixels(vae_params, np.asarray(latents, np.float32)))
+  return _on_host(quietly(to_pixels, vae_params, np.asarray(latents, np.float32)))
 
 
 def sample_program(
@@ -166,7 +167,7 @@ def _sampling(networks, tokenizer, size, instructions, steps, seed, text_guidanc
     rows = sharding.padded_rows(mesh, (ROWS, ROWS), rows, count)
   grid = samplers.noise_levels(networks.schedule, SAMPLER, steps)
   others = tokenizer(['']), rows[1], grid, np.float32(text_guidance), np.uint32(seed)
-  return lambda params: program(params, rows[0], *others)[:count]
+  return lambda params: quietly(program, params, rows[0], *others)[:count]
 
 
 def _pixels(networks, vae_params, latents):

@@ -26,6 +26,7 @@ from ip2p_jax.training.loop import Action, Job, first_time, loop, say, signals
 from ip2p_jax.training.resume import as_begun, claimed, course_before, keep_config
 from ip2p_jax.training.sizes import describe_params, sizes
 from ip2p_jax.training.step import State
+from ip2p_jax.xla_alarms import quietly
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -311,4 +312,4 @@ def _started(learnt: Learning, values: Arrays) -> State:
   places = learnt.shardings['params'].items()
   params = {name: sharding.put(values[name], where) for name, where in places}
   start = functools.partial(step.initial_state, learnt.recipe)
-  return jax.jit(start, out_shardings=learnt.shardings, donate_argnums=0)(params)
+  return quietly(jax.jit(start, out_shardings=learnt.shardings, donate_argnums=0), params)

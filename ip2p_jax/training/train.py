@@ -36,6 +36,7 @@ from ip2p_jax.training.start import (
 )
 from ip2p_jax.training.step import Recipe, losses_at, train_step, unet_params, validation_loss
 from ip2p_jax.weights import Checkpoint
+from ip2p_jax.xla_alarms import quietly
 
 
 class Editing(NamedTuple):
@@ -207,7 +208,7 @@ def _keep_batch(editing: Editing, run: Run, place: int, state: Any, step: int) -
     return *losses_at(run.recipe, state, frozen, batch), batch['weight']
 
   everywhere = sharding.replicated(run.mesh)
-  found = jax.jit(look, out_shardings=everywhere)(state, run.frozen, batch)
+  found = quietly(jax.jit(look, out_shardings=everywhere), state, run.frozen, batch)
   each, draws, weight = jax.device_get(found)
   found = host | {'error': errors, 'rows': rows, 'losses': each} | draws._asdict()
   content = io.BytesIO()

@@ -155,7 +155,7 @@ def test_a_model_that_is_killed_at_any_time_goes_on(ip2p, model, tmp_path):
   assert ip2p(*words)[0] == 0
   answers = answers_file(tmp_path / 'parts', (0, 1))
   draw, kills = random.Random(0), 0
-  command = ('-c', 'from ip2p_jax.cli import main; main.main()', 'captions', 'write', source,
+  command = ('-c', 'from ip2p_jax.cli.main import main; main()', 'captions', 'write', source,
              tmp_path / 'parts', *words[3:])  # fmt: skip
   while not (tmp_path / 'parts' / write.PROMPTS).exists():
     known = answers.stat().st_size if answers.exists() else 0

@@ -1,13 +1,11 @@
 """`ip2p pairs` and `ip2p filter`, from files to files."""
 
 import json
-import sys
 
 import pytest
 import tiny_models
 
 from ip2p_jax import weights
-from ip2p_jax.cli import main
 from ip2p_jax.data.sources import open_source
 from ip2p_jax.images import read_settings
 
@@ -32,21 +30,6 @@ def folder(tmp_path_factory):
   return folder
 
 
-@pytest.fixture
-def ip2p(folder, monkeypatch, capsys):
-  """Runs the command with these words: (status, stderr)."""
-  monkeypatch.setattr(main, 'cache_compilations', lambda: None)
-
-  def run(*words):
-    monkeypatch.setattr(sys, 'argv', ['ip2p', *map(str, words)])
-    with pytest.raises(SystemExit) as stop:
-      main.main()
-    printed = capsys.readouterr()
-    return stop.value.code or 0, printed.out + printed.err
-
-  return run
-
-
 def drawing(folder, out, *more, samples=('--samples', 2)):
   models = ('--ckpt', folder / 'ckpt', '--clip', folder / 'clip')
   small = ('--steps', 2, '--size', 32)
@@ -65,6 +48,8 @@ def test_from_prompts_to_a_data_set(ip2p, folder, tmp_path):
   assert status == 0 and '12 pairs of 12 prompts' in said
   assert (tmp_path / 'pairs' / 'histograms.png').exists()
   assert ip2p('check', tmp_path / 'pairs')[0] == 0
+  status, said = ip2p('filter', tmp_path / 'pairs', tmp_path / 'again', *loose)
+  assert status == 2 and 'was filtered already; give the folder that it came from' in said
   status, said = ip2p('pack', tmp_path / 'pairs', tmp_path / 'shards', '--size', 32, '--workers', 0)
   assert status == 0 and '12 train' in said
   (tmp_path / '.straight.tmp' / 'pairs').mkdir(parents=True)  # of a run that was killed
@@ -134,3 +119,15 @@ def test_filter_says_what_it_lacks(ip2p, folder, tmp_path):
   assert '--image, --caption and --direction are cosines' in ip2p(*words, '--direction', 'nan')[1]
   assert 'are cosines' in ip2p(*words, '--image', 75)[1]
   assert '--holdout is only for --shards' in ip2p(*words, '--holdout', 0.1)[1]
+
+
+def test_all_faults_of_a_file_are_told_in_one_try(ip2p, folder, tmp_path):
+  prompts = tmp_path / 'prompts.jsonl'
+  words = {'input': 'a cat', 'edit': 'make it a dog', 'output': 'a dog', 'weights': {'tree': 2}}
+  prompts.write_text(json.dumps({'input': 'a cat'}) + '\n' + json.dumps(words))
+  command = [prompts if word == folder / 'prompts.jsonl' else word for word in drawing(
+    folder, tmp_path / 'raw', '--control', 'auto'
+  )]  # fmt: skip
+  status, said = ip2p(*command)
+  assert status == 2 and "line 1 has no text 'output'; line 1 has no text 'edit'" in said
+  assert "line 2: the word 'tree' is not in 'a dog'" in said and not (tmp_path / 'raw').exists()

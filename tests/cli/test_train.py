@@ -1,6 +1,9 @@
 """Flags of `train.py` that join processes; that these train together is in `test_training.py`."""
 
+import subprocess
+import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -34,3 +37,19 @@ def test_flags_that_do_not_tell_who_is_there_are_refused(given, message, monkeyp
     train.train([])
   (line,) = capsys.readouterr().err.splitlines()
   assert message in line
+
+
+@pytest.mark.parametrize(
+  ('flags', 'message'),
+  [
+    (['log.validation_examples=0'], 'checkpoint is empty'),  # what is asked last
+    (['log.validation_examples=0', 'log.validate_every=20'], 'log.validate_every is 20, which'),
+  ],
+)
+def test_a_flag_may_switch_off_what_the_config_file_sets(flags, message, tmp_path):
+  root = Path(__file__).parents[2]  # tiny.py sets log.validate_every
+  words = ['--config=configs/tiny.py', f'--workdir={tmp_path}', *(f'--config.{x}' for x in flags)]
+  done = subprocess.run(
+    [sys.executable, 'train.py', *words], cwd=root, capture_output=True, text=True
+  )
+  assert done.returncode == 2 and message in done.stderr

@@ -129,13 +129,21 @@ def test_public_layouts_are_read_with_the_right_roles(tmp_path, form, name):
     (
       'edit_image P, image P, prompt T',
       '',
-      'no column looks like the edited; the columns are edit_',
+      'no column has a name known for the edited picture; the columns are edit_',
     ),
-    ('image P, prompt T', '', 'no column looks like the edited'),
-    ('input T, output T, edit T', '', r"no column looks like the input \('input' holds text\)"),
-    ('input P, output T, edit T', '', r"no column looks like the edited \('output' holds text\)"),
-    ('input_image N, output P, edit T', '', r'no column looks like the input'),
-    ('input P, output P, edit P', '', r"looks like the instruction \('edit' holds picture\)"),
+    ('image P, prompt T', '', 'no column has a name known for the edited picture'),
+    (
+      'input T, output T, edit T',
+      '',
+      r"no column has a name known for the input picture \('input' holds text\)",
+    ),
+    (
+      'input P, output T, edit T',
+      '',
+      r"no column has a name known for the edited picture \('output' holds text\)",
+    ),
+    ('input_image N, output P, edit T', '', r'no column has a name known for the input picture'),
+    ('input P, output P, edit P', '', r"a name known for the instruction \('edit' holds picture\)"),
     ('a P, b P, edit T', 'input=a,edited=a', "'a' is named for both the input and the edited"),
     ('a P, b P, c T', 'input=a,edited=b,instruction=c,caption=c', "'c' is named for both"),
     ('a P, b P, c T', 'input=a,edited=c,instruction=c', "'c' is named for both"),
@@ -145,7 +153,7 @@ def test_public_layouts_are_read_with_the_right_roles(tmp_path, form, name):
     ('a P, b P, edit T', 'input=a,edited=none', "there is no column 'none' .for the edited."),
     ('a P, b P, edit T', 'input=a,edited=b,inverse=none', "no column 'none' .for the inverse."),
     ('a P, b P, edit T', 'input=,edited=b', 'input= names no column, and the input is needed'),
-    ('a P, b P, d P, edit T', 'edited=b', 'no column looks like the input'),
+    ('a P, b P, d P, edit T', 'edited=b', 'no column has a name known for the input picture'),
     ('a P, b P, edit T', 'image=a,edited=b', "'image=a' is of no use for edit"),
   ],
 )
@@ -212,7 +220,7 @@ def test_text_to_image_has_the_same_rules(tmp_path):
     ('image=text', 'image is to be a picture'),
     ('input=image', "'input=image' is of no use for text_to_image"),
     ('image=image,edited=conditioning_image', 'give image and text, or edited and'),
-    ('edited=image', 'no column looks like the edited_caption'),
+    ('edited=image', 'no column has a name known for the caption of the edited picture'),
   ):
     with pytest.raises(InputError, match=message):
       opened(said)

@@ -1,7 +1,6 @@
 """Every data setting acts on every layout or is refused, and so do options of pack and check."""
 
 import dataclasses
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,6 @@ import pytest
 import tiny_pairs
 from pyarrow import parquet
 
-from ip2p_jax.cli import main
 from ip2p_jax.config import DataConfig, TrainConfig
 from ip2p_jax.data import loader, shard_writing, shards
 from ip2p_jax.data.pack import pack
@@ -155,21 +153,6 @@ def test_columns_of_a_mixture_must_be_in_one_of_its_tables(data):
   config.data.columns = 'input=vorher,input=vorhin'
   with pytest.raises(InputError, match="there is no column 'vorhin'; the columns are vorher"):
     open_data(config)
-
-
-@pytest.fixture
-def ip2p(monkeypatch, capsys):
-  """Runs the command with these words: (status, what it printed)."""
-  monkeypatch.setattr(main, 'cache_compilations', lambda: None)
-
-  def run(*words):
-    monkeypatch.setattr(sys, 'argv', ['ip2p', *map(str, words)])
-    with pytest.raises(SystemExit) as stop:
-      main.main()
-    printed = capsys.readouterr()
-    return stop.value.code or 0, printed.out + printed.err
-
-  return run
 
 
 ONLY_LATENTS = 'is only for --latents'

@@ -308,7 +308,7 @@ def test_unusual_columns_are_said(tmp_path):
   said = 'input=Vorher, edited=nachher,instruction=was'
   assert sources.open_source(str(tmp_path), columns=said)[1].pairs == (tiny_pairs.pair(1),)
   with pytest.raises(
-    InputError, match=r'looks like the input.* Vorher, nachher, was, edit;.*input='
+    InputError, match=r'a name known for the input picture.* Vorher, nachher, was, edit;.*input='
   ):
     sources.open_source(str(tmp_path))
 
@@ -322,8 +322,11 @@ def test_one_override_can_serve_several_data_sets():
 def test_columns_that_fit_two_ways_or_none_are_refused():
   cases = {
     ('source_img', 'input_image', 'edited', 'edit'): "'source_img' and 'input_image' could each",
-    ('input', 'edited'): 'no column looks like the instruction; the columns are input, edited',
-    (): 'no column looks like the input; there are no columns',
+    (
+      'input',
+      'edited',
+    ): 'no column has a name known for the instruction; the columns are input, edited',
+    (): 'no column has a name known for the input picture; there are no columns',
   }
   for names, message in cases.items():
     with pytest.raises(InputError, match=message):
@@ -343,7 +346,7 @@ def test_text_to_image_needs_a_picture_and_a_caption(tmp_path):
   row = sources.open_source(str(tmp_path), task='text_to_image')[1]
   assert row.pairs == ((None, tiny_pairs.pair(1).edited_image),)
   assert row.instructions == (row.edited_caption,) == (tiny_pairs.edited_caption(1),)
-  with pytest.raises(InputError, match='no column looks like the edited'):
+  with pytest.raises(InputError, match='no column has a name known for the edited picture'):
     sources.open_source(str(tmp_path))
 
 

@@ -4,6 +4,7 @@ import io
 import struct
 import warnings
 import zlib
+from pathlib import Path
 
 import numpy as np
 import profiles
@@ -18,6 +19,8 @@ from ip2p_jax.editing.image_files import plan_jobs, run_jobs
 
 B, IFD = ExifTags.Base, ExifTags.IFD
 LOSSLESS = ('png', 'tif')
+BPC = ImageCms.Flags.BLACKPOINTCOMPENSATION
+SWOP = Path('/usr/share/color/icc/ghostscript/default_cmyk.icc')
 
 
 @pytest.fixture
@@ -113,6 +116,63 @@ def test_a_palette_is_seen_by_its_profile(tmp_path, photo):
   assert difference(images.to_array(images.read(tmp_path / 'in.png'), photo.size), expected) == 0
 
 
+def png_of_16_bits(values, path, profile):
+  """[h, w, 1 to 4] as grey, grey and alpha, RGB or RGBA; Pillow writes none of the last three."""
+  height, width, channels = values.shape
+  header = struct.pack('>2I5B', width, height, 16, (0, 4, 2, 6)[channels - 1], 0, 0, 0)
+  lines = b''.join(b'\0' + line.astype('>u2').tobytes() for line in values)
+  parts = {b'IHDR': header, b'iCCP': b'own\0\0' + zlib.compress(profile)}
+  parts |= {b'IDAT': zlib.compress(lines), b'IEND': b''}
+  chunk = lambda n, d: struct.pack('>I', len(d)) + n + d + struct.pack('>I', zlib.crc32(n + d))
+  path.write_bytes(b'\x89PNG\r\n\x1a\n' + b''.join(chunk(*part) for part in parts.items()))
+  return path
+
+
+SOURCES = ('palette', 'palette of greys', '16-bit grey', '16-bit grey and alpha', '16-bit RGB')
+SOURCES += ('16-bit RGBA', 'rotated JPEG')
+
+
+@pytest.mark.parametrize('source', SOURCES)
+@pytest.mark.filterwarnings('error')
+def test_odd_files_are_edited_by_their_profile_and_kept_under_a_mask(tmp_path, photo, half, source):
+  path, alpha = tmp_path / 'in.png', None
+  name = 'grey' if 'grey' in source else 'ProPhoto'
+  own = profiles.tagged(photo.convert('L').convert('RGB') if name == 'grey' else photo, name)
+  if source.startswith('16'):
+    values = pixels(own).reshape(48, 64, -1) * 257
+    if 'alpha' in source or 'RGBA' in source:
+      alpha = np.broadcast_to(np.arange(64) * 4, (48, 64))
+      values = np.concatenate([values, alpha[..., None] * 257], -1)
+    png_of_16_bits(values, path, own.info['icc_profile'])
+  elif source == 'rotated JPEG':
+    path, exif = tmp_path / 'in.jpg', Image.Exif()
+    exif[B.Orientation] = 6
+    turned = own.transpose(Image.Transpose.ROTATE_90)
+    turned.info = own.info
+    write(turned, path, exif=exif)
+  else:
+    palette = own.convert('P') if name == 'grey' else own.quantize(255)
+    photo = profiles.converted(palette.convert(own.mode), own.info['icc_profile'], None, 'RGB')
+    indices = pixels(palette)
+    clear = bytes(0 if index == indices[0, 0] else 255 for index in range(256))
+    alpha = np.where(indices == indices[0, 0], 0, 255)
+    palette.save(path, icc_profile=own.info['icc_profile'], transparency=clear)
+  original = images.read(path)
+  truth = pixels(photo.convert('L').convert('RGB') if name == 'grey' else photo)
+  assert original.size == (64, 48)
+  result = images.restore(negative(truth).astype(np.uint8), original, half)
+  images.save(result, tmp_path / 'o.tif', {})
+  written = opened(tmp_path / 'o.tif')
+  assert written.getexif().get(B.Orientation, 1) == 1
+  assert alpha is None or (pixels(written)[..., 3] == alpha).all()
+  assert (pixels(written)[24:] == pixels(original)[24:]).all()
+  seen = written.convert('RGB')
+  seen.info = {'icc_profile': written.info['icc_profile']}
+  seen = pixels(profiles.as_seen(seen))
+  assert difference(seen[:24], negative(truth)[:24]) < 1.5
+  assert difference(seen[24:], truth[24:]) < 1.5
+
+
 def test_lab_needs_no_profile(tmp_path, photo):
   lab = ImageCms.ImageCmsProfile(ImageCms.createProfile('LAB')).tobytes()
   own = profiles.converted(photo, None, lab, 'LAB')
@@ -197,6 +257,40 @@ def test_cmyk_stays_cmyk_where_the_format_has_it_and_else_becomes_srgb(
     assert (pixels(written)[24:] == pixels(own)[24:]).all()
   images.save(images.read(tmp_path / 'in.tif'), path, {})  # and whoever saves without asking
   assert difference(profiles.as_seen(opened(path)), photo) < 2
+
+
+@pytest.fixture(params=['made', 'SWOP'], scope='module')
+def press(request):
+  """A profile of inks that show fewer colours than sRGB: one made here, and one of libgs-common."""
+  if request.param == 'made':
+    return profiles.offset()
+  if not SWOP.exists():
+    pytest.skip(f'{SWOP} is not installed')
+  return SWOP.read_bytes()
+
+
+def test_cmyk_shows_an_edit_as_well_as_its_inks_can(tmp_path, photo, press):
+  original = profiles.converted(photo, None, press, 'CMYK')
+  original.info = {'icc_profile': press}
+  original = images.plain(original)
+  printable = images.shown(original)
+  best = {}
+  for name, edited in {
+    'printable': printable,
+    'sRGB': Image.fromarray(negative(np.asarray(photo))),
+  }.items():
+    ways = [(intent, flags) for intent in ImageCms.Intent for flags in (0, BPC)]
+    ways = [profiles.converted(edited, None, press, 'CMYK', *way) for way in ways]
+    ways = [difference(profiles.converted(way, press, None, 'RGB'), edited) for way in ways]
+    best[name] = min(ways)
+    for extension, loss in (('tif', 0.1), ('jpg', 0.3)):
+      path = tmp_path / f'out.{extension}'
+      images.save(images.restore(np.asarray(edited), original), path, {})
+      written = opened(path)
+      assert written.mode == 'CMYK' and written.info['icc_profile'] == press
+      assert difference(profiles.as_seen(written), edited) < best[name] + loss, (name, extension)
+    assert max(ways) > best[name] + 4  # the other ways are worse by far
+  assert best['printable'] < 1.5 and best['sRGB'] > 5
 
 
 def test_a_soft_mask_mixes_between_the_pictures_own_numbers(photo):

@@ -6,7 +6,7 @@ import pytest
 
 from ip2p_jax.config import LanguageConfig, TrainConfig, knobs
 from ip2p_jax.config_check import NEEDS, check_language, check_values
-from ip2p_jax.config_text import parse, plain_overrides
+from ip2p_jax.config_text import load_config, parse, plain_overrides
 from ip2p_jax.errors import InputError
 
 RATES = TrainConfig().optimizer.rates
@@ -124,6 +124,46 @@ def test_what_is_switched_off_as_a_whole_is_no_mistake():
   check_values(changed(TrainConfig, optimizer__schedule='cosine', optimizer__final_rate=0.1))
   check_values(changed(TrainConfig, lora__rank=4, lora__alpha=8.0, lora__targets='attn'))
   check_values(changed(TrainConfig, log__profile=(100, 5)))
+
+
+SWITCHED = [  # (what a file sets, what was set for one run, what is left of the first)
+  ({'log.validate_every': 20}, {'log.validation_examples': 0}, {'log.validate_every': 1000}),
+  ({'log.validation_examples': 64}, {'log.validate_every': 0}, {'log.validation_examples': 512}),
+  ({'log.preview_steps': 50}, {'log.previews': 0}, {'log.preview_steps': 20}),
+  ({'lora.rank': 4, 'lora.alpha': 8.0}, {'lora.rank': 0}, {'lora.alpha': 4.0}),
+  ({'optimizer.schedule': 'cosine', 'optimizer.final_rate': 0.1},
+   {'optimizer.schedule': 'constant'}, {'optimizer.final_rate': 0.0}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize('in_file, given, left', SWITCHED)
+def test_what_a_file_sets_goes_with_what_was_switched_off_for_one_run(
+  in_file, given, left, tmp_path
+):
+  file = tmp_path / 'config.py'
+
+  def write(settings):
+    made = [f'  config.{name} = {value!r}' for name, value in settings.items()]
+    head = [
+      'from ip2p_jax.config import TrainConfig',
+      'def get_config():',
+      '  config = TrainConfig()',
+    ]
+    file.write_text('\n'.join([*head, *made, '  return config', '']))
+
+  def loaded(settings):
+    return load_config(file, [f'{name}={value}' for name, value in settings.items()])
+
+  write(in_file)
+  found = loaded(given)
+  check_values(found)
+  assert dict(knobs(found)) == dict(knobs(TrainConfig())) | given | left
+  (name,) = left  # also set for this run, it is a mistake; as it is if the file has both
+  with pytest.raises(InputError, match=f'{name} .* does nothing'):
+    check_values(loaded({name: in_file[name]} | given))
+  write(in_file | given)
+  with pytest.raises(InputError, match=f'{name} .* does nothing'):
+    check_values(loaded({}))
 
 
 def test_every_setting_that_needs_another_exists():

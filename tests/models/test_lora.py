@@ -9,6 +9,7 @@ import numpy as np
 import peers
 import pytest
 import safetensors.numpy
+import tiny_models
 import torch_models as reference
 from flax import nnx
 from torch_models import nchw, nhwc, relative_error
@@ -20,6 +21,7 @@ from ip2p_jax.models import lora
 from ip2p_jax.models.configs import UNetConfig
 from ip2p_jax.models.unet import UNet
 from ip2p_jax.parameters import flatten, unflatten
+from ip2p_jax.pipeline.networks import networks_of, params_of
 from ip2p_jax.weights import lora_file
 
 torch = peers.module('torch')
@@ -34,6 +36,13 @@ SHAPES = {
   'conv.kernel': jax.ShapeDtypeStruct((3, 3, 6, 8), np.float32),
   'conv.bias': jax.ShapeDtypeStruct((8,), np.float32),
 }
+
+
+@pytest.fixture(scope='module')
+def params():
+  """Weights of a small UNet, by name."""
+  checkpoint = tiny_models.checkpoint()
+  return flatten(params_of(checkpoint, networks_of(checkpoint), 'float32')['unet'])
 
 
 @pytest.fixture(scope='module')
@@ -75,8 +84,8 @@ def warned(caplog):
     logger.removeHandler(caplog.handler)
 
 
-def test_by_default_the_attentions_projections_get_adapters(models):
-  found = lora.adapters(models[2], LoraConfig(rank=4), np.random.default_rng(0))
+def test_by_default_the_attentions_projections_get_adapters(params):
+  found = lora.adapters(params, LoraConfig(rank=4), np.random.default_rng(0))
   kernels = {name.rsplit('.', 1)[0] for name in found}
   assert len(found) == 2 * len(kernels) == 2 * 8 * 4  # 4 transformer blocks of 2 attentions
   assert {name.rsplit('.', 1)[1] for name in kernels} == {'to_q', 'to_k', 'to_v', 'to_out'}
@@ -114,8 +123,7 @@ def test_the_same_seed_gives_the_same_adapters_in_any_order():
     np.testing.assert_array_equal(once[name], again[name])
 
 
-def test_new_adapters_leave_every_weight_as_it_was(models, rng):
-  params = models[2]
+def test_new_adapters_leave_every_weight_as_it_was(params, rng):
   after = lora.merged(params, lora.adapters(params, EVERY_KERNEL, rng), EVERY_KERNEL)
   assert after.keys() == params.keys()
   for name in params:
@@ -200,10 +208,10 @@ def test_a_diffusers_pipeline_with_our_file_is_our_merged_unet(
 
 
 @pytest.mark.parametrize('config', [EVERY_KERNEL, ATTENTIONS], ids=['every kernel', 'attentions'])
-def test_a_file_comes_back(models, config, tmp_path, rng):
-  adapters = filled(models[2], config, rng)
+def test_a_file_comes_back(params, config, tmp_path, rng):
+  adapters = filled(params, config, rng)
   file = lora_file.write(adapters, config, tmp_path / 'some' / 'mine.safetensors')
-  found, found_config = lora_file.read(file, models[2])
+  found, found_config = lora_file.read(file, params)
   assert found_config == config
   assert found.keys() == adapters.keys()
   for name in adapters:
@@ -211,9 +219,9 @@ def test_a_file_comes_back(models, config, tmp_path, rng):
     np.testing.assert_allclose(found[name], adapters[name], rtol=3e-7)
 
 
-def test_half_precision_files_are_read_as_float32(models, tmp_path, rng):
-  adapters = filled(models[2], ATTENTIONS, rng)
-  found, _ = lora_file.read(lora_file.write(adapters, ATTENTIONS, tmp_path, 'float16'), models[2])
+def test_half_precision_files_are_read_as_float32(params, tmp_path, rng):
+  adapters = filled(params, ATTENTIONS, rng)
+  found, _ = lora_file.read(lora_file.write(adapters, ATTENTIONS, tmp_path, 'float16'), params)
   for name in adapters:
     assert found[name].dtype == np.float32
     np.testing.assert_allclose(found[name], adapters[name], rtol=1e-3, atol=1e-6)
@@ -243,11 +251,11 @@ def test_files_that_diffusers_writes_are_read(models, inputs, style, tmp_path):
   assert lora.adapters(params, found, np.random.default_rng(0)).keys() == adapters.keys()
 
 
-def test_without_a_note_alpha_is_the_rank(models, tmp_path, rng):
-  adapters = filled(models[2], ATTENTIONS, rng)
+def test_without_a_note_alpha_is_the_rank(params, tmp_path, rng):
+  adapters = filled(params, ATTENTIONS, rng)
   tensors = lora_file.to_diffusers(adapters, LoraConfig(rank=4, alpha=4.0))
   weights.write_safetensors(tmp_path / lora_file.FILE_NAME, tensors)
-  found, config = lora_file.read(tmp_path, models[2])
+  found, config = lora_file.read(tmp_path, params)
   assert (config.rank, config.alpha) == (4, 4)
   np.testing.assert_array_equal(
     found['mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_up'],

@@ -496,6 +496,36 @@ def test_all_wrong_lines_are_named_at_once(tmp_path):
     read_prompts(file)
 
 
+def test_faults_of_form_and_of_words_are_told_at_once(parts, tmp_path):
+  """In one line, too."""
+  sound = json.loads(prompt_lines()[0])
+  lines = [
+    sound | {'weights': {'tree': 2, 'star': 1}, 'cross_steps': {'bush': 1.5}},
+    sound | {'edit': '', 'blend': [['moon'], ['sun']]},
+    sound | {'weights': [1]},
+  ]
+  file, told = tmp_path / 'prompts.jsonl', PairSettings(steps=2, size=32, control='auto')
+  file.write_text('\n'.join(map(json.dumps, lines)))
+  found = []
+  with pytest.raises(InputError) as error:
+    read_prompts(file, lambda prompt: found.append(generate.faults(prompt, told, parts[2])) or ())
+  assert len(found) == 3 and 'tree' not in str(error.value)
+  assert [list(of_line) for of_line in found] == [
+    ["the word 'tree' is not in 'a blue star'; use one of its words",
+     "the word 'bush' is not in 'a blue star'; use one of its words"],
+    ["the word 'moon' is not in 'a red star'; use one of its words",
+     "the word 'sun' is not in 'a blue star'; use one of its words"],
+    [],
+  ]  # fmt: skip
+  with pytest.raises(InputError) as error:
+    read_prompts(file, lambda prompt: generate.faults(prompt, told, parts[2]))
+  said = str(error.value)
+  assert 'line 1: cross_steps: 1.5 is no part of the steps' in said
+  assert "line 1: the word 'tree' is not in" in said and "line 1: the word 'bush'" in said
+  assert "line 2 has no text 'edit'" in said and "line 2: the word 'moon'" in said
+  assert said.endswith('and 2 more; mend this first.')
+
+
 def test_a_line_ends_where_json_says(tmp_path):
   file = tmp_path / 'prompts.jsonl'
   line = '{"caption": "a\u2028cat", "edit": "b", "output": "c"}'

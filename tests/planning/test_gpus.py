@@ -5,7 +5,7 @@ import sys
 import types
 
 import pytest
-import torch_models as reference
+import tiny_models
 from jax._src.cudnn import fused_attention_stablehlo
 
 from ip2p_jax.cli import main
@@ -147,7 +147,7 @@ def test_a_report_says_what_is_missing_where_a_step_does_not_fit():
 
 @pytest.fixture(scope='module')
 def networks():
-  return networks_of(reference.checkpoint(reference.TINY_UNET)[0])
+  return networks_of(tiny_models.checkpoint())
 
 
 @pytest.mark.slow
@@ -181,11 +181,11 @@ def test_the_gpu_compiler_compiles_a_step_with_odd_tokens(topology, networks, mo
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ('made', 'unet'),
-  [('edits', reference.TINY_UNET), ('pairs', reference.TINY_UNET | {'in_channels': 4})],
+  [('edits', tiny_models.TINY_UNET), ('pairs', tiny_models.TINY_UNET | {'in_channels': 4})],
 )
 def test_the_gpu_compiler_compiles_edits_and_pairs(made, unet):
   pytest.importorskip('jax_cuda13_plugin', reason="pip install 'jax[cuda13]'")
-  networks = networks_of(reference.checkpoint(unet)[0])
+  networks = networks_of(tiny_models.checkpoint(unet))
   plan_of = lambda steps: sampling.plan_sampling(
     networks, sampling.Work(made, 64, 2, steps), 'a6000x2'
   )

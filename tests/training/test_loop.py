@@ -1,6 +1,8 @@
 """What the loop logs, keeps and says, of steps that are made up, with no network to compile."""
 
 import json
+import os
+import sys
 import types
 
 import jax
@@ -39,7 +41,10 @@ class Kept:
     pass
 
 
-def run(losses, workdir, weights=None, kept=None, first=0, course=None, actions=(), **log):
+def run(
+  losses, workdir, weights=None, kept=None, first=0, course=None, actions=(),
+  must_stop=lambda step: False, **log,
+):  # fmt: skip
   """Goes through steps of these losses; (status, lines of metrics.jsonl, what was kept).
 
   A loss that is not finite is a bad step, after which the state stays as it is.
@@ -65,7 +70,7 @@ def run(losses, workdir, weights=None, kept=None, first=0, course=None, actions=
     job = loop.Job(
       config=config, workdir=str(workdir), step=step, batches=(i for i in range(len(losses))),
       shardings=jax.tree.map(lambda _: where, state), checkpoints=kept, writer=writer,
-      meter=logs.Meter(4, 1e9, 1, None), save=kept.save, must_stop=lambda step: False,
+      meter=logs.Meter(4, 1e9, 1, None), save=kept.save, must_stop=must_stop,
     )  # fmt: skip
     status = loop.loop(job, actions, state, course or Course())
   lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
@@ -90,6 +95,15 @@ def test_every_step_is_told_once(tmp_path, capsys):
   said = [line for line in capsys.readouterr().out.splitlines() if line.startswith('step ')]
   assert [line.split()[1] for line in said] == ['1/5', '2/5', '4/5', '5/5', '6/6', '5/6', '6/6']
   assert ['ready after' in line for line in said] == [True, False, False, False, True, True, False]
+
+
+def test_a_signal_before_the_first_step_waits_for_no_compiler(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(os, '_exit', sys.exit)
+  kept = Kept()
+  with pytest.raises(SystemExit) as stop:
+    run([1.0], tmp_path, kept=kept, must_stop=lambda _: True)
+  assert stop.value.code == loop.STOPPED and not kept.courses
+  assert capsys.readouterr() == ('', 'stopped before the first step; nothing is lost\n')
 
 
 def test_a_run_that_diverges_keeps_its_last_good_checkpoint_and_says_what_to_remove(tmp_path):

@@ -5,7 +5,7 @@ import logging
 
 import numpy as np
 import pytest
-import torch_models as reference
+import tiny_models
 from safetensors.numpy import load_file, save_file
 
 from ip2p_jax import weights
@@ -23,8 +23,7 @@ FIRST = UNET + averages.FIRST
 def file(tmp_path_factory):
   """A single file without an average, its tensors and metadata."""
   path = tmp_path_factory.mktemp('averages') / 'model.safetensors'
-  checkpoint, _ = reference.checkpoint(reference.TINY_UNET)
-  weights.write(checkpoint, path, to='ldm')
+  weights.write(tiny_models.checkpoint(), path, to='ldm')
   return path, load_file(path), read_tensors(path)[1]
 
 

@@ -1,11 +1,14 @@
 """Containers: safetensors, shards and torch files, read lazily and strictly, written atomically."""
 
+import errno
 import json
 import os
 import pickle
 import subprocess
 import sys
+import threading
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import ml_dtypes
 import numpy as np
@@ -14,7 +17,9 @@ import pytest
 import safetensors
 import safetensors.numpy
 
+from ip2p_jax import storage
 from ip2p_jax.errors import InputError
+from ip2p_jax.pipeline.networks import weights_digest
 from ip2p_jax.weights.files import read_tensors, write_safetensors
 from ip2p_jax.weights.tensors import Tensors
 
@@ -272,3 +277,63 @@ def test_pickle_is_not_read_under_another_name(tmp_path):
   (tmp_path / 'x.safetensors').write_bytes(pickle.dumps({'x': 1}))
   with pytest.raises(InputError, match='damaged'):
     read_tensors(tmp_path / 'x.safetensors')
+
+
+@pytest.mark.parametrize('kind', ['file', 'folder'])
+def test_processes_that_write_one_place_share_no_temporary_name(tmp_path, kind):
+  """Whoever is last stays, whole; nothing else is left."""
+  path, together = tmp_path / 'made', threading.Barrier(8, timeout=60)
+
+  def write(i):
+    for n in range(20):
+      together.wait()
+      with storage.replacing(path) as unfinished:
+        place = unfinished
+        if kind == 'folder':
+          unfinished.mkdir()
+          (unfinished / 'other').write_text(f'{i} {n}')
+          place = unfinished / 'one'
+        place.write_text(f'{i} {n}')
+        together.wait()
+
+  with ThreadPoolExecutor(8) as pool:
+    for done in [pool.submit(write, i) for i in range(8)]:
+      done.result()
+  assert [file.name for file in tmp_path.iterdir()] == ['made']
+  texts = {file.read_text() for file in ([path] if kind == 'file' else path.iterdir())}
+  assert len(texts) == 1 and texts.pop().endswith(' 19')
+
+
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
+  path = tmp_path / 'made'
+  path.mkdir()
+  (path / 'old').write_text('old')
+  rename = os.rename
+
+  def refused(old, new):
+    if (old / 'new').exists():
+      raise PermissionError(errno.EACCES, 'refused')
+    rename(old, new)
+
+  monkeypatch.setattr(os, 'rename', refused)
+  with pytest.raises(PermissionError), storage.replacing(path) as unfinished:
+    unfinished.mkdir()
+    (unfinished / 'new').write_text('new')
+  assert [file.name for file in tmp_path.iterdir()] == ['made']
+  assert [file.name for file in path.iterdir()] == ['old']
+
+
+def test_weights_are_told_apart_by_any_number_of_any_tensor(arrays, tmp_path):
+  write_safetensors(tmp_path / 'one.safetensors', arrays)
+  digest = weights_digest(arrays)
+  assert weights_digest(read_tensors(tmp_path / 'one.safetensors')[0]) == digest
+  large = {'w': np.arange(300.0, dtype=np.float32).reshape(20, 15)}
+  assert weights_digest({'w': np.asfortranarray(large['w'])}) == weights_digest(large)
+  seen = {digest, weights_digest(large)}
+  for place in range(300):
+    changed = large['w'].copy()
+    changed.flat[place] += 1
+    seen.add(weights_digest({'w': changed}))
+  seen |= {weights_digest({'w': large['w'].reshape(15, 20)}), weights_digest({'v': large['w']})}
+  seen |= {weights_digest({'w': large['w'].view(np.int32)})}
+  assert len(seen) == 305

@@ -1,0 +1,69 @@
+"""Ctrl-C while XLA compiles, which Python does not hear."""
+
+import contextlib
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+INTERRUPTED = 130  # exit status
+UNHEARD = 1.0  # seconds until a signal counts as not heard
+
+
+@contextlib.contextmanager
+def interruptible(end: Callable[[int], None]) -> Iterator[None]:
+  """Calls `end(number)`, in another thread, at a SIGINT or SIGTERM that Python does not hear.
+
+  Python's handlers run in the main thread between two operations of its own, so none does while XLA
+  compiles there, which may take minutes. `end` ends the process: whatever is being written then has
+  a temporary name. Signals without a handler in Python stay as they are.
+  """
+  handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+  handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
+  done, heard_at = threading.Event(), [-math.inf]
+
+  def handle(number, frame):
+    if _is_collecting(frame):
+      main = threading.main_thread().ident
+      threading.Timer(0.05, signal.pthread_kill, [main, number]).start()  # when that is over
+      return
+    heard_at[0] = time.monotonic()
+    handlers[number](number, frame)
+
+  def listen():
+    while numbers := [number for number in os.read(reading, 64) if number in handlers]:
+      if done.wait(UNHEARD):
+        return
+      # Of several that come together Python hears one, maybe before all of them are read here.
+      if time.monotonic() - heard_at[0] > 2 * UNHEARD:
+        end(numbers[0])
+
+  reading, writing = os.pipe()
+  os.set_blocking(writing, False)
+  listener = threading.Thread(target=listen, daemon=True)
+  listener.start()
+  before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+  for number in handlers:
+    signal.signal(number, handle)
+  try:
+    yield
+  finally:
+    for number, handler in handlers.items():
+      signal.signal(number, handler)
+    signal.set_wakeup_fd(before)
+    done.set()
+    os.close(writing)
+    listener.join()
+    os.close(reading)
+
+
+def _is_collecting(frame: FrameType | None) -> bool:
+  """Whether jax's callback of the garbage collector is at work, where Python drops exceptions."""
+  while frame is not None:
+    if frame.f_code.co_name == '_xla_gc_callback':
+      return True
+    frame = frame.f_back
+  return False

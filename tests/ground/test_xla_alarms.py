@@ -1,0 +1,189 @@
+"""Programs compiled in somebody's own Python: XLA's alarms are left out, all else stays."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import tiny_models
+from alarms import ERROR, FOLDING, SLOW
+
+from ip2p_jax import Editor, xla_alarms
+from ip2p_jax.planning import compiler
+from ip2p_jax.xla_alarms import left_out, quietly, without_alarms
+
+WAIT = xla_alarms.SOONEST + 0.3
+
+
+def alarmed(*said):
+  """As a compiler that takes long, and writes the alarm amid lines of others."""
+  time.sleep(WAIT)
+  for text in (b'before\n', SLOW, ERROR, *said, SLOW, b'after\n'):
+    os.write(2, text)
+  return 'compiled'
+
+
+SHOWN = 'before\n' + ERROR.decode() + 'after\n'
+
+
+def test_what_is_written_while_it_compiles_stays_but_for_alarms(capfd):
+  was = os.fstat(2)
+  print('first', file=sys.stderr)
+  assert quietly(alarmed) == 'compiled'
+  assert os.path.samestat(os.fstat(2), was)
+  print('last', file=sys.stderr)
+  assert capfd.readouterr().err == f'first\n{SHOWN}last\n'
+
+
+def test_what_takes_no_time_is_not_touched(monkeypatch):
+  monkeypatch.setattr(xla_alarms, 'diverted', None)
+  for _ in range(3):
+    quietly(time.sleep, 0)
+  time.sleep(WAIT)
+
+
+def test_lines_of_other_threads_stay_in_order(capfd):
+  """Several compile, one within another's time, while two write."""
+  is_over, counts = threading.Event(), [0, 0]
+
+  def write(i):
+    while not is_over.is_set():
+      os.write(2, f'{i} {counts[i]}\n'.encode())
+      counts[i] += 1
+      time.sleep(0.001)
+
+  writers = [threading.Thread(target=write, args=(i,)) for i in range(2)]
+  compilers = [threading.Thread(target=quietly, args=(alarmed,)) for _ in range(2)]
+  for thread in writers + compilers:
+    thread.start()
+    time.sleep(0.2)
+  for thread in compilers:
+    thread.join()
+  quietly(alarmed)
+  is_over.set()
+  for thread in writers:
+    thread.join()
+  lines = capfd.readouterr().err.splitlines()
+  for i, count in enumerate(counts):
+    assert [line for line in lines if line.startswith(f'{i} ')] == [
+      f'{i} {n}' for n in range(count)
+    ]
+  assert len(lines) == sum(counts) + 3 * 3
+
+
+def test_all_that_was_written_is_shown_when_it_is_over(capfd):
+  many = [b'line %d\n' % i for i in range(20_000)]  # more than a pipe holds
+  quietly(alarmed, *many)
+  assert capfd.readouterr().err == SHOWN.replace('after', b''.join(many).decode() + 'after')
+
+
+RAISES = """
+import os, sys, time
+from ip2p_jax.xla_alarms import quietly
+def compiles():
+  time.sleep({wait})
+  os.write(2, b'E1128 10:00:00.000000 7 xla.cc:1] the last words\\n')
+  {end}
+quietly(compiles)
+"""
+
+
+@pytest.mark.parametrize(
+  ('end', 'status'), [("raise ValueError('refused')", 1), ('os.abort()', -6), ('os._exit(3)', 3)]
+)
+def test_the_last_words_are_shown_however_it_ends(end, status):
+  code = RAISES.format(wait=WAIT, end=end)
+  done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+  assert done.returncode == status
+  said = done.stderr.splitlines()
+  assert said[0].endswith('xla.cc:1] the last words')
+  if status == 1:
+    assert said[1].startswith('Traceback') and said[-1] == 'ValueError: refused'
+
+
+def test_the_beginning_of_a_line_is_shown_before_its_end():
+  """A bar of progress has none."""
+  source, sink = os.pipe()
+  lines = xla_alarms._lines(source, -1)
+  os.write(sink, b'done\n 5%|')
+  assert next(lines) == b'done\n' and next(lines) == b' 5%|'
+  os.write(sink, b'###\n')
+  os.close(sink)
+  assert list(lines) == [b'###\n']
+  os.close(source)
+
+
+def test_what_somebody_else_made_of_stderr_meanwhile_stays(capfd, tmp_path):
+  kept = os.dup(2)
+  with (tmp_path / 'log').open('w') as file, left_out():
+    time.sleep(WAIT)
+    os.write(2, b'ours\n')
+    os.dup2(file.fileno(), 2)
+  os.write(2, b'theirs\n')
+  os.dup2(kept, 2)
+  os.close(kept)
+  assert capfd.readouterr().err == 'ours\n' and (tmp_path / 'log').read_text() == 'theirs\n'
+
+
+@pytest.mark.parametrize('alone', [True, False])
+def test_a_filter_that_is_killed_or_cannot_start_stops_nobody(capfd, monkeypatch, alone):
+  if alone:
+    monkeypatch.setattr(sys, 'executable', '')
+  with left_out():
+    time.sleep(WAIT)
+    if alone:
+      os.write(2, b'shown\n')
+    else:
+      xla_alarms._diversion.process.kill()
+      xla_alarms._diversion.process.wait()
+  print('last', file=sys.stderr)
+  assert capfd.readouterr().err == ('shown\nlast\n' if alone else 'last\n')
+
+
+class Once:
+  """Attention that is computed as it was, and alarms while the program is made of it."""
+
+  def __init__(self, attention):
+    self.attention, self.is_said = attention, False
+
+  def __call__(self, *inputs):
+    if not self.is_said:
+      self.is_said = True
+      alarmed()
+    return self.attention(*inputs)
+
+
+@pytest.mark.parametrize('progress', [None, lambda done, total: None])
+def test_editing_in_somebodys_own_program_leaves_alarms_out(capfd, progress):
+  loaded = Editor.from_checkpoint(tiny_models.checkpoint(tiny_models.ONE_LEVEL))
+  networks = loaded.networks._replace(attention=Once(loaded.networks.attention))
+  editor = Editor(networks, loaded.params, loaded.tokenizer)
+  editor.edit(np.zeros((32, 32, 3), np.uint8), 'make it winter', steps=2, progress=progress)
+  assert networks.attention.is_said
+  assert capfd.readouterr().err == SHOWN
+
+
+def test_compiling_for_a_device_that_is_not_there_leaves_alarms_out(capfd):
+  @dataclasses.dataclass
+  class Lowered:
+    def compile(self, options):
+      return options, alarmed()
+
+  assert compiler._compile(Lowered(), {'a': 1}) == ({'a': 1}, 'compiled')
+  assert capfd.readouterr().err == SHOWN
+
+
+@pytest.mark.parametrize('alarm', [SLOW, FOLDING])
+@pytest.mark.parametrize('other', [ERROR, b'a warning\nof two lines\n', b''])
+def test_alarms_are_left_out_and_nothing_else(alarm, other):
+  lines = (other + alarm + other).splitlines(keepends=True)
+  assert b''.join(without_alarms(lines)) == other + other
+
+
+def test_an_error_amid_an_alarm_is_kept():
+  lines = [*SLOW.splitlines(keepends=True)[:2], ERROR, b'more of it\n']
+  assert b''.join(without_alarms(lines)) == ERROR + b'more of it\n'
