@@ -180,7 +180,8 @@ def write_checkpoint(config: str, folder: Path) -> str:
 
   from ip2p_jax import weights
   from ip2p_jax.models.configs import TextConfig, UNetConfig, VAEConfig
-  from ip2p_jax.pipeline.networks import COMPONENTS, networks_of
+  from ip2p_jax.pipeline.networks import networks_of
+  from ip2p_jax.weights.tensors import COMPONENTS
 
   if (folder / 'model_index.json').exists():
     say(f'weights of {folder}')

@@ -23,7 +23,7 @@ from ip2p_jax.models.configs import TextConfig, UNetConfig, VAEConfig
 from ip2p_jax.pairs.program import PairRequest, PairSpec, pair_program
 from ip2p_jax.pairs.prompt_to_prompt import Control
 from ip2p_jax.pipeline import workdir
-from ip2p_jax.pipeline.networks import Networks, networks_of, networks_of_configs
+from ip2p_jax.pipeline.networks import Networks, default_dtype, networks_of, networks_of_configs
 
 MINIATURE = Path(__file__).parent.parent / 'assets' / 'miniature-base'
 
@@ -54,7 +54,7 @@ def request_of(networks: Networks, pairs: int, steps: int) -> PairRequest:
 
 def main(is_small: bool, batch: int, steps: int, rounds: int, out: Path | None) -> None:
   networks = architecture(is_small)
-  dtype = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+  dtype = default_dtype()
   params = random_params(networks, dtype)
   side = networks.unet_config.sample_size
   plan = PairSpec('euler_ancestral', side, side)

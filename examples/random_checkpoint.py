@@ -15,8 +15,9 @@ import numpy as np
 from ip2p_jax import weights
 from ip2p_jax.diffusion.noise import Schedule
 from ip2p_jax.models.configs import TextConfig, UNetConfig, VAEConfig
-from ip2p_jax.pipeline.networks import COMPONENTS, networks_of
+from ip2p_jax.pipeline.networks import networks_of
 from ip2p_jax.weights import names
+from ip2p_jax.weights.tensors import COMPONENTS
 
 SMALL_UNET = UNetConfig(
   in_channels=8,

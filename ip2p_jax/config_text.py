@@ -1,9 +1,15 @@
-"""Values of settings as people write them: 'attn2=0.5,.*=1', '(100, 5)', 'true', '3e-5'."""
+"""Settings as people write them: files, flags, and values such as 'attn2=0.5,.*=1' and '3e-5'."""
 
 import ast
+import difflib
+import os
 import re
+import runpy
+from collections.abc import Sequence
 from typing import Any
 
+from ip2p_jax.config import TrainConfig, knobs, set_knob
+from ip2p_jax.config_check import without_idle
 from ip2p_jax.errors import InputError
 
 _NUMBER = r'[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?'
@@ -11,6 +17,71 @@ _RULE = re.compile(rf'\s*(.*?)\s*=\s*({_NUMBER})\s*(?:,|$)')
 
 
 RULES = ('optimizer.rates', 'optimizer.decays')
+
+
+def check_overrides(argv: Sequence[str], kinds: Sequence[type] = (TrainConfig,)) -> None:
+  """Raises an InputError for a `--config.KEY` that is no knob of any, naming the nearest one."""
+  known = [name for kind in kinds for name, _ in knobs(kind())]
+  for argument in argv:
+    name = argument.lstrip('-').partition('=')[0].removeprefix('config.')
+    if argument.startswith(('--config.', '-config.')) and name not in known:
+      near = _nearest(name, known)
+      hint = f'did you mean --config.{near}?' if near else 'ip2p_jax/config.py lists them all.'
+      raise InputError(f'--config.{name} is no setting of a training run; {hint}')
+
+
+def plain_overrides(argv: Sequence[str], kinds: Sequence[type]) -> list[str]:
+  """The arguments, with tuples as absl reads them, where they are written as `parse` takes them."""
+  known = {name: value for kind in kinds for name, value in knobs(kind())}
+  argv = list(argv)
+  for i, argument in enumerate(argv):
+    flag, is_joined, text = argument.partition('=')
+    name = flag.lstrip('-').removeprefix('config.')
+    if not flag.startswith(('--config.', '-config.')) or not isinstance(known.get(name), tuple):
+      continue
+    if is_joined:
+      argv[i] = f'{flag}={parse(name, text, known[name])!r}'
+    elif i + 1 < len(argv):
+      argv[i + 1] = repr(parse(name, argv[i + 1], known[name]))
+  return argv
+
+
+def load_config(
+  path: str | os.PathLike, changes: Sequence[str] = (), kind: type = TrainConfig
+) -> Any:
+  """What `get_config()` of a file gives, with changes such as 'optimizer.learning_rate=3e-5'.
+
+  `kind` is what it is to give: `TrainConfig` or `LanguageConfig`. InputError for a file that gives
+  something else, a name that is no knob, or a value of another type.
+  """
+  if not os.path.isfile(path):
+    raise InputError(f'{path}: no such file; see configs/.')
+  try:
+    config = runpy.run_path(os.fspath(path)).get('get_config', lambda: None)()
+  except Exception as error:  # whatever a file that is no config does
+    raise InputError(f'{path}: cannot be run ({type(error).__name__}: {error}).') from error
+  if not isinstance(config, kind):
+    raise InputError(
+      f'{path}: is no config for this, a file whose get_config() gives a {kind.__name__}.'
+    )
+  check_overrides([f'--config.{change}' for change in changes], [kind])
+  for change in changes:
+    name, is_given, text = change.partition('=')
+    if not is_given:
+      raise InputError(f'{change}: has no value; write {name}=VALUE.')
+    set_knob(config, name, parse(name, text, dict(knobs(config))[name]))
+  return without_idle(config, [change.partition('=')[0] for change in changes])
+
+
+def _nearest(name, known):
+  section, _, word = name.rpartition('.')
+  for full in sorted(known, key=lambda full: full.rpartition('.')[0] != section):
+    last = full.rpartition('.')[2]
+    if word in (last, ''.join(part[0] for part in last.split('_') if '_' in last)):  # lr
+      return full
+  by_word = {full.rpartition('.')[2]: full for full in known}
+  near = difflib.get_close_matches(name, known, 1) or difflib.get_close_matches(word, by_word, 1)
+  return by_word.get(near[0], near[0]) if near else None
 
 
 def parse(name: str, text: str, known: Any) -> Any:

@@ -1,5 +1,7 @@
 """The one exception for mistakes that the user can mend."""
 
+from collections.abc import Collection
+
 
 class InputError(ValueError):
   """Something the user gave is wrong: a path, a file, a key, a value.
@@ -7,3 +9,9 @@ class InputError(ValueError):
   The message is one clear sentence: it names the file, key or flag, says what is wrong and what to
   do. Commands print it on one line and exit with status 2; it is never used for our own bugs.
   """
+
+
+def check_choice(name: str, value: str, choices: Collection[str]) -> None:
+  """InputError for a value that is none of the choices."""
+  if value not in choices:
+    raise InputError(f'{name} is {value!r}; use one of {", ".join(filter(None, choices))}.')

@@ -18,7 +18,7 @@ import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image, ImageDraw, ImageFont, UnidentifiedImageError
 
-from ip2p_jax import colour, metadata
+from ip2p_jax import colour, metadata, storage
 from ip2p_jax.errors import InputError
 
 MAX_PIXELS = 178_956_970  # half a gigabyte as RGB; where Pillow itself refuses
@@ -298,16 +298,13 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
 @contextlib.contextmanager
 def _writing(path: str | Path) -> Iterator[Path]:
   """A temporary name in the folder of `path`, gone afterwards; what fails becomes InputError."""
-  # Not tempfile, whose files only their owner may read; hidden, so that find_images passes it by.
-  temporary = Path(path).parent / f'.ip2p-{os.urandom(8).hex()}.tmp'
   try:
-    yield temporary
+    # A short name, so that only that of `path` may be too long.
+    with storage.temporary_name(Path(path).with_name('ip2p')) as temporary:
+      yield temporary
   except (OSError, ValueError) as error:
     reason = getattr(error, 'strerror', None) or error
     raise InputError(f'{path} cannot be written ({reason}); choose another place') from error
-  finally:
-    with contextlib.suppress(OSError):  # after success there is none
-      temporary.unlink()
 
 
 def _format(path):

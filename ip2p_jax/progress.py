@@ -1,11 +1,24 @@
-"""What takes long says so."""
+"""What takes long says so, and how far it is."""
 
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from ip2p_jax import xla_alarms
+
+Progress = Callable[[int, int], None]  # called with (what is done, what there is in all)
+
+
+def unwatched(done: int, total: int) -> None:
+  """The progress of a job that nobody watches."""
+
+
+def part_of(progress: Progress | None, done: int, parts: int) -> Progress | None:
+  """Progress over several runs as one; `done` of the `parts` are over."""
+  if progress is None:
+    return None
+  return lambda step, steps: progress(done * steps + step, parts * steps)
 
 
 @contextlib.contextmanager

@@ -42,15 +42,26 @@ def is_local(path: str | os.PathLike) -> bool:
   return '://' not in str(path)
 
 
+def local_folder(path: str | os.PathLike) -> Path:
+  """An absolute path of this machine; InputError for a bucket, or no name."""
+  return Path(folder(local_path(path)))
+
+
+def local_path(path: str | os.PathLike) -> str:
+  """A path of this machine; InputError for a bucket, or no name."""
+  if not str(path) or not is_local(path):
+    raise InputError(f'{str(path)!r}: give a path of this machine, not of a bucket.')
+  return str(path)
+
+
 def write_bytes(file: epath.Path, content: bytes) -> None:
   """Writes it at once or not at all. Of several that do at the same time, the last one stays."""
   file.parent.mkdir(parents=True, exist_ok=True)
   if not is_local(file):
     file.write_bytes(content)  # a bucket shows no part of a file
     return
-  with temporary_name(file) as temporary:
+  with replacing(Path(file)) as temporary:
     temporary.write_bytes(content)
-    temporary.replace(file)
 
 
 def write_json(file: epath.Path, value: Any) -> None:
@@ -58,12 +69,20 @@ def write_json(file: epath.Path, value: Any) -> None:
   write_bytes(file, (json.dumps(value, indent=2) + '\n').encode())
 
 
-def read_json(file: epath.Path) -> Any:
-  """What `write_json` wrote; InputError naming the file if it is damaged."""
+def read_json(file: epath.Path | Path, kind: type = object) -> Any:
+  """The value in a JSON file; InputError naming the file if it is missing, damaged or no `kind`."""
   try:
-    return json.loads(file.read_text())
-  except ValueError as error:
+    value = json.loads(file.read_bytes())
+  except FileNotFoundError:
+    raise InputError(f'{file}: no such file.') from None
+  except OSError as error:
+    raise InputError(f'{file}: cannot be read ({error.strerror or error}).') from None
+  except (ValueError, RecursionError) as error:
     raise InputError(f'{file}: not valid JSON ({error}).') from None
+  if not isinstance(value, kind):
+    wanted = 'object' if kind is dict else kind.__name__
+    raise InputError(f'{file}: holds a JSON {type(value).__name__} where an {wanted} is expected.')
+  return value
 
 
 def create(file: epath.Path, content: bytes) -> None:
@@ -116,10 +135,10 @@ def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
 
 
 @contextlib.contextmanager
-def one_writer(dst: str | os.PathLike) -> Iterator[None]:
+def one_writer(dst: str | os.PathLike, instead: str = 'choose another name') -> Iterator[None]:
   """Keeps a second process from writing the same file or folder; InputError where one does."""
   place = Path(dst).resolve()  # by whatever name it is reached
-  busy = f'{dst}: another process writes it; wait for that, or choose another name.'
+  busy = f'{dst}: another process writes it; wait for that, or {instead}.'
   with locked(place.with_name(f'.{place.name}.lock'), busy):
     yield
 
@@ -221,6 +240,38 @@ def temporary_name(file: epath.Path | Path) -> Iterator[epath.Path | Path]:
       shutil.rmtree(temporary)
     else:
       temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+  """A temporary name beside `path` that takes its place at the end, or vanishes on any error.
+
+  It is for a file or a folder. Of several that do so at the same time, the last one stays.
+  """
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with temporary_name(path) as temporary:
+    yield temporary
+    if temporary.is_dir():
+      _replace_folder(temporary, path)
+    else:
+      os.replace(temporary, path)
+
+
+def _replace_folder(new, path):
+  # Folders cannot be replaced in one step: the old one steps aside, and returns if that fails.
+  while True:
+    with temporary_name(path) as old:
+      with contextlib.suppress(FileNotFoundError):
+        os.rename(path, old)
+      try:
+        os.rename(new, path)
+        return
+      except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+          continue  # another one took its place meanwhile
+        if old.exists():
+          os.rename(old, path)
+        raise
 
 
 @contextlib.contextmanager

@@ -13,8 +13,9 @@ import pytest
 import typer.main
 import yaml
 
-from ip2p_jax import config
 from ip2p_jax.cli import main
+from ip2p_jax.config import LanguageConfig, TrainConfig
+from ip2p_jax.config_text import check_overrides
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {('python', 'train.py'), ('python', 'sample.py')}
@@ -56,7 +57,7 @@ def test_the_commands_of_a_page_have_options_that_exist(page):
     shown = shlex.join(words)
     if words[1] == 'train.py':
       settings = [word for word in words if word.startswith('--config.')]
-      config.check_overrides(settings, (config.TrainConfig, config.LanguageConfig))
+      check_overrides(settings, (TrainConfig, LanguageConfig))
       continue
     words = ['edit', *words[2:]] if words[1] == 'sample.py' else words[1:]
     command, rest = subcommand(words)

@@ -13,6 +13,8 @@ import pytest
 
 from ip2p_jax import storage
 from ip2p_jax.captions import write
+from ip2p_jax.captions.judge import Writing
+from ip2p_jax.captions.read import Caption
 from ip2p_jax.data import shard_writing, shards
 from ip2p_jax.errors import InputError
 from ip2p_jax.pairs import pair_files
@@ -47,9 +49,9 @@ def begin_pairs(folder, run, i):
 
 
 def begin_captions(folder, run, i):
-  one = write.Caption(0, 'a cat')
+  one = Caption(0, 'a cat')
   complete = lambda texts, seeds: ((i, '') for i in range(len(texts)))
-  writing = write.Writing(seed=run, attempts=1)
+  writing = Writing(seed=run, attempts=1)
   write.write_all([one], folder, complete, writing, {'model': 'm'}, (i, WORKERS))
 
 

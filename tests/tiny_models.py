@@ -13,8 +13,9 @@ from ip2p_jax.diffusion.noise import Schedule
 from ip2p_jax.models.clip import TextEncoder, VisionEncoder
 from ip2p_jax.models.configs import TextConfig, VisionConfig
 from ip2p_jax.models.layers import abstract
-from ip2p_jax.pipeline.networks import COMPONENTS, networks_of
+from ip2p_jax.pipeline.networks import networks_of
 from ip2p_jax.weights import Checkpoint, clip_tokenizer, names
+from ip2p_jax.weights.tensors import COMPONENTS
 
 TINY_UNET = {
   'in_channels': 8,

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ip2p_jax import images
-from ip2p_jax.weights.files import replacing
+from ip2p_jax.storage import replacing
 
 matplotlib.use('Agg')
 from matplotlib import pyplot

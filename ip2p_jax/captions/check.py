@@ -9,6 +9,7 @@ from ip2p_jax.captions import triplets
 from ip2p_jax.captions.rules import plain, problems, words
 from ip2p_jax.captions.triplets import Triplet
 from ip2p_jax.errors import InputError
+from ip2p_jax.progress import Progress
 
 NEAR = 0.8  # Jaccard index of the words of two captions that are nearly the same
 RECENT = 500  # captions with a word, that another with it is compared with
@@ -17,7 +18,7 @@ LENGTHS = (3, 6, 9, 12, 16, 25)  # words: last of each bar of the histogram
 
 
 def check_triplets(
-  path: Path, report: Callable[[str], None], progress: Callable[[int, int], None]
+  path: Path, report: Callable[[str], None], progress: Progress
 ) -> tuple[list[Triplet], int]:
   """Reports a line per finding, 'FILE: line 7: what'. Returns (rows that can be read, findings).
 

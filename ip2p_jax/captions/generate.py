@@ -27,8 +27,8 @@ from ip2p_jax.models.layers import Params, abstract
 from ip2p_jax.models.llama import Llama
 from ip2p_jax.models.llama_config import LlamaConfig
 from ip2p_jax.weights import names
-from ip2p_jax.weights.files import float_dtype
 from ip2p_jax.weights.language_folder import LanguageCheckpoint, read_language
+from ip2p_jax.weights.tensors import float_dtype
 from ip2p_jax.xla_alarms import quietly
 
 SLOTS = 64  # for each copy of the weights

@@ -1,7 +1,8 @@
 """Captions by a language model on the devices of this machine."""
 
 from ip2p_jax.captions import generate, triplets
-from ip2p_jax.captions.write import Complete, Writing
+from ip2p_jax.captions.judge import Writing
+from ip2p_jax.captions.write import Complete
 
 
 def local_backend(model: generate.Language, writing: Writing, slots: int | None = None) -> Complete:

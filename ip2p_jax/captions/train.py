@@ -20,7 +20,8 @@ from ip2p_jax.captions.generate import tokenizer_of
 from ip2p_jax.captions.step import Recipe, language_step, validation_loss
 from ip2p_jax.captions.triplets import Triplet
 from ip2p_jax.captions.workdir import load_base, read_parameters, save_base, shapes_of
-from ip2p_jax.config import LanguageConfig, check_language
+from ip2p_jax.config import LanguageConfig
+from ip2p_jax.config_check import check_language
 from ip2p_jax.data import loader
 from ip2p_jax.data.holdout import groups
 from ip2p_jax.errors import InputError

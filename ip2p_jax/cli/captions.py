@@ -37,7 +37,8 @@ def train(
   --config=configs/captions.py. docs/captions.md tells how to write triplets.
   """
   from ip2p_jax.captions.train import train_language
-  from ip2p_jax.config import LanguageConfig, load_config
+  from ip2p_jax.config import LanguageConfig
+  from ip2p_jax.config_text import load_config
 
   changes = []
   for word in context.args:
@@ -95,7 +96,7 @@ def merge(
 
   Workers of one run (--shard) need none of this.
   """
-  from ip2p_jax.captions.write import merge_answers
+  from ip2p_jax.captions.merge import merge_answers
 
   *sources, out = files
   if not sources:

@@ -125,9 +125,12 @@ def write(
 
   Killed, it goes on where it was. The result is OUT/prompts.jsonl, once all workers are done.
   """
+  from ip2p_jax import storage
+  from ip2p_jax.captions.judge import Writing
   from ip2p_jax.captions.local import local_backend
-  from ip2p_jax.captions.server import Usage, server_backend
-  from ip2p_jax.captions.write import Writing, local_folder, local_path, read_captions, write_all
+  from ip2p_jax.captions.read import read_captions
+  from ip2p_jax.captions.server import Usage
+  from ip2p_jax.captions.write import write_all
   from ip2p_jax.data.shard_writing import parse_shard
 
   writing = Writing(
@@ -139,8 +142,8 @@ def write(
   _check_options(context, *((OF_SERVER, '--server') if model else (OF_MODEL, '--model')))
   if temperature == 0:
     _check_greedy(context, bool(model), attempts)
-  folder, is_flagged = local_folder(out), moderate and _hook(moderate)
-  source = Path(local_path(source)).expanduser()
+  folder, is_flagged = storage.local_folder(out), moderate and _hook(moderate)
+  source = Path(storage.local_path(source)).expanduser()
   asked = None
   if server is not None:
     asked = _server(
@@ -156,6 +159,8 @@ def write(
   usage, to_ask = Usage(), []
   if asked:
     identity = _identity(asked)
+    from ip2p_jax.captions.client import server_backend
+
     complete = server_backend(asked, writing, usage, _once(tqdm.write))
   else:
     loaded, identity = _load(model, dtype, split_weights)
@@ -230,14 +235,12 @@ def _check_taken_out(context, server) -> None:
 
 def _load(folder, dtype, split):
   """A model of this machine, and what tells it apart."""
-  import jax
-
   from ip2p_jax.captions.generate import Language
-  from ip2p_jax.pipeline.networks import weights_digest
+  from ip2p_jax.pipeline.networks import default_dtype, weights_digest
   from ip2p_jax.weights.language_folder import read_language
 
   console.cache_compilations()
-  dtype = dtype or ('float32' if jax.default_backend() == 'cpu' else 'bfloat16')
+  dtype = dtype or default_dtype()
   checkpoint = read_language(folder)
   identity = {
     'model': folder.resolve().name,
@@ -335,8 +338,9 @@ def _once(say):
 
 
 def _report(folder, is_complete) -> None:
+  from ip2p_jax.captions.answers import describe, read_yield
   from ip2p_jax.captions.check import diversity
-  from ip2p_jax.captions.write import PROMPTS, describe, read_yield
+  from ip2p_jax.captions.write import PROMPTS
 
   found = read_yield(folder)
   for line in describe(found):

@@ -73,9 +73,6 @@ def pairs(
   Killed, it goes on where it was, and ends with the very same files. It may also go on with more
   samples or prompts, another batch size or number of workers. `ip2p filter` keeps the good pairs.
   """
-  import jax
-
-  from ip2p_jax.captions.write import local_folder
   from ip2p_jax.data.shard_writing import parse_shard
   from ip2p_jax.pairs.generate import PairGenerator, PairSettings, faults
   from ip2p_jax.pairs.prompts import read_prompts
@@ -83,7 +80,13 @@ def pairs(
   from ip2p_jax.parameters import flatten
   from ip2p_jax.pipeline import workdir
   from ip2p_jax.pipeline.clip_scores import Clip
-  from ip2p_jax.pipeline.networks import networks_of, params_of, tokenizer_of, weights_digest
+  from ip2p_jax.pipeline.networks import (
+    default_dtype,
+    networks_of,
+    params_of,
+    tokenizer_of,
+    weights_digest,
+  )
 
   number = parse_shard(shard)
   settings = {
@@ -98,7 +101,7 @@ def pairs(
   console.cache_compilations()
   checkpoint = workdir.load(ckpt, ema=ema)
   networks = networks_of(checkpoint)
-  dtype = dtype or ('float32' if jax.default_backend() == 'cpu' else 'bfloat16')
+  dtype = dtype or default_dtype()
   size = size or networks.unet_config.sample_size * networks.vae_config.factor
   drawing, tokenizer = PairSettings(size=size, **settings), tokenizer_of(checkpoint, networks)
   read = read_prompts(prompts, lambda prompt: faults(prompt, drawing, tokenizer))
@@ -106,7 +109,7 @@ def pairs(
   params = params_of(checkpoint, networks, dtype)
   generator = PairGenerator(networks, params, tokenizer, towers, drawing)
   if show_attention:
-    _show_attention(generator, read[:show_attention], local_folder(out))
+    _show_attention(generator, read[:show_attention], storage.local_folder(out))
     return
   identity = {'dtype': dtype, 'clip': weights_digest(flatten(towers.params))}
   parts = {'weights': 'unet', 'vae': 'vae', 'text_encoder': 'text_encoder'}
@@ -237,9 +240,8 @@ def _filter_to_shards(sources, out, *how, holdout):
   from ip2p_jax.data.sources import open_splits
   from ip2p_jax.pairs.filter import filter_pairs
 
-  busy = f'{out}: another process writes it; wait for that, or give another folder.'
   with contextlib.ExitStack() as stack:
-    stack.enter_context(storage.locked(out.with_name(f'.{out.name}.lock'), busy))
+    stack.enter_context(storage.one_writer(out))
     if out.exists():
       raise InputError(f'{out} exists; give a new folder, or delete it.')
     place = stack.enter_context(storage.unfinished(out))

@@ -76,7 +76,7 @@ def plan(
   minutes and up to 16 GB, a GPU's about 5 minutes. They come with `pip install 'jax[tpu]'` and
   `'jax[cuda13]'`. GPUs: a100-40, a100-80, a6000, h100, h200, b200.
   """
-  from ip2p_jax.config import load_config
+  from ip2p_jax.config_text import load_config
   from ip2p_jax.pipeline import workdir
   from ip2p_jax.pipeline.networks import check_is_editor, check_is_text_to_image, networks_of
   from ip2p_jax.planning import devices, gpus

@@ -10,13 +10,9 @@ from ml_collections import config_flags
 
 from ip2p_jax.cli import console
 from ip2p_jax.cli.console import complain, one_line
-from ip2p_jax.config import (
-  LanguageConfig,
-  TrainConfig,
-  check_overrides,
-  plain_overrides,
-  without_idle,
-)
+from ip2p_jax.config import LanguageConfig, TrainConfig
+from ip2p_jax.config_check import without_idle
+from ip2p_jax.config_text import check_overrides, plain_overrides
 from ip2p_jax.errors import InputError
 from ip2p_jax.interrupts import INTERRUPTED
 

@@ -12,10 +12,11 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from ip2p_jax import images
-from ip2p_jax.data.rows import LatentRow, Pair, Row, Source
-from ip2p_jax.data.sources import SPLITS, check_columns, open_source
+from ip2p_jax.data.rows import SPLITS, LatentRow, Pair, Row, Source
+from ip2p_jax.data.sources import check_columns, open_source
 from ip2p_jax.errors import InputError
 from ip2p_jax.models.tokenizer import ClipTokenizer
+from ip2p_jax.progress import Progress, unwatched
 from ip2p_jax.weights import clip_tokenizer
 
 ASPECT = 0.05  # how far the shapes of a pair may differ
@@ -62,7 +63,7 @@ def check(
   task: str = 'edit',
   split: str | None = None,
   report: Callable[[str], None] = print,
-  progress: Callable[[int, int], None] = lambda done, total: None,
+  progress: Progress = unwatched,
   limit: int | None = None,
   workers: int | None = None,
 ) -> Summary:

@@ -10,13 +10,14 @@ their order alone.
 import concurrent.futures
 import hashlib
 import os
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from ip2p_jax.data.rows import LatentRow, Source
 from ip2p_jax.errors import InputError
+from ip2p_jax.progress import Progress, unwatched
 
 CHUNK = 64  # neighbouring rows that a thread reads at a time
 
@@ -51,9 +52,7 @@ class Picked:
     return self._source[int(self._rows[i])]
 
 
-def hold_out(
-  source: Source, share: float, progress: Callable[[int, int], None] = lambda done, total: None
-) -> HeldOut:
+def hold_out(source: Source, share: float, progress: Progress = unwatched) -> HeldOut:
   """Chooses about `share` of the rows, in whole groups. Reads every row once.
 
   Never more than the share, unless the smallest group is larger: then that one.

@@ -35,10 +35,11 @@ from ip2p_jax.data.pack_plan import (
 )
 from ip2p_jax.data.rows import LatentRow, Row
 from ip2p_jax.data.shard_writing import Summary
-from ip2p_jax.errors import InputError
+from ip2p_jax.errors import InputError, check_choice
 from ip2p_jax.models.layers import Params
 from ip2p_jax.models.tokenizer import ClipTokenizer
 from ip2p_jax.pipeline.networks import Networks
+from ip2p_jax.progress import Progress, unwatched
 from ip2p_jax.xla_alarms import quietly
 
 Moments = Callable[[np.ndarray], tuple[Array, Array]]
@@ -76,7 +77,7 @@ def pack_latents(
   workers: int = 8,
   max_corrupt: int = 0,
   say: Callable[[str], None] = print,
-  progress: Callable[[int, int], None] = lambda done, total: None,
+  progress: Progress = unwatched,
 ) -> Summary:
   """Writes shards of latents. Killed and called again, it goes on where it was.
 
@@ -185,8 +186,7 @@ def _check(framing, networks, dtype, batch_size, workers):
   factor = networks.vae_config.factor
   if framing.resolution % factor:
     raise InputError(f'resolution is {framing.resolution}; use a multiple of {factor}.')
-  if dtype not in ('float32', 'bfloat16'):
-    raise InputError(f'dtype is {dtype!r}; use float32 or bfloat16.')
+  check_choice('dtype', dtype, ('float32', 'bfloat16'))
   if batch_size < 1 or workers < 0:
     raise InputError(f'batch_size is {batch_size} and workers {workers}; use 1 or more.')
 

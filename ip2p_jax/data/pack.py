@@ -29,9 +29,9 @@ from ip2p_jax.data.pack_plan import (
 from ip2p_jax.data.rows import Row
 from ip2p_jax.data.shard_writing import Summary
 from ip2p_jax.errors import InputError
+from ip2p_jax.progress import Progress, unwatched
 
 Say = Callable[[str], None]
-Progress = Callable[[int, int], None]
 
 
 class Form(NamedTuple):
@@ -54,7 +54,7 @@ def pack(
   workers: int = 8,
   max_corrupt: int = 0,
   say: Say = print,
-  progress: Progress = lambda done, total: None,
+  progress: Progress = unwatched,
 ) -> Summary:
   """Writes shards of encoded pictures. Killed and called again, it goes on where it was.
 

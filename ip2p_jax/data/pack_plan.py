@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 from ip2p_jax.data import holdout, shards
 from ip2p_jax.data.holdout import HeldOut
-from ip2p_jax.data.rows import LatentRow, Row, Source
+from ip2p_jax.data.rows import SPLITS, LatentRow, Row, Source
 from ip2p_jax.errors import InputError
+from ip2p_jax.progress import Progress
 
 SHARD_BYTES = 64 << 20  # small, since a shard is what workers share and what a killed run loses
 MAX_SHARDS = 512  # per split; each is a file that stays open while training
@@ -38,19 +39,19 @@ def hold_out(
   share: float,
   folder: str | os.PathLike,
   say: Callable[[str], None],
-  progress: Callable[[int, int], None],
+  progress: Progress,
 ) -> tuple[dict[str, Source], HeldOut | None]:
   """The sources that have rows, and what of 'train' is 'validation' now if there was none.
 
   A pack that was begun in `folder` has chosen already, so that neither another machine nor a second
   try has to read all rows for it.
   """
-  unknown = set(sources) - set(shards.SPLITS)
+  unknown = set(sources) - set(SPLITS)
   if unknown:
-    raise InputError(f'splits {sorted(unknown)} are unknown; use {", ".join(shards.SPLITS)}.')
+    raise InputError(f'splits {sorted(unknown)} are unknown; use {", ".join(SPLITS)}.')
   if not 0 <= share < 1:
     raise InputError(f'holdout is {share}; use a share from 0 up to, but not including, 1.')
-  sources = {split: sources[split] for split in shards.SPLITS if len(sources.get(split, ()))}
+  sources = {split: sources[split] for split in SPLITS if len(sources.get(split, ()))}
   if not sources:
     raise InputError('there is nothing to pack: the source has no rows.')
   if not share or 'train' not in sources or 'validation' in sources:

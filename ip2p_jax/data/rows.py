@@ -9,6 +9,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+SPLITS = ('train', 'validation', 'test')
+
 
 class Pair(NamedTuple):
   """Two encoded picture files (JPEG, PNG, WebP ...); text-to-image has no input."""

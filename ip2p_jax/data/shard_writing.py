@@ -25,6 +25,7 @@ from ip2p_jax import storage
 from ip2p_jax.data import shards
 from ip2p_jax.data.pack_plan import Shard, differences, shards_of
 from ip2p_jax.errors import InputError
+from ip2p_jax.progress import Progress
 
 SHOWN = 10  # broken rows named in one message
 
@@ -97,7 +98,7 @@ def begin(folder: str | os.PathLike, plan: dict, part: str, max_corrupt: int) ->
         _note(folder, shard).unlink()
         del notes[shard]
     for shard in mine:  # what a killed run left
-      for file in (folder / shards.PROGRESS).glob(f'{shard.file}.*.tmp'):
+      for file in (folder / shards.PROGRESS).glob(f'.{shard.file}.*.tmp'):
         file.unlink(missing_ok=True)
   todo = [shard for shard in mine if shard not in notes]
   return Job(folder, plan, mine, todo, _skipped(notes), max_corrupt)
@@ -109,9 +110,8 @@ def write_shard(
   """Writes one file from its rows' examples, in order, or errors; returns the errors' lines."""
   features = shards.features_of(plan)
   serializer = ExampleSerializer(features.get_serialized_info())
-  temporary = folder / shards.PROGRESS / f'{shard.file}.{os.urandom(4).hex()}.tmp'
   skipped, rows = [], 0
-  try:
+  with storage.temporary_name(folder / shards.PROGRESS / shard.file) as temporary:
     with _writing(folder):
       options = 'group_size:1,uncompressed'
       writer = array_record_module.ArrayRecordWriter(str(temporary), options)
@@ -129,8 +129,6 @@ def write_shard(
       os.replace(temporary, folder / shard.file)
       note = {'rows': rows, 'bytes': size, 'skipped': skipped}
       storage.write_json(_note(folder, shard), note)
-  finally:
-    temporary.unlink(missing_ok=True)
   return skipped
 
 
@@ -138,7 +136,7 @@ def work(
   job: Job,
   results: Iterable[tuple[Shard, list[str]]],
   say: Callable[[str], None],
-  progress: Callable[[int, int], None],
+  progress: Progress,
 ) -> None:
   """Draws all `results`, a file and its broken rows each, and stops if those are too many."""
   rows = lambda some: sum(shard.stop - shard.start for shard in some)
@@ -231,7 +229,7 @@ def _notes(folder, wanted) -> dict[Shard, dict]:
   for shard in wanted:
     file, note = folder / shard.file, _note(folder, shard)
     if file.is_file() and note.is_file():
-      content = shards.read_json(note)
+      content = storage.read_json(note)
       if content['bytes'] == file.stat().st_size:
         notes[shard] = content
   return notes
@@ -283,12 +281,11 @@ def _write_metadata(job, notes):
   )
   info.set_file_format('array_record')
   info.set_splits(SplitDict(infos))
-  temporary = job.folder / f'.{os.urandom(4).hex()}.tmp'
-  temporary.mkdir()
-  info.write_to_directory(temporary)
-  for name in sorted(os.listdir(temporary), key=lambda name: (name == shards.COMPLETE, name)):
-    os.replace(temporary / name, job.folder / name)
-  temporary.rmdir()
+  with storage.temporary_name(job.folder / 'metadata') as temporary:
+    temporary.mkdir()
+    info.write_to_directory(temporary)
+    for name in sorted(os.listdir(temporary), key=lambda name: (name == shards.COMPLETE, name)):
+      os.replace(temporary / name, job.folder / name)
 
 
 def _tidy(folder):

@@ -15,7 +15,6 @@ h w latent sides. In it:
 
 import bisect
 import itertools
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,10 +26,10 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from google.protobuf.message import DecodeError
 from tensorflow_datasets.proto import tf_example_pb2
 
-from ip2p_jax.data.rows import LatentRow, Pair, Row, Source
+from ip2p_jax import storage
+from ip2p_jax.data.rows import SPLITS, LatentRow, Pair, Row, Source
 from ip2p_jax.errors import InputError
 
-SPLITS = ('train', 'validation', 'test')
 NAME = 'edits'
 FORMAT = 1
 PLAN, PROGRESS, COMPLETE = 'pack.json', 'progress', 'dataset_info.json'
@@ -51,7 +50,7 @@ def open_shards(path: str | os.PathLike, split: str) -> Source:
   if split not in SPLITS:
     raise InputError(f'{path}: split {split!r} is unknown; use one of {", ".join(SPLITS)}.')
   plan = _finished_plan(path)
-  for info in read_json(Path(path) / COMPLETE).get('splits', []):
+  for info in storage.read_json(Path(path) / COMPLETE).get('splits', []):
     if info['name'] == split:
       return Shards(path, split, [int(length) for length in info['shardLengths']], plan)
   return ()
@@ -65,14 +64,14 @@ def describe(path: str | os.PathLike) -> dict[str, Any]:
   broken rows that were left out, a line each. `resolution` and `fingerprint` are None for images.
   """
   plan = _finished_plan(path)
-  splits = read_json(Path(path) / COMPLETE).get('splits', [])
+  splits = storage.read_json(Path(path) / COMPLETE).get('splits', [])
   return {
     'kind': plan['kind'],
     'resolution': plan['settings'].get('resolution'),
     'fingerprint': plan['settings'].get('fingerprint'),
     'splits': {info['name']: sum(map(int, info['shardLengths'])) for info in splits},
     'settings': plan['settings'],
-    'skipped': read_json(Path(path) / 'metadata.json')['skipped'],
+    'skipped': storage.read_json(Path(path) / 'metadata.json')['skipped'],
   }
 
 
@@ -208,15 +207,7 @@ def _finished_plan(path):
 
 def read_plan(path: str | os.PathLike) -> dict:
   """The plan in the folder."""
-  plan = read_json(Path(path) / PLAN)
+  plan = storage.read_json(Path(path) / PLAN)
   if not isinstance(plan, dict) or plan.get('format') != FORMAT:
     raise InputError(f'{path}: was packed by another version; pack the data set again.')
   return plan
-
-
-def read_json(file: Path):
-  """A JSON file of the folder; InputError if it is damaged."""
-  try:
-    return json.loads(file.read_bytes())
-  except (OSError, ValueError) as error:
-    raise InputError(f'{file}: cannot be read ({error}); pack the data set again.') from error

@@ -19,10 +19,9 @@ from collections.abc import Iterable
 
 from ip2p_jax.data import original, shards, tables
 from ip2p_jax.data.columns import find, may_flip
-from ip2p_jax.data.rows import Pair, Row, Source
+from ip2p_jax.data.rows import SPLITS, Pair, Row, Source
 from ip2p_jax.errors import InputError
 
-SPLITS = ('train', 'validation', 'test')
 TASKS = ('edit', 'text_to_image')
 METADATA = ('metadata.jsonl', 'metadata.csv')
 LOOKED_FOR = (

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ip2p_jax.errors import InputError
+from ip2p_jax.errors import InputError, check_choice
 
 Array = jax.Array
 
@@ -47,8 +47,7 @@ class Schedule:
       'timestep_spacing': SPACINGS,
     }
     for key, choices in known.items():
-      if getattr(self, key) not in choices:
-        raise InputError(f'{key} is {getattr(self, key)!r}; use one of {", ".join(choices)}.')
+      check_choice(key, getattr(self, key), choices)
     for key, least in (('num_train_timesteps', 1), ('steps_offset', 0)):
       value = getattr(self, key)
       if not isinstance(value, numbers.Integral) or value < least:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ip2p_jax.diffusion.noise import SPACINGS, Schedule
-from ip2p_jax.errors import InputError
+from ip2p_jax.errors import InputError, check_choice
 
 Array = jax.Array
 Denoise = Callable[[Array, Array], Array]
@@ -145,7 +145,7 @@ def sample(
   `init_noise` [B, h, w, 4] is standard normal, as is `noise_at(i)`, asked once a step with a traced
   i and only if the sampler is in STOCHASTIC. InputError for an unknown sampler.
   """
-  _check('sampler', sampler, SAMPLERS)
+  check_choice('sampler', sampler, SAMPLERS)
   step = SAMPLERS[sampler](denoise, grid)
 
   def body(state, i):
@@ -182,9 +182,9 @@ def noise_levels(
   et al. (2022, equation 5) do, with rho = 7. InputError for an unknown name, a combination that
   does not exist, or too many steps.
   """
-  _check('sampler', sampler, SAMPLERS)
+  check_choice('sampler', sampler, SAMPLERS)
   if spacing is not None:
-    _check('spacing', spacing, SPACINGS)
+    check_choice('spacing', spacing, SPACINGS)
   if sampler == 'lcm' and spacing is not None:
     raise InputError('spacing does not apply to the sampler lcm, which has its own; leave it out.')
   if karras and sampler in ('ddim', 'lcm'):
@@ -247,8 +247,3 @@ def _last_sigma(schedule, last_timestep, steps):
   if below >= 0:
     return schedule.sigmas[below]
   return 0.0 if schedule.set_alpha_to_one else schedule.sigmas[0]
-
-
-def _check(what, name, choices):
-  if name not in choices:
-    raise InputError(f'{what} is {name!r}; use one of {", ".join(choices)}.')

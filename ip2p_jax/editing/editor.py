@@ -7,7 +7,7 @@ VAE's factor, 8), S steps.
 import os
 import secrets
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, Self
 
 import jax
@@ -19,7 +19,7 @@ from ip2p_jax import bundled, sharding, weights
 from ip2p_jax.defaults import MAX_SCALE
 from ip2p_jax.diffusion import guidance, samplers
 from ip2p_jax.editing.program import CONDITIONAL, SPLIT, Edit, EditRequest, EditSpec, edit_programs
-from ip2p_jax.errors import InputError
+from ip2p_jax.errors import InputError, check_choice
 from ip2p_jax.images import check_mask, restore, to_array, with_metadata, working_size
 from ip2p_jax.models import attention
 from ip2p_jax.models.tokenizer import ClipTokenizer
@@ -27,17 +27,17 @@ from ip2p_jax.pipeline import workdir
 from ip2p_jax.pipeline.networks import (
   Networks,
   check_is_editor,
+  default_dtype,
   networks_of,
   params_of,
   tokenizer_of,
 )
 from ip2p_jax.pipeline.sampling import Sampling, check_acts, check_noise_acts
+from ip2p_jax.progress import Progress, part_of
 from ip2p_jax.xla_alarms import quietly
 
 DTYPES = ('float32', 'bfloat16', 'float16')
 MAX_SEED = 2**32 - 1
-
-Progress = Callable[[int, int], None]  # called with (steps done, steps in all)
 
 
 class Editor:
@@ -92,9 +92,8 @@ class Editor:
 
   @classmethod
   def from_checkpoint(cls, checkpoint: weights.Checkpoint, dtype: str | None = None) -> Self:
-    dtype = dtype or ('float32' if jax.default_backend() == 'cpu' else 'bfloat16')
-    if dtype not in DTYPES:
-      raise InputError(f'dtype is {dtype!r}; use one of {", ".join(DTYPES)}.')
+    dtype = dtype or default_dtype()
+    check_choice('dtype', dtype, DTYPES)
     networks = networks_of(checkpoint)._replace(attention=attention.dispatch())
     check_is_editor(networks, checkpoint.source)  # before reading gigabytes
     tokenizer = tokenizer_of(checkpoint, networks)
@@ -396,10 +395,3 @@ def _latent_mask(mask, size, factor):
   picture = Image.fromarray(np.asarray(mask, np.float32)).resize(size, Image.Resampling.BILINEAR)
   cells = np.asarray(picture).reshape(height // factor, factor, width // factor, factor)
   return (cells.max((1, 3)) > 0).astype(np.float32)[..., None]
-
-
-def part_of(progress: Progress | None, done: int, parts: int) -> Progress | None:
-  """Progress over several runs as one; `done` of the `parts` are over."""
-  if progress is None:
-    return None
-  return lambda step, steps: progress(done * steps + step, parts * steps)

@@ -15,8 +15,9 @@ from ip2p_jax import storage, weights
 from ip2p_jax.editing.editor import Editor, Sampling
 from ip2p_jax.errors import InputError
 from ip2p_jax.pipeline import workdir
-from ip2p_jax.pipeline.networks import COMPONENTS, Networks, is_editor, networks_of, tokenizer_of
+from ip2p_jax.pipeline.networks import Networks, is_editor, networks_of, tokenizer_of
 from ip2p_jax.weights import diffusers_folder, lora_file, names
+from ip2p_jax.weights.tensors import COMPONENTS
 
 VERIFY = Path(__file__).parents[1] / 'resources' / 'verify.py'
 INSTRUCTION, STEPS, TEXT_GUIDANCE, IMAGE_GUIDANCE = 'make it winter', 4, 7.5, 1.5

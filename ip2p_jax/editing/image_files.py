@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image
 
 from ip2p_jax.defaults import MAX_SCALE
-from ip2p_jax.editing.editor import Editor, Progress, part_of
+from ip2p_jax.editing.editor import Editor
 from ip2p_jax.errors import InputError
 from ip2p_jax.images import (
   WRITE_FORMATS,
@@ -20,6 +20,7 @@ from ip2p_jax.images import (
   read_mask,
   working_size,
 )
+from ip2p_jax.progress import Progress, part_of
 
 GRID_THUMBNAIL = 512  # pixels of the longer side of each picture in a grid
 

@@ -20,7 +20,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from ip2p_jax.errors import InputError
+from ip2p_jax.config_check import CHOICES
+from ip2p_jax.errors import InputError, check_choice
 
 
 class Site(NamedTuple):
@@ -79,7 +80,6 @@ KERNELS = (
   AttentionKernel('cudnn', 'gpu', 9.0, 10.0, 256, 8, 256, 1, HALVES),
   AttentionKernel('cudnn', 'gpu', 8.0, math.inf, 128, 8, 256, 1, HALVES),
 )
-CHOICES = ('auto', 'xla', 'splash', 'cudnn')
 
 
 def dispatch(choice: str = 'auto', mesh: Mesh | None = None) -> Attention:
@@ -95,8 +95,7 @@ def dispatch(choice: str = 'auto', mesh: Mesh | None = None) -> Attention:
   device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
   platform = 'gpu' if device.platform in ('cuda', 'rocm') else device.platform
   capability = _capability(platform, device)
-  if choice not in CHOICES:
-    raise InputError(f'attention is {choice!r}; use one of {", ".join(CHOICES)}.')
+  check_choice('attention', choice, CHOICES['attention'])
   if choice not in ('auto', 'xla') and not any(
     row.kernel == choice and row.platform == platform and row.capability <= capability < row.before
     for row in KERNELS

@@ -15,7 +15,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,13 +35,12 @@ from ip2p_jax.pairs.pair_files import (
 from ip2p_jax.pairs.prompts import instruction_fault, listed
 from ip2p_jax.pairs.thresholds import MOST, PAPER, RELEASED
 from ip2p_jax.pipeline.scores import Scores
+from ip2p_jax.progress import Progress, unwatched
 from ip2p_jax.storage import FILTERED
 
 LABELS = Scores('picture and caption', 'edited picture and caption', 'direction', 'both pictures')
 SAME = 4  # bits of 64 in which two pictures differ that look the same
 UNKEPT = ('sample',)  # of a line of scores, not in the original's metadata
-
-Progress = Callable[[int, int], None]
 
 
 class Yield(NamedTuple):
@@ -63,7 +62,7 @@ def filter_pairs(
   thresholds: Scores = PAPER,
   most: int = MOST,
   drop_duplicates: bool = False,
-  progress: Progress = lambda done, total: None,
+  progress: Progress = unwatched,
 ) -> Yield:
   """Writes `out`, whole or not at all; does not write it if no pair stays.
 
@@ -73,8 +72,7 @@ def filter_pairs(
   Raises InputError if `out` exists or is being written, a prompt has no instruction, or a picture
   is missing.
   """
-  busy = f'{out}: another process writes it; wait for that, or give another folder.'
-  with storage.locked(out.with_name(f'.{out.name}.lock'), busy):
+  with storage.one_writer(out):
     if out.exists():
       raise InputError(f'{out} exists; give a new folder, or delete it.')
     places = _places(folders)

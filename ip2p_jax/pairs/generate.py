@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from ip2p_jax import images, sharding
 from ip2p_jax.diffusion import samplers
 from ip2p_jax.diffusion.noise import Schedule
-from ip2p_jax.errors import InputError
+from ip2p_jax.errors import InputError, check_choice
 from ip2p_jax.models import attention
 from ip2p_jax.models.tokenizer import ClipTokenizer
 from ip2p_jax.pairs import alignment, inversion
@@ -81,8 +81,7 @@ class PairSettings:
   def __post_init__(self):
     samplers.noise_levels(Schedule(), self.sampler, self.steps)  # refuses unknown ones
     for name, choices in (('control', CONTROLS), ('keep', KEEPS)):
-      if getattr(self, name) not in choices:
-        raise InputError(f'{name} is {getattr(self, name)!r}; use one of {", ".join(choices)}.')
+      check_choice(name, getattr(self, name), choices)
     for name in ('samples', 'batch_size', 'size'):
       if getattr(self, name) < 1:
         raise InputError(f'{name} is {getattr(self, name)}; use 1 or more.')

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import itertools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -20,10 +20,9 @@ from ip2p_jax.pairs import pair_files
 from ip2p_jax.pairs.generate import PairGenerator
 from ip2p_jax.pairs.prompts import Prompt
 from ip2p_jax.pipeline.scores import Scores
+from ip2p_jax.progress import Progress, unwatched
 
 THREADS = 8  # that write JPEGs
-
-Progress = Callable[[int, int], None]  # called with (samples done, samples in all)
 
 
 def draw_all(
@@ -32,7 +31,7 @@ def draw_all(
   out: str,
   identity: dict[str, str],
   shard: pair_files.Shard = (0, 1),
-  progress: Progress = lambda done, total: None,
+  progress: Progress = unwatched,
 ) -> int:
   """Draws all samples of this worker's prompts, from where an earlier try stopped.
 

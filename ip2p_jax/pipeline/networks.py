@@ -23,8 +23,7 @@ from ip2p_jax.models.tokenizer import ClipTokenizer
 from ip2p_jax.models.unet import UNet
 from ip2p_jax.models.vae import VAE
 from ip2p_jax.weights import Checkpoint, names
-
-COMPONENTS = ('unet', 'vae', 'text_encoder')
+from ip2p_jax.weights.tensors import COMPONENTS
 
 
 class Networks(NamedTuple):
@@ -131,6 +130,11 @@ def tokenizer_of(checkpoint: Checkpoint, networks: Networks) -> ClipTokenizer:
   return ClipTokenizer(
     checkpoint.tokenizer, text.max_position_embeddings, text.vocab_size, checkpoint.source
   )
+
+
+def default_dtype() -> str:
+  """Of weights and arithmetic, where nobody names one."""
+  return 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
 
 
 def params_of(checkpoint: Checkpoint, networks: Networks, dtype: Any) -> dict[str, Params]:

@@ -29,8 +29,9 @@ from ip2p_jax import parameters, storage, weights
 from ip2p_jax.config import LoraConfig
 from ip2p_jax.errors import InputError
 from ip2p_jax.models import lora
-from ip2p_jax.pipeline.networks import COMPONENTS, networks_of
+from ip2p_jax.pipeline.networks import networks_of
 from ip2p_jax.weights import names
+from ip2p_jax.weights.tensors import COMPONENTS
 
 CONFIG, BASE, CHECKPOINTS = 'config.json', 'base', 'checkpoints'
 BASE_CONFIGS = 'configs.json'  # written last: with it, a base is complete

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ip2p_jax import parameters, sharding
-from ip2p_jax.config import TrainConfig, check_values
+from ip2p_jax.config import TrainConfig
+from ip2p_jax.config_check import check_values
 from ip2p_jax.diffusion.noise import Schedule
 from ip2p_jax.errors import InputError
 from ip2p_jax.models import attention

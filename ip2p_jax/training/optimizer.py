@@ -14,7 +14,7 @@ import optax
 from jax import Array
 
 from ip2p_jax.config import OptimizerConfig, Rules
-from ip2p_jax.errors import InputError
+from ip2p_jax.errors import InputError, check_choice
 from ip2p_jax.parameters import check_order, check_rules, first_match
 
 SCHEDULES = ('constant', 'cosine')
@@ -137,10 +137,7 @@ def ema_update(ema: Mapping, params: Mapping, decay: Array | float) -> dict:
 
 def check(config: OptimizerConfig) -> None:
   """Raises an InputError that names the first knob with a value out of its range."""
-  if config.schedule not in SCHEDULES:
-    raise InputError(
-      f'optimizer.schedule is {config.schedule!r}; use one of {", ".join(SCHEDULES)}.'
-    )
+  check_choice('optimizer.schedule', config.schedule, SCHEDULES)
   _check_range('learning_rate', config.learning_rate, 0)
   _check_range('warmup_steps', config.warmup_steps, 0)
   _check_range('clip_norm', config.clip_norm, 0)

@@ -13,7 +13,8 @@ from etils import epath
 from jax.sharding import Mesh
 
 from ip2p_jax import parameters, sharding, storage
-from ip2p_jax.config import TrainConfig, check_config
+from ip2p_jax.config import TrainConfig
+from ip2p_jax.config_check import check_config
 from ip2p_jax.data import examples, loader
 from ip2p_jax.data.rows import LatentRow
 from ip2p_jax.errors import InputError

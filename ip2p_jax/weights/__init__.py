@@ -7,18 +7,14 @@ Both formats are read into, and written from, one form, `Checkpoint`: diffusers'
 import os
 from pathlib import Path
 
+from ip2p_jax.diffusion.noise import PREDICTION_TYPES
 from ip2p_jax.errors import InputError
 from ip2p_jax.models.learned_tokens import learned_tokens
-from ip2p_jax.weights import diffusers_folder, files, ldm_file
-from ip2p_jax.weights.files import (
-  Checkpoint,
-  Tensors,
-  float_dtype,
-  read_tensors,
-  write_safetensors,
-)
+from ip2p_jax.weights import diffusers_folder, ldm_file, torch_file
+from ip2p_jax.weights.files import read_tensors, write_safetensors
 from ip2p_jax.weights.ldm_file import without_learned
 from ip2p_jax.weights.names import to_params, to_tensors, with_input_channels
+from ip2p_jax.weights.tensors import Checkpoint, Tensors, float_dtype
 from ip2p_jax.weights.tokenizer_files import clip_tokenizer
 
 __all__ = [
@@ -39,7 +35,6 @@ __all__ = [
 ]
 
 SUFFIXES = {'ldm': '.safetensors', 'original': '.ckpt'}  # of single files, by what reads them
-PREDICTION_TYPES = ('epsilon', 'v_prediction')
 
 
 def read(
@@ -133,6 +128,6 @@ def check_destination(
     kind = 'an LDM file' if to == 'ldm' else "the original's file"
     raise InputError(f'{path}: {kind} must end in {SUFFIXES[to]}, and has no variant.')
   if to == 'original':
-    files.need_torch(path)
+    torch_file.need_torch(path)
   if path.is_dir() or (path.exists() and not overwrite):
     raise InputError(f'{path}: already exists; choose another name, or say to overwrite it.')

@@ -19,7 +19,7 @@ import numpy as np
 
 from ip2p_jax.errors import InputError
 from ip2p_jax.weights import ldm_names
-from ip2p_jax.weights.files import renamed
+from ip2p_jax.weights.tensors import renamed
 
 _log = logging.getLogger(__name__)
 

@@ -5,17 +5,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ip2p_jax import storage
 from ip2p_jax.errors import InputError
 from ip2p_jax.weights import ldm_names, names, tokenizer_files
-from ip2p_jax.weights.files import (
-  COMPONENTS,
-  Checkpoint,
-  float_dtype,
-  read_json,
-  read_tensors,
-  replacing,
-  write_safetensors,
-)
+from ip2p_jax.weights.files import read_tensors, write_safetensors
+from ip2p_jax.weights.tensors import COMPONENTS, Checkpoint, float_dtype
 
 _CONFIGS = {
   'unet': 'config.json',
@@ -55,7 +49,7 @@ def read(path: str | os.PathLike, variant: str | None = None) -> Checkpoint:
   if not (path / 'unet').exists():
     raise InputError(f'{path}: is no checkpoint: it has no unet folder; give a diffusers folder.')
   _check_kind(path)
-  configs = {part: read_json(path / part / file) for part, file in _CONFIGS.items()}
+  configs = {part: storage.read_json(path / part / file, dict) for part, file in _CONFIGS.items()}
   for part, (_, wanted) in _CLASSES.items():
     found = configs[part].get('_class_name', wanted)
     if found != wanted:
@@ -92,7 +86,7 @@ def write(
     raise InputError(f'variant {variant!r} with dtype {dtype}: only variant fp16 with dtype '
                      'float16 can be written, or no variant.')  # fmt: skip
   check_free(path, overwrite)
-  with replacing(path) as folder:
+  with storage.replacing(path) as folder:
     folder.mkdir()
     for part in COMPONENTS:
       stem = _STEMS[part][0] + (f'.{variant}' if variant else '')
@@ -129,7 +123,7 @@ def check_free(path: Path, overwrite: bool) -> None:
 def _check_kind(path):
   if not (path / 'model_index.json').is_file():
     return
-  index = read_json(path / 'model_index.json')
+  index = storage.read_json(path / 'model_index.json', dict)
   kind = index.get('_class_name', 'unknown')
   # A component that the pipeline goes without is listed as [null, null].
   present = {key: value[1] for key, value in index.items()

@@ -9,15 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from ip2p_jax import storage
 from ip2p_jax.errors import InputError
-from ip2p_jax.weights.files import (
-  float_dtype,
-  read_json,
-  read_tensors,
-  renamed,
-  replacing,
-  write_safetensors,
-)
+from ip2p_jax.weights.files import read_tensors, write_safetensors
+from ip2p_jax.weights.tensors import float_dtype, renamed
 
 _CONFIG, _TOKENIZER = 'config.json', 'tokenizer.json'
 _WEIGHTS = ('model.safetensors', 'model.safetensors.index.json', 'pytorch_model.bin',
@@ -58,7 +53,7 @@ def read_language(path: str | os.PathLike) -> LanguageCheckpoint:
   path = Path(path)
   if not path.is_dir():
     raise InputError(f'{path}: no such folder; give one as transformers saves a language model.')
-  config = read_json(path / _CONFIG)
+  config = storage.read_json(path / _CONFIG, dict)
   if not (path / _TOKENIZER).is_file():
     raise InputError(f'{path / _TOKENIZER}: no such file; a language model needs its tokenizer in '
                      'the one-file form (AutoTokenizer.from_pretrained(...).save_pretrained(...) '
@@ -70,7 +65,7 @@ def read_language(path: str | os.PathLike) -> LanguageCheckpoint:
   kept = [name for name in tensors if not _is_surplus(name, config)]
   others = {name: (path / name).read_bytes() for name in _OTHERS if (path / name).is_file()}
   if _GENERATION in others:
-    ends = read_json(path / _GENERATION).get('eos_token_id')
+    ends = storage.read_json(path / _GENERATION, dict).get('eos_token_id')
     if ends is not None:
       config['eos_token_id'] = ends
   tokenizer = (path / _TOKENIZER).read_bytes()
@@ -102,7 +97,7 @@ def write_language(
   config = {key: value for key, value in checkpoint.config.items() if key != 'dtype'}
   tensors = checkpoint.tensors
   kept = [name for name in tensors if not _is_surplus(name, config)]
-  with replacing(path) as folder:
+  with storage.replacing(path) as folder:
     folder.mkdir()
     text = json.dumps({**config, 'torch_dtype': dtype}, indent=2, sort_keys=True)
     (folder / _CONFIG).write_text(text + '\n', encoding='utf-8')

@@ -18,16 +18,9 @@ from typing import Any
 import numpy as np
 
 from ip2p_jax.errors import InputError
-from ip2p_jax.weights import averages, ldm_names, names, tokenizer_files
-from ip2p_jax.weights.files import (
-  COMPONENTS,
-  Checkpoint,
-  Tensors,
-  read_tensors,
-  renamed,
-  write_safetensors,
-  write_torch,
-)
+from ip2p_jax.weights import averages, ldm_names, names, tokenizer_files, torch_file
+from ip2p_jax.weights.files import read_tensors, write_safetensors
+from ip2p_jax.weights.tensors import COMPONENTS, Checkpoint, Tensors, renamed
 from ip2p_jax.weights.tokenizer_files import VOCABULARY, clip_tokenizer
 
 UNET, VAE = 'model.diffusion_model.', 'first_stage_model.'
@@ -121,7 +114,7 @@ def write_original(checkpoint: Checkpoint, path: str | os.PathLike, dtype: str =
   tensors, ours = _in_ldm(checkpoint)
   averaged = {ldm_names.ema_name(name): name for name in tensors if name.startswith(UNET)}
   counters = {'model_ema.decay': np.float32(0.9999), 'model_ema.num_updates': np.int32(0)}
-  write_torch(path, tensors, dtype, averaged, counters, {'global_step': 0, METADATA: ours})
+  torch_file.write(path, tensors, dtype, averaged, counters, {'global_step': 0, METADATA: ours})
 
 
 def _in_ldm(checkpoint: Checkpoint) -> tuple[Tensors, str]:

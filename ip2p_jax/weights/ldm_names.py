@@ -15,8 +15,8 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from ip2p_jax.errors import InputError
-from ip2p_jax.weights.files import Tensors, renamed
 from ip2p_jax.weights.names import normalized
+from ip2p_jax.weights.tensors import Tensors, renamed
 
 _UNET_ENDS = {
   'time_embedding.linear_1': 'time_embed.0',

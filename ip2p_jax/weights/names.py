@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ip2p_jax.errors import InputError
-from ip2p_jax.weights.files import Checkpoint, Tensors, cast, renamed
+from ip2p_jax.weights.tensors import Checkpoint, Tensors, cast, renamed
 
 # Leaves of ours that are torch's `weight`; all others (`bias`, bare parameters) keep their name.
 _WEIGHTS = ('kernel', 'scale', 'embedding')

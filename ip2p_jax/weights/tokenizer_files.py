@@ -13,6 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from ip2p_jax import storage
 from ip2p_jax.errors import InputError
 from ip2p_jax.models.learned_tokens import (
   ADDED,
@@ -23,7 +24,6 @@ from ip2p_jax.models.learned_tokens import (
   VOCABULARY,
   learned_tokens,
 )
-from ip2p_jax.weights.files import read_json
 
 FILES = (VOCABULARY, MERGES, CONFIG, SPECIAL, ADDED)
 
@@ -52,7 +52,7 @@ def read(folder: Path) -> dict[str, bytes]:
     except UnicodeDecodeError:
       raise InputError(f'{folder / name}: not UTF-8 text; fetch the file again.') from None
     if name.endswith('.json') and (folder / name).is_file():
-      read_json(folder / name)  # refuses a damaged one
+      storage.read_json(folder / name, dict)  # refuses a damaged one
   return _in_one_layout(files, str(folder))
 
 
@@ -131,7 +131,7 @@ def _in_one_layout(files: dict[str, bytes], source: str) -> dict[str, bytes]:
 
 def _split(path: Path) -> dict[str, bytes]:
   """The vocabulary and merges out of the one file that transformers 5 saves."""
-  model = read_json(path).get('model', {})
+  model = storage.read_json(path, dict).get('model', {})
   if model.get('type') != 'BPE':
     raise InputError(f"{path}: is not a BPE tokenizer, as CLIP's is.")
   pairs = [pair if isinstance(pair, str) else ' '.join(pair) for pair in model['merges']]

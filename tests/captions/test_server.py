@@ -26,17 +26,13 @@ from fake_server import (
 )
 
 from ip2p_jax.captions import write
-from ip2p_jax.captions.server import (
-  PROBE,
-  Server,
-  Usage,
-  estimate,
-  read_key,
-  request,
-  server_backend,
-)
+from ip2p_jax.captions.answers import answers_file, read_answers
+from ip2p_jax.captions.client import PROBE, server_backend
+from ip2p_jax.captions.judge import Writing
+from ip2p_jax.captions.read import Caption
+from ip2p_jax.captions.server import Server, Usage, estimate, read_key, request
 from ip2p_jax.captions.triplets import Triplet
-from ip2p_jax.captions.write import Caption, Writing, read_answers, write_all
+from ip2p_jax.captions.write import write_all
 from ip2p_jax.errors import InputError
 
 KEY = 'sk-do-not-tell'
@@ -53,7 +49,7 @@ TROUBLES = {
 
 @pytest.fixture
 def fake(monkeypatch):
-  monkeypatch.setattr('ip2p_jax.captions.server.WAITS', (0.01, 0.02))
+  monkeypatch.setattr('ip2p_jax.captions.client.WAITS', (0.01, 0.02))
   with running() as server:
     yield server
 
@@ -192,7 +188,7 @@ LATE = 'Mon, 01 Jan 2026 00:00:00 +99999999999999999999'
 
 @pytest.mark.parametrize('after', ['soon', 'nan', '-3', 'inf', '', LATE])
 def test_a_strange_time_to_come_back_is_ignored(fake, ask, after, monkeypatch):
-  monkeypatch.setattr('ip2p_jax.captions.server.LONGEST_WAIT', 0.05)
+  monkeypatch.setattr('ip2p_jax.captions.client.LONGEST_WAIT', 0.05)
   fake.troubles.append(status(503, Retry_After=after))
   assert ask(['a cat'])
 
@@ -309,6 +305,10 @@ def test_nothing_that_a_server_sends_back_tells_the_key(fake, ask):
   with pytest.raises(InputError) as stop:
     ask(['a cat'], key=KEY)
   assert KEY[:6] not in str(stop.value)
+  fake.always = lambda body: status(200, long)
+  with pytest.raises(InputError, match='an error') as stop:
+    ask(['a cat'], key=KEY, retries=0)
+  assert KEY[:6] not in str(stop.value)
   fake.always = lambda body: lambda handler, body: handler.say(200, answer_to(body, f'a {KEY}'))
   assert ask(['a cat'], key=KEY) == ['a ***\nEND']
 
@@ -335,6 +335,60 @@ def test_a_server_that_never_comes_to_the_end_is_left(begin):
       list(complete(['a cat'], [1]))
     assert time.monotonic() - began < 5
     thread.join(5)
+
+
+def test_requests_under_way_end_with_the_run(fake):
+  fake.always = lambda body: hang if body['seed'] else None
+  server = Server(fake.url, 'tiny', shown=0, concurrency=3)
+  answers = server_backend(server, WRITING)(['a', 'b', 'c', 'd'], range(4))
+  assert next(answers)[0] == 0
+  began = time.monotonic()
+  answers.close()
+  assert time.monotonic() - began < 1
+
+
+HANGING = """
+import sys
+from ip2p_jax.captions.client import ask
+from ip2p_jax.captions.server import Server
+answers = ask(Server(sys.argv[1], 'tiny', shown=0, timeout=600.0), [{'seed': i} for i in range(4)])
+next(answers)
+1 / 0
+"""
+
+
+def test_python_ends_while_the_server_hangs(fake):
+  fake.always = lambda body: (
+    (lambda *_: time.sleep(30))
+    if body['seed']
+    else lambda handler, body: handler.say(
+      200, answer_to({'messages': [{'content': 'a'}]}, 'hello')
+    )
+  )
+  words = [sys.executable, '-c', HANGING, fake.url]
+  process = subprocess.run(words, stderr=subprocess.PIPE, text=True, timeout=25)
+  assert process.returncode == 1 and 'ZeroDivisionError' in process.stderr
+  assert 'Exception ignored' not in process.stderr
+
+
+def test_an_answer_that_waits_for_a_slow_disk_is_not_late(fake, ask):
+  server = Server(fake.url, 'tiny', shown=0, concurrency=2, timeout=0.4)
+  said = []
+  answers = server_backend(server, WRITING, say=said.append)(
+    [f'caption {i}' for i in range(6)], range(6)
+  )
+  for _ in range(6):
+    next(answers)
+    time.sleep(0.5)
+  assert len(fake.asked) == 6 and not said
+
+
+def test_a_proxy_that_cannot_be_used_is_one_sentence(fake, ask, monkeypatch):
+  monkeypatch.setenv('ALL_PROXY', f'socks5://me:{KEY}@127.0.0.1:1')
+  monkeypatch.setenv('NO_PROXY', '')
+  with pytest.raises(InputError, match='names a proxy that cannot be used') as stop:
+    ask(['a cat'])
+  assert KEY not in str(stop.value)
 
 
 def test_halves_of_characters_do_not_break_it(fake, ask):
@@ -406,9 +460,12 @@ def test_a_run_that_failed_goes_on_where_it_was(fake, tmp_path):
 RUN = """
 import sys
 import threading
-from ip2p_jax.captions.server import Server, server_backend
-from ip2p_jax.captions import Caption, Writing, write_all
-from ip2p_jax.triplets import Triplet
+from ip2p_jax.captions.client import server_backend
+from ip2p_jax.captions.server import Server
+from ip2p_jax.captions.triplets import Triplet
+from ip2p_jax.captions.judge import Writing
+from ip2p_jax.captions.read import Caption
+from ip2p_jax.captions.write import write_all
 examples = [Triplet(f'caption {i}', f'edit {i}', f'edited {i}') for i in range(20)]
 server = Server(sys.argv[1], 'tiny', examples=examples, shown=2, concurrency=4)
 writing, mine = Writing(seed=3), [Caption(i, f'caption number {i}') for i in range(40)]
@@ -421,7 +478,7 @@ def test_killed_at_any_time_and_started_again_nothing_is_lost_or_doubled(fake, t
   assert run(fake, tmp_path / 'whole')
   fake.asked.clear()
   fake.delay = 0.05
-  answers = write.answers_file(tmp_path / 'parts', (0, 1))
+  answers = answers_file(tmp_path / 'parts', (0, 1))
   draw, kills = random.Random(0), 0
   while not (tmp_path / 'parts' / write.PROMPTS).exists():
     words = [sys.executable, '-c', RUN, fake.url, str(tmp_path / 'parts')]

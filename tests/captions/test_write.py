@@ -11,8 +11,11 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from ip2p_jax.captions import rules, triplets, write
-from ip2p_jax.captions.write import Caption, Writing, judge, read_answers, read_captions, write_all
+from ip2p_jax.captions import answers, merge, rules, triplets, write
+from ip2p_jax.captions.answers import answers_file, read_answers
+from ip2p_jax.captions.judge import REASONS, Writing, judge
+from ip2p_jax.captions.read import Caption, read_captions
+from ip2p_jax.captions.write import write_all
 from ip2p_jax.errors import InputError
 from ip2p_jax.pairs import prompts
 
@@ -171,7 +174,7 @@ def test_captions_like_a_mark_of_the_formats_are_left_out(tmp_path):
   ],
 )
 def test_captions_are_the_same_but_for_case_space_and_last_stop(one, other, is_same):
-  assert (write.plain(one) == write.plain(other)) == is_same
+  assert (rules.plain(one) == rules.plain(other)) == is_same
 
 
 # Judging.
@@ -207,7 +210,7 @@ def test_captions_are_the_same_but_for_case_space_and_last_stop(one, other, is_s
 )
 def test_an_answer_is_refused_for_a_reason(answer, reason):
   refused, parts = judge('a cat', answer, WRITING, lambda text: 'rude' in text)
-  assert refused == reason and (reason == '' or reason in write.REASONS)
+  assert refused == reason and (reason == '' or reason in REASONS)
   assert parts == (None if reason else ('make it red', 'a red cat'))
 
 
@@ -295,7 +298,7 @@ def test_two_workers_write_what_one_does(tmp_path, whole):
   assert write_all(MINE, tmp_path, Model(), WRITING, IDENTITY, (0, 2))
   name = write.PROMPTS
   assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
-  rows = [{line['row'] for line in read_answers(write.answers_file(tmp_path, (i, 2)))}
+  rows = [{line['row'] for line in read_answers(answers_file(tmp_path, (i, 2)))}
           for i in range(2)]  # fmt: skip
   assert rows == [{caption.row for caption in MINE[i::2]} for i in range(2)]
 
@@ -303,7 +306,7 @@ def test_two_workers_write_what_one_does(tmp_path, whole):
 @pytest.mark.parametrize('seed', range(4))
 def test_stopped_at_any_time_and_started_again_it_ends_the_same(tmp_path, whole, seed):
   draw, asked = random.Random(seed), []
-  answers = write.answers_file(tmp_path, (0, 1))
+  file = answers_file(tmp_path, (0, 1))
   while True:
     model = Model(draw.randrange(30))
     try:
@@ -311,11 +314,11 @@ def test_stopped_at_any_time_and_started_again_it_ends_the_same(tmp_path, whole,
       break
     except Stop:
       if draw.random() < 0.5:  # as a kill in the middle of a line leaves it
-        answers.write_bytes(answers.read_bytes()[: -draw.randrange(1, 12)])
+        file.write_bytes(file.read_bytes()[: -draw.randrange(1, 12)])
     finally:
       asked += model.asked
   assert contents(tmp_path) == contents(whole)
-  found = [(line['row'], line['attempt']) for line in read_answers(answers)]
+  found = [(line['row'], line['attempt']) for line in read_answers(file)]
   assert len(found) == len(set(found))
   assert set(asked) == {(c.text, WRITING.seed_of(c.text, attempt)) for row, attempt in found
                         for c in MINE if c.row == row}  # fmt: skip
@@ -395,9 +398,9 @@ def test_a_caption_that_the_model_does_not_take_is_never_asked_for_again(tmp_pat
       yield i, None if 'mat 7' in texts[i] else answer
 
   assert write_all(MINE, tmp_path, complete, WRITING, IDENTITY)
-  found, again = write.read_yield(tmp_path), Model()
-  assert found.hopeless == {write.UNWELCOME_CAPTION: 1} and found.captions == 60
-  assert 'captions that the model would not take: 1 of 60 (1.7%)' in write.describe(found)
+  found, again = answers.read_yield(tmp_path), Model()
+  assert found.hopeless == {answers.UNWELCOME_CAPTION: 1} and found.captions == 60
+  assert 'captions that the model would not take: 1 of 60 (1.7%)' in answers.describe(found)
   assert write_all(MINE, tmp_path, again, WRITING, IDENTITY) and not again.asked
 
 
@@ -455,7 +458,7 @@ def test_two_processes_cannot_be_the_same_worker(tmp_path):
                                   '[' * 100_000])  # fmt: skip
 def test_a_damaged_line_is_named(tmp_path, line):
   write_all(MINE, tmp_path, Model(), WRITING, IDENTITY)
-  file = write.answers_file(tmp_path, (0, 1))
+  file = answers_file(tmp_path, (0, 1))
   damaged = file.read_bytes().splitlines(keepends=True)
   damaged[4] = line.encode() + b'\n'
   file.write_bytes(b''.join(damaged))
@@ -468,7 +471,7 @@ def test_a_bucket_or_no_name_is_refused(tmp_path, out):
   with pytest.raises(InputError, match=f'{out!r}: give a path of this machine'):
     write_all(MINE, out, Model(), WRITING, IDENTITY)
   with pytest.raises(InputError, match=f'{out!r}: give a path of this machine'):
-    write.merge_answers([], out)
+    merge.merge_answers([], out)
 
 
 def test_a_file_is_no_folder(tmp_path):
@@ -484,8 +487,8 @@ def test_a_flagged_caption_is_never_asked_for(tmp_path):
   model = Model()
   write_all(MINE, tmp_path, model, WRITING, IDENTITY, is_flagged=lambda text: 'mat 7' in text)
   assert len(model.asked) >= 59 and 'a cat on mat 7' not in {text for text, _ in model.asked}
-  found = write.read_yield(tmp_path)
-  assert found.hopeless == {write.FLAGGED_CAPTION: 1} and found.captions == 60
+  found = answers.read_yield(tmp_path)
+  assert found.hopeless == {answers.FLAGGED_CAPTION: 1} and found.captions == 60
   again = Model()
   write_all(MINE, tmp_path, again, WRITING, IDENTITY, is_flagged=lambda text: 'mat 7' in text)
   assert not again.asked
@@ -494,7 +497,7 @@ def test_a_flagged_caption_is_never_asked_for(tmp_path):
 def test_flagged_answers_are_asked_for_again(tmp_path):
   odd = lambda text: text.startswith('make it') and int(text.split()[-1]) % 16 < 8
   write_all(MINE, tmp_path, Model(), WRITING, IDENTITY, is_flagged=odd)
-  found = write.read_yield(tmp_path)
+  found = answers.read_yield(tmp_path)
   assert found.refused['flagged'] > 0
   assert all(not odd(line['edit']) for line in lines(tmp_path / write.PROMPTS))
 
@@ -504,13 +507,13 @@ def test_flagged_answers_are_asked_for_again(tmp_path):
 
 def test_the_yield_counts_what_was_kept_and_refused(whole):
   model = Model()
-  found = write.read_yield(whole)
-  answers = list(read_answers(write.answers_file(whole, (0, 1))))
-  assert found.captions == 60 and found.answers == len(answers)
+  found = answers.read_yield(whole)
+  count = len(list(read_answers(answers_file(whole, (0, 1)))))
+  assert found.captions == 60 and found.answers == count
   assert set(found.refused) == {'parts', 'unchanged', 'unfinished', 'empty'}
   kept = len(lines(whole / write.PROMPTS))
-  assert len(found.instructions) == kept == len(answers) - sum(found.refused.values())
-  said = list(write.describe(found))
+  assert len(found.instructions) == kept == count - sum(found.refused.values())
+  said = list(answers.describe(found))
   assert said[0] == f'captions with an edit: {kept} of 60 ({100 * kept / 60:.1f}%)'
   assert any(line.startswith('answers refused, the caption unchanged: ') for line in said)
   assert not model.asked
@@ -521,7 +524,7 @@ def test_runs_are_merged_and_each_caption_is_there_once(tmp_path, whole):
   writing = Writing(seed=9, attempts=20)
   write_all(other, tmp_path / 'other', Model(), writing, IDENTITY)
   sources = [whole / write.PROMPTS, tmp_path / 'other' / write.PROMPTS]
-  count, duplicates = write.merge_answers(sources, tmp_path / 'all.jsonl')
+  count, duplicates = merge.merge_answers(sources, tmp_path / 'all.jsonl')
   first = lines(whole / write.PROMPTS)
   known = {line['caption'] for line in first} & {MINE[3].text, MINE[5].text}
   assert duplicates == len(known) and count == len(first) + 3 - duplicates
@@ -529,19 +532,19 @@ def test_runs_are_merged_and_each_caption_is_there_once(tmp_path, whole):
   assert len(prompts.read_prompts(tmp_path / 'all.jsonl')) == count
   for name in ('all.jsonl', 'new.csv', 'new'):
     with pytest.raises(InputError, match=f'{name}: exists, or does not end in'):
-      write.merge_answers(sources, tmp_path / name)
+      merge.merge_answers(sources, tmp_path / name)
 
 
 def test_of_two_merges_into_one_file_the_later_is_refused(tmp_path, whole, monkeypatch):
   source, out = whole / write.PROMPTS, tmp_path / 'all.jsonl'
 
-  def create(file, content, real=write.storage.create):
+  def create(file, content, real=merge.storage.create):
     out.write_text('of another merge')
     real(file, content)
 
-  monkeypatch.setattr(write.storage, 'create', create)
+  monkeypatch.setattr(merge.storage, 'create', create)
   with pytest.raises(InputError, match='exists'):
-    write.merge_answers([source], out)
+    merge.merge_answers([source], out)
   assert out.read_text() == 'of another merge'
 
 
@@ -552,11 +555,11 @@ def test_merged_triplets_are_called_alike_whatever_they_were_called(tmp_path):
   other = {'original_prompt': 'a bird', 'edit_prompt': 'x', 'edited_prompt': 'y', 'when': when}
   parquet.write_table(pyarrow.Table.from_pylist([other | {'row': 3}]), tmp_path / 'other.parquet')
   sources = [tmp_path / 'one.jsonl', tmp_path / 'other.parquet']
-  assert write.merge_answers(sources, tmp_path / 'all.jsonl') == (2, 0)
+  assert merge.merge_answers(sources, tmp_path / 'all.jsonl') == (2, 0)
   assert lines(tmp_path / 'all.jsonl') == [
     {'caption': 'a cat', 'edit': 'make it a dog', 'output': 'a dog'},
     {'caption': 'a bird', 'edit': 'x', 'output': 'y', 'row': 3},
   ]
   (tmp_path / 'bad.jsonl').write_text(json.dumps({'caption': 'a', 'edit': 'b', 'output': ''}))
   with pytest.raises(InputError, match=r'bad\.jsonl: line 1 has no edited caption'):
-    write.merge_answers([tmp_path / 'bad.jsonl'], tmp_path / 'more.jsonl')
+    merge.merge_answers([tmp_path / 'bad.jsonl'], tmp_path / 'more.jsonl')

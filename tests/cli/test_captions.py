@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from ip2p_jax.captions import write
+from ip2p_jax.captions.answers import answers_file, read_answers
 from ip2p_jax.cli import main
 from ip2p_jax.pairs import prompts
 
@@ -92,7 +93,7 @@ def ip2p(monkeypatch, capsys):
 
 @pytest.fixture
 def fake(monkeypatch):
-  monkeypatch.setattr('ip2p_jax.captions.server.WAITS', (0.01, 0.02))
+  monkeypatch.setattr('ip2p_jax.captions.client.WAITS', (0.01, 0.02))
   with running() as server:
     yield server
 
@@ -117,7 +118,7 @@ def test_a_model_of_this_machine_writes_edits(ip2p, model, source, tmp_path):
   assert code == 0 and 'captions with an edit: ' in said and 'first words: 1 different' in said
   found = prompts.read_prompts(tmp_path / 'one' / write.PROMPTS)
   assert len(found) > 15
-  answers = list(write.read_answers(write.answers_file(tmp_path / 'one', (0, 1))))
+  answers = list(read_answers(answers_file(tmp_path / 'one', (0, 1))))
   kept = [line for line in answers if 'edit' in line]
   assert {line['edit'] for line in kept} == {'make it red', 'make it blue', 'make it gold'}
   assert {line['output'] for line in kept} <= set(CHAIN)
@@ -152,7 +153,7 @@ def test_a_model_that_is_killed_at_any_time_goes_on(ip2p, model, tmp_path):
   source.write_text(''.join(f'a cat on mat {i}\n' for i in range(400)))
   words = ('write', source, tmp_path / 'whole', '--model', model, '--slots', 2)
   assert ip2p(*words)[0] == 0
-  answers = write.answers_file(tmp_path / 'parts', (0, 1))
+  answers = answers_file(tmp_path / 'parts', (0, 1))
   draw, kills = random.Random(0), 0
   command = ('-c', 'from ip2p_jax.cli.main import main; main()', 'captions', 'write', source,
              tmp_path / 'parts', *words[3:])  # fmt: skip
@@ -170,7 +171,7 @@ def test_a_model_that_is_killed_at_any_time_goes_on(ip2p, model, tmp_path):
   assert kills == 2
   for name in (write.PROMPTS, write.SETTINGS):
     assert (tmp_path / 'parts' / name).read_bytes() == (tmp_path / 'whole' / name).read_bytes()
-  found = [(line['row'], line['attempt']) for line in write.read_answers(answers)]
+  found = [(line['row'], line['attempt']) for line in read_answers(answers)]
   assert len(found) == len(set(found))
 
 

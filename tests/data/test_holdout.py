@@ -10,8 +10,8 @@ from pyarrow import parquet
 
 from ip2p_jax.data import holdout, shards
 from ip2p_jax.data.pack import pack
-from ip2p_jax.data.rows import Pair
-from ip2p_jax.data.sources import SPLITS, open_source, open_splits
+from ip2p_jax.data.rows import SPLITS, Pair
+from ip2p_jax.data.sources import open_source, open_splits
 from ip2p_jax.errors import InputError
 
 QUIET = {'say': lambda line: None, 'workers': 0}

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import tiny_pairs
 
+from ip2p_jax import storage
 from ip2p_jax.data import shard_writing, shards
 from ip2p_jax.data.pack import pack
 from ip2p_jax.errors import InputError
@@ -116,7 +117,7 @@ def test_machines_share_the_work_and_the_last_completes_it(tmp_path, rows):
 
 
 def test_machines_that_end_together_on_a_slow_disk_complete_it(tmp_path, rows, monkeypatch):
-  ends, finish, read_json = threading.Barrier(4), shard_writing.finish, shards.read_json
+  ends, finish, read_json = threading.Barrier(4), shard_writing.finish, storage.read_json
 
   def slowly(path):
     time.sleep(0.02)
@@ -126,7 +127,7 @@ def test_machines_that_end_together_on_a_slow_disk_complete_it(tmp_path, rows, m
     ends.wait()
     return finish(job)
 
-  monkeypatch.setattr(shards, 'read_json', slowly)
+  monkeypatch.setattr(storage, 'read_json', slowly)
   monkeypatch.setattr(shard_writing, 'finish', together)
   work = lambda i: pack(
     {'train': rows[:4]}, tmp_path, shard=f'{i}/4', **{'shard_bytes': BYTES} | QUIET
@@ -206,7 +207,7 @@ if __name__ == '__main__':
 def test_killed_for_good_it_leaves_no_worker_and_goes_on_to_the_same_bytes(tmp_path):
   program, size = tmp_path / 'program.py', 2000
   program.write_text(PROGRAM)
-  here = Path(__file__).parent
+  here = Path(__file__).parents[1]
   environment = os.environ | {'PYTHONPATH': f'{here}:{here.parent}'}
   run = lambda folder: subprocess.Popen(
     [sys.executable, program, str(size), tmp_path / folder], env=environment, process_group=0

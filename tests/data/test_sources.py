@@ -12,6 +12,7 @@ from pyarrow import parquet
 
 from ip2p_jax.data import original, pack, sources
 from ip2p_jax.data.columns import find, may_flip
+from ip2p_jax.data.rows import SPLITS
 from ip2p_jax.errors import InputError
 
 
@@ -35,7 +36,7 @@ def json_lines(file):
 @pytest.mark.parametrize('key', ['caption', 'input'])
 def test_the_originals_folders_give_a_row_per_prompt_with_all_its_pairs(tmp_path, shards, key):
   tiny_pairs.write_original(tmp_path, prompts=20, shards=shards, key=key)
-  opened = [sources.open_source(str(tmp_path), split) for split in sources.SPLITS]
+  opened = [sources.open_source(str(tmp_path), split) for split in SPLITS]
   assert list(map(len, opened)) == [18, 1, 1]
   assert [row for source in opened for row in contents(source)] == [
     row[1:] for row in tiny_pairs.rows(20, pairs=2)
@@ -141,7 +142,7 @@ def test_captions_are_optional(tmp_path):
 def test_folders_named_after_splits_are_splits(tmp_path):
   for number, name in enumerate(('train', 'val', 'test'), 2):
     tiny_pairs.write_metadata(tmp_path / name, number)
-  lengths = [len(sources.open_source(str(tmp_path), split)) for split in sources.SPLITS]
+  lengths = [len(sources.open_source(str(tmp_path), split)) for split in SPLITS]
   assert lengths == [2, 3, 4]
 
 
@@ -228,7 +229,7 @@ def test_files_named_after_splits_are_splits(tmp_path):
   for count, name in enumerate(names, 1):
     tiny_pairs.write_parquet(tmp_path / f'{name}.parquet', count)
   tiny_pairs.write_parquet(tmp_path / 'more' / 'validation' / '0000.parquet', 2)
-  lengths = [len(sources.open_source(str(tmp_path), split)) for split in sources.SPLITS]
+  lengths = [len(sources.open_source(str(tmp_path), split)) for split in SPLITS]
   assert lengths == [3, 5, 4]
   assert len(sources.open_source(str(tmp_path / 'test.parquet'))) == 4  # given by itself
 

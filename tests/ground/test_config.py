@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from ip2p_jax import config
-from ip2p_jax.config import LanguageConfig, TrainConfig, check_language, check_values, knobs
-from ip2p_jax.config_text import parse
+from ip2p_jax.config import LanguageConfig, TrainConfig, knobs
+from ip2p_jax.config_check import NEEDS, check_language, check_values
+from ip2p_jax.config_text import load_config, parse, plain_overrides
 from ip2p_jax.errors import InputError
 
 RATES = TrainConfig().optimizer.rates
@@ -28,7 +28,7 @@ RATES = TrainConfig().optimizer.rates
 def test_rules_may_be_written_as_people_do(text, value):
   assert parse('optimizer.rates', text, RATES) == value
   flags = [f'--config.optimizer.rates={text}', '--config.optimizer.rates', text, '--config.steps=3']
-  written = config.plain_overrides(flags, [TrainConfig, LanguageConfig])
+  written = plain_overrides(flags, [TrainConfig, LanguageConfig])
   shown = [written[0].partition('=')[2], written[2]]
   assert [eval(x) for x in shown] == [value, value] and written[3] == flags[3]
 
@@ -152,7 +152,7 @@ def test_what_a_file_sets_goes_with_what_was_switched_off_for_one_run(
     file.write_text('\n'.join([*head, *made, '  return config', '']))
 
   def loaded(settings):
-    return config.load(file, [f'{name}={value}' for name, value in settings.items()])
+    return load_config(file, [f'{name}={value}' for name, value in settings.items()])
 
   write(in_file)
   found = loaded(given)
@@ -168,4 +168,4 @@ def test_what_a_file_sets_goes_with_what_was_switched_off_for_one_run(
 
 def test_every_setting_that_needs_another_exists():
   names = {name for kind in BOTH for name, _ in knobs(kind())}
-  assert {name for pair in config.NEEDS for name in pair} <= names
+  assert {name for pair in NEEDS for name in pair} <= names

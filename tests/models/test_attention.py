@@ -12,9 +12,11 @@ from jax._src.cudnn import fused_attention_stablehlo
 from jax.ad_checkpoint import print_saved_residuals
 from torch_models import relative_error
 
-from ip2p_jax import config, sharding
+from ip2p_jax import sharding
+from ip2p_jax.config import TrainConfig
+from ip2p_jax.config_check import check_values
 from ip2p_jax.errors import InputError
-from ip2p_jax.models.attention import CHOICES, attend, cudnn, dispatch, kernel_for, splash
+from ip2p_jax.models.attention import attend, cudnn, dispatch, kernel_for, splash
 from ip2p_jax.models.layers import REMATS
 from ip2p_jax.planning import gpus
 
@@ -97,7 +99,6 @@ def test_a_kernel_that_the_devices_lack_is_one_sentence():
   with pytest.raises(InputError, match='use one of auto, xla, splash, cudnn'):
     dispatch('flash')
   assert dispatch('auto') is dispatch('xla') is attend
-  assert config.CHOICES['attention'] == CHOICES
 
 
 @pytest.mark.parametrize('capability', ['7.5', '8.0', '9.0', '10.0'])
@@ -124,10 +125,10 @@ def test_whatever_the_table_picks_on_a_gpu_has_gradients(capability, monkeypatch
 
 
 def test_cudnn_is_refused_for_a_run_in_float32_where_it_never_acts():
-  settings = lambda dtype: config.TrainConfig(attention='cudnn', dtype=dtype)
-  config.check_values(settings('bfloat16'))
+  settings = lambda dtype: TrainConfig(attention='cudnn', dtype=dtype)
+  check_values(settings('bfloat16'))
   with pytest.raises(InputError, match="'cudnn', which does not compute in dtype='float32'"):
-    config.check_values(settings('float32'))
+    check_values(settings('float32'))
 
 
 @pytest.mark.parametrize(

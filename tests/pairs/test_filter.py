@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from ip2p_jax.cli import main
-from ip2p_jax.data.sources import SPLITS, open_source
+from ip2p_jax.data.rows import SPLITS
+from ip2p_jax.data.sources import open_source
 from ip2p_jax.errors import InputError
 from ip2p_jax.pairs import filter
 from ip2p_jax.pipeline.scores import Scores

@@ -18,7 +18,8 @@ from jax.experimental import topologies
 
 from ip2p_jax import sharding
 from ip2p_jax.cli import main
-from ip2p_jax.config import DataConfig, MeshConfig, TrainConfig, load_config
+from ip2p_jax.config import DataConfig, MeshConfig, TrainConfig
+from ip2p_jax.config_text import load_config
 from ip2p_jax.errors import InputError
 from ip2p_jax.pipeline.networks import networks_of
 from ip2p_jax.planning import compiler, program_text, sampling, training

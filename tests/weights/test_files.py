@@ -17,10 +17,11 @@ import pytest
 import safetensors
 import safetensors.numpy
 
+from ip2p_jax import storage
 from ip2p_jax.errors import InputError
 from ip2p_jax.pipeline.networks import weights_digest
-from ip2p_jax.weights import files
-from ip2p_jax.weights.files import Tensors, read_tensors, write_safetensors
+from ip2p_jax.weights.files import read_tensors, write_safetensors
+from ip2p_jax.weights.tensors import Tensors
 
 torch = peers.module('torch')
 
@@ -286,7 +287,7 @@ def test_processes_that_write_one_place_share_no_temporary_name(tmp_path, kind):
   def write(i):
     for n in range(20):
       together.wait()
-      with files.replacing(path) as unfinished:
+      with storage.replacing(path) as unfinished:
         place = unfinished
         if kind == 'folder':
           unfinished.mkdir()
@@ -315,7 +316,7 @@ def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
     rename(old, new)
 
   monkeypatch.setattr(os, 'rename', refused)
-  with pytest.raises(PermissionError), files.replacing(path) as unfinished:
+  with pytest.raises(PermissionError), storage.replacing(path) as unfinished:
     unfinished.mkdir()
     (unfinished / 'new').write_text('new')
   assert [file.name for file in tmp_path.iterdir()] == ['made']

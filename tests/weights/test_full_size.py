@@ -10,7 +10,7 @@ import pytest
 from ip2p_jax import weights
 from ip2p_jax.models import clip, configs, layers, unet, vae
 from ip2p_jax.weights import ldm_file, ldm_names, names
-from ip2p_jax.weights.files import COMPONENTS
+from ip2p_jax.weights.tensors import COMPONENTS
 
 torch = peers.module('torch')
 transformers = peers.module('transformers')

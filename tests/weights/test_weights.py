@@ -12,7 +12,7 @@ from ip2p_jax import weights
 from ip2p_jax.errors import InputError
 from ip2p_jax.models import clip, configs, layers, unet, vae
 from ip2p_jax.weights import diffusers_folder, ldm_file, ldm_names
-from ip2p_jax.weights.files import COMPONENTS, Tensors
+from ip2p_jax.weights.tensors import COMPONENTS, Tensors
 
 torch = peers.module('torch')
 transformers = peers.module('transformers')

@@ -1,0 +1,136 @@
+"""Which values of settings make sense, alone and beside the others."""
+
+import copy
+import math
+from collections.abc import Collection
+from typing import Any
+
+from ip2p_jax.config import LanguageConfig, TrainConfig, knobs, set_knob
+from ip2p_jax.errors import InputError, check_choice
+
+MAX_SEED = 2**32 - 1
+CHOICES = {
+  'task': ('edit', 'text_to_image'),
+  'checkpoint_weights': ('', 'average', 'live'),
+  'prediction_type': ('', 'epsilon', 'v_prediction'),
+  'dtype': ('bfloat16', 'float32'),
+  'remat': ('none', 'convdot', 'full'),
+  'attention': ('auto', 'xla', 'splash', 'cudnn'),
+  'data.resize': ('crop', 'squash'),
+}
+AT_LEAST_ONE = ('resolution', 'batch_size', 'accumulation', 'steps', 'data.prefetch',
+                'data.max_tokens', 'log.every', 'log.checkpoint_every', 'log.keep',
+                'log.preview_steps')  # fmt: skip
+AT_LEAST_ZERO = ('seed', 'min_snr_gamma', 'lora.rank', 'data.workers', 'data.max_corrupt',
+                 'data.largest_resize', 'log.validate_every', 'log.validation_examples',
+                 'log.previews')  # fmt: skip
+
+
+# A setting, and the one without which it does nothing.
+NEEDS = (
+  ('lora.alpha', 'lora.rank'),
+  ('lora.targets', 'lora.rank'),
+  ('optimizer.final_rate', 'optimizer.schedule'),
+  ('log.validate_every', 'log.validation_examples'),
+  ('log.validation_examples', 'log.validate_every'),
+  ('log.preview_steps', 'log.previews'),
+)
+
+
+def check_config(config: TrainConfig) -> None:
+  """Raises an InputError that names the first knob whose value makes no sense."""
+  check_values(config)
+  _check_paths(config)
+
+
+def check_values(config: TrainConfig) -> None:
+  """`check` of all but whether checkpoint and data are named."""
+  _check_common(config)
+  if config.attention == 'cudnn' and config.dtype == 'float32':
+    raise InputError(
+      "attention is 'cudnn', which does not compute in dtype='float32'; use attention='auto' or"
+      " dtype='bfloat16'."
+    )
+  if not 0 <= config.conditioning_dropout <= 1 / 3:
+    raise InputError(
+      f'conditioning_dropout is {config.conditioning_dropout}; it is the rate of each of three'
+      ' kinds of dropout, 0 to 0.33.'
+    )
+  if not 0 <= config.data.flip_rate <= 1:
+    raise InputError(f'data.flip_rate is {config.data.flip_rate}; use 0 to 1.')
+  if config.data.largest_resize and config.data.largest_resize < config.resolution:
+    raise InputError(
+      f'data.largest_resize is {config.data.largest_resize}, smaller than the resolution'
+      f' {config.resolution}; use 0 for no random crop.'
+    )
+
+
+def check_language(config: LanguageConfig) -> None:
+  """The same for a run of a language model."""
+  _check_common(config)
+  if not 0 <= config.data.holdout < 1:
+    raise InputError(f'data.holdout is {config.data.holdout}; use 0 to below 1.')
+  _check_paths(config)
+
+
+def _check_common(config):
+  values = dict(knobs(config))
+  for name, choices in CHOICES.items():
+    if name in values:
+      check_choice(name, values[name], choices)
+  for names, least in ((AT_LEAST_ONE, 1), (AT_LEAST_ZERO, 0)):
+    for name in names:
+      if name in values and not least <= values[name] < math.inf:  # and not nan
+        raise InputError(f'{name} is {values[name]}; use {least} or more.')
+  if config.seed > MAX_SEED:
+    raise InputError(f'seed is {config.seed}; use at most {MAX_SEED}.')
+  if config.lora.rank and not 0 < config.lora.alpha < math.inf:
+    raise InputError(f'lora.alpha is {config.lora.alpha}; use a number above 0.')
+  _check_acting(config, values)
+
+
+def _check_acting(config, values):
+  """Refuses what was set and would do nothing."""
+  usual = dict(knobs(type(config)()))
+  for name, other in NEEDS:
+    is_set = name in values and values[name] and values[name] != usual[name]
+    if is_set and _is_off(values, other):
+      raise InputError(
+        f'{name} is {values[name]!r}, which does nothing while {other} is {values[other]!r}; change'
+        f' {other}, or leave {name} at {usual[name]!r}.'
+      )
+  window = config.log.profile
+  if len(window) != 2 or not all(isinstance(x, int) and x >= 0 for x in window):
+    raise InputError(f'log.profile is {window!r}; give the first step and how many, as in 100,5.')
+  first, count = window
+  if first and not count:
+    raise InputError(f'log.profile is {window!r}, no step; give how many, as in {first},5.')
+  if count and max(first, 2) > config.steps:
+    raise InputError(
+      f'log.profile begins at step {max(first, 2)}, and the run ends at step {config.steps}; name'
+      ' earlier steps.'
+    )
+
+
+def _is_off(values, name) -> bool:
+  return values.get(name, 1) in (0, 'constant')
+
+
+def without_idle(config: Any, given: Collection[str]) -> Any:
+  """A config as before, but for what does nothing since a setting named in `given` is off.
+
+  That is for what a file sets, and someone switched off for one run; it gets its default. Settings
+  in `given` themselves stay, and `check` refuses those that do nothing.
+  """
+  config = copy.deepcopy(config)
+  usual, values = dict(knobs(type(config)())), dict(knobs(config))
+  for name, other in NEEDS:
+    if name in values and name not in given and other in given and _is_off(values, other):
+      set_knob(config, name, usual[name])
+  return config
+
+
+def _check_paths(config):
+  for name, path in (('checkpoint', config.checkpoint), ('data.path', config.data.path)):
+    if not path:
+      raise InputError(f'{name} is empty; say where it is: --config.{name}=PATH.')
