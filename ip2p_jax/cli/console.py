@@ -9,16 +9,20 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
 import jax
+from PIL import Image
+from tqdm import tqdm
 
 from ip2p_jax import xla_alarms
 from ip2p_jax.errors import InputError
+from ip2p_jax.images import save
 
 MISTAKE, INTERRUPTED = 2, 130  # exit statuses
+MAX_TEXT = 10_000  # characters; more would not fit into the metadata of a JPEG
 
 
 @contextlib.contextmanager
@@ -156,3 +160,40 @@ def _without_alarms() -> Iterator[TextIO]:
       # A child of ours that was started meanwhile may still write to it.
       with contextlib.suppress(subprocess.TimeoutExpired):
         copying.wait(timeout=5)
+
+
+def say(text: str) -> None:
+  """A line on stdout, above a progress bar if there is one."""
+  tqdm.write(text)
+
+
+def save_image(image: Image.Image, path: Path, settings: dict) -> None:
+  """Writes an image with the settings that made it, and says so."""
+  save(image, path, settings)
+  say(f'wrote {path}')
+
+
+@contextlib.contextmanager
+def progress_bar(unit: str, compiles: bool = False) -> Iterator[Callable[[int, int], None] | None]:
+  """Counts steps, or rows, on a terminal; None where nobody is looking.
+
+  `compiles`: whether the first of them waits for the compiler, and is to say so.
+  """
+  is_watched = sys.stderr.isatty()
+  with contextlib.ExitStack() as stack:
+    starting = stack.enter_context(contextlib.ExitStack())
+    if compiles:
+      starting.enter_context(waiting(f'compiling, about a minute, then the first {unit}'))
+    if not is_watched:
+      yield None
+      return
+    bars = []
+
+    def count(done, total):
+      if not bars:
+        starting.close()
+        bars.append(stack.enter_context(tqdm(unit=unit, dynamic_ncols=True)))
+      bars[0].total = total
+      bars[0].update(done - bars[0].n)
+
+    yield count

@@ -7,15 +7,13 @@ import secrets
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
-import jax
 import numpy as np
 import typer
-from tqdm import tqdm
 from typer import Option
 
 from ip2p_jax import bundled, storage
@@ -23,13 +21,18 @@ from ip2p_jax.captions.write import local_folder
 from ip2p_jax.cli import captions
 from ip2p_jax.cli.console import (
   INTERRUPTED,
+  MAX_TEXT,
   MISTAKE,
   cache_compilations,
   complain,
   one_line,
+  progress_bar,
+  save_image,
+  say,
   waiting,
 )
 from ip2p_jax.cli.convert import convert_any
+from ip2p_jax.cli.draw import draw
 from ip2p_jax.config import load_config
 from ip2p_jax.data.check import check as check_data_set
 from ip2p_jax.data.latents import pack_latents
@@ -38,10 +41,9 @@ from ip2p_jax.data.pack_plan import pack_size
 from ip2p_jax.data.shard_writing import parse_shard
 from ip2p_jax.data.sources import open_splits
 from ip2p_jax.editing import image_files
-from ip2p_jax.editing.editor import MAX_SCALE, Editor
+from ip2p_jax.editing.editor import Editor
 from ip2p_jax.editing.export import check_checkpoint
 from ip2p_jax.errors import InputError
-from ip2p_jax.images import save
 from ip2p_jax.pairs.filter import LABELS, MOST, PAPER, draw_histograms, filter_pairs
 from ip2p_jax.pairs.generate import PairGenerator, PairSettings
 from ip2p_jax.pairs.pair_files import RELEASED, attention_sheet
@@ -49,6 +51,7 @@ from ip2p_jax.pairs.prompts import read_prompts
 from ip2p_jax.pairs.run import draw_all
 from ip2p_jax.parameters import flatten
 from ip2p_jax.pipeline import workdir
+from ip2p_jax.pipeline.base import default_dtype
 from ip2p_jax.pipeline.clip_scores import Clip, Scores
 from ip2p_jax.pipeline.networks import (
   check_is_editor,
@@ -59,6 +62,7 @@ from ip2p_jax.pipeline.networks import (
   tokenizer_of,
   weights_digest,
 )
+from ip2p_jax.pipeline.rows import MAX_SCALE
 from ip2p_jax.pipeline.sampling import Sampling, check_acts
 from ip2p_jax.planning import devices, gpus
 from ip2p_jax.planning.sampling import plan_sampling, sampling_report, work_on
@@ -66,7 +70,6 @@ from ip2p_jax.planning.training import plan_training, settled, stable_diffusion,
 from ip2p_jax.training.start import starting_checkpoint
 from ip2p_jax.weights import to_params
 
-MAX_TEXT = 10_000  # characters; more would not fit into the metadata of a JPEG
 # The paper's; the bundled miniature, and what is like it, has its own.
 STEPS, CFG_TEXT, CFG_IMAGE, SAMPLER = 100, 7.5, 1.5, 'euler_ancestral'
 GRID_TEXT, GRID_IMAGE = '3,5,7.5,10', '1,1.2,1.5,1.8'
@@ -212,18 +215,17 @@ def edit(
   sampling = Sampling(steps, sampler, spacing, karras, rescale, interval)
   check_acts(sampling, *zip(*scales, strict=True), negative)
   ckpt = _bundled() if ckpt is None else ckpt
-  _say(f'seed {seed}')
+  say(f'seed {seed}')
   cache_compilations()
   model = Editor.load(ckpt, dtype, variant=variant, ema=ema, prediction_type=prediction_type)
   batch_size = batch_size or 4 * model.mesh.size
-  networks = model.networks
-  resolution = resolution or networks.unet_config.sample_size * networks.vae_config.factor
+  resolution = resolution or model.networks.resolution
   settings = options | {
     'edit': edit, 'ckpt': ckpt, 'resolution': resolution, 'mask': mask and str(mask),
     'dtype': model.dtype, 'variant': variant, 'ema': ema, 'prediction_type': prediction_type,
   }  # fmt: skip
   sheet = []
-  with _progress('step', compiles=True) as progress:
+  with progress_bar('step', compiles=True) as progress:
     for job, result in image_files.run_jobs(
       model, jobs, edit, resolution=resolution, batch_size=batch_size, mask=mask,
       options=options, progress=progress,
@@ -233,10 +235,10 @@ def edit(
         continue
       own = {'input': str(job.file), 'seed': job.seed, 'index': job.index,
              'cfg_text': job.cfg_text, 'cfg_image': job.cfg_image}  # fmt: skip
-      _save(result, job.output, settings | own)
+      save_image(result, job.output, settings | own)
   if grid:
     own = {'input': str(input), 'seed': seed, 'index': index, 'grid': scales}
-    _save(image_files.labelled_grid(sheet, edit), jobs[0].output, settings | own)
+    save_image(image_files.labelled_grid(sheet, edit), jobs[0].output, settings | own)
 
 
 def _bundled() -> str:
@@ -296,7 +298,7 @@ def convert(
   cache_compilations()
   convert_any(
     src, dst, to, dtype, ema=ema, variant=variant, prediction_type=prediction_type,
-    verify=verify, overwrite=overwrite, say=_say,
+    verify=verify, overwrite=overwrite, say=say,
   )  # fmt: skip
 
 
@@ -365,8 +367,8 @@ def pack(
   common = {
     'holdout': holdout or 0.0, 'shard': shard, 'workers': workers, 'max_corrupt': max_corrupt,
   }  # fmt: skip
-  with _progress('row', compiles=latents) as progress:
-    told = common | {'say': _say, 'progress': progress or (lambda done, total: None)}
+  with progress_bar('row', compiles=latents) as progress:
+    told = common | {'say': say, 'progress': progress or (lambda done, total: None)}
     if latents:
       own = {'resize': resize, 'dtype': dtype, 'batch_size': batch_size}
       own = {name: value for name, value in own.items() if value is not None}
@@ -374,9 +376,9 @@ def pack(
     else:
       summary = pack_pictures(opened, dst, size=size or None, **told)
   rows = ', '.join(f'{count} {split}' for split, count in summary.rows.items() if count)
-  _say(f'{dst}: {rows} rows, {len(summary.skipped)} left out')
+  say(f'{dst}: {rows} rows, {len(summary.skipped)} left out')
   if not summary.is_complete:
-    _say('other shards are still missing: the data set is complete when all machines are done')
+    say('other shards are still missing: the data set is complete when all machines are done')
 
 
 def _pack_latents(opened, dst, ckpt, size, options):
@@ -417,15 +419,15 @@ def check(
     if given := [option for option, value in of_data.items() if value]:
       raise InputError(f'{path}: is a checkpoint, and {given[0]} is for data sets; leave it out.')
     check_checkpoint(workdir.load(path))
-    _say(f'{path}: a checkpoint, every tensor as its architecture wants it')
+    say(f'{path}: a checkpoint, every tensor as its architecture wants it')
     return
-  with _progress('row') as progress:
+  with progress_bar('row') as progress:
     found = check_data_set(
-      path, columns, task, split, _say, progress or (lambda done, total: None), limit
+      path, columns, task, split, say, progress or (lambda done, total: None), limit
     )
   splits = ', '.join(f'{count} {name}' for name, count in found.splits.items() if count)
   doubts = ', '.join(f'{count} {kind}' for kind, count in found.warnings.items()) or 'none'
-  _say(f'{path}: {splits} rows, {found.pairs} pairs; warnings: {doubts}')
+  say(f'{path}: {splits} rows, {found.pairs} pairs; warnings: {doubts}')
   if found.broken:
     raise InputError(f'{path}: {found.broken} of {found.rows} rows are broken, see above.')
   if found.edits_nothing:
@@ -434,7 +436,7 @@ def check(
       ' so there is no edit to learn; see which columns are input and edited, and say it by'
       ' --columns.'
     )
-  _say('nothing is broken')
+  say('nothing is broken')
 
 
 def pairs(
@@ -510,8 +512,8 @@ def pairs(
   cache_compilations()
   checkpoint = workdir.load(ckpt, ema=ema)
   networks = networks_of(checkpoint)
-  dtype = dtype or ('float32' if jax.default_backend() == 'cpu' else 'bfloat16')
-  size = size or networks.unet_config.sample_size * networks.vae_config.factor
+  dtype = dtype or default_dtype()
+  size = size or networks.resolution
   towers = Clip.load(clip)
   generator = PairGenerator(
     networks, params_of(checkpoint, networks, dtype), tokenizer_of(checkpoint, networks), towers,
@@ -523,10 +525,10 @@ def pairs(
   identity = {'dtype': dtype, 'clip': weights_digest(flatten(towers.params))}
   parts = {'weights': 'unet', 'vae': 'vae', 'text_encoder': 'text_encoder'}
   identity |= {name: weights_digest(checkpoint.tensors[part]) for name, part in parts.items()}
-  with _progress('pair', compiles=True) as progress:
+  with progress_bar('pair', compiles=True) as progress:
     told = progress or (lambda done, total: None)
     count = draw_all(generator, read, out, identity, number, told)
-  _say(f'{out}: {count} pairs; `ip2p filter {out} DST` keeps the good ones')
+  say(f'{out}: {count} pairs; `ip2p filter {out} DST` keeps the good ones')
 
 
 def _check_pairs_options(context, control, guidance, show_attention):
@@ -561,7 +563,7 @@ def _show_attention(generator, prompts, out):
       )
       settings = {'caption': prompt.caption, 'output': prompt.edited_caption, **sample._asdict()}
       out.mkdir(parents=True, exist_ok=True)
-      _save(sheet, out / f'{prompt.index:07d}_{sample.seed}.png', settings)
+      save_image(sheet, out / f'{prompt.index:07d}_{sample.seed}.png', settings)
 
 
 def filter(
@@ -614,26 +616,26 @@ def filter(
     raise InputError('--holdout is only for --shards; add that, or leave --holdout out.')
   *sources, out = paths
   write = functools.partial(_filter_to_shards, holdout=holdout) if shards else filter_pairs
-  with _progress('prompt') as progress:
+  with progress_bar('prompt') as progress:
     told = progress or (lambda done, total: None)
     found = write(sources, out, thresholds, most, drop_duplicates, told)
   of_all = lambda count: f'{count} of {found.drawn} ({100 * count / max(found.drawn, 1):.1f}%)'
   for name, least, label in zip(Scores._fields, thresholds, LABELS, strict=True):
-    _say(f'{name} >= {least} ({label}): {of_all(found.passed[name])}')
-  _say(f'all of these: {of_all(found.passed_all)}')
+    say(f'{name} >= {least} ({label}): {of_all(found.passed[name])}')
+  say(f'all of these: {of_all(found.passed_all)}')
   if found.broken:
-    _say(f'overflowed when they were drawn: {of_all(found.broken)}')
+    say(f'overflowed when they were drawn: {of_all(found.broken)}')
   if drop_duplicates:
-    _say(f'look like a better one: {found.duplicates}')
+    say(f'look like a better one: {found.duplicates}')
   if not found.kept:
     what = 'pack' if shards else 'write'
     raise InputError(f'no pair passes all thresholds, so there is nothing to {what}; lower them.')
   try:
     draw_histograms(found.scores, thresholds, out / 'histograms.png')
-    _say(f'wrote {out / "histograms.png"}')
+    say(f'wrote {out / "histograms.png"}')
   except ImportError:
-    _say('no histograms: install matplotlib to have them')
-  _say(f'{out}: {found.kept} pairs of {found.prompts} prompts, at most {most} each')
+    say('no histograms: install matplotlib to have them')
+  say(f'{out}: {found.kept} pairs of {found.prompts} prompts, at most {most} each')
 
 
 def _filter_to_shards(sources, out, *how, holdout):
@@ -648,7 +650,7 @@ def _filter_to_shards(sources, out, *how, holdout):
     found = filter_pairs(sources, pairs, *how)
     if found.kept:
       rows = open_splits(str(pairs), holdout=holdout)
-      pack_pictures(rows, packed, holdout=holdout, workers=0, say=_say)
+      pack_pictures(rows, packed, holdout=holdout, workers=0, say=say)
       packed.rename(out)
   return found
 
@@ -750,10 +752,10 @@ def plan(
   for name in topology:
     with waiting('compiling, minutes to an hour'):
       if of == 'training':
-        found = plan_training(settings[name], networks, name, not from_pictures, _say, quick)
+        found = plan_training(settings[name], networks, name, not from_pictures, say, quick)
         text = training_report(found, settings[name])
       else:
-        found = plan_sampling(networks, work[name], name, _say, quick)
+        found = plan_sampling(networks, work[name], name, say, quick)
         text = sampling_report(found)
     print(text)
     failed += not found.compiled.fits
@@ -780,6 +782,7 @@ def app() -> typer.Typer:
   """All commands."""
   app = typer.Typer(add_completion=False, rich_markup_mode=None, help='InstructPix2Pix in JAX.')
   app.command()(edit)
+  app.command()(draw)
   app.command()(convert)
   app.command()(check)
   app.command()(pack)
@@ -828,41 +831,6 @@ def _status(app: typer.Typer, name: str) -> int:
     return MISTAKE
   complain(name, 'stopped')
   return INTERRUPTED
-
-
-def _say(text):
-  tqdm.write(text)
-
-
-def _save(picture, path, settings):
-  save(picture, path, settings)
-  _say(f'wrote {path}')
-
-
-@contextlib.contextmanager
-def _progress(unit: str, compiles: bool = False) -> Iterator[Callable[[int, int], None] | None]:
-  """Counts steps, or rows, on a terminal; None where nobody is looking.
-
-  `compiles`: whether the first of them waits for the compiler, and is to say so.
-  """
-  is_watched = sys.stderr.isatty()
-  with contextlib.ExitStack() as stack:
-    starting = stack.enter_context(contextlib.ExitStack())
-    if compiles:
-      starting.enter_context(waiting(f'compiling, about a minute, then the first {unit}'))
-    if not is_watched:
-      yield None
-      return
-    bars = []
-
-    def count(done, total):
-      if not bars:
-        starting.close()
-        bars.append(stack.enter_context(tqdm(unit=unit, dynamic_ncols=True)))
-      bars[0].total = total
-      bars[0].update(done - bars[0].n)
-
-    yield count
 
 
 if __name__ == '__main__':
