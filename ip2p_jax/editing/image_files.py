@@ -91,8 +91,7 @@ def _outputs(input, files, output, num) -> dict[tuple[Path, int], Path]:
   result = {}
   for file in files:
     base = output / f'{file.stem}.png' if is_folder else output
-    for n in range(num):
-      path = base.with_stem(f'{base.stem}-{n}') if num > 1 else base
+    for n, path in enumerate(numbered(base, num)):
       if path in result.values():
         raise InputError(f'--input {input}: two pictures would both be written to {path}; '
                          'give them different names.')  # fmt: skip
@@ -102,6 +101,11 @@ def _outputs(input, files, output, num) -> dict[tuple[Path, int], Path]:
   for path in result.values():
     check_writable(path)
   return result
+
+
+def numbered(path: Path, num: int) -> list[Path]:
+  """The files of `num` variations: out-0.png, out-1.png and so on; of one, the file itself."""
+  return [path.with_stem(f'{path.stem}-{n}') for n in range(num)] if num > 1 else [path]
 
 
 def run_jobs(

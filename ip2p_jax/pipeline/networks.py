@@ -44,6 +44,11 @@ class Networks(NamedTuple):
   shapes: dict[str, Params]
   attention: Attention = attend
 
+  @property
+  def resolution(self) -> int:
+    """Side in pixels of the square images that the UNet was made for."""
+    return self.unet_config.sample_size * self.vae_config.factor
+
 
 def networks_of(checkpoint: Checkpoint) -> Networks:
   """Reads the checkpoint's configurations; an unsupported one is an InputError naming the key."""

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from ip2p_jax import sharding
 from ip2p_jax.diffusion import guidance, samplers
-from ip2p_jax.editing.program import SPLIT, EditRequest, EditSpec, edit_programs
+from ip2p_jax.editing.program import KIND, EditSpec
 from ip2p_jax.errors import InputError
 from ip2p_jax.models import attention
 from ip2p_jax.models.clip import TextEncoder, VisionEncoder
@@ -23,6 +23,7 @@ from ip2p_jax.models.layers import abstract
 from ip2p_jax.pairs import generate
 from ip2p_jax.pairs.program import PairRequest, PairSpec
 from ip2p_jax.pairs.prompt_to_prompt import Control
+from ip2p_jax.pipeline import program
 from ip2p_jax.pipeline.clip_scores import Towers
 from ip2p_jax.pipeline.networks import Networks
 from ip2p_jax.planning import compiler, gpus, training
@@ -131,7 +132,7 @@ def plan_sampling(
 def _edits(networks: Networks, work: Work, mesh: Mesh) -> Call:
   settings = EditSpec('euler_ancestral', BOTH, False)
   B, length = work.batch, networks.text_config.max_position_embeddings
-  request = EditRequest(
+  request = program.Request(
     images=_array(jnp.uint8, B, work.size, work.size, 3),
     token_ids=_array(jnp.int32, B, length),
     negative_ids=_array(jnp.int32, 1, length),
@@ -141,11 +142,10 @@ def _edits(networks: Networks, work: Work, mesh: Mesh) -> Call:
     indices=_array(jnp.uint32, B),
     grid=_grid(networks, work.steps),
     guided_sigmas=_array(jnp.float32, 2),
-    rescale=None, mask=None, init_noise=None, step_noise=None,
-  )  # fmt: skip
-  program = edit_programs(networks, mesh).edit
+  )
   inputs = _bfloat16(networks.shapes), request
-  return Call(program, settings, inputs, (sharding.WHOLE, SPLIT))
+  whole = program.compiled(KIND, networks, mesh).whole
+  return Call(whole, settings, inputs, (sharding.WHOLE, program.SPLIT))
 
 
 def _pairs(networks: Networks, work: Work, mesh: Mesh) -> Call:
