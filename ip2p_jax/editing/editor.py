@@ -22,7 +22,6 @@ from ip2p_jax.pipeline.networks import check_is_editor
 from ip2p_jax.pipeline.program import Images
 from ip2p_jax.pipeline.sampling import Sampling, check_acts, check_noise_acts
 from ip2p_jax.progress import Progress, part_of
-from ip2p_jax.xla_alarms import quietly
 
 
 class Editor(Pipeline):

@@ -8,7 +8,7 @@ import tiny_models
 from PIL import Image, ImageCms
 
 from ip2p_jax import weights
-from ip2p_jax.cli import draw, main
+from ip2p_jax.cli import main
 from ip2p_jax.images import read_settings
 
 
@@ -22,7 +22,7 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture
 def ip2p_draw(checkpoint, tmp_path, monkeypatch, capsys):
   """Runs the command with these words after small defaults: (status, what it says)."""
-  monkeypatch.setattr(draw, 'cache_compilations', lambda: None)
+  monkeypatch.setattr('ip2p_jax.cli.console.cache_compilations', lambda: None)
 
   def run(*words, text='a boat'):
     usual = (text, '--ckpt', checkpoint, '-o', tmp_path / 'out.png', '--steps', 2, '--size', 32)
