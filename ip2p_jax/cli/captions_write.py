@@ -236,7 +236,7 @@ def _check_taken_out(context, server) -> None:
 def _load(folder, dtype, split):
   """A model of this machine, and what tells it apart."""
   from ip2p_jax.captions.generate import Language
-  from ip2p_jax.pipeline.networks import default_dtype, weights_digest
+  from ip2p_jax.pipeline.networks import bytes_digest, default_dtype, weights_digest
   from ip2p_jax.weights.language_folder import read_language
 
   console.cache_compilations()
@@ -246,6 +246,7 @@ def _load(folder, dtype, split):
     'model': folder.resolve().name,
     'dtype': dtype,
     'weights': weights_digest(checkpoint.tensors),
+    'bytes': bytes_digest(checkpoint.tensors),
     'tokenizer': hashlib.blake2b(checkpoint.tokenizer, digest_size=8).hexdigest(),
   }
   model = Language.of(checkpoint, dtype, split)
