@@ -87,7 +87,8 @@ def diversity(instructions: Sequence[str]) -> Iterator[str]:
   different = len({plain(text) for text in instructions})
   yield f'instructions: {different:,} different of {len(instructions):,}'
   verbs = collections.Counter((text.split() or [''])[0].lower() for text in instructions)
-  shown = ', '.join(f'{verb} {percent(n)}' for verb, n in verbs.most_common(SHOWN_VERBS))
+  most = sorted(verbs.items(), key=lambda item: (-item[1], item[0]))[:SHOWN_VERBS]
+  shown = ', '.join(f'{verb} {percent(n)}' for verb, n in most)
   yield f'first words: {len(verbs):,} different; {shown}'
   lengths = [len(text.split()) for text in instructions]
   bars, first = [], 1
