@@ -4,7 +4,8 @@ python sample.py --ckpt CKPT --input photo.jpg --edit "make it winter" --output 
 python sample.py --input scene.png --edit "make the circle red" --output red.png  # miniature
 """
 
-from ip2p_jax.cli import main
+from ip2p_jax.cli.console import run
+from ip2p_jax.cli.edit import edit
 
 if __name__ == '__main__':
-  main.run(main.edit, 'sample.py')
+  run(edit, 'sample.py')

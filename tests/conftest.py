@@ -39,9 +39,9 @@ def rng():
 @pytest.fixture
 def ip2p(monkeypatch, capsys):
   """Runs the command with these words: (status, what it printed)."""
-  from ip2p_jax.cli import main
+  from ip2p_jax.cli import console, main
 
-  monkeypatch.setattr(main, 'cache_compilations', lambda: None)
+  monkeypatch.setattr(console, 'cache_compilations', lambda: None)
 
   def run(*words):
     monkeypatch.setattr(sys, 'argv', ['ip2p', *map(str, words)])

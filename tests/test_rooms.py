@@ -17,7 +17,7 @@ ORDER = (
   'pipeline',
   'weights',
   'models diffusion',
-  'bundled config_text images progress sharding',
+  'bundled config_text defaults images progress sharding',
   'colour config_check interrupts metadata parameters storage',
   'config xla_alarms',
   'errors',

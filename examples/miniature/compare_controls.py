@@ -30,8 +30,9 @@ from ip2p_jax.pairs.generate import PairGenerator, PairSettings
 from ip2p_jax.pairs.pair_files import passes, stored
 from ip2p_jax.pairs.prompts import Prompt
 from ip2p_jax.pipeline import workdir
-from ip2p_jax.pipeline.clip_scores import Clip, Scores
+from ip2p_jax.pipeline.clip_scores import Clip
 from ip2p_jax.pipeline.networks import networks_of, params_of, tokenizer_of
+from ip2p_jax.pipeline.scores import Scores
 
 ASSETS = Path(__file__).parent.parent.parent / 'assets'
 CONTROLS = ('none', 'share', 'auto', 'share+auto')

@@ -29,8 +29,9 @@ from ip2p_jax.pairs import filter
 from ip2p_jax.pairs.generate import PairGenerator, PairSettings
 from ip2p_jax.pairs.prompts import Prompt
 from ip2p_jax.pipeline import workdir
-from ip2p_jax.pipeline.clip_scores import Clip, Scores
+from ip2p_jax.pipeline.clip_scores import Clip
 from ip2p_jax.pipeline.networks import networks_of, params_of, tokenizer_of
+from ip2p_jax.pipeline.scores import Scores
 from ip2p_jax.storage import write_bytes
 
 FACTORY = Scores(0.2, 0.2, 0.2, 0.4)  # of `make reproduce`

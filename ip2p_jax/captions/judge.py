@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 from ip2p_jax.captions import triplets
 from ip2p_jax.captions.rules import problems
+from ip2p_jax.defaults import MOST_TOKENS
 from ip2p_jax.errors import InputError
 
-MOST_TOKENS = 2**15 - 1
 # Why an answer is refused.
 REASONS = {
   'empty': 'no answer',

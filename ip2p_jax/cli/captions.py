@@ -1,11 +1,5 @@
 """`ip2p captions`: a language model learns to write edits, and writes them for many captions."""
 
-import dataclasses
-import hashlib
-import importlib
-import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -13,31 +7,9 @@ import typer
 from tqdm import tqdm
 from typer import Argument, Option
 
-from ip2p_jax import storage
-from ip2p_jax.captions import generate, triplets
-from ip2p_jax.captions.answers import describe, read_yield
-from ip2p_jax.captions.check import check_triplets, diversity
-from ip2p_jax.captions.judge import MOST_TOKENS, Writing
-from ip2p_jax.captions.local import local_backend
-from ip2p_jax.captions.merge import merge_answers
-from ip2p_jax.captions.read import read_captions
-from ip2p_jax.captions.server import Server, Usage, estimate, read_key
-from ip2p_jax.captions.train import train_language
-from ip2p_jax.captions.write import PROMPTS, write_all
-from ip2p_jax.cli.console import cache_compilations
-from ip2p_jax.config import LanguageConfig
-from ip2p_jax.config_text import load_config
-from ip2p_jax.data.shard_writing import parse_shard
+from ip2p_jax.cli import console
+from ip2p_jax.cli.captions_write import write
 from ip2p_jax.errors import InputError
-from ip2p_jax.pipeline.networks import default_dtype, weights_digest
-from ip2p_jax.weights.language_folder import read_language
-
-# Options that only one of the two backends reads.
-OF_SERVER = ('server_model', 'api', 'key_variable', 'examples', 'from_triplets', 'body',
-             'concurrency', 'timeout', 'retries', 'prompt_price', 'completion_price',
-             'yes')  # fmt: skip
-OF_MODEL = ('slots', 'split_weights', 'dtype')
-MOST_DOLLARS = 1e6  # per million tokens
 
 app = typer.Typer(
   rich_markup_mode=None,
@@ -64,6 +36,10 @@ def train(
   Run the same command again to resume. On several hosts: python train.py --multihost
   --config=configs/captions.py. docs/captions.md tells how to write triplets.
   """
+  from ip2p_jax.captions.train import train_language
+  from ip2p_jax.config import LanguageConfig
+  from ip2p_jax.config_text import load_config
+
   changes = []
   for word in context.args:
     name, equals, _ = word.partition('=')
@@ -71,175 +47,11 @@ def train(
       raise InputError(f'does not know {word!r}; settings change by --config.KEY=VALUE.')
     changes.append(word.removeprefix('--config.'))
   settings = load_config(config, changes, LanguageConfig)
-  cache_compilations()
+  console.cache_compilations()
   raise typer.Exit(train_language(settings, workdir))
 
 
-@app.command()
-def write(
-  context: typer.Context,
-  source: Annotated[
-    str,
-    Argument(
-      metavar='CAPTIONS',
-      help='A .jsonl, .csv or .parquet file, a folder of .parquet, or a .txt of one per line.',
-    ),
-  ],
-  out: Annotated[
-    str, Argument(metavar='OUT', help='A new folder; or one that an earlier try began.')
-  ],
-  model: Annotated[
-    Path | None, Option(help='A folder as transformers saves a model, trained on triplets.')
-  ] = None,
-  server: Annotated[
-    str | None, Option(help="Instead: a server's URL, as in http://localhost:8000/v1.")
-  ] = None,
-  server_model: Annotated[str | None, Option(help="The model's name on the server.")] = None,
-  column: Annotated[str, Option(help='Of captions; caption, input, TEXT and such are found.')] = '',
-  limit: Annotated[
-    int | None, Option(min=1, help='Only the first captions; run again for more of them.')
-  ] = None,
-  attempts: Annotated[int, Option(min=1, help='Answers to ask for until one is good.')] = 4,
-  temperature: Annotated[float, Option(help='0 always takes the likeliest token.')] = 0.7,
-  top_p: Annotated[float, Option(help='Part of the probability that tokens are drawn from.')] = 1.0,
-  frequency_penalty: Annotated[float, Option(help='Per time that a token was written.')] = 0.1,
-  max_tokens: Annotated[int, Option(min=1, max=MOST_TOKENS, help='Of an answer.')] = 256,
-  max_words: Annotated[int, Option(min=1, help='Of an instruction.')] = 25,
-  seed: Annotated[int, Option(min=0, help='Of the whole run.')] = 0,
-  moderate: Annotated[
-    str | None,
-    Option(
-      metavar='MODULE:FUNCTION',
-      help='Your Python function (text) -> bool, True for texts that must not be used.',
-    ),
-  ] = None,
-  shard: Annotated[str, Option(help='i/n: this worker of n that share the captions.')] = '0/1',
-  slots: Annotated[
-    int | None,
-    Option(
-      min=1,
-      max=MOST_TOKENS,
-      help='With --model: captions at a time, on all devices; 64 for each copy of the weights if'
-      ' left out.',
-    ),
-  ] = None,
-  split_weights: Annotated[
-    int | None,
-    Option(
-      min=1,
-      help='With --model: devices that share one copy of the weights; if left out, as few as keep'
-      ' half of their memory free.',
-    ),
-  ] = None,
-  dtype: Annotated[
-    str | None, Option(help='With --model: float32 or bfloat16; by default float32 on a CPU only.')
-  ] = None,
-  api: Annotated[str, Option(help='With --server: chat, or completions.')] = 'chat',
-  key_variable: Annotated[
-    str | None, Option(metavar='NAME', help='With --server: environment variable with the key.')
-  ] = None,
-  examples: Annotated[
-    int, Option(min=0, help='With --server: triplets to show; 0 for a model trained on them.')
-  ] = 8,
-  from_triplets: Annotated[
-    Path | None, Option('--triplets', help='With --server: to show; those of this project if none.')
-  ] = None,
-  body: Annotated[
-    str, Option(help='With --server: more of the request, as JSON; null takes a key out.')
-  ] = '{}',
-  concurrency: Annotated[
-    int, Option(min=1, max=1024, help='With --server: requests at a time.')
-  ] = 16,
-  timeout: Annotated[float, Option(min=0.1, help='With --server: seconds for an answer.')] = 120.0,
-  retries: Annotated[int, Option(min=0, help='With --server: of a request that fails.')] = 8,
-  prompt_price: Annotated[
-    float | None,
-    Option(min=0, max=MOST_DOLLARS, help='With --server: dollars per million tokens of requests.'),
-  ] = None,
-  completion_price: Annotated[
-    float | None,
-    Option(min=0, max=MOST_DOLLARS, help='With --server: dollars per million tokens of answers.'),
-  ] = None,
-  yes: Annotated[bool, Option('--yes', '-y', help='With --server: do not ask first.')] = False,
-) -> None:
-  """Writes an instruction and an edited caption for each caption, ready for `ip2p pairs`.
-
-  ip2p captions write captions.parquet edits --model writer
-
-  ip2p captions write captions.txt edits --model writer --shard 3/8
-
-  ip2p captions write captions.jsonl edits --server http://localhost:8000/v1 --server-model qwen
-  --limit 100
-
-  ip2p captions write captions.jsonl edits --server https://api.example.com/v1 --server-model NAME
-  --key-variable API_KEY --prompt-price 0.15 --completion-price 0.6
-
-  Killed, it goes on where it was. The result is OUT/prompts.jsonl, once all workers are done.
-  """
-  writing = Writing(
-    seed, attempts, temperature, top_p, frequency_penalty, max_tokens, max_words
-  )  # refuses mistakes before reading
-  number = parse_shard(shard)
-  if (model is None) == (server is None):
-    raise InputError('give either --model FOLDER or --server URL.')
-  _check_options(context, *((OF_SERVER, '--server') if model else (OF_MODEL, '--model')))
-  if temperature == 0:
-    idle = {'top_p'} | ({'seed', 'attempts'} if model else set())
-    for name, flag in given_options(context).items():
-      if name in idle and (name, attempts) != ('attempts', 1):
-        raise InputError(
-          f'{flag} would do nothing: --temperature 0 takes the likeliest token; leave it out.'
-        )
-  folder, is_flagged = storage.local_folder(out), moderate and _hook(moderate)
-  source = Path(storage.local_path(source)).expanduser()
-  asked = None
-  if server is not None:
-    if not server_model:
-      raise InputError("--server-model is missing: the model's name on the server.")
-    if from_triplets and not examples:
-      raise InputError('--triplets are not shown with --examples 0; leave one of them out.')
-    shown = triplets.read(from_triplets or triplets.bundled_file()) if examples else []
-    asked = Server(
-      server, server_model, api, read_key(key_variable) if key_variable else None,
-      shown, examples, _json(body), concurrency, timeout, retries,
-    )  # fmt: skip
-    _check_taken_out(context, asked)
-  found = read_captions(source, column)
-  left_out = ', '.join(f'{count:,} {reason}' for reason, count in found.left_out.items())
-  tqdm.write(f'{source}: {_many(len(found.kept), "caption")}; left out: {left_out or "none"}')
-  usage, to_ask = Usage(), []
-  if asked:
-    from ip2p_jax.captions.client import server_backend  # HTTP is slow to import
-
-    identity = {'model': server_model, 'api': api, 'shown': examples}
-    identity |= {'examples': _digest(shown), 'body': _digest(asked.body)}  # that may hold secrets
-    if asked.taken_out:
-      identity['taken_out'] = asked.taken_out
-    complete = server_backend(asked, writing, usage, _once(tqdm.write))
-  else:
-    loaded, identity = _load(model, dtype, split_weights)
-    complete = local_backend(loaded, writing, slots)
-
-  def confirm(texts):
-    to_ask.extend(texts)
-    if asked:
-      _confirm(asked, writing, texts, prompt_price, completion_price, yes)
-
-  with tqdm(unit='caption', dynamic_ncols=True, disable=None) as bar:
-
-    def progress(done, total):
-      if bar.total is None:  # what was there before says nothing of the speed
-        bar.reset(total)
-        bar.initial = bar.n = done
-      bar.update(done - bar.n)
-
-    is_complete = write_all(
-      found.kept, folder, complete, writing, identity | {'moderate': moderate}, number, limit,
-      is_flagged, progress, confirm,
-    )  # fmt: skip
-  if asked and to_ask:
-    _tell_usage(usage, prompt_price, completion_price)
-  _report(folder, is_complete)
+app.command()(write)
 
 
 @app.command()
@@ -254,6 +66,8 @@ def check(
 
   A line per finding, and how varied the instructions are. Exit status 1 if anything was found.
   """
+  from ip2p_jax.captions.check import check_triplets, diversity
+
   with tqdm(unit='row', dynamic_ncols=True, disable=None) as bar:
 
     def progress(done, total):
@@ -263,7 +77,9 @@ def check(
     read, findings = check_triplets(file, tqdm.write, progress)
   for line in diversity([triplet.instruction for triplet in read]):
     tqdm.write(line)
-  tqdm.write(f'{file}: {_many(len(read), "triplet")}, {_many(findings, "finding")}')
+  tqdm.write(
+    f'{file}: {console.counted(len(read), "triplet")}, {console.counted(findings, "finding")}'
+  )
   if findings:
     raise typer.Exit(1)
 
@@ -280,157 +96,11 @@ def merge(
 
   Workers of one run (--shard) need none of this.
   """
+  from ip2p_jax.captions.merge import merge_answers
+
   *sources, out = files
   if not sources:
     raise InputError('give the files to merge, and then a new one to write to.')
   count, duplicates = merge_answers(sources, out)
-  tqdm.write(
-    f'{out}: {_many(count, "prompt")}; {duplicates:,} left out, whose caption was there before'
-  )
-
-
-def _many(count: int, what: str) -> str:
-  return f'{count:,} {what}{"s" * (count != 1)}'
-
-
-def given_options(context: typer.Context) -> dict[str, str]:
-  """The options that change something on the command line: their flags by name.
-
-  A script may well repeat what an option is without it.
-  """
-  return {
-    parameter.name: parameter.opts[0]
-    for parameter in context.command.params
-    if context.get_parameter_source(parameter.name).name == 'COMMANDLINE'
-    and context.params[parameter.name] != parameter.get_default(context)
-  }
-
-
-def _check_options(context, names, backend) -> None:
-  """InputError for an option that was given and would not be read."""
-  for name, flag in given_options(context).items():
-    if name in names:
-      raise InputError(f'{flag} goes with {backend}; leave it out.')
-
-
-def _check_taken_out(context, server) -> None:
-  """InputError for an option that was given, of which --body lets the server hear nothing."""
-  for name, flag in given_options(context).items():
-    if name in server.taken_out and not (name == 'seed' and server.shown):  # it draws examples, too
-      raise InputError(f'{flag} would do nothing: --body takes it out; leave one of them out.')
-
-
-def _load(folder, dtype, split):
-  """A model of this machine, and what tells it apart."""
-  cache_compilations()
-  dtype = dtype or default_dtype()
-  checkpoint = read_language(folder)
-  identity = {
-    'model': folder.resolve().name,
-    'dtype': dtype,
-    'weights': weights_digest(checkpoint.tensors),
-    'tokenizer': hashlib.blake2b(checkpoint.tokenizer, digest_size=8).hexdigest(),
-  }
-  model = generate.Language.of(checkpoint, dtype, split)
-  return model, identity | {'config': _digest(dataclasses.asdict(model.config))}
-
-
-def _digest(value) -> str:
-  return hashlib.blake2b(json.dumps(value).encode(), digest_size=8).hexdigest()
-
-
-def _hook(spec: str) -> Callable[[str], bool]:
-  """A function of the user's, which may lie beside where the command runs."""
-  module, _, name = spec.partition(':')
-  sys.path.insert(0, str(Path.cwd()))
-  try:
-    function = getattr(importlib.import_module(module), name)
-  except (Exception, SystemExit) as error:  # whatever happens in there
-    raise InputError(
-      f'--moderate {spec}: cannot be imported ({error}); write MODULE:FUNCTION.'
-    ) from error
-  finally:
-    sys.path.pop(0)
-
-  def is_flagged(text):
-    try:
-      return bool(function(text))
-    except Exception as error:
-      raise InputError(
-        f'--moderate {spec}: failed on {text[:80]!r} ({type(error).__name__}: {error}).'
-      ) from error
-
-  return is_flagged
-
-
-def _json(text: str) -> dict:
-  try:
-    found = json.loads(text)
-    json.dumps(found, allow_nan=False)  # nor infinity, which are no JSON
-  except (ValueError, RecursionError):
-    found = None
-  if not isinstance(found, dict):
-    raise InputError('--body is no JSON object, as in \'{"seed": null, "min_p": 0.1}\'.')
-  return found
-
-
-def _confirm(server, writing, texts, prompt_price, completion_price, yes) -> None:
-  """Tells what a run may cost, and asks."""
-  least = estimate(server, writing, texts)
-  tqdm.write(
-    f'{least.requests:,} captions for {server.model} at {server.url}: about'
-    f' {least.prompt_tokens:,} tokens of requests and {least.completion_tokens:,} of answers'
-    f'{_dollars(least, prompt_price, completion_price)} if every first answer is good, and up to'
-    f' {writing.attempts} times as much'
-  )
-  if yes:
-    return
-  if not sys.stdin.isatty():
-    raise InputError('nobody is there to be asked whether to start; say --yes.')
-  typer.confirm('Start?', abort=True)
-
-
-def _tell_usage(usage, prompt_price, completion_price) -> None:
-  if usage.prompt_tokens:
-    tqdm.write(
-      f'the server counted {usage.prompt_tokens:,} tokens of requests and'
-      f' {usage.completion_tokens:,} of answers{_dollars(usage, prompt_price, completion_price)}'
-    )
-
-
-def _dollars(tokens, prompt_price, completion_price) -> str:
-  if prompt_price is None and completion_price is None:
-    return ''
-  cost = tokens.prompt_tokens * (prompt_price or 0)
-  cost += tokens.completion_tokens * (completion_price or 0)
-  return f' (${cost / 1e6:,.2f})'
-
-
-def _once(say):
-  """Says each line once."""
-  said = set()
-
-  def tell(line):
-    if line not in said:
-      said.add(line)
-      say(line)
-
-  return tell
-
-
-def _report(folder, is_complete) -> None:
-  found = read_yield(folder)
-  for line in describe(found):
-    tqdm.write(line)
-  if not found.instructions and is_complete:
-    raise InputError(f'no answer was kept; {folder} has them all, and why they were refused.')
-  for line in diversity(found.instructions):
-    tqdm.write(line)
-  if is_complete:
-    file = folder / PROMPTS
-    count = _many(file.read_bytes().count(b'\n'), 'prompt')
-    tqdm.write(f'{file} has {count}; `ip2p pairs` draws pictures of it')
-  else:
-    tqdm.write(
-      f'{folder}: other shards are still missing: it is complete when all workers are done'
-    )
+  prompts = console.counted(count, 'prompt')
+  tqdm.write(f'{out}: {prompts}; {duplicates:,} left out, whose caption was there before')

@@ -1,19 +1,35 @@
-"""What our commands have in common: one line for a mistake, and compiled programs that are kept."""
+"""What all commands share: errors as one line, progress, compiled programs that are kept."""
 
 import contextlib
+import functools
 import logging
 import os
 import re
+import signal
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Annotated
 
-import jax
+import typer
+from tqdm import tqdm
+from typer import Option
 
 from ip2p_jax.errors import InputError
+from ip2p_jax.interrupts import INTERRUPTED, interruptible
+from ip2p_jax.progress import waiting
 
 MISTAKE = 2  # exit status
+
+Ema = Annotated[
+  bool | None,
+  Option(
+    '--ema/--no-ema',
+    help='Averaged or live weights, of a single file or workdir that holds both; by default'
+    ' averaged, unless a file shows that its live ones were merged, or had an adapter added.',
+  ),
+]
 
 
 @contextlib.contextmanager
@@ -40,6 +56,8 @@ def _log_shown(name: str) -> Iterator[None]:
   ours, handler = logging.getLogger('ip2p_jax'), logging.Handler()
 
   def emit(record):
+    import jax
+
     kind = 'warning: ' if record.levelno >= logging.WARNING else ''
     if jax.process_index() == 0:
       complain(name, kind + record.getMessage())
@@ -61,6 +79,8 @@ def complain(name: str, text: str) -> None:
 
 def cache_compilations() -> None:
   """Keeps compiled programs on disk, so that the next start is fast."""
+  import jax
+
   if not jax.config.jax_compilation_cache_dir:
     folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'ip2p-jax'
     with contextlib.suppress(OSError):  # then we go without
@@ -83,3 +103,100 @@ def _drop_damaged(folder: Path) -> None:
     show(message, *rest)
 
   warnings.showwarning = shown
+
+
+def run(app: typer.Typer | Callable, name: str) -> None:
+  """Runs a command line. A user's mistake is one line on stderr and exit status 2."""
+  if not isinstance(app, typer.Typer):
+    function, app = app, typer.Typer(add_completion=False, rich_markup_mode=None)
+    app.command()(function)
+  with warnings.catch_warnings():
+    warnings.simplefilter('default', UserWarning)
+    tell = functools.cache(lambda message: complain(name, f'warning: {message}'))  # each once
+    warnings.showwarning = lambda message, *_: tell(str(message))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that we tidy up
+
+    def end(_number):
+      complain(name, 'stopped')
+      os._exit(INTERRUPTED)
+
+    with interruptible(end):
+      status = _status(app, name)
+  if status == INTERRUPTED:  # the device may still be at work, and would fail under our feet
+    sys.stdout.flush()
+    os._exit(status)
+  sys.exit(status)
+
+
+def _status(app: typer.Typer, name: str) -> int:
+  try:
+    with one_line(name, 'lower --batch-size or --resolution.'):
+      status = typer.main.get_command(app)(prog_name=name, standalone_mode=False)
+    if status != INTERRUPTED:
+      return status or 0
+  except typer.Abort:  # the same in older versions of typer
+    pass
+  except Exception as error:
+    if not hasattr(error, 'format_message'):  # what a wrong flag raises
+      raise
+    command = getattr(getattr(error, 'ctx', None), 'command_path', name)
+    complain(name, f'error: {error.format_message()} (see {command} --help)')
+    return MISTAKE
+  complain(name, 'stopped')
+  return INTERRUPTED
+
+
+def given_options(context: typer.Context) -> dict[str, str]:
+  """The options that change something on the command line: their flags by name.
+
+  A script may well repeat what an option is without it.
+  """
+  return {
+    parameter.name: parameter.opts[0]
+    for parameter in context.command.params
+    if context.get_parameter_source(parameter.name).name == 'COMMANDLINE'
+    and context.params[parameter.name] != parameter.get_default(context)
+  }
+
+
+def counted(count: int, what: str) -> str:
+  """As in 1 row, 2,000 rows."""
+  return f'{count:,} {what}{"s" * (count != 1)}'
+
+
+def say(text: str) -> None:
+  tqdm.write(text)
+
+
+def save(image, path: Path, settings: dict) -> None:
+  """Writes an image with the settings that made it, and says so."""
+  from ip2p_jax import images
+
+  images.save(image, path, settings)
+  say(f'wrote {path}')
+
+
+@contextlib.contextmanager
+def progress(unit: str, compiles: bool = False) -> Iterator[Callable[[int, int], None] | None]:
+  """Counts steps, or rows, on a terminal; None where nobody is looking.
+
+  `compiles`: whether the first of them waits for the compiler, and is to say so.
+  """
+  is_watched = sys.stderr.isatty()
+  with contextlib.ExitStack() as stack:
+    starting = stack.enter_context(contextlib.ExitStack())
+    if compiles:
+      starting.enter_context(waiting(f'compiling, about a minute, then the first {unit}'))
+    if not is_watched:
+      yield None
+      return
+    bars = []
+
+    def count(done, total):
+      if not bars:
+        starting.close()
+        bars.append(stack.enter_context(tqdm(unit=unit, dynamic_ncols=True)))
+      bars[0].total = total
+      bars[0].update(done - bars[0].n)
+
+    yield count

@@ -1,11 +1,65 @@
-"""`ip2p convert`: a checkpoint, or what a training run made, as another format."""
+"""`ip2p convert`."""
 
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
-from ip2p_jax.captions.workdir import export_language, is_language_run
-from ip2p_jax.editing.export import convert_checkpoint, refuse_options
+import typer
+from typer import Option
+
+from ip2p_jax.cli import console
+
+
+def convert(
+  src: Annotated[
+    str, typer.Argument(help='A diffusers folder, a .safetensors or .ckpt file, or a workdir.')
+  ],
+  dst: Annotated[
+    Path,
+    typer.Argument(help='A new folder (diffusers), .safetensors (ldm) or .ckpt file (original).'),
+  ],
+  to: Annotated[
+    str | None,
+    Option(help='diffusers, ldm, original, lora (adapters alone); or by the name of DST.'),
+  ] = None,
+  dtype: Annotated[str, Option(help='Of the written weights: float32, float16, bfloat16.')] = (
+    'float32'
+  ),
+  ema: console.Ema = None,
+  variant: Annotated[
+    str | None, Option(help='Which of a source folder’s files to read, such as fp16.')
+  ] = None,
+  prediction_type: Annotated[
+    str | None, Option(help='epsilon or v_prediction, for single files that cannot say.')
+  ] = None,
+  verify: Annotated[
+    bool, Option(help='Whether to store a short edit and a verify.py that repeats it in PyTorch.')
+  ] = True,
+  overwrite: Annotated[bool, Option('--overwrite', help='Replace what is at DST.')] = False,
+) -> None:
+  """Converts a checkpoint, or what a training run made, to a diffusers folder or an LDM file.
+
+  ip2p convert instruct-pix2pix-00-22000.ckpt ip2p-folder --to diffusers --dtype float16
+
+  ip2p convert ip2p-folder instruct-pix2pix.safetensors --to ldm
+
+  ip2p convert workdir trained.safetensors
+
+  ip2p convert workdir trained.ckpt
+
+  ip2p convert workdir adapters --to lora
+
+  The LDM file is what A1111 and ComfyUI load; the .ckpt file, which needs torch to be written, is
+  what the original's own edit_cli.py loads: with a state_dict, and averages beside the weights.
+  Beside what is written lie a stored edit and verify.py, which repeats it with torch and diffusers
+  alone and prints the difference.
+  """
+  console.cache_compilations()
+  convert_any(
+    src, dst, to, dtype, ema=ema, variant=variant, prediction_type=prediction_type,
+    verify=verify, overwrite=overwrite, say=console.say,
+  )  # fmt: skip
 
 
 def convert_any(
@@ -24,6 +78,9 @@ def convert_any(
 
   Arguments are those of `convert_checkpoint`; raises InputError as it does.
   """
+  from ip2p_jax.captions.workdir import export_language, is_language_run
+  from ip2p_jax.editing.export import convert_checkpoint, refuse_options
+
   if is_language_run(src):
     refuse_options(
       f'{src}: trained a language model, which is written for transformers',

@@ -5,11 +5,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 from absl import flags, logging
 from ml_collections import config_flags
 
-from ip2p_jax.cli.console import cache_compilations, complain, one_line
+from ip2p_jax.cli import console
+from ip2p_jax.cli.console import complain, one_line
 from ip2p_jax.config import LanguageConfig, TrainConfig
 from ip2p_jax.config_check import without_idle
 from ip2p_jax.config_text import check_overrides, plain_overrides
@@ -55,7 +55,7 @@ def train(argv: Sequence[str]) -> None:
     from ip2p_jax.captions.train import train_language
     from ip2p_jax.training.train import train as train_editor
 
-    cache_compilations()
+    console.cache_compilations()
     is_language = isinstance(values.config, LanguageConfig)
     run = train_language if is_language else train_editor
     given = config_flags.get_override_values(values['config'])
@@ -69,6 +69,8 @@ def train(argv: Sequence[str]) -> None:
 
 
 def _join(values) -> None:
+  import jax
+
   given = (values.num_processes is not None, values.process_id is not None)
   if values.coordinator and not all(given):
     raise InputError('--coordinator=HOST:PORT needs --num_processes=N and --process_id=0 to N-1.')

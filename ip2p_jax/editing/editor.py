@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from ip2p_jax import bundled, sharding, weights
+from ip2p_jax.defaults import MAX_SCALE
 from ip2p_jax.diffusion import guidance, samplers
 from ip2p_jax.editing.program import CONDITIONAL, SPLIT, Edit, EditRequest, EditSpec, edit_programs
 from ip2p_jax.errors import InputError, check_choice
@@ -37,7 +38,6 @@ from ip2p_jax.xla_alarms import quietly
 
 DTYPES = ('float32', 'bfloat16', 'float16')
 MAX_SEED = 2**32 - 1
-MAX_SCALE = 100
 
 
 class Editor:

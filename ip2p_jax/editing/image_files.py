@@ -7,7 +7,8 @@ from typing import Any
 
 from PIL import Image
 
-from ip2p_jax.editing.editor import MAX_SCALE, Editor
+from ip2p_jax.defaults import MAX_SCALE
+from ip2p_jax.editing.editor import Editor
 from ip2p_jax.errors import InputError
 from ip2p_jax.images import (
   WRITE_FORMATS,

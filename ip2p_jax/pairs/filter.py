@@ -27,19 +27,17 @@ from ip2p_jax.errors import InputError
 from ip2p_jax.pairs.pair_files import (
   DIGITS,
   PROMPT,
-  RELEASED,
   SCORES,
   passes,
   read_scores,
   scores_of,
 )
 from ip2p_jax.pairs.prompts import instruction_fault, listed
-from ip2p_jax.pipeline.clip_scores import Scores
+from ip2p_jax.pairs.thresholds import MOST, PAPER, RELEASED
+from ip2p_jax.pipeline.scores import Scores
 from ip2p_jax.progress import Progress, unwatched
 from ip2p_jax.storage import FILTERED
 
-PAPER = Scores(0.2, 0.2, 0.2, 0.75)
-MOST = 4  # pairs of a prompt
 LABELS = Scores('picture and caption', 'edited picture and caption', 'direction', 'both pictures')
 SAME = 4  # bits of 64 in which two pictures differ that look the same
 UNKEPT = ('sample',)  # of a line of scores, not in the original's metadata

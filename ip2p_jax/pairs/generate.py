@@ -27,8 +27,9 @@ from ip2p_jax.pairs import alignment, inversion
 from ip2p_jax.pairs.program import PairRequest, PairSpec, scored_pairs
 from ip2p_jax.pairs.prompt_to_prompt import Blend, Control, Injection
 from ip2p_jax.pairs.prompts import Prompt, listed
-from ip2p_jax.pipeline.clip_scores import Clip, Scores, Towers
+from ip2p_jax.pipeline.clip_scores import Clip, Towers
 from ip2p_jax.pipeline.networks import Networks, check_is_text_to_image
+from ip2p_jax.pipeline.scores import Scores
 from ip2p_jax.sharding import ROWS, SECOND, WHOLE
 from ip2p_jax.xla_alarms import quietly
 

@@ -26,13 +26,13 @@ from ip2p_jax import images, storage
 from ip2p_jax.errors import InputError
 from ip2p_jax.models.tokenizer import ClipTokenizer
 from ip2p_jax.pairs.prompts import Prompt, drawn_from
-from ip2p_jax.pipeline.clip_scores import Scores
+from ip2p_jax.pairs.thresholds import RELEASED
+from ip2p_jax.pipeline.scores import Scores
 
 SETTINGS, PROMPT, SCORES = 'pairs.json', 'prompt.json', 'scores.jsonl'
 # May change while nobody is at work, if what was drawn is still asked for.
 CHANGEABLE = ('prompts', 'samples')
 UNUSED = ('batch_size',)  # of settings that older versions wrote
-RELEASED = Scores(0.2, 0.2, 0.2, 0.7)  # the thresholds of the released data
 DIGITS = 5  # of the scores: what is judged is what is stored
 SHOWN = 5  # lines named in one message
 

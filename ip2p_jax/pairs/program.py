@@ -17,8 +17,9 @@ from ip2p_jax.diffusion import guidance, noise, samplers
 from ip2p_jax.diffusion.denoiser import denoiser
 from ip2p_jax.errors import InputError
 from ip2p_jax.pairs.prompt_to_prompt import Control, blended, coarse_level, controlled, word_map
-from ip2p_jax.pipeline.clip_scores import Scores, Towers
+from ip2p_jax.pipeline.clip_scores import Towers
 from ip2p_jax.pipeline.networks import Networks
+from ip2p_jax.pipeline.scores import Scores
 
 # With no image to guide by, equal scales leave no weight to the branch between these two.
 BRANCHES = (guidance.TEXT_AND_IMAGE, guidance.UNCONDITIONAL)

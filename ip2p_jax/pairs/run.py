@@ -19,7 +19,7 @@ from ip2p_jax.errors import InputError
 from ip2p_jax.pairs import pair_files
 from ip2p_jax.pairs.generate import PairGenerator
 from ip2p_jax.pairs.prompts import Prompt
-from ip2p_jax.pipeline.clip_scores import Scores
+from ip2p_jax.pipeline.scores import Scores
 from ip2p_jax.progress import Progress, unwatched
 
 THREADS = 8  # that write JPEGs

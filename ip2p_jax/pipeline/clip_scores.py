@@ -21,6 +21,7 @@ from ip2p_jax.models.clip import TextEncoder, VisionEncoder
 from ip2p_jax.models.configs import TextConfig, VisionConfig
 from ip2p_jax.models.layers import Params, abstract
 from ip2p_jax.models.tokenizer import ClipTokenizer
+from ip2p_jax.pipeline.scores import Scores
 from ip2p_jax.weights import names
 from ip2p_jax.weights.files import read_tensors
 from ip2p_jax.xla_alarms import quietly
@@ -33,15 +34,6 @@ TOKENIZER_FILES = ('.json', '.txt')
 # inputs in other rows of a batch are up to 3e-7 apart (in bfloat16 4e-3, half of its epsilon),
 # pictures whose every pixel is off by a level 1e-3, captions but for a last stop 2e-2.
 LEAST_CHANGE = 1e-4
-
-
-class Scores(NamedTuple):
-  """Cosines, each [B], named as in the original's metadata."""
-
-  clip_sim_0: Array  # first picture and its caption
-  clip_sim_1: Array  # second picture and its caption
-  clip_sim_dir: Array  # difference of the pictures and of the captions (Gal et al. 2021)
-  clip_sim_image: Array  # both pictures
 
 
 class Towers(NamedTuple):

@@ -79,7 +79,7 @@ def model(tmp_path_factory):
 @pytest.fixture
 def ip2p(monkeypatch, capsys):
   """Runs `ip2p captions` with these words: (status, what it said)."""
-  monkeypatch.setattr('ip2p_jax.cli.captions.cache_compilations', lambda: None)
+  monkeypatch.setattr('ip2p_jax.cli.console.cache_compilations', lambda: None)
 
   def run(*words):
     monkeypatch.setattr(sys, 'argv', ['ip2p', 'captions', *map(str, words)])
@@ -343,7 +343,7 @@ def test_training_gets_the_config_and_gives_its_status(ip2p, tmp_path, monkeypat
     got.append((config, workdir))
     return status
 
-  monkeypatch.setattr('ip2p_jax.cli.captions.train_language', train_language)
+  monkeypatch.setattr('ip2p_jax.captions.train.train_language', train_language)
   words = ('--config.steps=7', '--config.lora.rank=4', '--config.data.path=my.jsonl')
   assert ip2p('train', '--workdir', tmp_path / 'W', *words)[0] == status
   ((config, workdir),) = got

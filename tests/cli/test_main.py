@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -12,7 +13,9 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from ip2p_jax import bundled, weights
-from ip2p_jax.cli import main
+from ip2p_jax.cli import console
+from ip2p_jax.cli.data import check
+from ip2p_jax.cli.edit import edit as edit_command
 from ip2p_jax.editing import image_files
 from ip2p_jax.images import read_settings
 from ip2p_jax.weights import ldm_names
@@ -29,7 +32,7 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def cache(monkeypatch, tmp_path):
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
-  monkeypatch.setattr(main, 'cache_compilations', lambda: None)
+  monkeypatch.setattr(console, 'cache_compilations', lambda: None)
 
 
 @pytest.fixture
@@ -54,7 +57,7 @@ def edit(checkpoint, photo, tmp_path, monkeypatch, capsys):
       argv += [f'--{name.replace("_", "-")}', *([] if value is True else map(str, values))]
     monkeypatch.setattr(sys, 'argv', argv)
     with pytest.raises(SystemExit) as stop:
-      main.run(main.edit, 'sample.py')
+      console.run(edit_command, 'sample.py')
     return stop.value.code or 0, capsys.readouterr().err
 
   return run
@@ -297,7 +300,7 @@ def test_check_says_which_weights_a_file_gives_and_refuses_what_is_for_data_sets
   def run(*arguments):
     monkeypatch.setattr(sys, 'argv', ['ip2p', str(path), *arguments])
     with pytest.raises(SystemExit) as stop:
-      main.run(main.check, 'ip2p')
+      console.run(check, 'ip2p')
     return stop.value.code or 0, capsys.readouterr().err
 
   status, said = run()
@@ -308,3 +311,27 @@ def test_check_says_which_weights_a_file_gives_and_refuses_what_is_for_data_sets
   for option in (('--limit', '3'), ('--split', 'train'), ('--columns', 'a=b')):
     status, said = run(*option)
     assert status == 2 and f'is a checkpoint, and {option[0]} is for data sets' in said
+
+
+HELP = """
+import sys
+import typer.main
+from typer.testing import CliRunner
+from ip2p_jax.cli import main
+
+def words_of(command, before=()):
+  yield before
+  for name, inner in getattr(command, 'commands', {}).items():
+    yield from words_of(inner, (*before, name))
+
+app = main.app()
+for words in words_of(typer.main.get_command(app)):
+  shown = CliRunner().invoke(app, [*words, '--help'])
+  assert shown.exit_code == 0 and 'Usage' in shown.output, words
+print(sorted({'jax', 'flax', 'numpy', 'pyarrow', 'PIL'} & set(sys.modules)))
+"""
+
+
+def test_help_loads_no_library():
+  done = subprocess.run([sys.executable, '-c', HELP], capture_output=True, text=True)
+  assert (done.stdout, done.stderr) == ('[]\n', '')

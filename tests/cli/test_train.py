@@ -30,7 +30,7 @@ def test_flags_that_do_not_tell_who_is_there_are_refused(given, message, monkeyp
   def alone(*_):  # as jax says it; in earnest it may only be asked before anything else
     raise ValueError('coordinator_address should be defined.')
 
-  monkeypatch.setattr(train.jax.distributed, 'initialize', alone)
+  monkeypatch.setattr('jax.distributed.initialize', alone)
   values = types.SimpleNamespace(workdir='W', config=TrainConfig(), **ALONE | given)
   monkeypatch.setattr(train.flags, 'FLAGS', values)
   with pytest.raises(SystemExit, match='2'):

@@ -21,8 +21,8 @@ from ip2p_jax import weights
 from ip2p_jax.diffusion.noise import Schedule
 from ip2p_jax.errors import InputError
 from ip2p_jax.models.tokenizer import ClipTokenizer
-from ip2p_jax.pipeline.clip_scores import Scores
 from ip2p_jax.pipeline.networks import networks_of, params_of
+from ip2p_jax.pipeline.scores import Scores
 from ip2p_jax.training.previews import decode
 
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,7 @@ from ip2p_jax import interrupts
 # Begins by a signal to itself, in two seconds, while no Python runs in the main thread.
 UNHEARD = """
 import hashlib, os, signal, sys, threading
-from ip2p_jax.cli.main import run
+from ip2p_jax.cli.console import run
 def command():
   threading.Timer(2, os.kill, [os.getpid(), signal.{name}]).start()
   hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)

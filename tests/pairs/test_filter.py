@@ -12,7 +12,7 @@ from ip2p_jax.data.rows import SPLITS
 from ip2p_jax.data.sources import open_source
 from ip2p_jax.errors import InputError
 from ip2p_jax.pairs import filter
-from ip2p_jax.pipeline.clip_scores import Scores
+from ip2p_jax.pipeline.scores import Scores
 
 GOOD = Scores(0.3, 0.3, 0.3, 0.8)
 

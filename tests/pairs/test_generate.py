@@ -21,8 +21,9 @@ from ip2p_jax.pairs.generate import PairGenerator, PairSettings, Sample
 from ip2p_jax.pairs.prompt_to_prompt import Control
 from ip2p_jax.pairs.prompts import read_prompts
 from ip2p_jax.pairs.run import draw_all
-from ip2p_jax.pipeline.clip_scores import Clip, Scores
+from ip2p_jax.pipeline.clip_scores import Clip
 from ip2p_jax.pipeline.networks import networks_of, params_of, tokenizer_of
+from ip2p_jax.pipeline.scores import Scores
 
 UNET = tiny_models.TINY_UNET | {'in_channels': 4}
 DRAWING = PairSettings(samples=5, steps=3, size=32, batch_size=8)

@@ -136,7 +136,7 @@ def test_actions_come_in_order_and_at_the_end(tmp_path):
   _, lines, kept = run([1.0] * 7, tmp_path, actions=[(3, act('a')), (6, act('b'))])
   assert seen == [('a', 3), ('a', 6), ('b', 6), ('a', 7), ('b', 7)]
   assert lines[6]['a'] == lines[6]['b'] == 6 and 'a' not in lines[4]
-  assert kept.steps() == [7]
+  assert kept.steps()[-1] == 7
 
 
 def test_a_failed_action_loses_no_numbers(tmp_path):

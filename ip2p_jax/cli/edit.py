@@ -1,0 +1,187 @@
+"""`ip2p edit`."""
+
+import secrets
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from typer import Option
+
+from ip2p_jax import bundled
+from ip2p_jax.cli import console
+from ip2p_jax.defaults import CFG_IMAGE, CFG_TEXT, MAX_SCALE, SAMPLER, STEPS
+from ip2p_jax.errors import InputError
+
+MAX_TEXT = 10_000  # characters; more would not fit into the metadata of a JPEG
+GRID_TEXT, GRID_IMAGE = '3,5,7.5,10', '1,1.2,1.5,1.8'
+
+
+def _default(usual: float | str, miniature: float | str) -> str:
+  return f'  [default: {usual}, with the miniature {miniature}]'
+
+
+def edit(
+  input: Annotated[Path, Option('--input', '-i', help='A picture, or a folder of pictures.')],
+  edit: Annotated[str, Option('--edit', '-e', help='What to do, as in "make it winter".')],
+  output: Annotated[Path, Option('--output', '-o', help='A picture to write, or a folder.')],
+  ckpt: Annotated[
+    str | None,
+    Option(
+      help='A diffusers folder, a single .safetensors or .ckpt file, or a workdir; by default the'
+      ' bundled miniature, which edits drawn scenes of 64 px.'
+    ),
+  ] = None,
+  resolution: Annotated[
+    int | None,
+    Option(min=8, max=8192, help="Longer side at work, in pixels; the checkpoint's if left out."),
+  ] = None,
+  steps: Annotated[
+    int | None, Option(min=1, help='Steps of the sampler.' + _default(STEPS, bundled.STEPS))
+  ] = None,
+  cfg_text: Annotated[
+    float | None,
+    Option(
+      min=-MAX_SCALE,
+      max=MAX_SCALE,
+      help='How strongly to follow the text: 3 to 12.' + _default(CFG_TEXT, bundled.TEXT_GUIDANCE),
+    ),
+  ] = None,
+  cfg_image: Annotated[
+    float | None,
+    Option(
+      min=-MAX_SCALE,
+      max=MAX_SCALE,
+      help='How strongly to keep the picture: 1 to 2.2.'
+      + _default(CFG_IMAGE, bundled.IMAGE_GUIDANCE),
+    ),
+  ] = None,
+  seed: Annotated[int | None, Option(min=0, max=2**32 - 1, help='Random, if left out.')] = None,
+  index: Annotated[
+    int | None,
+    Option(min=0, max=2**31, help='With --seed: of the first picture; both fix the noise.'),
+  ] = None,
+  num: Annotated[int, Option(min=1, help='Variations per picture: seed, seed + 1, ...')] = 1,
+  negative: Annotated[str, Option(help='What the result should not be.')] = '',
+  mask: Annotated[
+    Path | None, Option(help='A picture: white is edited, black is kept exactly.')
+  ] = None,
+  grid: Annotated[bool, Option('--grid', help='One picture of many scales, labelled.')] = False,
+  grid_text: Annotated[
+    str | None, Option(help=f'The text scales of --grid.  [default: {GRID_TEXT}]')
+  ] = None,
+  grid_image: Annotated[
+    str | None, Option(help=f'The image scales of --grid.  [default: {GRID_IMAGE}]')
+  ] = None,
+  sampler: Annotated[
+    str | None,
+    Option(
+      help='euler_ancestral, euler, heun, ddim, dpmpp_2m or lcm.'
+      + _default(SAMPLER, bundled.SAMPLER)
+    ),
+  ] = None,
+  spacing: Annotated[
+    str | None, Option(help="linspace, leading or trailing; the sampler's own if left out.")
+  ] = None,
+  karras: Annotated[bool, Option('--karras', help='Noise levels of Karras et al.')] = False,
+  rescale: Annotated[float, Option(help='0 to 1, against overexposure at high scales.')] = 0.0,
+  interval: Annotated[
+    tuple[float, float], Option(help='Part of the steps to guide in, as in 0.2 0.8; saves time.')
+  ] = (0.0, 1.0),
+  batch_size: Annotated[
+    int | None,
+    Option(min=1, help='Pictures at a time, on all devices together; 4 for each if left out.'),
+  ] = None,
+  dtype: Annotated[
+    str | None, Option(help='float32, bfloat16 or float16; by default float32 on a CPU only.')
+  ] = None,
+  variant: Annotated[str | None, Option(help="Of a folder's files, such as fp16.")] = None,
+  ema: console.Ema = None,
+  prediction_type: Annotated[
+    str | None, Option(help='epsilon or v_prediction, for single files that cannot say.')
+  ] = None,
+) -> None:
+  """Edits pictures by an instruction.
+
+  ip2p edit --ckpt CKPT -i photo.jpg -e "make it winter" -o winter.png
+
+  ip2p edit -i scene.png -e "make the circle red" -o red.png
+
+  ip2p edit --ckpt CKPT -i photos/ -e "make it winter" -o winter/ --num 4 --seed 1
+
+  ip2p edit --ckpt CKPT -i photo.jpg -e "make it winter" -o sweep.png --grid --steps 20
+
+  ip2p edit --ckpt CKPT -i photo.jpg -e "make it winter" -o winter.png --mask sky.png
+
+  Changes too little? Lower --cfg-image or raise --cfg-text. Too much? The other way round. Small
+  faces come out better if you crop so that they are larger. The settings are stored in the result.
+  """
+  from ip2p_jax.editing import image_files
+  from ip2p_jax.editing.editor import Editor
+  from ip2p_jax.pipeline.sampling import Sampling, check_acts
+
+  if not edit.strip():
+    raise InputError('--edit is empty; say what to change, as in --edit "make it winter".')
+  if len(edit) + len(negative) > MAX_TEXT:
+    raise InputError(f'--edit and --negative are over {MAX_TEXT:,} characters; 77 tokens are read.')
+  image_files.check_options({
+    '--seed': seed, '--index': index, '--grid': grid, '--grid-text': grid_text,
+    '--grid-image': grid_image, '--cfg-text': cfg_text, '--cfg-image': cfg_image,
+  })  # fmt: skip
+  if ema is False and ckpt and Path(ckpt, 'model_index.json').is_file():
+    raise InputError(f'--no-ema: the folder {ckpt} holds no average; leave it out.')
+  seed, index = secrets.randbelow(2**31) if seed is None else seed, index or 0
+  own = (bundled.STEPS, bundled.TEXT_GUIDANCE, bundled.IMAGE_GUIDANCE, bundled.SAMPLER)
+  defaults = own if bundled.is_like_it(ckpt) else (STEPS, CFG_TEXT, CFG_IMAGE, SAMPLER)
+  steps, cfg_text, cfg_image, sampler = (
+    default if given is None else given
+    for given, default in zip((steps, cfg_text, cfg_image, sampler), defaults, strict=True)
+  )
+  scales = [(cfg_text, cfg_image)]
+  if grid:
+    scales = image_files.parse_scales(grid_text or GRID_TEXT, grid_image or GRID_IMAGE)
+  jobs = image_files.plan_jobs(
+    input, output, scales, seed=seed, index=index, num=num, mask=mask, is_grid=grid
+  )
+  options = {
+    'steps': steps, 'sampler': sampler, 'spacing': spacing, 'karras': karras,
+    'rescale': rescale, 'interval': interval, 'negative': negative,
+  }  # fmt: skip
+  # Mistakes are refused before loading.
+  sampling = Sampling(steps, sampler, spacing, karras, rescale, interval)
+  check_acts(sampling, *zip(*scales, strict=True), negative)
+  ckpt = _bundled() if ckpt is None else ckpt
+  console.say(f'seed {seed}')
+  console.cache_compilations()
+  model = Editor.load(ckpt, dtype, variant=variant, ema=ema, prediction_type=prediction_type)
+  batch_size = batch_size or 4 * model.mesh.size
+  networks = model.networks
+  resolution = resolution or networks.unet_config.sample_size * networks.vae_config.factor
+  settings = options | {
+    'edit': edit, 'ckpt': ckpt, 'resolution': resolution, 'mask': mask and str(mask),
+    'dtype': model.dtype, 'variant': variant, 'ema': ema, 'prediction_type': prediction_type,
+  }  # fmt: skip
+  sheet = []
+  with console.progress('step', compiles=True) as progress:
+    for job, result in image_files.run_jobs(
+      model, jobs, edit, resolution=resolution, batch_size=batch_size, mask=mask,
+      options=options, progress=progress,
+    ):  # fmt: skip
+      if grid:
+        sheet.append((job, result))
+        continue
+      own = {'input': str(job.file), 'seed': job.seed, 'index': job.index,
+             'cfg_text': job.cfg_text, 'cfg_image': job.cfg_image}  # fmt: skip
+      console.save(result, job.output, settings | own)
+  if grid:
+    own = {'input': str(input), 'seed': seed, 'index': index, 'grid': scales}
+    console.save(image_files.labelled_grid(sheet, edit), jobs[0].output, settings | own)
+
+
+def _bundled() -> str:
+  ckpt = str(bundled.path())
+  print(
+    f'no --ckpt, so this is the bundled miniature, {ckpt}: it edits drawn scenes of 64 x 64 pixels'
+    ' ("make the circle red"); for photos give an InstructPix2Pix checkpoint by --ckpt',
+    file=sys.stderr,
+  )
+  return ckpt

@@ -1,0 +1,143 @@
+"""`ip2p plan`."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+from typer import Option
+
+from ip2p_jax.cli import console
+from ip2p_jax.errors import InputError
+from ip2p_jax.progress import waiting
+
+
+def plan(
+  topology: Annotated[
+    list[str],
+    Option(
+      help='A slice of TPUs (v5e-16, or its shape v5e:4x4), or GPUs of one host (h100, h100x8); may'
+      ' be repeated.'
+    ),
+  ],
+  config: Annotated[
+    Path | None,
+    Option(help='Of the training run, as for train.py; configs/train_256.py by default.'),
+  ] = None,
+  change: Annotated[
+    list[str] | None,
+    Option('--set', help='A setting of the config: accumulation=4, mesh.fsdp=4; may be repeated.'),
+  ] = None,
+  device_batch: Annotated[
+    int | None,
+    Option(
+      min=1, help='Examples at a time on a device; accumulation follows, of each topology its own.'
+    ),
+  ] = None,
+  ckpt: Annotated[
+    Path | None, Option(help='Whose architecture to plan for; Stable Diffusion 1.5 if left out.')
+  ] = None,
+  from_pictures: Annotated[
+    bool, Option('--from-pictures', help='Not from latents: the VAE runs in every step.')
+  ] = False,
+  of: Annotated[
+    str, Option(help='What to plan: training, edits, or pairs (as `ip2p pairs` draws them).')
+  ] = 'training',
+  size: Annotated[
+    int | None, Option(min=8, help='With edits and pairs: of the pictures, pixels; 512 by default.')
+  ] = None,
+  batch_size: Annotated[
+    int | None,
+    Option(
+      min=1, help='With edits and pairs: of one call, on all devices of a host; 8 each by default.'
+    ),
+  ] = None,
+  steps: Annotated[
+    int | None, Option(min=1, help='With edits and pairs: of the sampler; 100 by default.')
+  ] = None,
+  quick: Annotated[
+    bool,
+    Option(
+      '--quick', help='On TPUs: compile sooner; tells whether it fits, not how long it takes.'
+    ),
+  ] = False,
+) -> None:
+  """Tells what work needs on TPUs or GPUs: does it fit, what does it cost. Neither is needed.
+
+  ip2p plan --topology v5e-16 --device-batch 32
+
+  ip2p plan --quick --topology v6e-8 --topology v4-8 --config configs/train_512.py --device-batch 16
+
+  ip2p plan --topology v5e-8 --of edits --size 512 --batch-size 32
+
+  ip2p plan --topology a100-40 --topology h100x8 --device-batch 32
+
+  The real compiler compiles the real program. At full size on two cores a TPU's takes 7 to 60
+  minutes and up to 16 GB, a GPU's about 5 minutes. They come with `pip install 'jax[tpu]'` and
+  `'jax[cuda13]'`. GPUs: a100-40, a100-80, a6000, h100, h200, b200.
+  """
+  from ip2p_jax.config_text import load_config
+  from ip2p_jax.pipeline import workdir
+  from ip2p_jax.pipeline.networks import check_is_editor, check_is_text_to_image, networks_of
+  from ip2p_jax.planning import devices, gpus
+  from ip2p_jax.planning.sampling import plan_sampling, sampling_report, work_on
+  from ip2p_jax.planning.training import plan_training, settled, stable_diffusion, training_report
+  from ip2p_jax.training.start import starting_checkpoint
+
+  if of not in ('training', 'edits', 'pairs'):
+    raise InputError(f'--of is {of!r}; use training, edits or pairs.')
+  _check_plan_options(
+    of,
+    {'--size': size, '--batch-size': batch_size, '--steps': steps},
+    {'--set': change, '--device-batch': device_batch, '--from-pictures': from_pictures,
+     '--config': config},
+  )  # fmt: skip
+  for name in topology:
+    if quick and gpus.is_gpu(name):
+      raise InputError(f"--quick: of no use with {name}; a GPU's compiler does not know it.")
+    devices.describe(name)
+  settings = {}  # by topology; mistakes are refused before the first long compile
+  if of == 'training':
+    loaded = load_config(config or Path('configs/train_256.py'), change or [])
+    settings = {name: settled(loaded, name, device_batch) for name in topology}
+  if ckpt is None:
+    is_editor = of == 'edits' or (of == 'training' and loaded.task == 'edit')
+    networks = stable_diffusion(is_editor)
+  elif of == 'training':
+    networks = networks_of(starting_checkpoint(replace(loaded, checkpoint=str(ckpt))))
+  else:
+    networks = networks_of(workdir.load(ckpt))
+  if of != 'training':
+    work = {name: work_on(name, of, size or 512, batch_size, steps or 100) for name in topology}
+    check = check_is_editor if of == 'edits' else check_is_text_to_image
+    check(networks, str(ckpt))
+    if (size or 512) % networks.vae_config.factor:
+      raise InputError(f'--size is {size or 512}; use a multiple of {networks.vae_config.factor}.')
+  failed = 0
+  for name in topology:
+    with waiting('compiling, minutes to an hour'):
+      if of == 'training':
+        found = plan_training(settings[name], networks, name, not from_pictures, console.say, quick)
+        text = training_report(found, settings[name])
+      else:
+        found = plan_sampling(networks, work[name], name, console.say, quick)
+        text = sampling_report(found)
+    print(text)
+    failed += not found.compiled.fits
+  if failed:
+    sys.exit(1)
+
+
+def _check_plan_options(of, of_sampling, of_training):
+  if of == 'training':
+    wrong, advice = of_sampling, 'say --set resolution=256, --set batch_size=1024'
+  else:
+    wrong, advice = of_training, 'say --size and --batch-size'
+  given = ' and '.join(option for option, value in wrong.items() if value)
+  if given:
+    raise InputError(f'{given}: of no use with --of {of}; {advice}.')
+  changes = of_training['--set'] or ()
+  if any(item.partition('=')[0] == 'checkpoint' for item in changes):
+    raise InputError('--set checkpoint: only the architecture is planned; say it by --ckpt.')
+  if of_training['--device-batch'] and any(item.startswith('accumulation') for item in changes):
+    raise InputError('--device-batch and --set accumulation say the same; give one of them.')
