@@ -6,9 +6,9 @@ from collections.abc import Collection
 from typing import Any
 
 from ip2p_jax.config import LanguageConfig, TrainConfig, knobs, set_knob
+from ip2p_jax.defaults import MAX_SEED
 from ip2p_jax.errors import InputError, check_choice
 
-MAX_SEED = 2**32 - 1
 CHOICES = {
   'task': ('edit', 'text_to_image'),
   'checkpoint_weights': ('', 'average', 'live'),

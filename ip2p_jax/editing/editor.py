@@ -5,10 +5,9 @@ VAE's factor, 8), S steps.
 """
 
 import os
-import secrets
 import warnings
 from collections.abc import Sequence
-from typing import NamedTuple, Self
+from typing import Self
 
 import jax
 import numpy as np
@@ -16,11 +15,12 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from ip2p_jax import bundled, sharding, weights
-from ip2p_jax.defaults import MAX_SCALE
+from ip2p_jax.defaults import MAX_SCALE, MAX_SEED
 from ip2p_jax.diffusion import guidance, samplers
+from ip2p_jax.editing.edit_rows import EditRows
 from ip2p_jax.editing.program import CONDITIONAL, SPLIT, Edit, EditRequest, EditSpec, edit_programs
 from ip2p_jax.errors import InputError, check_choice
-from ip2p_jax.images import check_mask, restore, to_array, with_metadata, working_size
+from ip2p_jax.images import restore, to_array, with_metadata, working_size
 from ip2p_jax.models import attention
 from ip2p_jax.models.tokenizer import ClipTokenizer
 from ip2p_jax.pipeline import workdir
@@ -37,7 +37,6 @@ from ip2p_jax.progress import Progress, part_of
 from ip2p_jax.xla_alarms import quietly
 
 DTYPES = ('float32', 'bfloat16', 'float16')
-MAX_SEED = 2**32 - 1
 
 
 class Editor:
@@ -160,16 +159,12 @@ class Editor:
     check_noise_acts(sampler, seed, indices, init_noise, step_noise)
     if any(value is not None and value < 1 for value in (batch_size, resolution)):
       raise InputError('batch_size and resolution must be 1 or more.')
-    factor = self.networks.vae_config.factor
-    sizes = [
-      working_size(*image.size, resolution or max(image.size), factor) for image in rows.originals
-    ]
+    count, factor = len(rows.originals), self.networks.vae_config.factor
     for name, noise, axis in (('init_noise', init_noise, 0), ('step_noise', step_noise, 1)):
-      _check_rows(name, noise, axis, len(sizes))
-    results: list[Image.Image | None] = [None] * len(sizes)
-    groups = _groups(sizes, batch_size)
-    for done, group in enumerate(groups):
-      size = sizes[group[0]]
+      _check_rows(name, noise, axis, count)
+    results: list[Image.Image | None] = [None] * count
+    groups = self.batches([image.size for image in rows.originals], resolution, batch_size)
+    for done, (size, group) in enumerate(groups):
       padded = (group * batch_size)[:batch_size] if batch_size else group
       part = rows.take(padded)
       edit = self.edit_arrays(
@@ -191,6 +186,28 @@ class Editor:
       for row, image in zip(group, np.asarray(edit.images), strict=False):
         results[row] = restore(image, rows.originals[row], rows.mask[row])
     return np.stack(results) if isinstance(images, np.ndarray) else results
+
+  def batches(
+    self,
+    sizes: Sequence[tuple[int, int]],
+    resolution: int | None = None,
+    batch_size: int | None = None,
+  ) -> list[tuple[tuple[int, int], list[int]]]:
+    """Rows that one call of the program can serve, with the size that it works at.
+
+    Args:
+      sizes: of the pictures, a row each.
+      resolution, batch_size: as of `edit`.
+    """
+    by_size: dict[tuple[int, int], list[int]] = {}
+    factor = self.networks.vae_config.factor
+    for row, size in enumerate(sizes):
+      by_size.setdefault(working_size(*size, resolution or max(size), factor), []).append(row)
+    return [
+      (size, rows[start : start + (batch_size or len(rows))])
+      for size, rows in by_size.items()
+      for start in range(0, len(rows), batch_size or len(rows))
+    ]
 
   def edit_arrays(
     self,
@@ -274,43 +291,6 @@ class Editor:
     return images
 
 
-class EditRows(NamedTuple):
-  """One entry per picture to make."""
-
-  originals: Sequence[Image.Image]
-  instructions: Sequence[str]
-  text_guidance: Sequence[float]
-  image_guidance: Sequence[float]
-  seeds: Sequence[int]
-  mask: Sequence[np.ndarray | None]
-  indices: Sequence[int]
-
-  @classmethod
-  def of(cls, originals, instructions, text_guidance, image_guidance, seed, mask, indices) -> Self:
-    """Repeats what is given once as often as the rest; InputError if the counts do not fit."""
-    seed = secrets.randbelow(MAX_SEED + 1) if seed is None else seed
-    columns = [originals, instructions, text_guidance, image_guidance, seed]
-    columns = [list(column) if _is_many(column) else [column] for column in columns]
-    columns.append([mask] if mask is None or np.ndim(mask[0]) == 1 else list(mask))
-    count = max(map(len, columns))
-    columns.append(indices if indices is not None else range(len(columns[0])))
-    for name, column in zip(cls._fields, columns, strict=True):
-      if len(column) not in (1, count):
-        raise InputError(f'{len(column)} {name} for {count} pictures; give one, or one each.')
-    rows = cls(*(list(column) * (count // len(column)) for column in columns))
-    if not all(text.strip() for text in rows.instructions):
-      raise InputError('the instruction is empty; say what to change, as in "make it winter".')
-    for original, row_mask in zip(rows.originals, rows.mask, strict=True):
-      if row_mask is not None:
-        check_mask(row_mask, original.size)
-    if mask is not None and not any(map(np.any, rows.mask)):
-      raise InputError('the mask is 0 everywhere, so nothing would be edited; 1 is edited.')
-    return rows
-
-  def take(self, rows: Sequence[int]) -> 'EditRows':
-    return EditRows(*([column[row] for row in rows] for column in self))
-
-
 def _run(programs, spec, params, request, steps, progress) -> Edit:
   """The program; in parts, so that the host can count, if there is somebody to tell."""
   if progress is None:
@@ -324,10 +304,6 @@ def _run(programs, spec, params, request, steps, progress) -> Edit:
   edit = jax.block_until_ready(quietly(programs.end, spec, params, request, state))
   progress(steps, steps)
   return edit
-
-
-def _is_many(value):
-  return isinstance(value, Sequence | np.ndarray) and not isinstance(value, str)
 
 
 def _pictures(images):
@@ -375,18 +351,6 @@ def _checked(name, value, shape):
   if np.shape(value) != shape:
     raise InputError(f'{name} has shape {list(np.shape(value))}, not {list(shape)}.')
   return np.asarray(value, np.float32)
-
-
-def _groups(sizes, batch_size):
-  """Rows of equal working size, at most `batch_size` together if that is given."""
-  by_size = {}
-  for row, size in enumerate(sizes):
-    by_size.setdefault(size, []).append(row)
-  return [
-    rows[start : start + (batch_size or len(rows))]
-    for rows in by_size.values()
-    for start in range(0, len(rows), batch_size or len(rows))
-  ]
 
 
 def _latent_mask(mask, size, factor):
