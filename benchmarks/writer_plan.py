@@ -16,8 +16,9 @@ from ip2p_jax import sharding
 from ip2p_jax.captions import generate
 from ip2p_jax.captions.program import Knobs, TextRows, text_programs
 from ip2p_jax.models.layers import abstract
-from ip2p_jax.models.llama import Llama, LlamaConfig, Rope
-from ip2p_jax.planning import compiler, devices, training
+from ip2p_jax.models.llama import Llama
+from ip2p_jax.models.llama_config import LlamaConfig, Rope
+from ip2p_jax.planning import compiler, devices, table
 
 QWEN = LlamaConfig(
   vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
@@ -68,11 +69,11 @@ def main():
     ]
     if compiled.fits:
       rows += [
-        *training.memory_rows(given.topology, compiled),
-        ('time as scheduled', training.scheduled_time(compiled, chip)),
-        *training.collective_rows(compiled.collectives),
+        *table.memory_rows(given.topology, compiled),
+        ('time as scheduled', table.scheduled_time(compiled, chip)),
+        *table.collective_rows(compiled.collectives),
       ]
-    print(training.table(f'{given.topology}, {name}', compiled, rows, ()), flush=True)
+    print(table.table(f'{given.topology}, {name}', compiled, rows, ()), flush=True)
 
 
 if __name__ == '__main__':

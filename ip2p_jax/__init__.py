@@ -1,14 +1,19 @@
 """InstructPix2Pix in JAX: `Editor.load(path).edit(picture, 'make it winter')`."""
 
+import importlib
+
 from ip2p_jax.errors import InputError
 
-__all__ = ['Editor', 'InputError', 'Sampling']
+# Late, since processes that only decode images need no jax, which takes a second to load.
+LATE = {
+  'Editor': 'ip2p_jax.editing.editor',
+  'Sampling': 'ip2p_jax.pipeline.sampling',
+  'TextToImage': 'ip2p_jax.pipeline.text_to_image',
+}
+__all__ = ['Editor', 'InputError', 'Sampling', 'TextToImage']
 
 
 def __getattr__(name: str):
-  # Late, since processes that only decode pictures need no jax, which takes a second to load.
-  if name not in __all__:
+  if name not in LATE:
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-  from ip2p_jax.editing import editor
-
-  return getattr(editor, name)
+  return getattr(importlib.import_module(LATE[name]), name)

@@ -7,7 +7,8 @@ import tiny_models
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ip2p_jax.models.layers import abstract
-from ip2p_jax.models.llama import MODEL_TYPES, Llama, LlamaConfig
+from ip2p_jax.models.llama import Llama
+from ip2p_jax.models.llama_config import MODEL_TYPES, LlamaConfig
 from ip2p_jax.weights.language_folder import LanguageCheckpoint, write_language
 
 torch, transformers = peers.module('torch'), peers.module('transformers')

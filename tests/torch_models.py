@@ -6,6 +6,7 @@ import math
 import jax
 import numpy as np
 import peers
+import pytest
 import tiny_models
 from PIL import Image
 from tiny_models import TINY_TEXT as TINY_TEXT
@@ -124,14 +125,42 @@ def load_pipeline(folder):
 
 @contextlib.contextmanager
 def given_noise(step_noise):
-  """Makes diffusers' Euler ancestral scheduler draw these arrays [S, B, h, w, 4]."""
-  module = diffusers.schedulers.scheduling_euler_ancestral_discrete
-  draws, original = iter(step_noise), module.randn_tensor
-  module.randn_tensor = lambda *_, **__: nchw(next(draws))
-  try:
+  """Makes diffusers' stochastic schedulers draw these arrays [S, B, h, w, 4]."""
+  schedulers, draws = diffusers.schedulers, iter(step_noise)
+  with pytest.MonkeyPatch.context() as patch:
+    for module in (schedulers.scheduling_euler_ancestral_discrete, schedulers.scheduling_lcm):
+      patch.setattr(module, 'randn_tensor', lambda *_, **__: nchw(next(draws)))
     yield
-  finally:
-    module.randn_tensor = original
+
+
+@contextlib.contextmanager
+def noisy_image(init_noise):
+  """Makes diffusers' img2img add this noise [B, h, w, 4] to the mode of the posterior."""
+  pipelines = diffusers.pipelines.stable_diffusion
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(
+      pipelines.pipeline_stable_diffusion_img2img, 'randn_tensor', lambda *_, **__: nchw(init_noise)
+    )
+    patch.setattr(
+      diffusers.models.autoencoders.vae, 'randn_tensor', lambda shape, **_: torch.zeros(shape)
+    )
+    yield
+
+
+def scheduler(sampler, schedule=Schedule(), **options):
+  """diffusers' scheduler that a sampler is compared with, of its own spacing."""
+  kind = {
+    'euler_ancestral': diffusers.EulerAncestralDiscreteScheduler,
+    'euler': diffusers.EulerDiscreteScheduler,
+    'heun': diffusers.HeunDiscreteScheduler,
+    'ddim': diffusers.DDIMScheduler,
+    'dpmpp_2m': diffusers.DPMSolverMultistepScheduler,
+    'lcm': diffusers.LCMScheduler,
+  }[sampler]
+  config = schedule.to_json()
+  if 'timestep_spacing' not in options:
+    del config['timestep_spacing']  # so that each takes its own default
+  return kind.from_config(config | options)
 
 
 def models_of(checkpoint):

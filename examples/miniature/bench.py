@@ -18,12 +18,13 @@ import numpy as np
 import oracle
 import world
 from plots import Estimate
-from sdedit import SDEdit
 from tqdm import tqdm
 
 from ip2p_jax import Editor
+from ip2p_jax.evaluation import sdedit
 from ip2p_jax.pipeline import workdir
 from ip2p_jax.pipeline.clip_scores import Clip
+from ip2p_jax.pipeline.text_to_image import TextToImage
 
 HERE = Path(__file__).parent
 MEASURES = ('done', 'kept', 'direction', 'consistency')
@@ -89,8 +90,8 @@ class Bench:
     rows, scenes = list(rows), self.scenes[list(rows)]
     examples = [self.examples[row] for row in rows]
     if setting.method == 'sdedit':
-      return self._sdedit.edit(
-        scenes, [one.edited_caption for one in examples], strength=setting.strength,
+      return sdedit.edit(
+        self._base, scenes, [one.edited_caption for one in examples], strength=setting.strength,
         text_guidance=setting.text_guidance, steps=setting.steps, seed=setting.seed, indices=rows,
       )  # fmt: skip
     scales = {'text_guidance': setting.text_guidance, 'image_guidance': setting.image_guidance} | {
@@ -107,8 +108,8 @@ class Bench:
     return Clip.load(self.paths['clip'])
 
   @functools.cached_property
-  def _sdedit(self):
-    return SDEdit.load(str(self.paths['base']))
+  def _base(self):
+    return TextToImage.load(self.paths['base'], 'float32')
 
   @functools.cache  # noqa: B019  one bench lives as long as the program
   def _editor(self, method):

@@ -18,11 +18,11 @@ import oracle
 import plots
 import world
 from bench import Bench, Setting, oracle_summary, summary, verdicts
-from sdedit import SAMPLER
 
 from ip2p_jax import bundled
 from ip2p_jax.cli import console
 from ip2p_jax.errors import InputError
+from ip2p_jax.evaluation.sdedit import SAMPLER
 from ip2p_jax.pipeline.workdir import is_workdir
 from ip2p_jax.storage import write_bytes
 

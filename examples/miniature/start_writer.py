@@ -24,7 +24,8 @@ from flax import nnx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ip2p_jax.captions import generate, triplets
-from ip2p_jax.models.llama import Llama, LlamaConfig
+from ip2p_jax.models.llama import Llama
+from ip2p_jax.models.llama_config import LlamaConfig
 from ip2p_jax.weights import names
 from ip2p_jax.weights.language_folder import LanguageCheckpoint, write_language
 

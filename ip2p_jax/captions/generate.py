@@ -24,7 +24,8 @@ from ip2p_jax.captions.program import STEPS, Knobs, TextRows, text_programs
 from ip2p_jax.errors import InputError
 from ip2p_jax.models import llama
 from ip2p_jax.models.layers import Params, abstract
-from ip2p_jax.models.llama import Llama, LlamaConfig
+from ip2p_jax.models.llama import Llama
+from ip2p_jax.models.llama_config import LlamaConfig
 from ip2p_jax.weights import names
 from ip2p_jax.weights.language_folder import LanguageCheckpoint, read_language
 from ip2p_jax.weights.tensors import float_dtype

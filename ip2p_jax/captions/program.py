@@ -19,7 +19,8 @@ from jax.sharding import PartitionSpec as P
 from ip2p_jax import sharding
 from ip2p_jax.models import llama
 from ip2p_jax.models.layers import abstract
-from ip2p_jax.models.llama import Llama, LlamaConfig
+from ip2p_jax.models.llama import Llama
+from ip2p_jax.models.llama_config import LlamaConfig
 
 STEPS = 8  # between two looks of the host; a row that ended waits for half of them
 
@@ -63,45 +64,9 @@ def text_programs(definition: nnx.GraphDef, config: LlamaConfig, mesh: Mesh) -> 
   is_split = mesh.shape['fsdp'] > 1
   of_head = P(None, 'fsdp') if config.vocab_size % mesh.shape['fsdp'] == 0 else P()
 
-  def begin(count, length, dtype):
-    """An empty cache, and how often each row has each token, int16 [S, V]: never."""
-    cache = llama.empty_cache(config, count, length, dtype)
-    return cache, jnp.zeros((count, config.vocab_size), jnp.int16)
-
-  def read(params, cache, counts, slots, tokens, positions):
-    """Fills the caches of `slots` [R] from tokens and positions [R, P]."""
-    model = nnx.merge(definition, params)
-    _, part = model.model(tokens, positions, jax.tree.map(lambda x: x[slots], cache))
-    put = lambda old, new: old.at[slots].set(new, mode='drop')
-    return jax.tree.map(put, cache, part), counts.at[slots].set(0, mode='drop')
-
-  def step(params, cache, counts, rows, steps, knobs):
-    """`steps` tokens of each row, fewer at its end -> cache, counts, int32 [S, STEPS]."""
-    model = nnx.merge(definition, params)
-    seeds = jax.random.wrap_key_data(rows.seeds, impl='threefry2x32')
-    ends = jnp.array(config.eos_token_id, jnp.int32)[None]
-
-    def go_on(i, state):
-      cache, counts, token, position, new = state
-      states, cache = model.model(token[:, None], position[:, None], cache)
-      logits = model.logits(states)[:, 0]
-      if is_split:
-        # Parts of the vocabulary, which the head's parts give, become parts of the rows, which
-        # choose alone. Not told of the first, XLA would put the head together in every step.
-        logits = jax.lax.with_sharding_constraint(logits, of_head)
-        logits = jax.lax.with_sharding_constraint(logits, P('fsdp'))
-      token = choose(logits, counts, jax.vmap(jax.random.fold_in)(seeds, position), knobs)
-      is_row = position >= 0
-      counts = counts.at[jnp.arange(len(token)), token].add(is_row.astype(counts.dtype))
-      new = new.at[:, i].set(jnp.where(is_row, token, -1))
-      goes_on = is_row & (position + 1 < rows.last) & ~(token[:, None] == ends).any(-1)
-      return cache, counts, token, jnp.where(goes_on, position + 1, -1), new
-
-    new = jnp.full((len(rows.token), STEPS), -1, jnp.int32)
-    state = cache, counts, rows.token, rows.position, new
-    state = jax.lax.fori_loop(0, steps, go_on, state)  # as often for every group of devices
-    return state[0], state[1], state[4]
-
+  begin = functools.partial(_begin, config)
+  read = functools.partial(_read, definition)
+  step = functools.partial(_step, definition, config, of_head if is_split else None)
   whole, rows = sharding.replicated(mesh), NamedSharding(mesh, P('data'))
   heads = config.num_key_value_heads % mesh.shape['fsdp'] == 0
   cache = NamedSharding(mesh, P('data', 'fsdp') if heads else P('data'))
@@ -131,6 +96,51 @@ def text_programs(definition: nnx.GraphDef, config: LlamaConfig, mesh: Mesh) -> 
     ),
     jax.jit(llama.resized, static_argnums=1, out_shardings=cache),
   )
+
+
+def _begin(config, count, length, dtype):
+  """An empty cache, and how often each row has each token, int16 [S, V]: never."""
+  cache = llama.empty_cache(config, count, length, dtype)
+  return cache, jnp.zeros((count, config.vocab_size), jnp.int16)
+
+
+def _read(definition, params, cache, counts, slots, tokens, positions):
+  """Fills the caches of `slots` [R] from tokens and positions [R, P]."""
+  model = nnx.merge(definition, params)
+  _, part = model.model(tokens, positions, jax.tree.map(lambda x: x[slots], cache))
+  put = lambda old, new: old.at[slots].set(new, mode='drop')
+  return jax.tree.map(put, cache, part), counts.at[slots].set(0, mode='drop')
+
+
+def _step(definition, config, of_head, params, cache, counts, rows, steps, knobs):
+  """`steps` tokens of each row, fewer at its end -> cache, counts, int32 [S, STEPS].
+
+  `of_head` is how the head's products lie where weights are split, else None.
+  """
+  model = nnx.merge(definition, params)
+  seeds = jax.random.wrap_key_data(rows.seeds, impl='threefry2x32')
+  ends = jnp.array(config.eos_token_id, jnp.int32)[None]
+
+  def go_on(i, state):
+    cache, counts, token, position, new = state
+    states, cache = model.model(token[:, None], position[:, None], cache)
+    logits = model.logits(states)[:, 0]
+    if of_head is not None:
+      # Parts of the vocabulary, which the head's parts give, become parts of the rows, which choose
+      # alone. Not told of the first, XLA would put the head together in every step.
+      logits = jax.lax.with_sharding_constraint(logits, of_head)
+      logits = jax.lax.with_sharding_constraint(logits, P('fsdp'))
+    token = choose(logits, counts, jax.vmap(jax.random.fold_in)(seeds, position), knobs)
+    is_row = position >= 0
+    counts = counts.at[jnp.arange(len(token)), token].add(is_row.astype(counts.dtype))
+    new = new.at[:, i].set(jnp.where(is_row, token, -1))
+    goes_on = is_row & (position + 1 < rows.last) & ~(token[:, None] == ends).any(-1)
+    return cache, counts, token, jnp.where(goes_on, position + 1, -1), new
+
+  new = jnp.full((len(rows.token), STEPS), -1, jnp.int32)
+  state = cache, counts, rows.token, rows.position, new
+  state = jax.lax.fori_loop(0, steps, go_on, state)  # as often for every group of devices
+  return state[0], state[1], state[4]
 
 
 def choose(logits: Array, counts: Array, keys: Array, knobs: Knobs) -> Array:

@@ -21,7 +21,8 @@ from ip2p_jax import parameters, storage, weights
 from ip2p_jax.errors import InputError
 from ip2p_jax.models import lora
 from ip2p_jax.models.layers import abstract
-from ip2p_jax.models.llama import Llama, LlamaConfig
+from ip2p_jax.models.llama import Llama
+from ip2p_jax.models.llama_config import LlamaConfig
 from ip2p_jax.pipeline.workdir import (
   BASE,
   Workdir,

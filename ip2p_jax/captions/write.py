@@ -188,6 +188,8 @@ def _check_same(file, known, settings) -> None:
   if not isinstance(known, dict):
     raise InputError(f'{file}: holds no settings; use another folder.')
   for name in storage.differing(known, json.loads(json.dumps(settings))):
+    if name == 'bytes' and name not in known:  # older versions did not write it
+      continue
     if name == 'captions':
       raise InputError(
         f'{file.parent}: was begun with other captions, or another column; use another folder, and'

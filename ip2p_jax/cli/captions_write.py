@@ -126,12 +126,10 @@ def write(
   Killed, it goes on where it was. The result is OUT/prompts.jsonl, once all workers are done.
   """
   from ip2p_jax import storage
-  from ip2p_jax.captions import triplets
-  from ip2p_jax.captions.client import server_backend
   from ip2p_jax.captions.judge import Writing
   from ip2p_jax.captions.local import local_backend
   from ip2p_jax.captions.read import read_captions
-  from ip2p_jax.captions.server import Server, Usage, read_key
+  from ip2p_jax.captions.server import Usage
   from ip2p_jax.captions.write import write_all
   from ip2p_jax.data.shard_writing import parse_shard
 
@@ -143,24 +141,14 @@ def write(
     raise InputError('give either --model FOLDER or --server URL.')
   _check_options(context, *((OF_SERVER, '--server') if model else (OF_MODEL, '--model')))
   if temperature == 0:
-    idle = {'top_p'} | ({'seed', 'attempts'} if model else set())
-    for name, flag in console.given_options(context).items():
-      if name in idle and (name, attempts) != ('attempts', 1):
-        raise InputError(
-          f'{flag} would do nothing: --temperature 0 takes the likeliest token; leave it out.'
-        )
+    _check_greedy(context, bool(model), attempts)
   folder, is_flagged = storage.local_folder(out), moderate and _hook(moderate)
   source = Path(storage.local_path(source)).expanduser()
   asked = None
   if server is not None:
-    if not server_model:
-      raise InputError("--server-model is missing: the model's name on the server.")
-    if from_triplets and not examples:
-      raise InputError('--triplets are not shown with --examples 0; leave one of them out.')
-    shown = triplets.read(from_triplets or triplets.bundled_file()) if examples else []
-    asked = Server(
-      server, server_model, api, read_key(key_variable) if key_variable else None,
-      shown, examples, _json(body), concurrency, timeout, retries,
+    asked = _server(
+      server, server_model, api, key_variable, from_triplets, examples, body, concurrency, timeout,
+      retries,
     )  # fmt: skip
     _check_taken_out(context, asked)
   found = read_captions(source, column)
@@ -170,10 +158,9 @@ def write(
   )
   usage, to_ask = Usage(), []
   if asked:
-    identity = {'model': server_model, 'api': api, 'shown': examples}
-    identity |= {'examples': _digest(shown), 'body': _digest(asked.body)}  # that may hold secrets
-    if asked.taken_out:
-      identity['taken_out'] = asked.taken_out
+    identity = _identity(asked)
+    from ip2p_jax.captions.client import server_backend
+
     complete = server_backend(asked, writing, usage, _once(tqdm.write))
   else:
     loaded, identity = _load(model, dtype, split_weights)
@@ -201,6 +188,37 @@ def write(
   _report(folder, is_complete)
 
 
+def _check_greedy(context, is_local: bool, attempts: int) -> None:
+  """InputError for an option that decides nothing where the likeliest token is taken."""
+  idle = {'top_p'} | ({'seed', 'attempts'} if is_local else set())
+  for name, flag in console.given_options(context).items():
+    if name in idle and (name, attempts) != ('attempts', 1):
+      raise InputError(
+        f'{flag} would do nothing: --temperature 0 takes the likeliest token; leave it out.'
+      )
+
+
+def _server(url, model, api, key_variable, from_triplets, examples, body, *how):
+  """What a server is asked with; InputError for options that contradict each other."""
+  from ip2p_jax.captions import triplets
+  from ip2p_jax.captions.server import Server, read_key
+
+  if not model:
+    raise InputError("--server-model is missing: the model's name on the server.")
+  if from_triplets and not examples:
+    raise InputError('--triplets are not shown with --examples 0; leave one of them out.')
+  shown = triplets.read(from_triplets or triplets.bundled_file()) if examples else []
+  key = read_key(key_variable) if key_variable else None
+  return Server(url, model, api, key, shown, examples, _json(body), *how)
+
+
+def _identity(server) -> dict:
+  """What tells the answers of one server and prompt from those of others."""
+  identity = {'model': server.model, 'api': server.api, 'shown': server.shown}
+  identity |= {'examples': _digest(server.examples), 'body': _digest(server.body)}  # secrets
+  return identity | ({'taken_out': server.taken_out} if server.taken_out else {})
+
+
 def _check_options(context, names, backend) -> None:
   """InputError for an option that was given and would not be read."""
   for name, flag in console.given_options(context).items():
@@ -218,7 +236,7 @@ def _check_taken_out(context, server) -> None:
 def _load(folder, dtype, split):
   """A model of this machine, and what tells it apart."""
   from ip2p_jax.captions.generate import Language
-  from ip2p_jax.pipeline.networks import default_dtype, weights_digest
+  from ip2p_jax.pipeline.networks import bytes_digest, default_dtype, weights_digest
   from ip2p_jax.weights.language_folder import read_language
 
   console.cache_compilations()
@@ -228,6 +246,7 @@ def _load(folder, dtype, split):
     'model': folder.resolve().name,
     'dtype': dtype,
     'weights': weights_digest(checkpoint.tensors),
+    'bytes': bytes_digest(checkpoint.tensors),
     'tokenizer': hashlib.blake2b(checkpoint.tokenizer, digest_size=8).hexdigest(),
   }
   model = Language.of(checkpoint, dtype, split)

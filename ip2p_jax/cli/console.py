@@ -21,6 +21,7 @@ from ip2p_jax.interrupts import INTERRUPTED, interruptible
 from ip2p_jax.progress import waiting
 
 MISTAKE = 2  # exit status
+MAX_TEXT = 10_000  # characters; more would not fit into the metadata of a JPEG
 
 Ema = Annotated[
   bool | None,

@@ -9,10 +9,10 @@ from typer import Option
 
 from ip2p_jax import bundled
 from ip2p_jax.cli import console
+from ip2p_jax.cli.console import MAX_TEXT
 from ip2p_jax.defaults import CFG_IMAGE, CFG_TEXT, MAX_SCALE, MAX_SEED, SAMPLER, STEPS
 from ip2p_jax.errors import InputError
 
-MAX_TEXT = 10_000  # characters; more would not fit into the metadata of a JPEG
 GRID_TEXT, GRID_IMAGE = '3,5,7.5,10', '1,1.2,1.5,1.8'
 
 

@@ -9,6 +9,7 @@ from ip2p_jax.cli import captions
 from ip2p_jax.cli.console import run
 from ip2p_jax.cli.convert import convert
 from ip2p_jax.cli.data import check, pack
+from ip2p_jax.cli.draw import draw
 from ip2p_jax.cli.edit import edit
 from ip2p_jax.cli.pairs import filter, pairs
 from ip2p_jax.cli.plan import plan
@@ -17,7 +18,7 @@ from ip2p_jax.cli.plan import plan
 def app() -> typer.Typer:
   """All commands."""
   app = typer.Typer(add_completion=False, rich_markup_mode=None, help='InstructPix2Pix in JAX.')
-  for command in (edit, convert, check, pack):
+  for command in (edit, draw, convert, check, pack):
     app.command()(command)
   app.add_typer(captions.app, name='captions')
   for command in (pairs, filter, plan):

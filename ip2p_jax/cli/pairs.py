@@ -81,6 +81,7 @@ def pairs(
   from ip2p_jax.pipeline import workdir
   from ip2p_jax.pipeline.clip_scores import Clip
   from ip2p_jax.pipeline.networks import (
+    bytes_digest,
     default_dtype,
     networks_of,
     params_of,
@@ -111,9 +112,11 @@ def pairs(
   if show_attention:
     _show_attention(generator, read[:show_attention], storage.local_folder(out))
     return
-  identity = {'dtype': dtype, 'clip': weights_digest(flatten(towers.params))}
+  weights = {'clip': flatten(towers.params)}
   parts = {'weights': 'unet', 'vae': 'vae', 'text_encoder': 'text_encoder'}
-  identity |= {name: weights_digest(checkpoint.tensors[part]) for name, part in parts.items()}
+  weights |= {name: checkpoint.tensors[part] for name, part in parts.items()}
+  identity = {'dtype': dtype} | {name: weights_digest(part) for name, part in weights.items()}
+  identity['bytes'] = bytes_digest(*weights.values())
   with console.progress('pair', compiles=True) as progress:
     told = progress or (lambda done, total: None)
     count = draw_all(generator, read, out, identity, number, told)

@@ -38,6 +38,7 @@ from ip2p_jax.data.shard_writing import Summary
 from ip2p_jax.errors import InputError, check_choice
 from ip2p_jax.models.layers import Params
 from ip2p_jax.models.tokenizer import ClipTokenizer
+from ip2p_jax.pipeline import parts
 from ip2p_jax.pipeline.networks import Networks
 from ip2p_jax.progress import Progress, unwatched
 from ip2p_jax.xla_alarms import quietly
@@ -143,8 +144,7 @@ def moments(vae_def: nnx.GraphDef, params: Params, images: Array) -> tuple[Array
   encoded: the encoder does not commute with it.
   """
   both = jnp.stack([images, images[:, :, ::-1]], 1)  # [B, 2, R, R, 3]
-  pixels = both.reshape(-1, *images.shape[1:]).astype(jnp.float32) / 127.5 - 1
-  posterior = nnx.merge(vae_def, params).encode(pixels)
+  posterior = parts.encode(vae_def, params, both.reshape(-1, *images.shape[1:]))
   fold = lambda x: x.reshape(*both.shape[:2], *x.shape[1:]).astype(jnp.float16)
   return fold(posterior.mean), fold(posterior.log_variance)
 

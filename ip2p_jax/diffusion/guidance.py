@@ -17,6 +17,7 @@ Array = jax.Array
 
 BRANCHES = ('text_and_image', 'image', 'unconditional')
 TEXT_AND_IMAGE, IMAGE, UNCONDITIONAL = BRANCHES
+CONDITIONAL = (TEXT_AND_IMAGE,)  # what is left without guidance
 
 
 def branches(text_guidance, image_guidance, rescale=None) -> tuple[str, ...]:

@@ -33,6 +33,7 @@ class Grid(NamedTuple):
   timesteps: Array  # [S], the fractional training timesteps of all but the last
   initial_scale: Array  # [], what standard normal noise is multiplied by to start
   final_scale: Array  # [], what x is multiplied by at the end
+  first: Array | None = None  # [], the step to begin with; None is 0, and static
 
 
 def euler_ancestral(denoise: Denoise, grid: Grid):
@@ -140,21 +141,22 @@ def sample(
   init_noise: Array,
   noise_at: Callable[[Array], Array] | None = None,
 ) -> Array:
-  """Runs all steps in one scan; returns latents [B, h, w, 4] float32.
+  """Runs all steps in one loop; returns latents [B, h, w, 4] float32.
 
   `init_noise` [B, h, w, 4] is standard normal, as is `noise_at(i)`, asked once a step with a traced
   i and only if the sampler is in STOCHASTIC. InputError for an unknown sampler.
   """
   check_choice('sampler', sampler, SAMPLERS)
-  step = SAMPLERS[sampler](denoise, grid)
+  make_step = SAMPLERS[sampler](denoise, grid)
+  noise = lambda i: noise_at(i) if sampler in STOCHASTIC else None
+  step = lambda state, i: make_step(state, i, noise(i))
+  return finish(grid, walk(step, grid, initial_state(grid, init_noise)))
 
-  def body(state, i):
-    noise = noise_at(i) if sampler in STOCHASTIC else None
-    return step(state, i, noise), None
 
-  steps = jnp.arange(len(grid.sigmas) - 1)
-  state, _ = jax.lax.scan(body, initial_state(grid, init_noise), steps)
-  return finish(grid, state)
+def walk(step: Callable[[State, Array], State], grid: Grid, state: State) -> State:
+  """All steps of the grid by `step(state, i)`."""
+  first = 0 if grid.first is None else grid.first
+  return jax.lax.fori_loop(first, len(grid.timesteps), lambda i, state: step(state, i), state)
 
 
 def initial_state(grid: Grid, init_noise: Array) -> State:
@@ -163,9 +165,33 @@ def initial_state(grid: Grid, init_noise: Array) -> State:
   return x, jnp.zeros_like(x)
 
 
+def noisy_state(grid: Grid, latents: Array, noise: Array) -> State:
+  """The state before step `grid.first`, from clean latents and standard normal noise.
+
+  Both are [B, h, w, 4].
+  """
+  x = latents + jnp.asarray(grid.sigmas)[grid.first] * noise
+  return x, jnp.zeros_like(x)
+
+
 def finish(grid: Grid, state: State) -> Array:
   """The latents [B, h, w, 4] in the state after the last step."""
   return state[0] * grid.final_scale
+
+
+def begin_at(grid: Grid, first: int) -> Grid:
+  """The grid of a run that begins at step `first`, which may be S: then there is nothing to do.
+
+  No step lies before it. A sampler that looks back finds an infinite noise level there, which
+  weighs nothing.
+  """
+  sigmas = np.where(np.arange(len(grid.sigmas)) < first, np.float32(np.inf), grid.sigmas)
+  return grid._replace(sigmas=sigmas, first=np.int32(first))
+
+
+def steps_of(grid: Grid) -> range:
+  """The numbers of a grid's steps, on the host."""
+  return range(0 if grid.first is None else int(grid.first), len(grid.timesteps))
 
 
 def noise_levels(

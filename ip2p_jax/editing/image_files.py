@@ -20,7 +20,9 @@ from ip2p_jax.images import (
   read,
   read_mask,
   size_of,
+  working_size,
 )
+from ip2p_jax.pipeline import rows
 from ip2p_jax.progress import Progress, part_of
 
 GRID_THUMBNAIL = 512  # pixels of the longer side of each picture in a grid
@@ -92,8 +94,7 @@ def _outputs(input, files, output, num) -> dict[tuple[Path, int], Path]:
   result = {}
   for file in files:
     base = output / f'{file.stem}.png' if is_folder else output
-    for n in range(num):
-      path = base.with_stem(f'{base.stem}-{n}') if num > 1 else base
+    for n, path in enumerate(numbered(base, num)):
       if path in result.values():
         raise InputError(f'--input {input}: two pictures would both be written to {path}; '
                          'give them different names.')  # fmt: skip
@@ -103,6 +104,11 @@ def _outputs(input, files, output, num) -> dict[tuple[Path, int], Path]:
   for path in result.values():
     check_writable(path)
   return result
+
+
+def numbered(path: Path, num: int) -> list[Path]:
+  """The files of `num` variations: out-0.png, out-1.png and so on; of one, the file itself."""
+  return [path.with_stem(f'{path.stem}-{n}') for n in range(num)] if num > 1 else [path]
 
 
 def run_jobs(
@@ -119,8 +125,9 @@ def run_jobs(
   """Makes the pictures batch by batch; `options` are those of `Editor.edit`."""
   image_of = functools.lru_cache(1)(read)  # jobs of one file follow each other
   mask_of = functools.lru_cache(1)(read_mask)
-  groups = editor.batches([job.size for job in jobs], resolution, batch_size)
-  batches = [[jobs[row] for row in rows] for _, rows in groups]
+  factor = editor.networks.vae_config.factor
+  sizes = [working_size(*job.size, resolution, factor) for job in jobs]
+  batches = [[jobs[row] for row in group] for group in rows.groups(sizes, batch_size)]
   for done, batch in enumerate(batches):
     originals = [for_file(image_of(job.file), job.output) for job in batch]
     results = editor.edit(

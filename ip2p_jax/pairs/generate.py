@@ -27,6 +27,7 @@ from ip2p_jax.pairs import alignment, inversion
 from ip2p_jax.pairs.program import PairRequest, PairSpec, scored_pairs
 from ip2p_jax.pairs.prompt_to_prompt import Blend, Control, Injection
 from ip2p_jax.pairs.prompts import Prompt, listed
+from ip2p_jax.pipeline import parts
 from ip2p_jax.pipeline.clip_scores import Clip, Towers
 from ip2p_jax.pipeline.networks import Networks, check_is_text_to_image
 from ip2p_jax.pipeline.scores import Scores
@@ -137,7 +138,7 @@ def program(networks: Networks, towers: Towers, mesh: Mesh) -> Callable:
       )  # fmt: skip
       request = request._replace(**found._asdict())
     pairs, scores = scored_pairs(networks, towers, spec, params, request, clip_ids)
-    return jax.numpy.round(pairs.images * 255).astype(np.uint8), scores, pairs.attention
+    return parts.unit_to_uint8(pairs.images), scores, pairs.attention
 
   def run(spec, *inputs):
     of_devices = sharding.each_its_rows(

@@ -17,6 +17,7 @@ from jax import Array
 
 from ip2p_jax.diffusion import samplers
 from ip2p_jax.diffusion.denoiser import denoiser
+from ip2p_jax.pipeline import parts
 from ip2p_jax.pipeline.networks import Networks
 
 SAMPLER = 'ddim'
@@ -52,15 +53,11 @@ def invert(
 
   `negative_ids` [1, L] are of the empty text; `guidance` [P] as the pairs will be drawn with.
   """
-  vae = nnx.merge(networks.vae_def, params['vae'])
-  latents = vae.encode(images.astype(jnp.float32) / 127.5 - 1).mode()
-  latents = latents.astype(jnp.float32) * networks.vae_config.scaling_factor
-  texts = nnx.merge(networks.text_encoder_def, params['text_encoder'])(
-    jnp.concatenate([token_ids, negative_ids])
-  )
-  path = ddim_path(networks, params, latents, texts[:-1], grid)
-  nothing = jnp.broadcast_to(texts[-1:], texts[:-1].shape)
-  null_contexts = null_texts(networks, params, path, texts[:-1], nothing, guidance, grid)
+  latents = parts.scaled_latents(networks, params, images)
+  context, null_context = parts.encode_texts(networks, params, token_ids, negative_ids)
+  path = ddim_path(networks, params, latents, context, grid)
+  nothing = jnp.broadcast_to(null_context, context.shape)
+  null_contexts = null_texts(networks, params, path, context, nothing, guidance, grid)
   return Inversion(path[0] / grid.initial_scale, null_contexts)
 
 

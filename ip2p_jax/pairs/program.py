@@ -10,19 +10,16 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax import Array
 
 from ip2p_jax.diffusion import guidance, noise, samplers
 from ip2p_jax.diffusion.denoiser import denoiser
 from ip2p_jax.errors import InputError
 from ip2p_jax.pairs.prompt_to_prompt import Control, blended, coarse_level, controlled, word_map
+from ip2p_jax.pipeline import parts
 from ip2p_jax.pipeline.clip_scores import Towers
 from ip2p_jax.pipeline.networks import Networks
 from ip2p_jax.pipeline.scores import Scores
-
-# With no image to guide by, equal scales leave no weight to the branch between these two.
-BRANCHES = (guidance.TEXT_AND_IMAGE, guidance.UNCONDITIONAL)
 
 
 class PairSpec(NamedTuple):
@@ -58,14 +55,13 @@ class Pairs(NamedTuple):
 
 def pair_program(networks: Networks, spec: PairSpec, params, request: PairRequest) -> Pairs:
   """Draws P pairs."""
-  context, null_context = encode_texts(networks, params, request.token_ids, request.negative_ids)
+  texts = request.token_ids, request.negative_ids
+  contexts, null_context = parts.encode_texts(networks, params, *texts)
+  both = contexts.reshape(-1, *contexts.shape[2:])  # [2 * P, L, C]
   shape = (spec.height, spec.width, networks.unet_config.in_channels)
   keys = noise.image_keys(request.seeds, jnp.zeros_like(request.seeds))
-  init_noise = request.init_noise
-  if init_noise is None:
-    init_noise = noise.initial_noise(keys, shape)
+  init_noise = parts.initial_noise(keys, shape, request.init_noise)
   state = samplers.initial_state(request.grid, twice(init_noise))
-  unet = nnx.merge(networks.unet_def, params['unet'])
   level = coarse_level(spec.height, spec.width)
   control, blend = request.control, request.control.blend
   scale = jnp.concatenate([request.guidance, request.guidance])
@@ -87,24 +83,19 @@ def pair_program(networks: Networks, spec: PairSpec, params, request: PairReques
         control, i, level, record if wants_maps and not maps else None, inner=networks.attention
       )
       nothing = null_context if request.null_contexts is None else request.null_contexts[i]
-      nothing = jnp.broadcast_to(nothing, context.shape[1:])
-      contexts = jnp.concatenate([*context, nothing, nothing])
-      predictions = unet(jnp.concatenate([x, x]), timestep, contexts, attention=attend)
-      return guidance.combine(predictions.reshape(2, *x.shape), BRANCHES, scale, scale)
-
-    step_noise = None
-    if spec.sampler in samplers.STOCHASTIC:
-      of_step = (
-        noise.step_noise(keys, i, shape) if request.step_noise is None else request.step_noise[i]
+      nothing = twice(jnp.broadcast_to(nothing, contexts.shape[1:]))
+      predictions = parts.predict_by_text(
+        networks, params, both, nothing, parts.BY_TEXT, x, timestep, attend
       )
-      step_noise = twice(of_step)
-    denoise = denoiser(predict, networks.schedule)
-    state = samplers.SAMPLERS[spec.sampler](denoise, request.grid)(state, i, step_noise)
+      return guidance.combine(predictions, parts.BY_TEXT, scale, scale)
+
+    fresh = parts.step_noise(spec.sampler, keys, i, shape, request.step_noise)
+    move = samplers.SAMPLERS[spec.sampler](denoiser(predict, networks.schedule), request.grid)
+    state = move(state, i, None if fresh is None else twice(fresh))
     if wants_maps and not maps:
       raise InputError('this UNet looks at no words where the picture is coarse; there is no map.')
     if blend is not None:
       seen += sum(word_map(m, blend.words) for m in maps).reshape(seen.shape)
-      apart = lambda x: x.reshape(2, -1, *shape)
       state = tuple(blended(blend, i, seen, apart(x)).reshape(x.shape) for x in state)
     if spec.shows_attention:
       attention += sum(m.mean(2) for m in maps).reshape(attention.shape) / len(maps)
@@ -118,8 +109,7 @@ def pair_program(networks: Networks, spec: PairSpec, params, request: PairReques
   (state, _, attention), _ = jax.lax.scan(step, (state, seen, attention), steps)
 
   latents = samplers.finish(request.grid, state)
-  images = decode(networks, params, latents)
-  apart = lambda x: x.reshape(2, -1, *x.shape[1:])
+  images = parts.to_unit_range(parts.decode(networks, params, latents))
   attention = None if attention is None else attention / len(steps)
   return Pairs(apart(images), apart(latents), attention)
 
@@ -132,21 +122,11 @@ def scored_pairs(
   return pairs, towers.scores(params['clip'], pairs.images, clip_ids)
 
 
-def encode_texts(networks: Networks, params, token_ids: Array, negative_ids: Array):
-  """Contexts float32 [2, P, L, C] of both captions, and [1, L, C] of no caption."""
-  flat = token_ids.reshape(-1, token_ids.shape[-1])
-  text_encoder = nnx.merge(networks.text_encoder_def, params['text_encoder'])
-  context = text_encoder(jnp.concatenate([flat, negative_ids]))
-  return context[:-1].reshape(*token_ids.shape, -1), context[-1:]
-
-
-def decode(networks: Networks, params, latents: Array) -> Array:
-  """Pictures float32 [B, H, W, 3] in 0..1 of scaled latents [B, h, w, 4]."""
-  vae = nnx.merge(networks.vae_def, params['vae'])
-  decoded = vae.decode(latents / networks.vae_config.scaling_factor)
-  return jnp.clip(decoded.astype(jnp.float32) / 2 + 0.5, 0, 1)
-
-
 def twice(x: Array) -> Array:
   """[P, ...] -> [2 * P, ...]: the same for both pictures."""
   return jnp.concatenate([x, x])
+
+
+def apart(x: Array) -> Array:
+  """[2 * P, ...] -> [2, P, ...]: first images, then second ones."""
+  return x.reshape(2, -1, *x.shape[1:])

@@ -31,8 +31,7 @@ class Sampling:
   interval: tuple[float, float] = (0.0, 1.0)
 
   def __post_init__(self):
-    # Most mistakes show with any schedule, and before a checkpoint is read.
-    samplers.noise_levels(Schedule(), self.sampler, self.steps, self.spacing, self.karras)
+    self.grid(Schedule())  # most mistakes show with any schedule, and before a checkpoint is read
     if not 0 <= self.rescale <= 1:
       raise InputError(f'rescale is {self.rescale}; it goes from 0 (none) to 1.')
     start, stop = self.interval
@@ -42,15 +41,20 @@ class Sampling:
 
   def _check_acts(self):
     """Refuses what changes no noise level, of which there may be too few, or others decide."""
-    levels = lambda spacing, karras: (
-      samplers.noise_levels(Schedule(), self.sampler, self.steps, spacing, karras).sigmas
-    )
-    own = levels(self.spacing, self.karras)
-    if self.karras and np.array_equal(own, levels(self.spacing, False)):
+    plain = dataclasses.replace(self, karras=False) if self.karras else self
+    own, plain = (sampling.grid(Schedule()).sigmas for sampling in (self, plain))
+    if self.karras and np.array_equal(own, plain):
       raise InputError(f'karras changes nothing in {self.steps} steps; leave it out.')
     # From end to end, whatever else; 'linspace' is its own.
     if self.karras and self.sampler == 'dpmpp_2m' and self.spacing not in (None, 'linspace'):
       raise InputError('spacing changes nothing in dpmpp_2m with karras; leave one of them out.')
+
+  def grid(self, schedule: Schedule) -> samplers.Grid:
+    return samplers.noise_levels(schedule, self.sampler, self.steps, self.spacing, self.karras)
+
+  def has_interval(self, branches: tuple[str, ...]) -> bool:
+    """Whether steps differ in guidance; `branches` are those of the guided ones."""
+    return tuple(self.interval) != (0.0, 1.0) and branches != guidance.CONDITIONAL
 
   def guided_steps(self) -> tuple[int, int]:
     """The first step that is guided, and the first one after that is not."""
@@ -85,8 +89,8 @@ def check_acts(
   given = {'negative': negative, 'rescale': sampling.rescale, 'interval': (low, high) != (0, 1)}
   if idle := ' and '.join(name for name, value in given.items() if value):
     raise InputError(
-      f'{idle}: of no use where text and image have scale 1, so that nothing is guided; leave it'
-      ' out, or give other scales.'
+      f'{idle}: of no use with guidance of scale 1, which guides nothing; leave it out, or give'
+      ' another scale.'
     )
 
 

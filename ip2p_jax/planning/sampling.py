@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from ip2p_jax import sharding
 from ip2p_jax.diffusion import guidance, samplers
-from ip2p_jax.editing.program import SPLIT, EditRequest, EditSpec, edit_programs
+from ip2p_jax.editing.program import KIND, EditSpec
 from ip2p_jax.errors import InputError
 from ip2p_jax.models import attention
 from ip2p_jax.models.clip import TextEncoder, VisionEncoder
@@ -23,10 +23,12 @@ from ip2p_jax.models.layers import abstract
 from ip2p_jax.pairs import generate
 from ip2p_jax.pairs.program import PairRequest, PairSpec
 from ip2p_jax.pairs.prompt_to_prompt import Control
+from ip2p_jax.pipeline import program
 from ip2p_jax.pipeline.clip_scores import Towers
 from ip2p_jax.pipeline.networks import Networks
-from ip2p_jax.planning import compiler, gpus, training
+from ip2p_jax.planning import compiler, gpus
 from ip2p_jax.planning.devices import chip_of, describe, gib
+from ip2p_jax.planning.table import best_time, memory_rows, program_rows, scheduled, table
 from ip2p_jax.training import flops
 
 BOTH = (guidance.TEXT_AND_IMAGE, guidance.IMAGE, guidance.UNCONDITIONAL)
@@ -131,7 +133,7 @@ def plan_sampling(
 def _edits(networks: Networks, work: Work, mesh: Mesh) -> Call:
   settings = EditSpec('euler_ancestral', BOTH, False)
   B, length = work.batch, networks.text_config.max_position_embeddings
-  request = EditRequest(
+  request = program.Request(
     images=_array(jnp.uint8, B, work.size, work.size, 3),
     token_ids=_array(jnp.int32, B, length),
     negative_ids=_array(jnp.int32, 1, length),
@@ -141,11 +143,10 @@ def _edits(networks: Networks, work: Work, mesh: Mesh) -> Call:
     indices=_array(jnp.uint32, B),
     grid=_grid(networks, work.steps),
     guided_sigmas=_array(jnp.float32, 2),
-    rescale=None, mask=None, init_noise=None, step_noise=None,
-  )  # fmt: skip
-  program = edit_programs(networks, mesh).edit
+  )
   inputs = _bfloat16(networks.shapes), request
-  return Call(program, settings, inputs, (sharding.WHOLE, SPLIT))
+  whole = program.compiled(KIND, networks, mesh).whole
+  return Call(whole, settings, inputs, (sharding.WHOLE, program.SPLIT))
 
 
 def _pairs(networks: Networks, work: Work, mesh: Mesh) -> Call:
@@ -188,20 +189,20 @@ def sampling_report(found: SamplingPlan) -> str:
   if compiled.needed_bytes:
     is_gpu = gpus.is_gpu(found.topology)  # a TPU's compiler counts bytes of a loop but once
     moved = compiled.bytes_accessed if is_gpu else 0.0
-    at_best = training.best_time(found.topology, found.analytic_flops, moved)
-    seconds = training.scheduled(compiled, chip)
+    at_best = best_time(found.topology, found.analytic_flops, moved)
+    seconds = scheduled(compiled, chip)
     hourly = 3600 * work.batch / max(seconds, at_best)
     rows += [
-      *training.memory_rows(found.topology, compiled),
+      *memory_rows(found.topology, compiled),
       ('FLOPs', f'{found.analytic_flops / 1e12:.1f} T asked for'),
       *([('bytes moved', f'{moved / 1e9:,.1f} GB')] if is_gpu else []),
       ('time at best', f'{at_best:.2f} s, by FLOPs{" or bytes" * is_gpu}'),
-      *training.program_rows(found.topology, compiled),
+      *program_rows(found.topology, compiled),
       (f'{work.made} an hour', f'{hourly:,.0f} {"as scheduled" if seconds else "at best"}'),
     ]
   is_more = work.batch > found.devices
   told = ['Try fewer at a time with --batch-size.'] if not compiled.fits and is_more else []
-  return training.table(found.topology, compiled, rows, told)
+  return table(found.topology, compiled, rows, told)
 
 
 def _array(dtype, *shape) -> jax.ShapeDtypeStruct:

@@ -22,6 +22,7 @@ from jax import Array
 from ip2p_jax.diffusion.noise import Schedule, add_noise, velocity
 from ip2p_jax.models.layers import Params, Remat
 from ip2p_jax.models.vae import Posterior
+from ip2p_jax.pipeline import parts
 from ip2p_jax.pipeline.networks import Networks
 
 Batch = dict[str, Array]
@@ -112,8 +113,7 @@ def _posteriors(networks, frozen, batch):
     )
     image_latents = batch.get('input_mean')
     return posterior, None if image_latents is None else image_latents.astype(jnp.float32)
-  vae = nnx.merge(networks.vae_def, frozen['vae'])
-  posterior_of = lambda name: vae.encode(batch[name].astype(jnp.float32) / 127.5 - 1)
+  posterior_of = lambda name: parts.encode(networks.vae_def, frozen['vae'], batch[name])
   image_latents = posterior_of('input_image').mode() if 'input_image' in batch else None
   return posterior_of('edited_image'), image_latents
 

@@ -5,12 +5,10 @@ B examples, R side of the pictures, h w latent sides, L text tokens. An example 
 """
 
 import copy
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
@@ -18,20 +16,17 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from PIL import Image
 
-from ip2p_jax import sharding
 from ip2p_jax.data.rows import LatentRow
-from ip2p_jax.diffusion import guidance, noise, samplers
-from ip2p_jax.diffusion.denoiser import denoiser
-from ip2p_jax.editing.editor import Editor, Sampling
+from ip2p_jax.editing.editor import Editor
 from ip2p_jax.images import image_grid
 from ip2p_jax.models.tokenizer import ClipTokenizer
+from ip2p_jax.pipeline import parts
 from ip2p_jax.pipeline.networks import Networks, is_editor
-from ip2p_jax.sharding import ROWS, WHOLE
+from ip2p_jax.pipeline.sampling import Sampling
+from ip2p_jax.pipeline.text_to_image import TextToImage
 from ip2p_jax.xla_alarms import quietly
 
 Example = dict[str, Any]
-Run = Callable[[Any], Array]  # parameters -> uint8 [B, R, R, 3]
-SAMPLER = 'euler_ancestral'
 
 
 def make_preview(
@@ -56,21 +51,27 @@ def make_preview(
   """
   instructions = [example['instruction'] for example in examples]
   if is_editor(networks):
-    columns = ('input', 'edited')
+    columns, labels = ('input', 'edited'), ['input', 'target', 'edit']
+    model = Editor(networks, networks.shapes, tokenizer, 'previews', mesh)
     inputs = np.stack([example['input'] for example in examples])
     scales = {'text_guidance': text_guidance, 'image_guidance': image_guidance}
-    run = _editing(networks, tokenizer, inputs, instructions, steps, seed, scales, mesh)
-    labels = ['input', 'target', 'edit']
+    run = lambda model: model.edit_arrays(
+      inputs, instructions, Sampling(steps), seeds=seed, **scales
+    )
   else:
-    columns = ('edited',)
+    columns, labels = ('edited',), ['target', 'sample']
+    model = TextToImage(networks, networks.shapes, tokenizer, 'previews', mesh)
     size = examples[0]['edited'].shape[:2]
-    run = _sampling(networks, tokenizer, size, instructions, steps, seed, text_guidance, mesh)
-    labels = ['target', 'sample']
+    run = lambda model: model.draw_arrays(
+      instructions, Sampling(steps), size=size, seeds=seed, text_guidance=text_guidance
+    )
 
   def preview(params) -> Image.Image:
-    made = _on_host(run(params))
+    current = copy.copy(model)  # shares the compiled program, and lets go of the parameters
+    current.params = params
+    made = _on_host(run(current).images)
     rows = [
-      [Image.fromarray(picture) for picture in (*(example[column] for column in columns), result)]
+      [Image.fromarray(image) for image in (*(example[column] for column in columns), result)]
       for example, result in zip(examples, made, strict=True)
     ]
     return _sheet(rows, instructions, labels)
@@ -100,79 +101,11 @@ def latent_examples(
 
 def decode(networks: Networks, vae_params: Any, latents: np.ndarray) -> np.ndarray:
   """Unscaled latents [B, h, w, 4], such as posterior means, as uint8 pictures [B, R, R, 3]."""
-  to_pixels = jax.jit(functools.partial(_pixels, networks))
-  return _on_host(quietly(to_pixels, vae_params, np.asarray(latents, np.float32)))
 
+  def to_images(vae_params, latents):
+    return parts.to_uint8(nnx.merge(networks.vae_def, vae_params).decode(latents))
 
-def sample_program(
-  networks: Networks,
-  size: tuple[int, int],
-  params: Any,
-  token_ids: Array,
-  null_ids: Array,
-  indices: Array,
-  grid: samplers.Grid,
-  text_guidance: Array,
-  seed: Array,
-) -> Array:
-  """Text to picture with classifier-free guidance (Ho and Salimans 2022): uint8 [B, *size, 3].
-
-  `token_ids` [B, L], `null_ids` [1, L] of the empty text, `indices` uint32 [B] of each one's noise;
-  all but the networks and the size is traced.
-  """
-  text_encoder = nnx.merge(networks.text_encoder_def, params['text_encoder'])
-  context = text_encoder(jnp.concatenate([token_ids, null_ids]))  # [B + 1, L, C]
-  batch, factor = len(context) - 1, networks.vae_config.factor
-  null_context = jnp.broadcast_to(context[-1:], context[:-1].shape)
-  contexts = jnp.concatenate([context[:-1], null_context])
-  unet = nnx.merge(networks.unet_def, params['unet'])
-  branches = (guidance.TEXT_AND_IMAGE, guidance.UNCONDITIONAL)
-
-  def predict(x, timestep):
-    predictions = unet(jnp.concatenate([x, x]), timestep, contexts, networks.attention)
-    predictions = predictions.reshape(2, *x.shape)
-    # With equal scales the branch between the two, which here does not exist, has no weight.
-    return guidance.combine(predictions, branches, text_guidance, text_guidance)
-
-  shape = (size[0] // factor, size[1] // factor, networks.vae_config.latent_channels)
-  keys = noise.image_keys(jnp.full(batch, seed, jnp.uint32), indices)
-  latents = samplers.sample(
-    SAMPLER,
-    denoiser(predict, networks.schedule),
-    grid,
-    noise.initial_noise(keys, shape),
-    lambda i: noise.step_noise(keys, i, shape),
-  )
-  return _pixels(networks, params['vae'], latents / networks.vae_config.scaling_factor)
-
-
-def _editing(networks, tokenizer, inputs, instructions, steps, seed, scales, mesh) -> Run:
-  editor = Editor(networks, networks.shapes, tokenizer, 'previews', mesh)
-
-  def run(params):
-    current = copy.copy(editor)  # shares the compiled program, and lets go of the parameters
-    current.params = params
-    return current.edit_arrays(inputs, instructions, Sampling(steps), seeds=seed, **scales).images
-
-  return run
-
-
-def _sampling(networks, tokenizer, size, instructions, steps, seed, text_guidance, mesh) -> Run:
-  specs = (WHOLE, ROWS, WHOLE, ROWS, WHOLE, WHOLE, WHOLE)
-  program = functools.partial(sample_program, networks, size)
-  program = jax.jit(sharding.each_its_rows(program, mesh, specs, ROWS))
-  count = len(instructions)
-  rows = tokenizer(instructions), np.arange(count, dtype=np.uint32)
-  if mesh is not None:
-    rows = sharding.padded_rows(mesh, (ROWS, ROWS), rows, count)
-  grid = samplers.noise_levels(networks.schedule, SAMPLER, steps)
-  others = tokenizer(['']), rows[1], grid, np.float32(text_guidance), np.uint32(seed)
-  return lambda params: quietly(program, params, rows[0], *others)[:count]
-
-
-def _pixels(networks, vae_params, latents):
-  decoded = nnx.merge(networks.vae_def, vae_params).decode(latents)
-  return jnp.round(jnp.clip(decoded * 127.5 + 127.5, 0, 255)).astype(jnp.uint8)
+  return _on_host(quietly(jax.jit(to_images), vae_params, np.asarray(latents, np.float32)))
 
 
 def _on_host(array: Array) -> np.ndarray:

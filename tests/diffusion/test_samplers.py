@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import peers
 import pytest
+import torch_models as reference
 
 from ip2p_jax.diffusion import samplers
 from ip2p_jax.diffusion.denoiser import denoiser, sigma_to_timestep, timestep_to_sigma
@@ -12,27 +13,15 @@ from ip2p_jax.diffusion.noise import Schedule
 from ip2p_jax.diffusion.samplers import SAMPLERS, SPACINGS, STOCHASTIC, Grid, noise_levels, sample
 from ip2p_jax.errors import InputError
 
-diffusers = peers.module('diffusers')
 torch = peers.module('torch')
 
 SHAPE = (2, 4, 4, 4)
 LINEAR = {'beta_start': 1e-4, 'beta_end': 0.02, 'beta_schedule': 'linear'}
-THEIRS = {
-  'euler_ancestral': diffusers.EulerAncestralDiscreteScheduler,
-  'euler': diffusers.EulerDiscreteScheduler,
-  'heun': diffusers.HeunDiscreteScheduler,
-  'ddim': diffusers.DDIMScheduler,
-  'dpmpp_2m': diffusers.DPMSolverMultistepScheduler,
-  'lcm': diffusers.LCMScheduler,
-}
 UNIT_VARIANCE = ('ddim', 'dpmpp_2m', 'lcm')
 
 
 def their_scheduler(sampler, steps, schedule=Schedule(), **options):
-  config = schedule.to_json()
-  if 'timestep_spacing' not in options:
-    del config['timestep_spacing']  # so that each takes its own default
-  scheduler = THEIRS[sampler].from_config(config | options)
+  scheduler = reference.scheduler(sampler, schedule, **options)
   scheduler.set_timesteps(steps)
   return scheduler
 
@@ -246,6 +235,37 @@ def test_karras_run_agrees_with_diffusers_asked_at_our_timesteps(rng, sampler):
   theirs = their_scheduler(sampler, 20, use_karras_sigmas=True)
   expected = their_sample(theirs, init, grid.timesteps)
   assert_relative(our_sample(sampler, Schedule(), grid, init), expected, 1e-5)
+
+
+# Runs from a later step
+
+
+@pytest.mark.parametrize('sampler', SAMPLERS)
+def test_a_run_from_a_later_step_is_that_of_the_rest_of_the_grid(rng, sampler):
+  whole = noise_levels(Schedule(), sampler, 8)
+  rest = whole._replace(sigmas=whole.sigmas[3:], timesteps=whole.timesteps[3:])
+  latents, init = rng.standard_normal((2, *SHAPE), np.float32)
+  noises = jnp.asarray(rng.standard_normal((8, *SHAPE), np.float32))
+  denoise = denoiser(lambda x, t: network(x, t, jnp), Schedule())
+
+  @jax.jit
+  def run(grid, state, noises):
+    step = SAMPLERS[sampler](denoise, grid)
+    return samplers.walk(lambda state, i: step(state, i, noises[i]), grid, state)[0]
+
+  later = samplers.begin_at(whole, 3)
+  state = samplers.noisy_state(later, latents, init)
+  np.testing.assert_allclose(state[0], latents + whole.sigmas[3] * init, rtol=1e-6)
+  expected = np.asarray(run(rest, state, noises[3:]))
+  assert_relative(np.asarray(run(later, state, noises)), expected, 1e-6)
+  assert samplers.steps_of(later) == range(3, 8)
+
+
+def test_a_run_from_the_end_does_nothing(rng):
+  grid = samplers.begin_at(noise_levels(Schedule(), 'euler', 4), 4)
+  latents, init = rng.standard_normal((2, *SHAPE), np.float32)
+  state = samplers.noisy_state(grid, latents, init)
+  np.testing.assert_array_equal(samplers.walk(None, grid, state)[0], latents)
 
 
 # Golden numbers: sums of absolute values that diffusers' own tests hold

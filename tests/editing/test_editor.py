@@ -51,8 +51,8 @@ def photo(rng):
 def watch(editor, monkeypatch, instead):
   """Puts a function in the place of the program for one picture, which is returned."""
   programs = editor._alone
-  monkeypatch.setattr(editor, '_alone', programs._replace(edit=instead))
-  return programs.edit
+  monkeypatch.setattr(editor, '_alone', programs._replace(whole=instead))
+  return programs.whole
 
 
 def test_keys_and_values_of_the_text_are_computed_once_and_not_in_every_step(
@@ -147,10 +147,10 @@ def test_changing_instruction_scales_seed_or_negative_never_recompiles(editor, p
     seeds=seed, negative=negative,
   )  # fmt: skip
   run('make it winter', 7.5, 1.5, 0)
-  before = editor._alone.edit._cache_size()
+  before = editor._alone.whole._cache_size()
   run('make it summer', 5, 1.2, 9)
   run('a longer instruction, with more words', 10, 2.2, 2**32 - 1, 'people')
-  assert editor._alone.edit._cache_size() == before
+  assert editor._alone.whole._cache_size() == before
 
 
 def test_a_branch_that_cancels_is_not_computed_and_the_result_is_the_same(editor, photo):

@@ -1,4 +1,4 @@
-"""The miniature's evaluation: SDEdit, CLIP's similarities, what is recorded and what is shown."""
+"""The miniature's evaluation: CLIP's similarities, what is recorded and what is shown."""
 
 import json
 import os
@@ -13,17 +13,11 @@ import numpy as np
 import plots
 import pytest
 import tiny_models
-import torch_models as reference
 import world
-from sdedit import SDEdit
 
 from ip2p_jax import weights
 from ip2p_jax.diffusion.noise import Schedule
-from ip2p_jax.errors import InputError
-from ip2p_jax.models.tokenizer import ClipTokenizer
-from ip2p_jax.pipeline.networks import networks_of, params_of
 from ip2p_jax.pipeline.scores import Scores
-from ip2p_jax.training.previews import decode
 
 ROOT = Path(__file__).parents[2]
 PARTS = ('done', 'kept', 'direction', 'consistency')
@@ -35,80 +29,6 @@ SMALL = evaluate.Size(
 def checkpoint(channels):
   unet = tiny_models.TINY_UNET | {'in_channels': channels}
   return tiny_models.checkpoint(unet, Schedule(prediction_type='v_prediction'))
-
-
-def sdedit(channels=4):
-  source = checkpoint(channels)
-  networks = networks_of(source)
-  tokenizer = ClipTokenizer(source.tokenizer, 77, 600)
-  return SDEdit(networks, params_of(source, networks, 'float32'), tokenizer, 'test')
-
-
-@pytest.fixture(scope='module')
-def base():
-  return sdedit()
-
-
-@pytest.fixture(scope='module')
-def scenes():
-  examples = [world.example(seed, 'test') for seed in range(3)]
-  pictures = np.stack([world.picture(one.scene) for one in examples])
-  return pictures, [one.edited_caption for one in examples]
-
-
-# SDEdit.
-
-
-def test_no_strength_gives_the_picture_as_the_autoencoder_sees_it(base, scenes):
-  pictures, captions = scenes
-  edits = base.edit(pictures, captions, strength=0.0, text_guidance=4.0, steps=10)
-  vae = reference.models_of(tiny_models.checkpoint())['vae']
-  latents = vae.encode(reference.nchw(pictures / np.float32(127.5) - 1)).latent_dist.mode()
-  seen = decode(base.networks, base.params['vae'], reference.nhwc(latents))
-  np.testing.assert_allclose(edits.astype(int), seen, atol=1)
-
-
-def test_full_strength_does_not_see_the_picture(base, scenes):
-  pictures, captions = scenes
-  how = {'strength': 1.0, 'text_guidance': 4.0, 'steps': 10}
-  edits = base.edit(pictures, captions, **how)
-  np.testing.assert_array_equal(edits, base.edit(255 - pictures, captions, **how))
-
-
-def test_in_between_it_sees_the_picture_the_caption_and_the_seed(base, scenes):
-  pictures, captions = scenes
-  how = {'strength': 0.5, 'text_guidance': 4.0, 'steps': 10, 'seed': 0}
-  edits = base.edit(pictures, captions, **how)
-  for other in (
-    base.edit(255 - pictures, captions, **how),
-    base.edit(pictures, captions[::-1], **how),
-    base.edit(pictures, captions, **how | {'seed': 1}),
-    base.edit(pictures, captions, **how | {'text_guidance': 1.0}),
-  ):
-    assert not np.array_equal(other[0], edits[0])
-  np.testing.assert_array_equal(base.edit(pictures, captions, **how), edits)
-
-
-def test_strength_is_the_part_of_the_steps_done_rounded_down(base, scenes):
-  how = {'text_guidance': 4.0, 'steps': 10}
-  edits = base.edit(*scenes, strength=0.5, **how)
-  np.testing.assert_array_equal(base.edit(*scenes, strength=0.59, **how), edits)
-  assert not np.array_equal(base.edit(*scenes, strength=0.6, **how), edits)
-
-
-def test_noise_belongs_to_the_example_not_to_its_batch(base, scenes):
-  pictures, captions = scenes
-  how = {'strength': 0.5, 'text_guidance': 4.0, 'steps': 10}
-  whole = base.edit(pictures, captions, **how)
-  turned = base.edit(pictures[::-1], captions[::-1], indices=[2, 1, 0], **how)[::-1]
-  np.testing.assert_allclose(whole.astype(int), turned, atol=1)
-
-
-def test_sdedit_says_what_it_cannot_use(base, scenes):
-  with pytest.raises(InputError, match=r'8 input channels .* needs a text-to-image checkpoint'):
-    sdedit(channels=8)
-  with pytest.raises(InputError, match=r'strength is 1.5; it goes from 0'):
-    base.edit(*scenes, strength=1.5, text_guidance=4.0)
 
 
 # Measuring.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -73,6 +74,20 @@ def test_lines_of_other_threads_stay_in_order(capfd):
       f'{i} {n}' for n in range(count)
     ]
   assert len(lines) == sum(counts) + 3 * 3
+
+
+def test_what_comes_later_waits_for_a_slow_filter(capfd):
+  with left_out():
+    time.sleep(WAIT)
+    process = xla_alarms._diversion.process
+    process.send_signal(signal.SIGSTOP)
+    os.write(2, b'before\n')
+    threading.Timer(0.3, process.send_signal, [signal.SIGCONT]).start()
+    later = threading.Timer(0.1, os.write, [2, b'meanwhile\n'])
+    later.start()
+  os.write(2, b'after\n')
+  later.join()
+  assert capfd.readouterr().err == 'before\nmeanwhile\nafter\n'
 
 
 def test_all_that_was_written_is_shown_when_it_is_over(capfd):

@@ -15,7 +15,8 @@ from flax import nnx
 from ip2p_jax.errors import InputError
 from ip2p_jax.models import llama
 from ip2p_jax.models.layers import REMATS, abstract
-from ip2p_jax.models.llama import Llama, LlamaConfig
+from ip2p_jax.models.llama import Llama
+from ip2p_jax.models.llama_config import LlamaConfig
 
 torch = peers.module('torch')
 transformers = peers.module('transformers')

@@ -193,7 +193,7 @@ def test_shards_of_good_pairs_keep_all_rows_and_hold_out_what_is_asked_for(
   tmp_path, monkeypatch, capsys
 ):
   raw = write_raw(tmp_path / 'raw', {i: [(1 + 10 * i, GOOD)] for i in range(20)})
-  monkeypatch.setattr(main, 'cache_compilations', lambda: None)
+  monkeypatch.setattr('ip2p_jax.cli.console.cache_compilations', lambda: None)
   for name, words, expected in (
     ('all', (), [20, 0, 0]), ('some', ('--holdout', '0.2'), [16, 4, 0]),
   ):  # fmt: skip

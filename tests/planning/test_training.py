@@ -22,7 +22,7 @@ from ip2p_jax.config import DataConfig, MeshConfig, TrainConfig
 from ip2p_jax.config_text import load_config
 from ip2p_jax.errors import InputError
 from ip2p_jax.pipeline.networks import networks_of
-from ip2p_jax.planning import compiler, program_text, sampling, training
+from ip2p_jax.planning import compiler, program_text, sampling, table, training
 from ip2p_jax.planning.devices import GIB, describe
 from ip2p_jax.training.step import is_donated
 
@@ -122,7 +122,7 @@ def test_what_is_started_counts_by_what_it_gives(started, size):
 
 
 def test_a_report_tells_where_exchanges_come_from():
-  rows = training.collective_rows(program_text.collectives_of(PROGRAM))
+  rows = table.collective_rows(program_text.collectives_of(PROGRAM))
   assert rows[1] == ('all-reduce', '0.0 MB a device, 100% of gradients')
 
 

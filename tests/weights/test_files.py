@@ -19,7 +19,7 @@ import safetensors.numpy
 
 from ip2p_jax import storage
 from ip2p_jax.errors import InputError
-from ip2p_jax.pipeline.networks import weights_digest
+from ip2p_jax.pipeline.networks import bytes_digest
 from ip2p_jax.weights.files import read_tensors, write_safetensors
 from ip2p_jax.weights.tensors import Tensors
 
@@ -325,15 +325,15 @@ def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
 
 def test_weights_are_told_apart_by_any_number_of_any_tensor(arrays, tmp_path):
   write_safetensors(tmp_path / 'one.safetensors', arrays)
-  digest = weights_digest(arrays)
-  assert weights_digest(read_tensors(tmp_path / 'one.safetensors')[0]) == digest
+  digest = bytes_digest(arrays)
+  assert bytes_digest(read_tensors(tmp_path / 'one.safetensors')[0]) == digest
   large = {'w': np.arange(300.0, dtype=np.float32).reshape(20, 15)}
-  assert weights_digest({'w': np.asfortranarray(large['w'])}) == weights_digest(large)
-  seen = {digest, weights_digest(large)}
+  assert bytes_digest({'w': np.asfortranarray(large['w'])}) == bytes_digest(large)
+  seen = {digest, bytes_digest(large)}
   for place in range(300):
     changed = large['w'].copy()
     changed.flat[place] += 1
-    seen.add(weights_digest({'w': changed}))
-  seen |= {weights_digest({'w': large['w'].reshape(15, 20)}), weights_digest({'v': large['w']})}
-  seen |= {weights_digest({'w': large['w'].view(np.int32)})}
+    seen.add(bytes_digest({'w': changed}))
+  seen |= {bytes_digest({'w': large['w'].reshape(15, 20)}), bytes_digest({'v': large['w']})}
+  seen |= {bytes_digest({'w': large['w'].view(np.int32)})}
   assert len(seen) == 305

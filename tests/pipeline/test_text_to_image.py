@@ -1,0 +1,206 @@
+"""Images from texts: against diffusers' pipelines, and what holds whatever the weights."""
+
+import jax
+import numpy as np
+import peers
+import pytest
+import tiny_models
+import torch_models as reference
+from PIL import Image
+
+from ip2p_jax.diffusion.noise import Schedule
+from ip2p_jax.diffusion.samplers import SAMPLERS
+from ip2p_jax.errors import InputError
+from ip2p_jax.pipeline.sampling import Sampling
+from ip2p_jax.pipeline.text_to_image import TextToImage, first_step
+
+torch = peers.module('torch')
+diffusers, transformers = peers.module('diffusers'), peers.module('transformers')
+
+UNET = tiny_models.TINY_UNET | {'in_channels': 4}
+TEXTS = ['a red boat on a lake', 'winter']
+
+
+def checkpoint(prediction_type='epsilon'):
+  return tiny_models.checkpoint(UNET, Schedule(prediction_type=prediction_type))
+
+
+@pytest.fixture(scope='module')
+def model():
+  return TextToImage.from_checkpoint(checkpoint(), 'float32')
+
+
+@pytest.fixture(scope='module')
+def tokenizer(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('tokenizer')
+  for name, content in reference.tokenizer_files().items():
+    (folder / name).write_bytes(content)
+  return transformers.CLIPTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture
+def photos(rng):
+  """uint8 [2, 32, 48, 3]."""
+  y, x = np.mgrid[:32, :48] / 48
+  smooth = np.stack([x, y, 0.5 + 0.5 * np.sin(9 * x + 5 * y)], -1)
+  return np.round(255 * np.stack([smooth, smooth[::-1]])).astype(np.uint8)
+
+
+def theirs(kind, tokenizer, sampler, prediction_type, step_noise, **options):
+  """Scaled latents of diffusers' pipeline, NHWC."""
+  source = checkpoint(prediction_type)
+  pipeline = getattr(diffusers, kind)(
+    **reference.models_of(source),
+    tokenizer=tokenizer,
+    scheduler=reference.scheduler(sampler, Schedule(prediction_type=prediction_type)),
+    safety_checker=None,
+    feature_extractor=None,
+    requires_safety_checker=False,
+  )
+  pipeline.set_progress_bar_config(disable=True)
+  with torch.no_grad(), reference.given_noise(step_noise):
+    return reference.nhwc(
+      pipeline(TEXTS, negative_prompt=['fog'] * 2, output_type='latent', **options).images
+    )
+
+
+@pytest.mark.parametrize(('sampler', 'prediction_type'), [
+  ('euler_ancestral', 'v_prediction'),
+  ('ddim', 'epsilon'),
+  ('dpmpp_2m', 'v_prediction'),
+])  # fmt: skip
+def test_drawing_agrees_with_diffusers(tokenizer, rng, sampler, prediction_type):
+  init_noise = rng.standard_normal((2, 8, 12, 4), np.float32)
+  step_noise = rng.standard_normal((5, 2, 8, 12, 4), np.float32)
+  expected = theirs(
+    'StableDiffusionPipeline', tokenizer, sampler, prediction_type, step_noise,
+    height=32, width=48, num_inference_steps=5, guidance_scale=7.5,
+    latents=reference.nchw(init_noise),
+  )  # fmt: skip
+  drawn = TextToImage.from_checkpoint(checkpoint(prediction_type), 'float32').draw_arrays(
+    TEXTS, Sampling(5, sampler), size=(32, 48), negative='fog',
+    init_noise=init_noise, step_noise=step_noise,
+  )  # fmt: skip
+  assert reference.relative_error(drawn.latents, expected) <= 1e-3
+
+
+@pytest.mark.parametrize(('sampler', 'prediction_type', 'strength'), [
+  *((sampler, 'epsilon', 0.6) for sampler in SAMPLERS),
+  ('dpmpp_2m', 'v_prediction', 0.5),
+  ('euler_ancestral', 'v_prediction', 1.0),
+])  # fmt: skip
+def test_drawing_from_an_image_agrees_with_diffusers(
+  tokenizer, photos, rng, sampler, prediction_type, strength
+):
+  init_noise = rng.standard_normal((2, 8, 12, 4), np.float32)
+  step_noise = rng.standard_normal((5, 2, 8, 12, 4), np.float32)
+  with reference.noisy_image(init_noise):
+    expected = theirs(
+      'StableDiffusionImg2ImgPipeline', tokenizer, sampler, prediction_type,
+      step_noise[first_step(5, strength) :], image=[Image.fromarray(photo) for photo in photos],
+      strength=strength, num_inference_steps=5, guidance_scale=7.5,
+    )  # fmt: skip
+  drawn = TextToImage.from_checkpoint(checkpoint(prediction_type), 'float32').draw_arrays(
+    TEXTS, Sampling(5, sampler), images=photos, strength=strength, negative='fog',
+    init_noise=init_noise, step_noise=step_noise,
+  )  # fmt: skip
+  assert reference.relative_error(drawn.latents, expected) <= 1e-3
+
+
+def test_one_of_three_is_the_same_alone_and_step_by_step(model):
+  texts = ['a boat', 'a lake', 'a hill']
+  together = model.draw_arrays(texts, Sampling(2), size=(32, 32), seeds=5)
+  alone = model.draw_arrays(texts[1:2], Sampling(2), size=(32, 32), seeds=5, indices=[1])
+  assert together.images.shape == (3, 32, 32, 3)  # made by eight devices
+  assert alone.images.devices() == {jax.devices()[0]}
+  assert reference.relative_error(alone.latents[0], np.asarray(together.latents[1])) <= 1e-5
+  seen = []
+  counted = model.draw_arrays(
+    texts[1:2], Sampling(2), size=(32, 32), seeds=5, indices=[1],
+    progress=lambda *numbers: seen.append(numbers),
+  )  # fmt: skip
+  assert reference.relative_error(counted.latents, np.asarray(alone.latents)) <= 1e-5
+  assert seen == [(0, 2), (1, 2), (2, 2)]
+
+
+def test_from_an_image_only_the_steps_that_are_left_are_counted(model, photos):
+  seen, run = [], lambda **more: model.draw_arrays(
+    TEXTS[:1], Sampling(5), images=photos[:1], strength=0.4, **more
+  )  # fmt: skip
+  counted = run(progress=lambda *numbers: seen.append(numbers))
+  assert reference.relative_error(counted.latents, np.asarray(run().latents)) <= 1e-5
+  assert seen == [(0, 2), (1, 2), (2, 2)]
+
+
+def test_another_text_scale_seed_or_strength_compiles_nothing(model, photos):
+  run = lambda text, strength, **more: model.draw_arrays(
+    [text], Sampling(5), images=photos[:1], strength=strength, **more
+  )
+  run('a boat', 0.4)
+  before = model._alone.whole._cache_size()
+  run('a lake with many boats', 0.8, seeds=7, text_guidance=3.0, negative='fog')
+  assert model._alone.whole._cache_size() == before
+
+
+def test_without_guidance_one_branch_runs_and_the_result_is_the_same(model):
+  run = lambda scale: model.draw_arrays(['go'], Sampling(2), size=(32, 32), text_guidance=scale)
+  nearly = np.nextafter(np.float32(1), np.float32(2))
+  assert reference.relative_error(run(1.0).latents, np.asarray(run(nearly).latents)) <= 1e-4
+
+
+def test_guidance_in_no_step_is_no_guidance(model):
+  run = lambda interval, scale: model.draw_arrays(
+    ['go'], Sampling(2, interval=interval), size=(32, 32), text_guidance=scale
+  )
+  unguided = np.asarray(run((0.0, 1.0), 1.0).latents)
+  assert reference.relative_error(run((0.5, 0.5), 7.5).latents, unguided) <= 1e-5
+  assert reference.relative_error(run((0.0, 0.5), 7.5).latents, unguided) > 1e-3
+
+
+def test_a_variation_is_the_image_of_its_own_seed(model):
+  both = model.draw('a boat', Sampling(2), size=32, seed=[1, 2], batch_size=1)
+  (second,) = model.draw('a boat', Sampling(2), size=32, seed=2)
+  assert [image.size for image in both] == [(32, 32)] * 2
+  assert np.abs(np.asarray(both[1], int) - np.asarray(second, int)).max() <= 1
+  assert np.any(np.asarray(both[0]) != np.asarray(both[1]))
+
+
+def test_without_a_size_it_is_the_checkpoints_own(model):
+  (image,) = model.draw('a boat', Sampling(1), seed=1)
+  assert image.size == (16 * 4, 16 * 4)
+
+
+def test_from_an_image_the_result_has_its_size_and_transparency(model):
+  init = Image.new('RGBA', (51, 30), (200, 10, 10, 77))
+  (image,) = model.draw('a boat', Sampling(4), init=init, size=32, seed=1)
+  assert image.size == (51, 30) and image.mode == 'RGBA'
+  assert (np.asarray(image)[..., 3] == 77).all()
+
+
+INIT = Image.new('RGB', (32, 32))
+
+
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    ({'texts': ' '}, 'the text is empty'),
+    ({'size': 30}, 'size is 30x30; sides must be multiples of 4'),
+    ({'text_guidance': float('nan')}, 'text_guidance'),
+    ({'text_guidance': 1.0, 'negative': 'fog'}, 'negative: of no use'),
+    ({'seed': -1}, 'seed'),
+    ({'texts': ['a', 'b'], 'seed': [1, 2, 3]}, '2 texts for 3 images'),
+    ({'init': INIT, 'strength': 1.1}, 'strength is 1.1; it goes from 0'),
+    ({'init': INIT, 'strength': 0.4}, 'strength 0.4 leaves none of 2 steps'),
+    ({'init_noise': np.zeros((3, 8, 8, 4))}, 'init_noise has shape .* for 1 results'),
+    ({'batch_size': 0}, 'batch_size'),
+  ],
+)
+def test_a_wrong_value_is_an_error_that_names_it(model, options, message):
+  arguments = {'texts': 'a boat', 'sampling': Sampling(2), 'size': 32} | options
+  with pytest.raises(InputError, match=message):
+    model.draw(**arguments)
+
+
+def test_an_editor_is_refused():
+  with pytest.raises(InputError, match=r'8 input channels .* needs a text-to-image checkpoint'):
+    TextToImage.from_checkpoint(tiny_models.checkpoint())
