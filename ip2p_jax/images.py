@@ -122,12 +122,12 @@ def plain_and_problem(image: Image.Image) -> tuple[Image.Image, str]:
   return result, problem
 
 
-def with_metadata(image: Image.Image, name: str = 'the picture') -> Image.Image:
+def with_metadata(image: Image.Image) -> Image.Image:
   """`plain`, with the metadata that is kept; warns of colours that cannot be honoured."""
   picture, problem = plain_and_problem(image)
   picture.info |= metadata.kept(image)
   if problem:
-    warnings.warn(f'{name}: {problem}', stacklevel=2)
+    warnings.warn(f'the picture: {problem}', stacklevel=2)
   return picture
 
 

@@ -275,19 +275,22 @@ def _replace_folder(new, path):
 
 
 @contextlib.contextmanager
-def unfinished(folder: Path) -> Iterator[Path]:
-  """A hidden folder beside `folder`, to write in; gone afterwards, as is what a killed run left.
+def new_folder(folder: Path) -> Iterator[Path]:
+  """A hidden place beside `folder` to fill and then rename; gone afterwards if it is still there.
 
-  Its name is always the same, so whoever calls this holds a lock.
+  InputError if the folder exists, or if another process makes it.
   """
-  place = folder.with_name(f'.{folder.name}.tmp')
-  if place.exists():
-    shutil.rmtree(place)
-  place.mkdir(parents=True)
-  try:
-    yield place
-  finally:
-    shutil.rmtree(place, ignore_errors=True)
+  with one_writer(folder):
+    if folder.exists():
+      raise InputError(f'{folder} exists; give a new folder, or delete it.')
+    place = folder.with_name(f'.{folder.name}.tmp')
+    if place.exists():  # a killed run left it
+      shutil.rmtree(place)
+    place.mkdir(parents=True)
+    try:
+      yield place
+    finally:
+      shutil.rmtree(place, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -77,15 +77,13 @@ def read(workdir: Workdir, ema: bool = True, step: int | None = None) -> weights
   return dataclasses.replace(base, tensors=tensors, source=f'{workdir} (step {step})')
 
 
-def read_adapters(
-  workdir: Workdir, ema: bool = True, step: int | None = None
-) -> tuple[dict[str, np.ndarray], LoraConfig]:
+def read_adapters(workdir: Workdir, ema: bool = True) -> tuple[dict[str, np.ndarray], LoraConfig]:
   """The adapters of a LoRA run, {dotted name: float32}, and their settings; as `read` otherwise."""
   config = lora_config(workdir)
   if not config.rank:
     raise InputError(f'{workdir}: trained the weights themselves (lora.rank is 0), so it has no '
                      'adapters; convert it to diffusers or ldm.')  # fmt: skip
-  return read_part(workdir, 'ema' if ema else 'params', step)[1], config
+  return read_part(workdir, 'ema' if ema else 'params')[1], config
 
 
 def save_base(workdir: Workdir, checkpoint: weights.Checkpoint, trained: Collection[str]) -> None:
