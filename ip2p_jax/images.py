@@ -19,10 +19,10 @@ import simplejpeg
 from PIL import ExifTags, Image, ImageDraw, ImageFont, UnidentifiedImageError
 
 from ip2p_jax import colour, metadata, storage
+from ip2p_jax.defaults import MIN_SIDE
 from ip2p_jax.errors import InputError
 
 MAX_PIXELS = 178_956_970  # half a gigabyte as RGB; where Pillow itself refuses
-MIN_SIDE = 8  # one latent pixel
 # Others stay closed: some run programs (EPS), and all of them widen what a hostile file can reach.
 READ_FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP', 'GIF', 'TIFF')
 READ_EXTENSIONS = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff')
