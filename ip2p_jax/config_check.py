@@ -6,9 +6,9 @@ from collections.abc import Collection
 from typing import Any
 
 from ip2p_jax.config import LanguageConfig, TrainConfig, knobs, set_knob
+from ip2p_jax.defaults import MAX_SEED, MIN_SIDE
 from ip2p_jax.errors import InputError, check_choice
 
-MAX_SEED = 2**32 - 1
 CHOICES = {
   'task': ('edit', 'text_to_image'),
   'checkpoint_weights': ('', 'average', 'live'),
@@ -56,13 +56,25 @@ def check_values(config: TrainConfig) -> None:
       f'conditioning_dropout is {config.conditioning_dropout}; it is the rate of each of three'
       ' kinds of dropout, 0 to 0.33.'
     )
-  if not 0 <= config.data.flip_rate <= 1:
-    raise InputError(f'data.flip_rate is {config.data.flip_rate}; use 0 to 1.')
-  if config.data.largest_resize and config.data.largest_resize < config.resolution:
+  data = config.data
+  check_framing(config.resolution, config.task, data.resize, data.largest_resize, data.flip_rate)
+
+
+def check_framing(
+  resolution: int, task: str, resize: str, largest_resize: int, flip_rate: float
+) -> None:
+  """Raises an InputError that names the first knob of a framing whose value makes no sense."""
+  check_choice('task', task, CHOICES['task'])
+  check_choice('data.resize', resize, CHOICES['data.resize'])
+  if resolution < MIN_SIDE:
+    raise InputError(f'resolution is {resolution}; use {MIN_SIDE} or more.')
+  if largest_resize and largest_resize < resolution:
     raise InputError(
-      f'data.largest_resize is {config.data.largest_resize}, smaller than the resolution'
-      f' {config.resolution}; use 0 for no random crop.'
+      f'data.largest_resize is {largest_resize}, smaller than the resolution {resolution}; use 0'
+      ' for no random crop.'
     )
+  if not 0 <= flip_rate <= 1:
+    raise InputError(f'data.flip_rate is {flip_rate}; use 0 to 1.')
 
 
 def check_language(config: LanguageConfig) -> None:

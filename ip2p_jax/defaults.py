@@ -2,5 +2,7 @@
 
 # The paper's. The bundled miniature, and what is like it, has its own (`bundled.py`).
 STEPS, CFG_TEXT, CFG_IMAGE, SAMPLER = 100, 7.5, 1.5, 'euler_ancestral'
+MIN_SIDE = 8  # pixels of an image: one latent
+MAX_SEED = 2**32 - 1
 MAX_SCALE = 100  # of text and image guidance, and the same below 0
 MOST_TOKENS = 2**15 - 1  # of a language model's answer

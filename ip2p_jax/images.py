@@ -19,10 +19,10 @@ import simplejpeg
 from PIL import ExifTags, Image, ImageDraw, ImageFont, UnidentifiedImageError
 
 from ip2p_jax import colour, metadata, storage
+from ip2p_jax.defaults import MIN_SIDE
 from ip2p_jax.errors import InputError
 
 MAX_PIXELS = 178_956_970  # half a gigabyte as RGB; where Pillow itself refuses
-MIN_SIDE = 8  # one latent pixel
 # Others stay closed: some run programs (EPS), and all of them widen what a hostile file can reach.
 READ_FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP', 'GIF', 'TIFF')
 READ_EXTENSIONS = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff')
@@ -53,11 +53,7 @@ def find_images(path: str | Path) -> list[Path]:
 def read(path: str | Path) -> Image.Image:
   """The picture in a file, as `with_metadata` makes it; the first frame where there are several."""
   with _opened(path) as image:
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-      raise Image.DecompressionBombError
-    if min(width, height) < MIN_SIDE:
-      raise InputError(f'{path} is {width}x{height}; give at least {MIN_SIDE}x{MIN_SIDE} pixels')
+    _check_size(path, *image.size)
     # Pillow turns a TIFF as it loads it, and forgets how; PNG may hold EXIF behind its pixels.
     kept = metadata.kept(image) if image.format == 'TIFF' else None
     picture, problem = plain_and_problem(image)
@@ -68,6 +64,18 @@ def read(path: str | Path) -> Image.Image:
   if problem:  # out here, where warnings are heard
     warnings.warn(f'{path}: {problem}', stacklevel=2)
   return picture
+
+
+def size_of(path: str | Path) -> tuple[int, int]:
+  """(width, height) of the picture that `read` gives, most often from the file's header alone."""
+  with _opened(path) as image:
+    _check_size(path, *image.size)
+    # PNG may hold EXIF behind its pixels.
+    is_late = image.format == 'PNG' and 'exif' not in image.info
+    if image.format == 'TIFF' or (is_late and b'eXIf' in Path(path).read_bytes()):
+      return _upright(image).size
+    is_turned = _orientation(image) in range(5, 9)
+    return image.size[::-1] if is_turned else image.size
 
 
 def decode_jpeg(encoded: bytes) -> np.ndarray | None:
@@ -114,12 +122,12 @@ def plain_and_problem(image: Image.Image) -> tuple[Image.Image, str]:
   return result, problem
 
 
-def with_metadata(image: Image.Image, name: str = 'the picture') -> Image.Image:
+def with_metadata(image: Image.Image) -> Image.Image:
   """`plain`, with the metadata that is kept; warns of colours that cannot be honoured."""
   picture, problem = plain_and_problem(image)
   picture.info |= metadata.kept(image)
   if problem:
-    warnings.warn(f'{name}: {problem}', stacklevel=2)
+    warnings.warn(f'the picture: {problem}', stacklevel=2)
   return picture
 
 
@@ -324,12 +332,23 @@ def _says_srgb(encoded):
     return False
 
 
+def _check_size(path, width, height):
+  if width * height > MAX_PIXELS:
+    raise Image.DecompressionBombError
+  if min(width, height) < MIN_SIDE:
+    raise InputError(f'{path} is {width}x{height}; give at least {MIN_SIDE}x{MIN_SIDE} pixels')
+
+
 def _upright(image):
   # Not ImageOps.exif_transpose, which also rewrites the metadata and fails on what cameras write.
-  orientation = None
-  with contextlib.suppress(Exception):  # unreadable metadata is no reason to refuse the picture
-    orientation = image.getexif().get(ExifTags.Base.Orientation)
+  image.load()
+  orientation = _orientation(image)
   return image.transpose(UPRIGHT[orientation - 2]) if orientation in range(2, 9) else image
+
+
+def _orientation(image):
+  with contextlib.suppress(Exception):  # unreadable metadata is no reason to refuse the picture
+    return Image.Image.getexif(image).get(ExifTags.Base.Orientation)  # a PNG's own loads pixels
 
 
 def _eight_bits(image):

@@ -9,6 +9,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -136,10 +137,17 @@ def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
 
 @contextlib.contextmanager
 def one_writer(dst: str | os.PathLike, instead: str = 'choose another name') -> Iterator[None]:
-  """Keeps a second process from writing the same file or folder; InputError where one does."""
+  """Keeps a second process from writing the same file or folder; InputError where one does.
+
+  Clears what killed processes left of theirs under a `temporary_name`.
+  """
   place = Path(dst).resolve()  # by whatever name it is reached
   busy = f'{dst}: another process writes it; wait for that, or {instead}.'
+  is_leftover = re.compile(rf'\.{re.escape(place.name)}(\.[0-9a-f]{{16}})?\.tmp').fullmatch
   with locked(place.with_name(f'.{place.name}.lock'), busy):
+    for file in place.parent.iterdir():
+      if is_leftover(file.name):
+        _remove(file)
     yield
 
 
@@ -236,10 +244,14 @@ def temporary_name(file: epath.Path | Path) -> Iterator[epath.Path | Path]:
   try:
     yield temporary
   finally:
-    if temporary.is_dir():
-      shutil.rmtree(temporary)
-    else:
-      temporary.unlink(missing_ok=True)
+    _remove(temporary)
+
+
+def _remove(path):
+  if path.is_dir():
+    shutil.rmtree(path)
+  else:
+    path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -275,19 +287,20 @@ def _replace_folder(new, path):
 
 
 @contextlib.contextmanager
-def unfinished(folder: Path) -> Iterator[Path]:
-  """A hidden folder beside `folder`, to write in; gone afterwards, as is what a killed run left.
+def new_folder(folder: Path) -> Iterator[Path]:
+  """A hidden place beside `folder` to fill and then rename; gone afterwards if it is still there.
 
-  Its name is always the same, so whoever calls this holds a lock.
+  InputError if the folder exists, or if another process makes it.
   """
-  place = folder.with_name(f'.{folder.name}.tmp')
-  if place.exists():
-    shutil.rmtree(place)
-  place.mkdir(parents=True)
-  try:
-    yield place
-  finally:
-    shutil.rmtree(place, ignore_errors=True)
+  with one_writer(folder):
+    if folder.exists():
+      raise InputError(f'{folder} exists; give a new folder, or delete it.')
+    place = folder.with_name(f'.{folder.name}.tmp')
+    place.mkdir(parents=True)
+    try:
+      yield place
+    finally:
+      shutil.rmtree(place, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -17,9 +17,9 @@ ORDER = (
   'pipeline',
   'weights',
   'models diffusion',
-  'bundled config_text defaults images progress sharding',
+  'bundled config_text images progress sharding',
   'colour config_check interrupts metadata parameters storage',
-  'config xla_alarms',
+  'config defaults xla_alarms',
   'errors',
 )
 ANYWHERE = ('__init__', 'resources')  # the public names; scripts that travel with exports

@@ -14,7 +14,6 @@ learns its language from them, too, and so gets many.
 import argparse
 import itertools
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +25,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from ip2p_jax.captions import generate, triplets
 from ip2p_jax.models.llama import Llama
 from ip2p_jax.models.llama_config import LlamaConfig
+from ip2p_jax.storage import write_bytes
 from ip2p_jax.weights import names
 from ip2p_jax.weights.language_folder import LanguageCheckpoint, write_language
 
@@ -139,9 +139,7 @@ def _line(one):
 
 
 def _write(file, lines):
-  unfinished = file.with_suffix('.tmp')
-  unfinished.write_text(''.join(f'{line}\n' for line in lines))
-  os.replace(unfinished, file)
+  write_bytes(file, ''.join(f'{line}\n' for line in lines).encode())
 
 
 if __name__ == '__main__':

@@ -25,6 +25,7 @@ TASK = (
   ' times; never move, count, mirror or zoom. Nothing offensive. No explanations.'
 )
 CHARACTERS = 4  # of English text per token, about
+SAMPLE = 200  # captions that an estimate is made from, at most
 LONGEST_TIME = 86_400.0  # seconds for an answer
 FIXED = ('model', 'messages', 'prompt', 'stream', 'n', 'stop')  # of a request
 # Of a request, too: written into every line of the prompts. They may be taken out, not changed.
@@ -154,13 +155,11 @@ def request(server: Server, writing: Writing, caption: str, seed: int) -> dict[s
   return {name: value for name, value in body.items() if value is not None}
 
 
-def estimate(
-  server: Server, writing: Writing, captions: Sequence[str], sample: int = 200
-) -> Estimate:
+def estimate(server: Server, writing: Writing, captions: Sequence[str]) -> Estimate:
   """What a first answer to each of the captions takes, from the requests of some of them."""
   if not captions:
     return Estimate(0, 0, 0)
-  some = captions[:: -(-len(captions) // sample)]
+  some = captions[:: -(-len(captions) // SAMPLE)]
   lengths = [_length(request(server, writing, caption, seed)) for seed, caption in enumerate(some)]
   answers = [len(triplets.completion(example)) for example in server.examples]
   answer = sum(answers) / len(answers) if answers else 2 * sum(map(len, some)) / len(some)

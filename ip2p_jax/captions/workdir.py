@@ -23,15 +23,8 @@ from ip2p_jax.models import lora
 from ip2p_jax.models.layers import abstract
 from ip2p_jax.models.llama import Llama
 from ip2p_jax.models.llama_config import LlamaConfig
-from ip2p_jax.pipeline.workdir import (
-  BASE,
-  Workdir,
-  lora_config,
-  read_part,
-  saved_steps,
-  tensor_makers,
-  tensor_name,
-)
+from ip2p_jax.pipeline.checkpoints import Workdir, read_part, saved_steps
+from ip2p_jax.pipeline.workdir import BASE, lora_config, tensor_makers, tensor_name
 from ip2p_jax.weights import Tensors, names
 from ip2p_jax.weights.language_folder import LanguageCheckpoint, write_language
 

@@ -9,7 +9,7 @@ from typer import Option
 
 from ip2p_jax.cli import console
 from ip2p_jax.cli.console import MAX_TEXT
-from ip2p_jax.defaults import MAX_SCALE
+from ip2p_jax.defaults import MAX_SCALE, MAX_SEED
 from ip2p_jax.errors import InputError
 
 STEPS, CFG_TEXT, STRENGTH, SAMPLER = 50, 7.5, 0.6, 'euler_ancestral'
@@ -41,7 +41,7 @@ def draw(
     ),
   ] = None,
   num: Annotated[int, Option(min=1, help='Variations: seed, seed + 1, ...')] = 1,
-  seed: Annotated[int | None, Option(min=0, max=2**32 - 1, help='Random, if left out.')] = None,
+  seed: Annotated[int | None, Option(min=0, max=MAX_SEED, help='Random, if left out.')] = None,
   steps: Annotated[int, Option(min=1, help='Steps of the sampler.')] = STEPS,
   sampler: Annotated[
     str, Option(help='euler_ancestral, euler, heun, ddim, dpmpp_2m or lcm.')
@@ -111,8 +111,8 @@ def _check(text, negative, cfg_text, sampling, strength, last_seed) -> None:
     raise InputError('the text is empty; say what to draw, as in "a photo of a lake".')
   if len(text) + len(negative) > MAX_TEXT:
     raise InputError(f'the texts are over {MAX_TEXT:,} characters; 77 tokens are read.')
-  if last_seed >= 2**32:
-    raise InputError(f'--seed with --num goes past {2**32 - 1}; use a lower seed.')
+  if last_seed > MAX_SEED:
+    raise InputError(f'--seed with --num goes past {MAX_SEED}; use a lower seed.')
   check_acts(sampling, cfg_text, cfg_text, negative)
   if strength is not None:
     check_strength(sampling.steps, strength)

@@ -10,7 +10,7 @@ from typer import Option
 from ip2p_jax import bundled
 from ip2p_jax.cli import console
 from ip2p_jax.cli.console import MAX_TEXT
-from ip2p_jax.defaults import CFG_IMAGE, CFG_TEXT, MAX_SCALE, SAMPLER, STEPS
+from ip2p_jax.defaults import CFG_IMAGE, CFG_TEXT, MAX_SCALE, MAX_SEED, SAMPLER, STEPS
 from ip2p_jax.errors import InputError
 
 GRID_TEXT, GRID_IMAGE = '3,5,7.5,10', '1,1.2,1.5,1.8'
@@ -55,7 +55,7 @@ def edit(
       + _default(CFG_IMAGE, bundled.IMAGE_GUIDANCE),
     ),
   ] = None,
-  seed: Annotated[int | None, Option(min=0, max=2**32 - 1, help='Random, if left out.')] = None,
+  seed: Annotated[int | None, Option(min=0, max=MAX_SEED, help='Random, if left out.')] = None,
   index: Annotated[
     int | None,
     Option(min=0, max=2**31, help='With --seed: of the first picture; both fix the noise.'),

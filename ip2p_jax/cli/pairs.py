@@ -1,6 +1,5 @@
 """`ip2p pairs` and `ip2p filter`."""
 
-import contextlib
 import functools
 from pathlib import Path
 from typing import Annotated
@@ -243,11 +242,7 @@ def _filter_to_shards(sources, out, *how, holdout):
   from ip2p_jax.data.sources import open_splits
   from ip2p_jax.pairs.filter import filter_pairs
 
-  with contextlib.ExitStack() as stack:
-    stack.enter_context(storage.one_writer(out))
-    if out.exists():
-      raise InputError(f'{out} exists; give a new folder, or delete it.')
-    place = stack.enter_context(storage.unfinished(out))
+  with storage.new_folder(out) as place:
     pairs, packed = place / 'pairs', place / 'shards'
     found = filter_pairs(sources, pairs, *how)
     if found.kept:

@@ -8,7 +8,7 @@ from typing import Annotated
 from typer import Option
 
 from ip2p_jax.cli import console
-from ip2p_jax.errors import InputError
+from ip2p_jax.errors import InputError, check_multiple
 from ip2p_jax.progress import waiting
 
 
@@ -111,8 +111,7 @@ def plan(
     work = {name: work_on(name, of, size or 512, batch_size, steps or 100) for name in topology}
     check = check_is_editor if of == 'edits' else check_is_text_to_image
     check(networks, str(ckpt))
-    if (size or 512) % networks.vae_config.factor:
-      raise InputError(f'--size is {size or 512}; use a multiple of {networks.vae_config.factor}.')
+    check_multiple('--size', size or 512, networks.vae_config.factor)
   failed = 0
   for name in topology:
     with waiting('compiling, minutes to an hour'):

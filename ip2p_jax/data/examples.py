@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from ip2p_jax import images
+from ip2p_jax.config_check import check_framing
 from ip2p_jax.data.rows import LatentRow, Row
 from ip2p_jax.errors import InputError
 
@@ -40,6 +41,10 @@ class Framing(NamedTuple):
   flip_rate: float = 0.5
   flip_directions: bool = False
 
+  def check(self) -> None:
+    """Raises an InputError that names a knob whose value makes no sense."""
+    check_framing(self.resolution, self.task, self.resize, self.largest_resize, self.flip_rate)
+
 
 class Crop(NamedTuple):
   """What is cut from a picture, in pixels of the picture after it was resized.
@@ -53,23 +58,6 @@ class Crop(NamedTuple):
   size: tuple[int, int]
   corner: tuple[int, int]
   side: int
-
-
-def check_framing(framing: Framing) -> None:
-  """Raises InputError if a knob that shapes examples has an impossible value."""
-  if framing.task not in ('edit', 'text_to_image'):
-    raise InputError(f"task is {framing.task!r}; it must be 'edit' or 'text_to_image'.")
-  if framing.resolution < images.MIN_SIDE:
-    raise InputError(f'resolution is {framing.resolution}; it must be {images.MIN_SIDE} or more.')
-  if framing.resize not in ('crop', 'squash'):
-    raise InputError(f"data.resize is {framing.resize!r}; it must be 'crop' or 'squash'.")
-  if framing.largest_resize and framing.largest_resize < framing.resolution:
-    raise InputError(
-      f'data.largest_resize is {framing.largest_resize}; it must be 0, or at least the resolution'
-      f' {framing.resolution}.'
-    )
-  if not 0 <= framing.flip_rate <= 1:
-    raise InputError(f'data.flip_rate is {framing.flip_rate}; it must be from 0 to 1.')
 
 
 def picture(encoded: bytes, resolution: int, resize: str = 'crop', name: str = '') -> np.ndarray:

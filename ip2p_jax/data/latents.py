@@ -35,7 +35,7 @@ from ip2p_jax.data.pack_plan import (
 )
 from ip2p_jax.data.rows import LatentRow, Row
 from ip2p_jax.data.shard_writing import Summary
-from ip2p_jax.errors import InputError, check_choice
+from ip2p_jax.errors import InputError, check_choice, check_multiple
 from ip2p_jax.models.layers import Params
 from ip2p_jax.models.tokenizer import ClipTokenizer
 from ip2p_jax.pipeline import parts
@@ -182,10 +182,9 @@ def encoded(
 
 
 def _check(framing, networks, dtype, batch_size, workers):
-  examples.check_framing(framing)
+  framing.check()
   factor = networks.vae_config.factor
-  if framing.resolution % factor:
-    raise InputError(f'resolution is {framing.resolution}; use a multiple of {factor}.')
+  check_multiple('resolution', framing.resolution, factor)
   check_choice('dtype', dtype, ('float32', 'bfloat16'))
   if batch_size < 1 or workers < 0:
     raise InputError(f'batch_size is {batch_size} and workers {workers}; use 1 or more.')

@@ -201,7 +201,7 @@ def _pair(source, row):
 
 
 def _feed(sources, weights, seed, framing, tokenizer) -> Feed:
-  examples.check_framing(framing)
+  framing.check()
   if seed < 0:
     raise InputError(f'seed is {seed}; it must be 0 or more.')
   for k, (source, weight) in enumerate(zip(sources, weights, strict=True), 1):

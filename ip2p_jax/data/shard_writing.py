@@ -98,7 +98,7 @@ def begin(folder: str | os.PathLike, plan: dict, part: str, max_corrupt: int) ->
         _note(folder, shard).unlink()
         del notes[shard]
     for shard in mine:  # what a killed run left
-      for file in (folder / shards.PROGRESS).glob(f'.{shard.file}.*.tmp'):
+      for file in (folder / shards.PROGRESS).glob(f'*{shard.file}.*.tmp'):
         file.unlink(missing_ok=True)
   todo = [shard for shard in mine if shard not in notes]
   return Job(folder, plan, mine, todo, _skipped(notes), max_corrupt)

@@ -95,11 +95,6 @@ def check_columns(columns: str, opened: Iterable[Source], path: str) -> None:
       )
 
 
-def is_data_set(path: str) -> bool:
-  """Whether `open_source` recognises the path as a data set; it may still be damaged."""
-  return _kind(os.path.expanduser(path)) is not None
-
-
 def mixture(path: str) -> list[tuple[str, float]]:
   """Paths and weights of 'a=3,b=1', or of 'a,b' with equal weights, or of 'a'.
 

@@ -40,9 +40,3 @@ def sigma_to_timestep(schedule: Schedule, sigma: Array) -> Array:
   """The fractional timestep at a noise level; levels outside the schedule go to its ends."""
   timesteps = jnp.arange(schedule.num_train_timesteps, dtype=jnp.float32)
   return jnp.interp(sigma, jnp.asarray(schedule.sigmas), timesteps)
-
-
-def timestep_to_sigma(schedule: Schedule, timestep: Array) -> Array:
-  """The noise level at a fractional timestep, linear between the schedule's own levels."""
-  timesteps = jnp.arange(schedule.num_train_timesteps, dtype=jnp.float32)
-  return jnp.interp(timestep, timesteps, jnp.asarray(schedule.sigmas))

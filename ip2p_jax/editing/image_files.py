@@ -1,13 +1,14 @@
 """Editing picture files: which pictures with which seeds and scales, in which batches, to where."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from ip2p_jax.defaults import MAX_SCALE
+from ip2p_jax.defaults import MAX_SCALE, MAX_SEED
 from ip2p_jax.editing.editor import Editor
 from ip2p_jax.errors import InputError
 from ip2p_jax.images import (
@@ -18,8 +19,10 @@ from ip2p_jax.images import (
   image_grid,
   read,
   read_mask,
+  size_of,
   working_size,
 )
+from ip2p_jax.pipeline import rows
 from ip2p_jax.progress import Progress, part_of
 
 GRID_THUMBNAIL = 512  # pixels of the longer side of each picture in a grid
@@ -61,26 +64,26 @@ def plan_jobs(
   mask: Path | None,
   is_grid: bool,
 ) -> list[Job]:
-  """Every picture to make. Reads all inputs and tries all outputs now, before hours of work.
+  """Every picture to make. Looks at all inputs and tries all outputs now, before hours of work.
 
   A folder's pictures count up from `index`, variations from `seed`; each pair (text scale, image
   scale) of `scales` makes one picture more, to the same output.
   """
-  if seed + num > 2**32:
-    raise InputError(f'--seed {seed} with --num {num} goes past {2**32 - 1}; use a lower seed.')
+  if seed + num > MAX_SEED + 1:
+    raise InputError(f'--seed {seed} with --num {num} goes past {MAX_SEED}; use a lower seed.')
   files = find_images(input)
   if is_grid and (len(files) > 1 or num > 1):
     raise InputError('--grid makes one picture of one picture; give a file, and leave out --num.')
   outputs = _outputs(input, files, output, num)
-  jobs = []
-  for i, file in enumerate(files):
-    size = read(file).size
-    if mask is not None:
-      read_mask(mask, size)
-    for n in range(num):
-      for text, image in scales:
-        jobs.append(Job(file, size, seed + n, index + i, text, image, outputs[file, n]))
-  return jobs
+  sizes = [size_of(file) for file in files]
+  for size in set(sizes) if mask is not None else ():
+    read_mask(mask, size)
+  return [
+    Job(file, size, seed + n, index + i, text, image, outputs[file, n])
+    for i, (file, size) in enumerate(zip(files, sizes, strict=True))
+    for n in range(num)
+    for text, image in scales
+  ]
 
 
 def _outputs(input, files, output, num) -> dict[tuple[Path, int], Path]:
@@ -120,9 +123,13 @@ def run_jobs(
   progress: Progress | None = None,
 ) -> Iterator[tuple[Job, Image.Image]]:
   """Makes the pictures batch by batch; `options` are those of `Editor.edit`."""
-  batches = _batches(jobs, resolution, editor.networks.vae_config.factor, batch_size)
+  image_of = functools.lru_cache(1)(read)  # jobs of one file follow each other
+  mask_of = functools.lru_cache(1)(read_mask)
+  factor = editor.networks.vae_config.factor
+  sizes = [working_size(*job.size, resolution, factor) for job in jobs]
+  batches = [[jobs[row] for row in group] for group in rows.groups(sizes, batch_size)]
   for done, batch in enumerate(batches):
-    originals = [for_file(read(job.file), job.output) for job in batch]
+    originals = [for_file(image_of(job.file), job.output) for job in batch]
     results = editor.edit(
       originals,
       instruction,
@@ -130,25 +137,13 @@ def run_jobs(
       image_guidance=[job.cfg_image for job in batch],
       seed=[job.seed for job in batch],
       indices=[job.index for job in batch],
-      mask=mask and [read_mask(mask, original.size) for original in originals],
+      mask=mask and [mask_of(mask, original.size) for original in originals],
       resolution=resolution,
       batch_size=min(batch_size, max(map(len, batches))),
       progress=part_of(progress, done, len(batches)),
       **options,
     )
     yield from zip(batch, results, strict=True)
-
-
-def _batches(jobs, resolution, factor, batch_size) -> list[list[Job]]:
-  """Jobs of equal working size, which one run of the program can serve."""
-  by_size: dict[tuple[int, int], list[Job]] = {}
-  for job in jobs:
-    by_size.setdefault(working_size(*job.size, resolution, factor), []).append(job)
-  return [
-    group[start : start + batch_size]
-    for group in by_size.values()
-    for start in range(0, len(group), batch_size)
-  ]
 
 
 def parse_scales(text: str, image: str) -> list[tuple[float, float]]:

@@ -72,15 +72,12 @@ def filter_pairs(
   Raises InputError if `out` exists or is being written, a prompt has no instruction, or a picture
   is missing.
   """
-  with storage.one_writer(out):
-    if out.exists():
-      raise InputError(f'{out} exists; give a new folder, or delete it.')
+  with storage.new_folder(out) as place:
     places = _places(folders)
     _check_instructions(places)
-    with storage.unfinished(out) as place:
-      found = _filter(places, place, thresholds, most, drop_duplicates, progress)
-      if found.kept:
-        place.rename(out)
+    found = _filter(places, place, thresholds, most, drop_duplicates, progress)
+    if found.kept:
+      place.rename(out)
   return found
 
 

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from ip2p_jax import images, sharding
 from ip2p_jax.diffusion import samplers
 from ip2p_jax.diffusion.noise import Schedule
-from ip2p_jax.errors import InputError, check_choice
+from ip2p_jax.errors import InputError, check_choice, check_multiple
 from ip2p_jax.models import attention
 from ip2p_jax.models.tokenizer import ClipTokenizer
 from ip2p_jax.pairs import alignment, inversion
@@ -201,8 +201,7 @@ class PairGenerator:
     """InputError if the checkpoint is no text-to-image model, or the settings do not fit it."""
     check_is_text_to_image(networks, 'the checkpoint')
     factor = networks.vae_config.factor
-    if drawing.size % factor:
-      raise InputError(f'size is {drawing.size}; use a multiple of {factor}.')
+    check_multiple('size', drawing.size, factor)
     self.mesh = mesh or sharding.make_mesh(devices=jax.local_devices())
     if drawing.batch_size % self.mesh.size:
       raise InputError(

@@ -91,6 +91,7 @@ def _settle(folder, settings, prompts, is_shared) -> None:
     raise InputError(f'{file}: holds no settings; use another folder.')
   # Older versions did not write all names.
   differing = [name for name in storage.differing(known, settings) if name not in UNUSED]
+  differing.sort(key=lambda name: name == 'bytes')  # a part that differs says more
   for name in differing:
     if name in known and name not in CHANGEABLE:
       raise InputError(

@@ -6,10 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from ip2p_jax.defaults import MAX_SCALE
+from ip2p_jax.defaults import MAX_SCALE, MAX_SEED
 from ip2p_jax.errors import InputError
-
-MAX_SEED = 2**32 - 1
 
 
 def as_list(value: Any) -> list:

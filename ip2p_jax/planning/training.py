@@ -20,7 +20,7 @@ from ip2p_jax import parameters, sharding
 from ip2p_jax.config import TrainConfig
 from ip2p_jax.config_check import check_values
 from ip2p_jax.diffusion.noise import Schedule
-from ip2p_jax.errors import InputError
+from ip2p_jax.errors import InputError, check_multiple
 from ip2p_jax.models import attention
 from ip2p_jax.models.configs import TextConfig, UNetConfig, VAEConfig
 from ip2p_jax.pipeline.networks import Networks, networks_of_configs
@@ -125,8 +125,7 @@ def plan_training(
   InputError for a resolution that the VAE does not take.
   """
   factor = networks.vae_config.factor
-  if config.resolution % factor:
-    raise InputError(f'resolution is {config.resolution}; use a multiple of {factor}.')
+  check_multiple('resolution', config.resolution, factor)
   devices = describe(topology)
   mesh = sharding.make_mesh(config.mesh.fsdp, devices)
   device_batch = sharding.check_batch(mesh, config.batch_size, config.accumulation)

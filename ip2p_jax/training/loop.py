@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from ip2p_jax import sharding
 from ip2p_jax.errors import InputError
 from ip2p_jax.interrupts import INTERRUPTED, interruptible
-from ip2p_jax.pipeline.workdir import Checkpoints
+from ip2p_jax.pipeline.checkpoints import Checkpoints
 from ip2p_jax.progress import waiting
 from ip2p_jax.training import logs
 from ip2p_jax.training.loss_course import Course, advice, followed, mean_loss

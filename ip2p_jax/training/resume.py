@@ -10,14 +10,8 @@ import jax
 from ip2p_jax import parameters, storage
 from ip2p_jax.config import knobs
 from ip2p_jax.errors import InputError
-from ip2p_jax.pipeline.workdir import (
-  BASE,
-  CHECKPOINTS,
-  CONFIG,
-  differences,
-  read_config,
-  write_config,
-)
+from ip2p_jax.pipeline.checkpoints import CHECKPOINTS
+from ip2p_jax.pipeline.workdir import BASE, CONFIG, differences, read_config, write_config
 from ip2p_jax.training import logs
 from ip2p_jax.training.loop import say
 from ip2p_jax.training.loss_course import Course

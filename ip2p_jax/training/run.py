@@ -18,9 +18,7 @@ from jax.sharding import Mesh
 from ip2p_jax import sharding, storage
 from ip2p_jax.errors import InputError
 from ip2p_jax.models import lora
-from ip2p_jax.pipeline.workdir import (
-  Checkpoints,
-)
+from ip2p_jax.pipeline.checkpoints import Checkpoints
 from ip2p_jax.training import flops, logs, optimizer, step
 from ip2p_jax.training.loop import Action, Job, first_time, loop, say, signals
 from ip2p_jax.training.resume import as_begun, claimed, course_before, keep_config

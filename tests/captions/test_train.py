@@ -41,7 +41,8 @@ from ip2p_jax.models import lora
 from ip2p_jax.models.layers import abstract
 from ip2p_jax.models.llama import Llama
 from ip2p_jax.models.llama_config import LlamaConfig
-from ip2p_jax.pipeline.workdir import read_config, read_part, saved_steps
+from ip2p_jax.pipeline.checkpoints import read_part, saved_steps
+from ip2p_jax.pipeline.workdir import read_config
 from ip2p_jax.training import optimizer
 from ip2p_jax.training.step import initial_state, jitted
 from ip2p_jax.weights import names

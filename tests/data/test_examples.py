@@ -265,7 +265,7 @@ def test_a_blank_has_the_usual_shapes_and_no_weight():
 
 
 @pytest.mark.parametrize(
-  ('config', 'knob'),
+  ('framing', 'knob'),
   [
     (settings(task='paint'), 'task'),
     (settings(resolution=4), 'resolution'),
@@ -275,6 +275,6 @@ def test_a_blank_has_the_usual_shapes_and_no_weight():
   ],
 )
 def test_impossible_settings_are_named(framing, knob):
-  examples.check_framing(settings(largest_resize=16))
+  settings(largest_resize=16).check()
   with pytest.raises(InputError, match=knob):
-    examples.check_framing(framing)
+    framing.check()

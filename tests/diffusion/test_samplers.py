@@ -8,7 +8,7 @@ import pytest
 import torch_models as reference
 
 from ip2p_jax.diffusion import samplers
-from ip2p_jax.diffusion.denoiser import denoiser, sigma_to_timestep, timestep_to_sigma
+from ip2p_jax.diffusion.denoiser import denoiser, sigma_to_timestep
 from ip2p_jax.diffusion.noise import Schedule
 from ip2p_jax.diffusion.samplers import SAMPLERS, SPACINGS, STOCHASTIC, Grid, noise_levels, sample
 from ip2p_jax.errors import InputError
@@ -180,6 +180,11 @@ def test_levels_are_within_a_ten_thousandth_of_those_of_k_diffusion():
 )
 def test_lcm_takes_timesteps_of_its_distillation(steps, timesteps):
   np.testing.assert_array_equal(noise_levels(Schedule(), 'lcm', steps).timesteps, timesteps)
+
+
+def timestep_to_sigma(schedule, timestep):
+  timesteps = jnp.arange(schedule.num_train_timesteps, dtype=jnp.float32)
+  return jnp.interp(timestep, timesteps, jnp.asarray(schedule.sigmas))
 
 
 def test_sigma_and_timestep_are_two_names_of_one_level():

@@ -209,9 +209,12 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(source, tmp_path):
 
 
 def test_what_a_killed_run_left_is_cleared_by_the_next(source, tmp_path):
-  (tmp_path / '.out.tmp' / 'unet').mkdir(parents=True)
+  for name in ('.out.tmp', f'.out.{"0" * 16}.tmp'):
+    (tmp_path / name / 'unet').mkdir(parents=True)
+  (tmp_path / '.out.safetensors.0123456789abcdef.tmp').touch()  # of somebody else, at work
   convert_checkpoint(source, tmp_path / 'out', verify=False, say=lambda _: None)
-  assert [path.name for path in tmp_path.iterdir()] == ['out']
+  left = {path.name for path in tmp_path.iterdir()}
+  assert left == {'out', '.out.safetensors.0123456789abcdef.tmp'}
 
 
 def test_the_verification_needs_torch_and_diffusers_alone(exported):

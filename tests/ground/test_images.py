@@ -7,7 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms, ImageFont, ImageOps
+from PIL import Image, ImageCms, ImageFile, ImageFont, ImageOps
 
 from ip2p_jax import images
 from ip2p_jax.errors import InputError
@@ -159,6 +159,28 @@ def test_exif_orientation_is_applied_once(tmp_path, rng, orientation, extension)
   upright = images.read(path)
   assert upright.tobytes() == ImageOps.exif_transpose(expected).tobytes()
   assert images.plain(upright).tobytes() == upright.tobytes()
+  assert images.size_of(path) == upright.size
+
+
+def test_a_size_is_known_before_the_pixels_are_read(tmp_path, monkeypatch):
+  photo, exif = Image.new('RGB', (64, 32)), Image.Exif()
+  exif[ORIENTATION] = 6
+  photo.save(tmp_path / 'phone.jpg', exif=exif)
+  photo.save(tmp_path / 'plain.png')
+  monkeypatch.setattr(ImageFile.ImageFile, 'load', lambda *_: pytest.fail('pixels were read'))
+  assert images.size_of(tmp_path / 'phone.jpg') == (32, 64)
+  assert images.size_of(tmp_path / 'plain.png') == (64, 32)
+
+
+def test_a_size_knows_of_exif_behind_the_pixels_of_a_png(tmp_path):
+  exif = Image.Exif()
+  exif[ORIENTATION] = 6
+  Image.new('RGB', (64, 32)).save(tmp_path / 'x.png')
+  content = (tmp_path / 'x.png').read_bytes()
+  chunk = b'eXIf' + exif.tobytes().removeprefix(b'Exif\0\0')
+  chunk = (len(chunk) - 4).to_bytes(4) + chunk + zlib.crc32(chunk).to_bytes(4)
+  (tmp_path / 'x.png').write_bytes(content[:-12] + chunk + content[-12:])
+  assert images.size_of(tmp_path / 'x.png') == images.read(tmp_path / 'x.png').size == (32, 64)
 
 
 def test_a_phone_held_upright_gives_a_tall_picture(tmp_path):

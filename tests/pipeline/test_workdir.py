@@ -18,10 +18,9 @@ from ip2p_jax.editing.editor import Editor
 from ip2p_jax.editing.export import convert_checkpoint
 from ip2p_jax.errors import InputError
 from ip2p_jax.models import lora
+from ip2p_jax.pipeline.checkpoints import Checkpoints, _part_of, read_part, saved_steps
 from ip2p_jax.pipeline.networks import networks_of
 from ip2p_jax.pipeline.workdir import (
-  Checkpoints,
-  _part_of,
   differences,
   is_workdir,
   load,
@@ -29,9 +28,7 @@ from ip2p_jax.pipeline.workdir import (
   read,
   read_adapters,
   read_config,
-  read_part,
   save_base,
-  saved_steps,
   write_config,
 )
 
@@ -217,7 +214,7 @@ def test_another_optimizer_is_put_down_to_the_optimizer(tmp_path, rng):
 FULL_DISK = """
 import resource, sys
 import numpy as np
-from ip2p_jax.pipeline.workdir import Checkpoints
+from ip2p_jax.pipeline.checkpoints import Checkpoints
 
 rng = np.random.default_rng(0)
 state = {f'{i}.kernel': rng.standard_normal((100, 50), np.float32) for i in range(200)}
@@ -247,7 +244,7 @@ def test_a_full_disk_is_one_error_and_the_run_may_try_again(tmp_path):
 LIVES = """
 import os, signal, sys, time
 import jax, numpy as np
-from ip2p_jax.pipeline.workdir import Checkpoints, saved_steps
+from ip2p_jax.pipeline.checkpoints import Checkpoints, saved_steps
 
 workdir, kills = sys.argv[1], int(sys.argv[2])
 
@@ -340,7 +337,8 @@ def test_many_kills_lose_nothing_that_was_waited_for(tmp_path):
 PROCESS = """
 import sys
 import jax
-from ip2p_jax.pipeline.workdir import Checkpoints, load_base, save_base, write_config
+from ip2p_jax.pipeline.checkpoints import Checkpoints
+from ip2p_jax.pipeline.workdir import load_base, save_base, write_config
 from ip2p_jax import sharding, weights
 import numpy as np
 
@@ -506,7 +504,7 @@ def test_reading_goes_on_when_the_run_removes_what_is_read(tmp_path, rng, monkey
       run.close()
     return part_of(folder, part)
 
-  monkeypatch.setattr('ip2p_jax.pipeline.workdir._part_of', removed)
+  monkeypatch.setattr('ip2p_jax.pipeline.checkpoints._part_of', removed)
   assert read_part(tmp_path, 'ema')[0] == 2 and saved_steps(tmp_path) == [2]
 
 

@@ -25,7 +25,8 @@ from ip2p_jax import config, parameters
 from ip2p_jax.config import DataConfig, LogConfig, LoraConfig, MeshConfig, OptimizerConfig
 from ip2p_jax.editing import export
 from ip2p_jax.errors import InputError
-from ip2p_jax.pipeline.workdir import read, read_adapters, read_config, saved_steps
+from ip2p_jax.pipeline.checkpoints import saved_steps
+from ip2p_jax.pipeline.workdir import read, read_adapters, read_config
 from ip2p_jax.training import train
 from ip2p_jax.training.resume import claimed
 from ip2p_jax.weights import averages, lora_file
