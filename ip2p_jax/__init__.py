@@ -1,4 +1,4 @@
-"""InstructPix2Pix in JAX: `Editor.load(path).edit(picture, 'make it winter')`."""
+"""InstructPix2Pix in JAX: `Editor.load(path).edit(image, 'make it winter')`."""
 
 import importlib
 

@@ -1,9 +1,9 @@
-"""Colour profiles: from a picture's own colours to sRGB, which the models see, and back.
+"""Colour profiles: from an image's own colours to sRGB, which the models see, and back.
 
-A picture's own colours are what its ICC profile says, in `info['icc_profile']`; without one they
+An image's own colours are what its ICC profile says, in `info['icc_profile']`; without one they
 are sRGB. Conversions are relative colorimetric with black point compensation: colours that both
 spaces have stay what they are, white and black stay white and black, and the rest is clipped. So a
-picture that goes to sRGB and back changes by rounding only where sRGB reaches (the perceptual
+image that goes to sRGB and back changes by rounding only where sRGB reaches (the perceptual
 intent would change all colours, by another rule each way).
 """
 
@@ -31,9 +31,9 @@ SRGB_CICP = ((1, 13), (1, 1), (2, 2))
 
 
 def own_profile(image: Image.Image) -> tuple[bytes | None, str]:
-  """What a picture as it was opened says of its colours: (profile or None, problem or '').
+  """What an image as it was opened says of its colours: (profile or None, problem or '').
 
-  The profile is of RGB, or of CMYK if the picture is, and can be read. That of a grey picture
+  The profile is of RGB, or of CMYK if the image is, and can be read. That of a grey image
   becomes the profile of RGB in which equal numbers show the same grey. None is sRGB, or CMYK of no
   known kind.
   """
@@ -89,12 +89,12 @@ def to_srgb(image: Image.Image) -> Image.Image:
   return result
 
 
-def from_srgb(picture: Image.Image, like: Image.Image) -> Image.Image:
-  """An RGB picture of sRGB in the colours of another picture: CMYK or RGB of its profile."""
+def from_srgb(image: Image.Image, like: Image.Image) -> Image.Image:
+  """An RGB image of sRGB in the colours of another image: CMYK or RGB of its profile."""
   profile = like.info.get('icc_profile')
   if not profile or is_srgb(profile):
-    return picture
-  return _transform(profile, 'CMYK' if like.mode == 'CMYK' else 'RGB', False).apply(picture)
+    return image
+  return _transform(profile, 'CMYK' if like.mode == 'CMYK' else 'RGB', False).apply(image)
 
 
 @functools.lru_cache(64)
@@ -139,7 +139,7 @@ def _space(profile) -> str:
 
 
 def _told_otherwise(image):
-  """What pictures without a profile say: cameras name Adobe RGB in EXIF, PNG has chunks."""
+  """What images without a profile say: cameras name Adobe RGB in EXIF, PNG has chunks."""
   with contextlib.suppress(Exception):  # unreadable metadata says nothing
     exif = image.getexif()
     colour_space = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.ColorSpace)

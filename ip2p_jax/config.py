@@ -16,7 +16,7 @@ Rules = tuple[tuple[str, float], ...]
 
 @dataclasses.dataclass
 class DataConfig:
-  """Where examples come from and how a picture becomes a training example.
+  """Where examples come from and how an image becomes a training example.
 
   Attributes:
     path: one data set, or several with weights: 'a', 'a=3,b=1'. Packed shards, precomputed latents,
@@ -25,7 +25,7 @@ class DataConfig:
     resize: 'crop' keeps the aspect (resize and cut), 'squash' does not (as the original).
     largest_resize: pixels; the short side is drawn between resolution and this before a random
       crop (the paper's text has 288 for 256); 0 for no augmentation (the released config).
-    flip_rate: how often both pictures are mirrored.
+    flip_rate: how often both images are mirrored.
     flip_directions: whether to mirror even when the instruction says left or right.
     max_corrupt: broken records that are skipped, in a pass of the data, before the run stops.
     workers: processes that decode; 0 decodes in threads of this process.
@@ -135,7 +135,7 @@ class TrainConfig:
     prediction_type: 'epsilon' or 'v_prediction', over what the checkpoint says; '' believes it.
       Most single files cannot say, and count as 'epsilon'; SD 2.x at 768 px is 'v_prediction'.
     task: 'edit' (a UNet of 4 input channels gets 4 more, at zero) or 'text_to_image'.
-    resolution: side of the square training pictures, pixels.
+    resolution: side of the square training images, pixels.
     batch_size: examples per optimizer step, over all devices and accumulation steps.
     accumulation: parts a batch is worked through in; gradients travel once for each.
     conditioning_dropout: rate at which text alone, both, and image alone are dropped.

@@ -1,7 +1,7 @@
-"""Picture files: the only place that reads, resizes and writes them.
+"""Image files: the only place that reads, resizes and writes them.
 
-Pictures are upright PIL images of mode RGB, RGBA or, with a profile, CMYK; sizes are (width,
-height), as in Pillow. A picture keeps its own colours, of the profile in its `info`; there lie also
+Images are upright PIL images of mode RGB, RGBA or, with a profile, CMYK; sizes are (width,
+height), as in Pillow. An image keeps its own colours, of the profile in its `info`; there lie also
 'exif' and 'dpi' (see `colour` and `metadata`). Arrays are sRGB, uint8 [h, w, 3] at the size the
 model works at; masks are float32 [H, W] in [0, 1] at the original's size, 1 = edit. Transparency is
 shown on white wherever it has to go.
@@ -37,7 +37,7 @@ UPRIGHT += (T.ROTATE_270, T.TRANSVERSE, T.ROTATE_90)  # 6-8
 
 
 def find_images(path: str | Path) -> list[Path]:
-  """A file gives itself; a folder the pictures directly in it, by name, hidden ones left out."""
+  """A file gives itself; a folder the images directly in it, by name, hidden ones left out."""
   if os.path.isfile(path):
     return [Path(path)]
   try:
@@ -46,12 +46,12 @@ def find_images(path: str | Path) -> list[Path]:
     raise InputError(f'{path} cannot be read ({error.strerror}); check the name') from error
   found = [file for file in files if file.suffix.lower() in READ_EXTENSIONS and file.is_file()]
   if not found:
-    raise InputError(f'the folder {path} holds no picture ({" ".join(READ_EXTENSIONS)})')
+    raise InputError(f'the folder {path} holds no image ({" ".join(READ_EXTENSIONS)})')
   return found
 
 
 def read(path: str | Path) -> Image.Image:
-  """The picture in a file, as `with_metadata` makes it; the first frame where there are several."""
+  """The image in a file, as `with_metadata` makes it; the first frame where there are several."""
   with _opened(path) as image:
     width, height = image.size
     if width * height > MAX_PIXELS:
@@ -60,21 +60,21 @@ def read(path: str | Path) -> Image.Image:
       raise InputError(f'{path} is {width}x{height}; give at least {MIN_SIDE}x{MIN_SIDE} pixels')
     # Pillow turns a TIFF as it loads it, and forgets how; PNG may hold EXIF behind its pixels.
     kept = metadata.kept(image) if image.format == 'TIFF' else None
-    picture, problem = plain_and_problem(image)
-    picture.info |= metadata.kept(image) if kept is None else kept
-  if 'icc_profile' not in picture.info:
+    result, problem = plain_and_problem(image)
+    result.info |= metadata.kept(image) if kept is None else kept
+  if 'icc_profile' not in result.info:
     with open(path, 'rb') as file:
       problem = problem or colour.told_by_cicp(file.read(4096))
   if problem:  # out here, where warnings are heard
     warnings.warn(f'{path}: {problem}', stacklevel=2)
-  return picture
+  return result
 
 
 def decode_jpeg(encoded: bytes) -> np.ndarray | None:
   """An everyday JPEG as uint8 [H, W, 3], the very bytes that Pillow makes, in two thirds the time.
 
   None for all others, which are for Pillow to decode or to refuse: other formats, damaged files,
-  CMYK, colours that are not sRGB, sizes out of range, and pictures that may have to be turned
+  CMYK, colours that are not sRGB, sizes out of range, and images that may have to be turned
   upright.
   """
   if not encoded.startswith(b'\xff\xd8') or any(mark in encoded for mark in ORIENTED):
@@ -90,7 +90,7 @@ def decode_jpeg(encoded: bytes) -> np.ndarray | None:
 
 
 def plain(image: Image.Image) -> Image.Image:
-  """Any PIL image as a new upright picture in its own colours, without other metadata.
+  """Any PIL image as a new upright image in its own colours, without other metadata.
 
   A profile that cannot be read is passed over; one that cannot be written to leads to sRGB.
   """
@@ -114,22 +114,22 @@ def plain_and_problem(image: Image.Image) -> tuple[Image.Image, str]:
   return result, problem
 
 
-def with_metadata(image: Image.Image, name: str = 'the picture') -> Image.Image:
+def with_metadata(image: Image.Image, name: str = 'the image') -> Image.Image:
   """`plain`, with the metadata that is kept; warns of colours that cannot be honoured."""
-  picture, problem = plain_and_problem(image)
-  picture.info |= metadata.kept(image)
+  result, problem = plain_and_problem(image)
+  result.info |= metadata.kept(image)
   if problem:
     warnings.warn(f'{name}: {problem}', stacklevel=2)
-  return picture
+  return result
 
 
 def shown(image: Image.Image, background: str = 'white') -> Image.Image:
-  """A picture as RGB of sRGB, on a background colour where it is transparent."""
+  """An image as RGB of sRGB, on a background colour where it is transparent."""
   return _on(colour.to_srgb(image), background)
 
 
 def working_size(width: int, height: int, resolution: int, multiple: int = 8) -> tuple[int, int]:
-  """The (width, height) to work at: the whole picture, no crop, sides in multiples.
+  """The (width, height) to work at: the whole image, no crop, sides in multiples.
 
   The longer side becomes `resolution`, the other follows the aspect ratio, both to the nearest
   multiple (halves up), at least one. In integers: floats can cost a square a whole multiple.
@@ -144,7 +144,7 @@ def working_size(width: int, height: int, resolution: int, multiple: int = 8) ->
 
 
 def to_array(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
-  """The picture at `size` as sRGB, uint8 [h, w, 3], transparency on white.
+  """The image at `size` as sRGB, uint8 [h, w, 3], transparency on white.
 
   Compositing comes first: both steps are linear, so this equals resizing premultiplied colours and
   what hides under transparent pixels cannot bleed.
@@ -160,33 +160,33 @@ def restore(
   With a mask, float32 [H, W] in [0, 1], pixels at 0 are the original's own bytes, pixels at 1 the
   edit's, others a mixture rounded to the nearest value.
   """
-  picture = Image.fromarray(np.asarray(edited)).resize(original.size, Image.Resampling.LANCZOS)
-  picture = colour.from_srgb(picture, original)
+  result = Image.fromarray(np.asarray(edited)).resize(original.size, Image.Resampling.LANCZOS)
+  result = colour.from_srgb(result, original)
   if mask is not None:
-    check_mask(mask, picture.size)
-    before, after = np.asarray(original.convert(picture.mode)), np.asarray(picture)
+    check_mask(mask, result.size)
+    before, after = np.asarray(original.convert(result.mode)), np.asarray(result)
     blended = np.where((mask == 1)[..., None], after, before)
     soft = (mask > 0) & (mask < 1)  # the rest is exact without arithmetic
     share = mask[soft].astype(np.float64)[:, None]
     blended[soft] = np.floor(share * after[soft] + (1 - share) * before[soft] + 0.5)
-    picture = Image.frombytes(picture.mode, picture.size, blended.tobytes())
+    result = Image.frombytes(result.mode, result.size, blended.tobytes())
   if original.mode == 'RGBA':
-    picture.putalpha(original.getchannel('A'))
-  picture.info = dict(original.info)
-  return picture
+    result.putalpha(original.getchannel('A'))
+  result.info = dict(original.info)
+  return result
 
 
 def check_mask(mask: np.ndarray, size: tuple[int, int]) -> None:
-  """Raises InputError for a mask, [H, W] in [0, 1], that does not fit a picture of `size`."""
+  """Raises InputError for a mask, [H, W] in [0, 1], that does not fit an image of `size`."""
   if np.shape(mask) != size[::-1]:
-    raise InputError(f'the mask has shape {list(np.shape(mask))}; the picture needs'
+    raise InputError(f'the mask has shape {list(np.shape(mask))}; the image needs'
                      f' {list(size[::-1])}')  # fmt: skip
   if not ((np.asarray(mask) >= 0) & (np.asarray(mask) <= 1)).all():
     raise InputError('the mask has values that are not from 0 to 1; 1 is edited, 0 is kept')
 
 
 def read_mask(path: str | Path, size: tuple[int, int]) -> np.ndarray:
-  """A mask file as float32 [H, W] in [0, 1] for a picture of `size`; white = edit.
+  """A mask file as float32 [H, W] in [0, 1] for an image of `size`; white = edit.
 
   Brightness in sRGB counts; transparent is black, so white strokes on an empty layer work. Of equal
   size, values stay the file's own; else the same shape, up to one pixel, is scaled bilinearly.
@@ -194,7 +194,7 @@ def read_mask(path: str | Path, size: tuple[int, int]) -> np.ndarray:
   mask = shown(read(path), 'black').convert('L')
   width, height = size
   if abs(mask.width * height - mask.height * width) > max(*mask.size, *size):
-    sizes = f'{mask.width}x{mask.height} and the picture {width}x{height}'
+    sizes = f'{mask.width}x{mask.height} and the image {width}x{height}'
     raise InputError(f'the mask {path} is {sizes}; give both the same shape')
   mask = mask.resize(size, Image.Resampling.BILINEAR)
   if not mask.getextrema()[1]:  # of what is used: a speck of a larger mask may be lost
@@ -203,7 +203,7 @@ def read_mask(path: str | Path, size: tuple[int, int]) -> np.ndarray:
 
 
 def for_file(image: Image.Image, path: str | Path) -> Image.Image:
-  """The picture in colours that a file of this name can hold: sRGB for CMYK as PNG or WebP."""
+  """The image in colours that a file of this name can hold: sRGB for CMYK as PNG or WebP."""
   is_cmyk = image.mode == 'CMYK' and _format(path) not in CMYK_FORMATS
   return colour.to_srgb(image) if is_cmyk else image
 
@@ -211,23 +211,23 @@ def for_file(image: Image.Image, path: str | Path) -> Image.Image:
 def save(image: Image.Image, path: str | Path, settings: dict) -> None:
   """Writes PNG, JPEG, TIFF or WebP by the extension, with the settings (JSON values) in the file.
 
-  Profile, EXIF and dpi in the picture's `info` are written too. The file appears whole or not at
+  Profile, EXIF and dpi in the image's `info` are written too. The file appears whole or not at
   all. JPEG has no transparency and gets a white background.
   """
-  format, picture = _format(path), for_file(image, path)
-  options = metadata.options(picture.info, settings, format)
-  if format == 'JPEG' and picture.mode != 'CMYK':
-    picture = _on(picture, 'white')
+  format, image = _format(path), for_file(image, path)
+  options = metadata.options(image.info, settings, format)
+  if format == 'JPEG' and image.mode != 'CMYK':
+    image = _on(image, 'white')
   if format != 'TIFF':
     options |= {'quality': 95, 'subsampling': '4:4:4'}
   with _writing(path) as temporary:
     with open(temporary, 'xb') as file:
-      picture.save(file, format, **options)
+      image.save(file, format, **options)
     os.replace(temporary, path)
 
 
 def read_settings(path: str | Path) -> dict | None:
-  """What `save` was given, or None where the picture holds no settings of ours."""
+  """What `save` was given, or None where the image holds no settings of ours."""
   with _opened(path) as image:
     return metadata.settings_of(image)
 
@@ -247,9 +247,9 @@ def check_writable(path: str | Path) -> None:
 def image_grid(
   rows: list[list[Image.Image]], row_labels: list[str], column_labels: list[str], title: str = ''
 ) -> Image.Image:
-  """One labelled picture of a sweep, sRGB, on white; a text too long for its place ends in '…'."""
-  pictures = [shown(picture) for row in rows for picture in row]
-  width, height = max(p.width for p in pictures), max(p.height for p in pictures)
+  """One labelled image of a sweep, sRGB, on white; a text too long for its place ends in '…'."""
+  cells = [shown(cell) for row in rows for cell in row]
+  width, height = max(cell.width for cell in cells), max(cell.height for cell in cells)
   em = min(max(min(width, height) // 14, 13), 36)
   font, title_font = ImageFont.load_default(em), ImageFont.load_default(em * 5 // 4)
   gap = em // 3
@@ -268,17 +268,17 @@ def image_grid(
     draw.text((x, top - em // 2), _cut(text, font, column), 'black', font, 'ms')
   for y, text in zip(ys, row_labels, strict=True):
     draw.text((left - em // 2, y), _cut(text, font, left - em * 3 // 2), 'black', font, 'rm')
-  for (x, y), picture in zip([(x, y) for y in ys for x in xs], pictures, strict=True):
-    sheet.paste(picture, (x - picture.width // 2, y - picture.height // 2))
+  for (x, y), cell in zip([(x, y) for y in ys for x in xs], cells, strict=True):
+    sheet.paste(cell, (x - cell.width // 2, y - cell.height // 2))
   return sheet
 
 
 @contextlib.contextmanager
 def _opened(path: str | Path) -> Iterator[Image.Image]:
-  """Opens a picture, pixels still unread; all that Pillow raises or warns of becomes InputError."""
+  """Opens an image, pixels still unread; all that Pillow raises or warns of becomes InputError."""
   if not os.path.isfile(path):
     problem = 'is a folder' if os.path.isdir(path) else 'was not found'
-    raise InputError(f'{path} {problem}; give a picture file')
+    raise InputError(f'{path} {problem}; give an image file')
   try:
     with warnings.catch_warnings(action='ignore'), Image.open(path, 'r', READ_FORMATS) as image:
       yield image
@@ -290,7 +290,7 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
     with open(path, 'rb') as file:
       if file.read(12)[4:8] == b'ftyp':
         raise InputError(f'{path} is HEIC or AVIF; convert it to JPEG or PNG first') from error
-    raise InputError(f'{path} is not a picture; give PNG, JPEG, WebP, BMP, GIF or TIFF') from error
+    raise InputError(f'{path} is not an image; give PNG, JPEG, WebP, BMP, GIF or TIFF') from error
   except Exception as error:  # decoders raise many kinds: EOFError, SyntaxError, struct.error ...
     raise InputError(f'{path} cannot be read ({error}); it may be damaged or cut short') from error
 
@@ -327,7 +327,7 @@ def _says_srgb(encoded):
 def _upright(image):
   # Not ImageOps.exif_transpose, which also rewrites the metadata and fails on what cameras write.
   orientation = None
-  with contextlib.suppress(Exception):  # unreadable metadata is no reason to refuse the picture
+  with contextlib.suppress(Exception):  # unreadable metadata is no reason to refuse the image
     orientation = image.getexif().get(ExifTags.Base.Orientation)
   return image.transpose(UPRIGHT[orientation - 2]) if orientation in range(2, 9) else image
 
@@ -349,7 +349,7 @@ def _eight_bits(image):
 
 
 def _on(image, background):
-  """The picture as RGB, shown on a background colour."""
+  """The image as RGB, shown on a background colour."""
   if not image.has_transparency_data:
     return image.convert('RGB')
   image = image.convert('RGBA')

@@ -1,4 +1,4 @@
-"""What a picture file tells besides its pixels: EXIF, resolution, and the settings of an edit.
+"""What an image file tells besides its pixels: EXIF, resolution, and the settings of an edit.
 
 Kept are EXIF's lines about the photo, its camera and its place, and dots per inch. Not kept are
 what an edit makes wrong or meaningless (orientation, which is applied; the thumbnail; the size;
@@ -26,7 +26,7 @@ DROPPED += (B.ComponentsConfiguration, B.CompressedBitsPerPixel)
 
 
 def kept(image: Image.Image) -> dict[str, Any]:
-  """Of a picture as it was opened: {'exif': bytes, 'dpi': (x, y)}, each only if there is any."""
+  """Of an image as it was opened: {'exif': bytes, 'dpi': (x, y)}, each only if there is any."""
   found = {}
   exif = Image.Exif()
   with contextlib.suppress(Exception):  # what cannot be read is not kept
@@ -56,14 +56,14 @@ def options(info: dict[str, Any], settings: dict, format: str) -> dict[str, Any]
     x, y = info['dpi']
     own += [(None, B.XResolution, x), (None, B.YResolution, y), (None, B.ResolutionUnit, 2)]
   exif = _exif(own).tobytes()
-  with contextlib.suppress(Exception):  # of pictures that were not read by us
+  with contextlib.suppress(Exception):  # of images that were not read by us
     whole = _exif(own, info.get('exif', b'')).tobytes()
     exif = exif if format == 'JPEG' and len(whole) > MAX_JPEG_EXIF else whole
   return result | {'exif': exif}
 
 
 def settings_of(image: Image.Image) -> dict | None:
-  """What `options` was given, or None where an opened picture holds no settings of ours."""
+  """What `options` was given, or None where an opened image holds no settings of ours."""
   text = image.info.get(SETTINGS_KEY)
   with contextlib.suppress(Exception):  # no comment, a camera's own, or metadata in ruins
     exif = image.getexif().get_ifd(IFD.Exif)
