@@ -28,7 +28,7 @@ import torch_models as reference
 from diffusers import StableDiffusionInstructPix2PixPipeline
 
 from ip2p_jax import Editor, Sampling
-from ip2p_jax.editing.export import example_picture
+from ip2p_jax.editing.export import example_image
 
 
 def measurements(is_full):
@@ -90,7 +90,7 @@ def edit_errors(folder, size, steps=10):
   editor = Editor.load(folder, 'float32')
   side = size // editor.networks.vae_config.factor
   noise = np.random.default_rng(0).standard_normal((steps + 1, 1, side, side, 4), np.float32)
-  photo, text = example_picture(size)[None], 'make it winter'
+  photo, text = example_image(size)[None], 'make it winter'
   scales = {'guidance_scale': 7.5, 'image_guidance_scale': 1.5}
   latents, pixels = test_editor.run_torch(pipeline, photo, text, noise[0], noise[1:], **scales)
   sampling = Sampling(steps)

@@ -1,7 +1,7 @@
 """Text-to-image: Stable Diffusion's own objective, by the same step without the input image.
 
   python train.py --config=configs/base.py --workdir=W \
-    --config.checkpoint=stable-diffusion-v1-5 --config.data.path=pictures-with-captions
+    --config.checkpoint=stable-diffusion-v1-5 --config.data.path=images-with-captions
 
 Takes any data set with an image and a caption; of edit data sets, edited images and their captions.
 """

@@ -1,4 +1,4 @@
-"""Fine-tunes an editor on pictures of your own, or on MagicBrush, as its authors did.
+"""Fine-tunes an editor on images of your own, or on MagicBrush, as its authors did.
 
   python train.py --config=configs/finetune.py --workdir=W \
     --config.checkpoint=instruct-pix2pix --config.data.path=my-pairs

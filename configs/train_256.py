@@ -3,7 +3,7 @@
   python train.py --config=configs/train_256.py --workdir=W \
     --config.checkpoint=stable-diffusion-v1-5 --config.data.path=clip-filtered-latents
 
-Expect 5.5 EFLOP with precomputed latents (`ip2p pack --latents`), 11.3 from pictures. The paper
+Expect 5.5 EFLOP with precomputed latents (`ip2p pack --latents`), 11.3 from images. The paper
 took 25.5 hours on 8 A100. On smaller devices raise `accumulation`, on 16 GB set `mesh.fsdp` too.
 """
 

@@ -110,7 +110,7 @@ def bytes_for_backward(remat, batch, side=32):
 @pytest.mark.parametrize(
   ('resolution', 'from_latents'),
   [(32, True), (128, True), (32, False)],
-  ids=['64 tokens', '1024 tokens', 'from pictures'],
+  ids=['64 tokens', '1024 tokens', 'from images'],
 )
 def test_activations_are_never_transposed_but_for_the_heads_of_attention(resolution, from_latents):
   """A head's queries, keys, values and results lie apart in memory, wherever heads are made.
@@ -124,7 +124,7 @@ def test_activations_are_never_transposed_but_for_the_heads_of_attention(resolut
   ]
   assert moved
   is_activation = lambda shape: any(side % BATCH == 0 for side in shape)
-  # Pictures have 8 rows or more here, so that their shapes are no heads'.
+  # Images have 8 rows or more here, so that their shapes are no heads'.
   is_of_heads = lambda shape: len(shape) == 4 and (shape[1] in HEADS or shape[2] in HEADS)
   assert [shape for shape in moved if is_activation(shape) and not is_of_heads(shape)] == []
 

@@ -1,4 +1,4 @@
-"""The README's walk-through: from a folder of pictures to an editor in diffusers."""
+"""The README's walk-through: from a folder of images to an editor in diffusers."""
 
 import os
 import subprocess

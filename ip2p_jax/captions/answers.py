@@ -46,14 +46,14 @@ def read_answers(file: Path) -> Iterator[dict[str, Any]]:
         is_valid = False
       if not is_valid:
         raise InputError(
-          f'{file}: line {number} is damaged; delete it, and the next run asks again for that answer.'
+          f'{file}: line {number} is damaged; delete it, and the next run asks again for its answer.'
         ) from None
       yield answer
 
 
 @contextlib.contextmanager
 def journal(file: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-  """Gives a function that adds a line to the file at once. It locks the file for other processes."""
+  """Gives a function that adds a line to the file at once. It locks out other processes."""
   with storage.one_writer(file, 'give it another --shard'), file.open('a+b') as opened:
     opened.seek(0)
     whole = 0

@@ -116,7 +116,7 @@ class TripletRows:
     return len(self._reader)
 
   def read(self, i: int) -> tuple[str, Triplet]:
-    """(place, triplet), the place as 'FILE: line 7', a missing text as ''; InputError if damaged."""
+    """(place, triplet), the place as 'FILE: line 7', a missing text as ''; InputError if bad."""
     return self._read(i, tuple(self._columns))[:2]
 
   def read_whole(self, i: int) -> tuple[str, Triplet, dict[str, Any]]:
@@ -156,8 +156,8 @@ def open_table(path: str | Path) -> tables.JsonLines | tables.Csv | tables.Parqu
     reader = (tables.JsonLines if kind == '.jsonl' else tables.Csv)(str(path))
   else:
     raise InputError(
-      f'{path}: unknown kind of file; give .jsonl, .csv or .parquet (for captions also .txt, one per'
-      ' line).'
+      f'{path}: unknown kind of file; give .jsonl, .csv or .parquet (for captions also .txt, one'
+      ' per line).'
     )
   if not len(reader):
     raise InputError(f'{path}: is empty.')

@@ -60,32 +60,10 @@ class Crop(NamedTuple):
   side: int
 
 
-<<<<<<< HEAD
-def picture(encoded: bytes, resolution: int, resize: str = 'crop', name: str = '') -> np.ndarray:
-  """A picture file as uint8 [R, R, 3], upright, RGB, transparency on white; nothing is random.
-=======
-def check_framing(framing: Framing) -> None:
-  """Raises InputError if a setting of the framing has an impossible value."""
-  if framing.task not in ('edit', 'text_to_image'):
-    raise InputError(f"task is {framing.task!r}; it must be 'edit' or 'text_to_image'.")
-  if framing.resolution < images.MIN_SIDE:
-    raise InputError(f'resolution is {framing.resolution}; it must be {images.MIN_SIDE} or more.')
-  if framing.resize not in ('crop', 'squash'):
-    raise InputError(f"data.resize is {framing.resize!r}; it must be 'crop' or 'squash'.")
-  if framing.largest_resize and framing.largest_resize < framing.resolution:
-    raise InputError(
-      f'data.largest_resize is {framing.largest_resize}; it must be 0, or at least the resolution'
-      f' {framing.resolution}.'
-    )
-  if not 0 <= framing.flip_rate <= 1:
-    raise InputError(f'data.flip_rate is {framing.flip_rate}; it must be from 0 to 1.')
-
-
 def decode_image(
   encoded: bytes, resolution: int, resize: str = 'crop', name: str = ''
 ) -> np.ndarray:
   """An image file as uint8 [R, R, 3], upright, RGB, transparency on white; nothing is random.
->>>>>>> words1
 
   Args:
     encoded: the bytes of a JPEG, PNG, WebP, BMP, GIF or TIFF file.

@@ -1,6 +1,6 @@
-"""Editing pictures of any size: `Editor.load(path).edit(picture, 'make it winter')`.
+"""Editing images of any size: `Editor.load(path).edit(image, 'make it winter')`.
 
-B pictures of one call of the program, H W their working size, h w the latents' (H and W over the
+B images of one call of the program, H W their working size, h w the latents' (H and W over the
 VAE's factor, 8), S steps.
 """
 
@@ -62,9 +62,9 @@ class Editor(Pipeline):
     batch_size: int | None = None,
     progress: Progress | None = None,
   ) -> list[Image.Image] | np.ndarray:
-    """Edits pictures of any size; each result has its picture's size, colours and transparency.
+    """Edits images of any size; each result has its image's size, colours and transparency.
 
-    One of a kind goes with any number of the others: ten pictures with one instruction, one picture
+    One of a kind goes with any number of the others: ten images with one instruction, one image
     with ten seeds, and so on.
 
     Args:
@@ -73,18 +73,18 @@ class Editor(Pipeline):
       instructions: what to do, as in 'make it winter'.
       steps, sampler, spacing, karras, rescale, interval: see `Sampling`.
       text_guidance: how strongly to follow the instruction (3 to 12 make sense).
-      image_guidance: how strongly to stay with the picture (1 to 2.2 make sense).
-      seed: 0 to 2**32 - 1. A picture's noise depends on its seed and index only, never on the
+      image_guidance: how strongly to stay with the image (1 to 2.2 make sense).
+      seed: 0 to 2**32 - 1. An image's noise depends on its seed and index only, never on the
         batch it is in. None draws one seed for the call.
-      indices: one per result; by default 0, 1, 2 ... counting the pictures given, so that all
-        variations of one picture have 0.
+      indices: one per result; by default 0, 1, 2 ... counting the images given, so that all
+        variations of one image have 0.
       negative: what the result should not be; takes the place of the empty instruction.
-      mask: float [H, W] in [0, 1] at the picture's size; pixels at 0 are kept exactly.
+      mask: float [H, W] in [0, 1] at the image's size; pixels at 0 are kept exactly.
       init_noise, step_noise: standard normal [B, h, w, 4] and [S, B, h, w, 4], to repeat a run of
         another framework.
-      resolution: of the longer side at work; None works at the picture's own size.
-      batch_size: pictures per call of the program, on all devices together; fewer are padded, so
-        that one compiled program serves all. None puts all pictures of one working size into one
+      resolution: of the longer side at work; None works at the image's own size.
+      batch_size: images per call of the program, on all devices together; fewer are padded, so
+        that one compiled program serves all. None puts all images of one working size into one
         call.
       progress: called as (steps done, steps in all); the program then runs step by step, and
         computes keys and values of the text in each (1.6% of a step at 256 px, 0.4% at 512 px).
@@ -147,7 +147,7 @@ class Editor(Pipeline):
     """Runs the program on a batch: uint8 [B, H, W, 3] in, images and latents out, on the devices.
 
     Sides must be multiples of the VAE's factor; `mask` is float32 [B, h, w, 1]; the rest is as in
-    `edit`. Several pictures are shared by all devices, each of which has as many: some are made
+    `edit`. Several images are shared by all devices, each of which has as many: some are made
     twice if they do not divide.
     """
     factor = self.networks.vae_config.factor
@@ -169,7 +169,7 @@ class Editor(Pipeline):
 
 
 class EditRows(NamedTuple):
-  """One entry per picture to make."""
+  """One entry per image to make."""
 
   originals: Sequence[Image.Image]
   instructions: Sequence[str]
@@ -212,8 +212,8 @@ def _images(images):
 
 
 def _latent_mask(mask, size, factor):
-  """[H, W] at the picture's size -> [h, w, 1]: 1 for each latent that touches what is edited."""
+  """[H, W] at the image's size -> [h, w, 1]: 1 for each latent that touches what is edited."""
   width, height = size
-  picture = Image.fromarray(np.asarray(mask, np.float32)).resize(size, Image.Resampling.BILINEAR)
-  cells = np.asarray(picture).reshape(height // factor, factor, width // factor, factor)
+  resized = Image.fromarray(np.asarray(mask, np.float32)).resize(size, Image.Resampling.BILINEAR)
+  cells = np.asarray(resized).reshape(height // factor, factor, width // factor, factor)
   return (cells.max((1, 3)) > 0).astype(np.float32)[..., None]

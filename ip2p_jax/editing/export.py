@@ -82,7 +82,7 @@ def _convert(src, dst, to, dtype, ema, variant, prediction_type, verify, overwri
   if not verify:
     return
   if not is_editor(networks):
-    say('no edit to verify: the UNet does not take a picture')
+    say('no edit to verify: the UNet does not take an image')
     return
   written, folder, file = weights.read(dst), dst, None
   if to != 'diffusers':
@@ -117,7 +117,7 @@ def _tell_limits(checkpoint, learned, to, say) -> None:
         'them for ordinary text, so give those a diffusers folder')  # fmt: skip
   if to == 'original' and checkpoint.configs['scheduler'].get('prediction_type') == 'v_prediction':
     say("warning: the original's code takes what this model predicts (v_prediction) for noise; its "
-        'pictures will be wrong')  # fmt: skip
+        'images will be wrong')  # fmt: skip
 
 
 def check_checkpoint(checkpoint: weights.Checkpoint) -> Networks:
@@ -136,7 +136,7 @@ def store_edit(editor: Editor, folder: Path, settings: dict) -> None:
   """Runs a short edit with known noise; stores it in `folder` with the script that repeats it."""
   rng = np.random.default_rng(0)
   side = LATENT_SIDE * editor.networks.vae_config.factor
-  image = example_picture(side)
+  image = example_image(side)
   noise = rng.standard_normal((STEPS + 1, 1, LATENT_SIDE, LATENT_SIDE, 4), np.float32)
   # A token in lower case, which every version of transformers finds.
   learned = [token for token in editor.tokenizer.learned if token == token.lower()]
@@ -171,7 +171,7 @@ def store_edit(editor: Editor, folder: Path, settings: dict) -> None:
   shutil.copy(VERIFY, folder / 'verify.py')
 
 
-def example_picture(side: int) -> np.ndarray:
+def example_image(side: int) -> np.ndarray:
   """uint8 [side, side, 3]: colour gradients under a grid, so that every pixel counts."""
   y, x = np.mgrid[:side, :side] / side
   channels = [x, y, 0.5 + 0.5 * np.sin(20 * x) * np.cos(14 * y)]

@@ -1,4 +1,4 @@
-"""Editing picture files: which pictures with which seeds and scales, in which batches, to where."""
+"""Editing image files: which images with which seeds and scales, in which batches, to where."""
 
 import dataclasses
 import functools
@@ -25,15 +25,15 @@ from ip2p_jax.images import (
 from ip2p_jax.pipeline import rows
 from ip2p_jax.progress import Progress, part_of
 
-GRID_THUMBNAIL = 512  # pixels of the longer side of each picture in a grid
+GRID_THUMBNAIL = 512  # pixels of the longer side of each image in a grid
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """One picture to make; with the settings common to all, enough to make it again."""
+  """One image to make; with the settings common to all, enough to make it again."""
 
   file: Path
-  size: tuple[int, int]  # the picture's own
+  size: tuple[int, int]  # the image's own
   seed: int
   index: int
   cfg_text: float
@@ -64,16 +64,16 @@ def plan_jobs(
   mask: Path | None,
   is_grid: bool,
 ) -> list[Job]:
-  """Every picture to make. Looks at all inputs and tries all outputs now, before hours of work.
+  """Every image to make. Looks at all inputs and tries all outputs now, before hours of work.
 
-  A folder's pictures count up from `index`, variations from `seed`; each pair (text scale, image
-  scale) of `scales` makes one picture more, to the same output.
+  A folder's images count up from `index`, variations from `seed`; each pair (text scale, image
+  scale) of `scales` makes one image more, to the same output.
   """
   if seed + num > MAX_SEED + 1:
     raise InputError(f'--seed {seed} with --num {num} goes past {MAX_SEED}; use a lower seed.')
   files = find_images(input)
   if is_grid and (len(files) > 1 or num > 1):
-    raise InputError('--grid makes one picture of one picture; give a file, and leave out --num.')
+    raise InputError('--grid makes one image of one image; give a file, and leave out --num.')
   outputs = _outputs(input, files, output, num)
   sizes = [size_of(file) for file in files]
   for size in set(sizes) if mask is not None else ():
@@ -87,8 +87,8 @@ def plan_jobs(
 
 
 def _outputs(input, files, output, num) -> dict[tuple[Path, int], Path]:
-  is_picture = output.suffix.lower() in WRITE_FORMATS and not output.is_dir()
-  if input.is_dir() and is_picture:
+  is_image_file = output.suffix.lower() in WRITE_FORMATS and not output.is_dir()
+  if input.is_dir() and is_image_file:
     raise InputError(f'--output {output}: --input is a folder, so give a folder.')
   is_folder = output.is_dir() or input.is_dir() or not output.suffix
   result = {}
@@ -96,10 +96,10 @@ def _outputs(input, files, output, num) -> dict[tuple[Path, int], Path]:
     base = output / f'{file.stem}.png' if is_folder else output
     for n, path in enumerate(numbered(base, num)):
       if path in result.values():
-        raise InputError(f'--input {input}: two pictures would both be written to {path}; '
+        raise InputError(f'--input {input}: two images would both be written to {path}; '
                          'give them different names.')  # fmt: skip
       if path.exists() and any(path.samefile(other) for other in files):
-        raise InputError(f'--output {path} is a picture of --input; give another name or folder.')
+        raise InputError(f'--output {path} is an image of --input; give another name or folder.')
       result[file, n] = path
   for path in result.values():
     check_writable(path)
@@ -122,7 +122,7 @@ def run_jobs(
   options: dict[str, Any],
   progress: Progress | None = None,
 ) -> Iterator[tuple[Job, Image.Image]]:
-  """Makes the pictures batch by batch; `options` are those of `Editor.edit`."""
+  """Makes the images batch by batch; `options` are those of `Editor.edit`."""
   image_of = functools.lru_cache(1)(read)  # jobs of one file follow each other
   mask_of = functools.lru_cache(1)(read_mask)
   factor = editor.networks.vae_config.factor
@@ -163,11 +163,11 @@ def parse_scales(text: str, image: str) -> list[tuple[float, float]]:
 
 
 def labelled_grid(results: Sequence[tuple[Job, Image.Image]], title: str) -> Image.Image:
-  """One picture of a sweep: a row per text scale, a column per image scale."""
+  """One image of a sweep: a row per text scale, a column per image scale."""
   cells = {}
-  for job, picture in results:
-    picture.thumbnail((GRID_THUMBNAIL, GRID_THUMBNAIL))
-    cells[job.cfg_text, job.cfg_image] = picture
+  for job, image in results:
+    image.thumbnail((GRID_THUMBNAIL, GRID_THUMBNAIL))
+    cells[job.cfg_text, job.cfg_image] = image
   texts, images = (list(dict.fromkeys(scales)) for scales in zip(*cells, strict=True))
   return image_grid(
     [[cells[text, image] for image in images] for text in texts],

@@ -1,6 +1,6 @@
 """Keeps the good pairs: thresholds on CLIP's numbers, and the best few of each prompt.
 
-Reads folders that `pairs` wrote, whose pictures and numbers stay as they are, so that other
+Reads folders that `pairs` wrote, whose images and numbers stay as they are, so that other
 thresholds can be tried at no cost; writes the original's layout, ready to pack and to train on:
 
   OUT/0000007/prompt.json, metadata.jsonl     one line per pair that stays, the best first
@@ -38,8 +38,8 @@ from ip2p_jax.pipeline.scores import Scores
 from ip2p_jax.progress import Progress, unwatched
 from ip2p_jax.storage import FILTERED
 
-LABELS = Scores('picture and caption', 'edited picture and caption', 'direction', 'both pictures')
-SAME = 4  # bits of 64 in which two pictures differ that look the same
+LABELS = Scores('image and caption', 'edited image and caption', 'direction', 'both images')
+SAME = 4  # bits of 64 in which two images differ that look the same
 UNKEPT = ('sample',)  # of a line of scores, not in the original's metadata
 
 
@@ -66,10 +66,10 @@ def filter_pairs(
 ) -> Yield:
   """Writes `out`, whole or not at all; does not write it if no pair stays.
 
-  Pictures are hard links where the disk allows, else copies. With `drop_duplicates`, of a prompt's
-  pairs that look the same (a hash of both pictures) only the best stays.
+  Images are hard links where the disk allows, else copies. With `drop_duplicates`, of a prompt's
+  pairs that look the same (a hash of both images) only the best stays.
 
-  Raises InputError if `out` exists or is being written, a prompt has no instruction, or a picture
+  Raises InputError if `out` exists or is being written, a prompt has no instruction, or an image
   is missing.
   """
   with storage.new_folder(out) as place:
@@ -168,19 +168,19 @@ def _check_instructions(places) -> None:
     )
 
 
-def _pictures(place, line):
+def _image_files(place, line):
   return [place / f'{line["seed"]}_{side}.jpg' for side in (0, 1)]
 
 
 def _lacks(place, line) -> Path | None:
-  """A picture of the pair that is not there."""
-  return next((file for file in _pictures(place, line) if not file.exists()), None)
+  """An image of the pair that is not there."""
+  return next((file for file in _image_files(place, line) if not file.exists()), None)
 
 
 def _is_on_border(line) -> bool:
   """Whether it passes the released thresholds, but may not have before it was rounded.
 
-  Older versions judged first, and wrote no pictures of such a pair.
+  Older versions judged first, and wrote no images of such a pair.
   """
   scores, half = scores_of(line), 10**-DIGITS / 2
   is_near = any(value - least < half for value, least in zip(scores, RELEASED, strict=True))
@@ -191,7 +191,7 @@ def _different(place, lines):
   """Without those that look like a better one."""
   kept, hashes = [], []
   for line in lines:
-    one = np.concatenate([_hash(file) for file in _pictures(place, line)])
+    one = np.concatenate([_hash(file) for file in _image_files(place, line)])
     if all((one != other).sum() > 2 * SAME for other in hashes):
       kept.append(line)
       hashes.append(one)
@@ -200,8 +200,8 @@ def _different(place, lines):
 
 def _hash(file) -> np.ndarray:
   """bool [64]: where brightness rises from left to right, in 8 x 9 cells."""
-  with Image.open(file) as picture:
-    cells = np.asarray(picture.convert('L').resize((9, 8), Image.Resampling.BOX), np.int16)
+  with Image.open(file) as image:
+    cells = np.asarray(image.convert('L').resize((9, 8), Image.Resampling.BOX), np.int16)
   return (cells[:, 1:] > cells[:, :-1]).ravel()
 
 
@@ -213,8 +213,8 @@ def _copy(place, target, lines):
       kept = {key: value for key, value in line.items() if key not in UNKEPT}
       file.write(json.dumps(kept) + '\n')
   for line in lines:
-    for picture in _pictures(place, line):
+    for file in _image_files(place, line):
       try:
-        os.link(picture, target / picture.name)
+        os.link(file, target / file.name)
       except OSError:  # another disk
-        shutil.copyfile(picture, target / picture.name)
+        shutil.copyfile(file, target / file.name)

@@ -1,4 +1,4 @@
-"""Draws pairs of pictures for pairs of captions, with CLIP's numbers for each.
+"""Draws pairs of images for pairs of captions, with CLIP's numbers for each.
 
 A sample is one pair of one prompt; S samples per prompt, B samples per call of the program. Whole
 runs are in `pair_run`.
@@ -40,7 +40,7 @@ KEEPS = ('all', 'passing')
 
 
 class Sample(NamedTuple):
-  """What decides one pair of pictures, beside its captions and the settings."""
+  """What decides one pair of images, beside its captions and the settings."""
 
   seed: int  # uint32, of the noise
   threshold: float  # share of the steps that share self-attention
@@ -58,9 +58,9 @@ class PairSettings:
       'none'.
     threshold, guidance: ranges to draw each sample's from, evenly.
     cross, self: part of the steps that replace and refine act in, on words and on self-attention.
-    size: of the pictures, pixels.
+    size: of the images, pixels.
     seed: of the whole run.
-    keep: which pictures to write: 'all', or those 'passing' the thresholds of the released data.
+    keep: which images to write: 'all', or those 'passing' the thresholds of the released data.
       The numbers of all are written.
     batch_size: samples per call of the program.
   """
@@ -127,16 +127,16 @@ def program(networks: Networks, towers: Towers, mesh: Mesh) -> Callable:
   """Jitted; each device of the mesh draws its own pairs, and never talks to another.
 
   It takes a PairSpec (static), parameters with 'clip', a PairRequest, CLIP's tokens [2, P, L], and
-  pictures uint8 [P, H, W, 3] to begin with, or None; and gives what `PairGenerator.draw` does.
+  images uint8 [P, H, W, 3] to begin with, or None; and gives what `PairGenerator.draw` does.
   """
 
-  def draw(spec, params, request, clip_ids, pictures):
-    if pictures is not None:
-      found = inversion.invert(
-        networks, params, pictures, request.token_ids[0], request.negative_ids, request.guidance,
-        request.grid,
+  def draw(spec, params, request, clip_ids, first_images):
+    if first_images is not None:
+      start = inversion.invert(
+        networks, params, first_images, request.token_ids[0], request.negative_ids,
+        request.guidance, request.grid,
       )  # fmt: skip
-      request = request._replace(**found._asdict())
+      request = request._replace(**start._asdict())
     pairs, scores = scored_pairs(networks, towers, spec, params, request, clip_ids)
     return parts.unit_to_uint8(pairs.images), scores, pairs.attention
 
@@ -163,7 +163,7 @@ def faults(prompt: Prompt, drawing: PairSettings, tokenizer: ClipTokenizer) -> I
     yield from _word_faults(prompt, control, tokenizer)
   if prompt.image is not None:
     if drawing.sampler != inversion.SAMPLER:
-      yield f'pairs of given pictures are drawn by the sampler {inversion.SAMPLER}'
+      yield f'pairs of given images are drawn by the sampler {inversion.SAMPLER}'
     try:
       if prompt.image.is_file():  # else it is told already
         images.read(prompt.image)
@@ -250,7 +250,7 @@ class PairGenerator:
   ) -> tuple[np.ndarray, Scores, np.ndarray | None]:
     """Draws at most B pairs; does not wait for the device.
 
-    Returns uint8 pictures [2, B, H, W, 3], the scores of each, and where each token looked (see
+    Returns uint8 images [2, B, H, W, 3], the scores of each, and where each token looked (see
     `pair_program.Pairs`); rows past those given are padding.
     """
     count = self.drawing.batch_size
@@ -267,12 +267,12 @@ class PairGenerator:
     )
     spec = self.spec._replace(shows_attention=shows_attention)
     clip_ids = np.stack([self.clip.tokenizer(side) for side in texts])
-    pictures = None
+    first_images = None
     if prompts[0].image is not None:
       if self.drawing.sampler != inversion.SAMPLER:
-        raise InputError(f'pairs of given pictures are drawn by the sampler {inversion.SAMPLER}.')
-      pictures = np.stack([_square(prompt.image, self.drawing.size) for prompt in prompts])
-    return quietly(self._program, spec, self.params, request, clip_ids, pictures)
+        raise InputError(f'pairs of given images are drawn by the sampler {inversion.SAMPLER}.')
+      first_images = np.stack([_square(prompt.image, self.drawing.size) for prompt in prompts])
+    return quietly(self._program, spec, self.params, request, clip_ids, first_images)
 
   def _control(self, prompts: Sequence[Prompt], samples: Sequence[Sample]) -> Control:
     control, steps = self.drawing.control, self.drawing.steps
@@ -325,11 +325,11 @@ class PairGenerator:
 
 
 def _square(path: Path, size: int) -> np.ndarray:
-  """The middle of a picture, uint8 [size, size, 3]."""
-  picture = images.read(path)
-  side = min(picture.size)
-  left, top = ((length - side) // 2 for length in picture.size)
-  return images.to_array(picture.crop((left, top, left + side, top + side)), (size, size))
+  """The middle of an image, uint8 [size, size, 3]."""
+  image = images.read(path)
+  side = min(image.size)
+  left, top = ((length - side) // 2 for length in image.size)
+  return images.to_array(image.crop((left, top, left + side, top + side)), (size, size))
 
 
 def shared_steps(threshold: float, steps: int) -> int:

@@ -1,8 +1,8 @@
 """A photograph enters prompt-to-prompt: the noise, and the empty texts, that give it back.
 
-P pictures, h w latent sides, L text tokens (77), S steps. DDIM is run backwards with the caption
+P images, h w latent sides, L text tokens (77), S steps. DDIM is run backwards with the caption
 alone (Dhariwal and Nichol 2021), and then, because guidance leads away from that path, the empty
-text of every step is trained until the guided path stays on it (Mokady et al. 2023). Both pictures
+text of every step is trained until the guided path stays on it (Mokady et al. 2023). Both images
 of a pair drawn from the result by the sampler 'ddim' begin as the photograph.
 """
 
@@ -29,7 +29,7 @@ GOOD, GOOD_PER_STEP = 1e-5, 2e-5  # a squared error to stop at, and how much it 
 
 
 class Inversion(NamedTuple):
-  """What `pairs.program.PairRequest` takes to begin as a picture.
+  """What `pairs.program.PairRequest` takes to begin as an image.
 
   Attributes:
     init_noise: float32 [P, h, w, 4].
@@ -49,7 +49,7 @@ def invert(
   guidance: Array,
   grid: samplers.Grid,
 ) -> Inversion:
-  """Pictures uint8 [P, H, W, 3] with their captions [P, L]; `grid` is that of 'ddim'.
+  """Images uint8 [P, H, W, 3] with their captions [P, L]; `grid` is that of 'ddim'.
 
   `negative_ids` [1, L] are of the empty text; `guidance` [P] as the pairs will be drawn with.
   """
@@ -98,7 +98,7 @@ def null_texts(
   """Empty texts [S, P, L, C] with which guided DDIM goes down `path`, noisiest first.
 
   Each step begins with the text of the one before, and ends at the first update that finds the
-  error good enough, for each picture alone.
+  error good enough, for each image alone.
   """
   unet = _unet(networks, params)
   sigmas, scale = jnp.asarray(grid.sigmas), guidance[:, None, None, None]

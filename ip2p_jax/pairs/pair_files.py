@@ -6,7 +6,7 @@
   OUT/0000007/SEED_0.jpg, SEED_1.jpg
   OUT/batch-00000-of-00001.json      what a worker is about to write; goes when it is done
 
-A sample is done when its line is there, which is written after its pictures. So nothing else tells
+A sample is done when its line is there, which is written after its images. So nothing else tells
 how far a run is: not the size of its batches, nor how many workers there are.
 """
 
@@ -22,8 +22,9 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from ip2p_jax import images, storage
+from ip2p_jax import storage
 from ip2p_jax.errors import InputError
+from ip2p_jax.images import image_grid
 from ip2p_jax.models.tokenizer import ClipTokenizer
 from ip2p_jax.pairs.prompts import Prompt, drawn_from
 from ip2p_jax.pairs.thresholds import RELEASED
@@ -192,14 +193,14 @@ def write_batch(
   batch_size: int,
   rows: Sequence[Row],
   samples: Sequence[Any],
-  pictures: np.ndarray,
+  images: np.ndarray,
   scores: Scores,
   keep: str,
   pool: Executor,
 ) -> tuple[int, int]:
-  """Writes uint8 pictures [2, B, H, W, 3] and scores [B] of rows that were drawn as `samples`.
+  """Writes uint8 images [2, B, H, W, 3] and scores [B] of rows that were drawn as `samples`.
 
-  Returns how many lines were new, and how many of those are not finite: these have no pictures, and
+  Returns how many lines were new, and how many of those are not finite: these have no images, and
   null for the numbers that are no numbers.
   """
   named = [[prompt.index, number] for prompt, number in rows]
@@ -210,7 +211,7 @@ def write_batch(
     place = folder / _name(prompt)
     is_kept = None not in found and (keep == 'all' or passes(found, RELEASED))
     if is_kept:
-      files += [(place / f'{sample.seed}_{side}.jpg', pictures[side, i]) for side in (0, 1)]
+      files += [(place / f'{sample.seed}_{side}.jpg', images[side, i]) for side in (0, 1)]
     line = {'sample': number, 'seed': sample.seed, 'p2p_threshold': sample.threshold}
     lines.setdefault(place, []).append(line | {'cfg_scale': sample.guidance} | found._asdict())
     prompts[place] = prompt
@@ -281,28 +282,28 @@ def _batch_file(folder, shard):
   return folder / f'batch-{shard[0]:05d}-of-{shard[1]:05d}.json'
 
 
-def jpeg(picture: np.ndarray) -> bytes:
+def jpeg(image: np.ndarray) -> bytes:
   """Of best quality, and colours at full resolution (the original halves it)."""
   file = io.BytesIO()
-  Image.fromarray(picture).save(file, 'JPEG', quality=100, subsampling=0)
+  Image.fromarray(image).save(file, 'JPEG', quality=100, subsampling=0)
   return file.getvalue()
 
 
 def attention_sheet(
-  tokenizer: ClipTokenizer, prompt: Prompt, pictures: np.ndarray, maps: np.ndarray
+  tokenizer: ClipTokenizer, prompt: Prompt, images: np.ndarray, maps: np.ndarray
 ) -> Image.Image:
   """Where each word of both captions looked: uint8 [2, H, W, 3] and [2, a, b, L]."""
   sheets = []
   captions = (prompt.caption, prompt.edited_caption)
-  for caption, picture, looks in zip(captions, pictures, maps, strict=True):
-    shown, labels = [Image.fromarray(picture)], ['']
+  for caption, image, looks in zip(captions, images, maps, strict=True):
+    shown, labels = [Image.fromarray(image)], ['']
     for word, places in tokenizer.words(caption):
       seen = looks[..., list(places)].sum(-1)
       grey = np.uint8(255 * seen / max(seen.max(), 1e-12))
       size = shown[0].size
       shown.append(Image.fromarray(grey).resize(size, Image.Resampling.BICUBIC).convert('RGB'))
       labels.append(word)
-    sheets.append(images.image_grid([shown], [''], labels, caption))
+    sheets.append(image_grid([shown], [''], labels, caption))
   width, height = max(sheet.width for sheet in sheets), sum(sheet.height for sheet in sheets)
   both = Image.new('RGB', (width, height), 'white')
   both.paste(sheets[0], (0, 0))

@@ -1,7 +1,7 @@
-"""Pairs of pictures as one jitted program, from captions to pictures and CLIP's numbers.
+"""Pairs of images as one jitted program, from captions to images and CLIP's numbers.
 
 P pairs, L text tokens (77), S steps, H W size in pixels, h w the latents' (H and W over the VAE's
-factor). Both pictures of a pair come from the same noise, initial and of every step, so that they
+factor). Both images of a pair come from the same noise, initial and of every step, so that they
 differ by their captions alone; `prompt_to_prompt` keeps them alike. Captions, scales, seeds and all
 numbers of the control are traced: one compiled program serves all pairs.
 """
@@ -46,7 +46,7 @@ class PairRequest(NamedTuple):
 
 
 class Pairs(NamedTuple):
-  """Finished pairs, first pictures first; `attention` is None unless the spec shows it."""
+  """Finished pairs, first images first; `attention` is None unless the spec shows it."""
 
   images: Array  # float32 [2, P, H, W, 3] in 0..1
   latents: Array  # float32 [2, P, h, w, 4], scaled
@@ -93,7 +93,7 @@ def pair_program(networks: Networks, spec: PairSpec, params, request: PairReques
     move = samplers.SAMPLERS[spec.sampler](denoiser(predict, networks.schedule), request.grid)
     state = move(state, i, None if fresh is None else twice(fresh))
     if wants_maps and not maps:
-      raise InputError('this UNet looks at no words where the picture is coarse; there is no map.')
+      raise InputError('this UNet looks at no words where the image is coarse; there is no map.')
     if blend is not None:
       seen += sum(word_map(m, blend.words) for m in maps).reshape(seen.shape)
       state = tuple(blended(blend, i, seen, apart(x)).reshape(x.shape) for x in state)
@@ -123,7 +123,7 @@ def scored_pairs(
 
 
 def twice(x: Array) -> Array:
-  """[P, ...] -> [2 * P, ...]: the same for both pictures."""
+  """[P, ...] -> [2 * P, ...]: the same for both images."""
   return jnp.concatenate([x, x])
 
 

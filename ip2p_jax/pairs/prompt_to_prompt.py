@@ -1,15 +1,15 @@
-"""Two pictures from one noise: attention of the second, the edited one, borrows from the first.
+"""Two images from one noise: attention of the second, the edited one, borrows from the first.
 
 P pairs, K halves of guidance (with text first, then without), N query tokens, L text tokens (77),
 C channels of one head, S steps. The network sees a batch [K, 2, P, ...] laid out flat: all first
-pictures of a half, then all second ones. Every number here may be traced, and differ from pair to
+images of a half, then all second ones. Every number here may be traced, and differ from pair to
 pair, so that one compiled program serves all.
 
 The two families of control:
 
-- `share`, of InstructPix2Pix's generator: all self-attention of the second picture uses queries and
+- `share`, of InstructPix2Pix's generator: all self-attention of the second image uses queries and
   keys of the first, in both halves. (The original copies the scores, which is the same.)
-- `injection`, prompt-to-prompt as published (Hertz et al. 2022): the second picture's attention to
+- `injection`, prompt-to-prompt as published (Hertz et al. 2022): the second image's attention to
   words is made from the first's, and coarse self-attention is shared, in the half with text only.
 """
 
@@ -46,7 +46,7 @@ class Injection(NamedTuple):
 
 
 class Blend(NamedTuple):
-  """Keeps the second picture equal to the first but where words of the change look.
+  """Keeps the second image equal to the first but where words of the change look.
 
   Attributes:
     words: float32 [P, 2, L], 1 for the tokens that count, of the source and of the target.
@@ -112,7 +112,7 @@ def controlled(
 
 
 def _shares_self(control: Control, step, is_coarse: bool, halves: int) -> Array | None:
-  """bool [K, P]: whether the second picture takes queries and keys of the first; None is never."""
+  """bool [K, P]: whether the second image takes queries and keys of the first; None is never."""
   until, injection = control.share_until, control.injection if is_coarse else None
   shares = None
   if until is not None:
@@ -147,7 +147,7 @@ def _cross(injection: Injection | None, step, record, site, q, k, v):
 
 
 def injected(injection: Injection, step: Array, first: Array, second: Array) -> Array:
-  """What the second picture attends to, from both pictures' probabilities [P, heads, N, L].
+  """What the second image attends to, from both images' probabilities [P, heads, N, L].
 
   (Hertz et al. 2022, section 3.2: word swap, new phrases and re-weighting are one formula.) The
   probabilities do not sum to 1 afterwards, as published.
@@ -167,7 +167,7 @@ def word_map(probabilities: Array, words: Array) -> Array:
 
 
 def blended(blend: Blend, step: Array, seen: Array, x: Array) -> Array:
-  """x [2, P, h, w, 4] after a step, the second picture being the first outside of the change.
+  """x [2, P, h, w, 4] after a step, the second image being the first outside of the change.
 
   `seen` [2, P, a, b] is the sum of `word_map` over layers and steps so far. The change is where
   either text's words look (Hertz et al. 2022, section 4, as released).
@@ -175,7 +175,7 @@ def blended(blend: Blend, step: Array, seen: Array, x: Array) -> Array:
   pooled = jax.lax.reduce_window(
     seen, -jnp.inf, jax.lax.max, (1, 1, BLEND_POOL, BLEND_POOL), (1, 1, 1, 1), 'SAME'
   )
-  # Nearest neighbours, and relative to each picture's greatest.
+  # Nearest neighbours, and relative to each image's greatest.
   rows = jnp.arange(x.shape[2]) * seen.shape[2] // x.shape[2]
   columns = jnp.arange(x.shape[3]) * seen.shape[3] // x.shape[3]
   large = pooled[:, :, rows[:, None], columns[None]]

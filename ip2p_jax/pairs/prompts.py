@@ -1,4 +1,4 @@
-"""Pairs of captions to draw pictures of: a file of JSON lines.
+"""Pairs of captions to draw images of: a file of JSON lines.
 
   {"caption": "a cat", "edit": "make it a lion", "output": "a lion"}
 
@@ -7,7 +7,7 @@
   "weights": {"lion": 2.0}           of words of the edited caption
   "cross_steps": {"lion": 0.4}       the part of the steps that is controlled, or [0.1, 0.4]
   "blend": [["cat"], ["lion"]]       words of either caption, for a local blend
-  "image": "cat.jpg"                 a picture, beside the file, that the first of the pair shall be
+  "image": "cat.jpg"                 an image, beside the file, that the first of the pair shall be
 """
 
 import json
@@ -81,7 +81,7 @@ def listed(faults: Sequence[str]) -> str:
 
 
 def drawn_from(line: str) -> list[Any]:
-  """What of a line its pictures depend on, to compare; the rest may change when they are drawn."""
+  """What of a line its images depend on, to compare; the rest may change when they are drawn."""
   value = json.loads(line)
   return [_caption(value), *(value.get(key) or None for key in DRAWN_FROM)]
 
@@ -141,7 +141,7 @@ def _faults(value, folder) -> Iterator[tuple[str, str]]:
     yield 'blend', ': blend is not two lists of words, as in [["cat"], ["dog"]]'
   image = value.get('image')
   if image is not None and not (folder / str(image)).is_file():
-    yield '', f': there is no picture {folder / str(image)}'
+    yield '', f': there is no image {folder / str(image)}'
 
 
 def _are_words(value, key) -> bool:

@@ -63,9 +63,9 @@ def draw_all(
         samples = [drawing.sample(prompt.index, number) for prompt, number in batch]
         drawn = batch, samples, generator.draw([prompt for prompt, _ in batch], samples)
       if waiting is not None:
-        batch, samples, (pictures, scores, _) = waiting
+        batch, samples, (images, scores, _) = waiting
         new, not_finite = pair_files.write_batch(
-          folder, shard, size, batch, samples, np.asarray(pictures),
+          folder, shard, size, batch, samples, np.asarray(images),
           Scores(*map(np.asarray, scores)), drawing.keep, pool,
         )  # fmt: skip
         done, broken = done + new, broken + not_finite
@@ -74,7 +74,7 @@ def draw_all(
     pair_files.end(folder, shard)
   if broken:
     text = (
-      f'{broken} of {total} pairs overflowed, and have no pictures; bfloat16, float32 or less'
+      f'{broken} of {total} pairs overflowed, and have no images; bfloat16, float32 or less'
       ' guidance might have drawn them, into another folder'
     )
     if broken == total:

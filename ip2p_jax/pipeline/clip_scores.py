@@ -1,6 +1,6 @@
-"""What CLIP says of a pair of pictures and their captions: the numbers that data is filtered by.
+"""What CLIP says of a pair of images and their captions: the numbers that data is filtered by.
 
-B pairs, H W pixels, L text tokens (77), P width of the space that pictures and texts share. The
+B pairs, H W pixels, L text tokens (77), P width of the space that images and texts share. The
 towers are read from a folder as transformers' CLIPModel has it (openai/clip-vit-large-patch14 is
 what the paper's thresholds were tuned with).
 """
@@ -32,7 +32,7 @@ CUBIC = -0.75  # of the kernel; torch's, where most others have -0.5
 TOKENIZER_FILES = ('.json', '.txt')
 # The least length of a change, of embeddings of length 1. Measured with the miniature's CLIP: equal
 # inputs in other rows of a batch are up to 3e-7 apart (in bfloat16 4e-3, half of its epsilon),
-# pictures whose every pixel is off by a level 1e-3, captions but for a last stop 2e-2.
+# images whose every pixel is off by a level 1e-3, captions but for a last stop 2e-2.
 LEAST_CHANGE = 1e-4
 
 
@@ -55,22 +55,23 @@ class Towers(NamedTuple):
   def scores(self, params, images: Array, token_ids: Array) -> Scores:
     """Of images [2, B, H, W, 3] in 0..1 and their captions' tokens [2, B, L].
 
-    The direction of what did not change, pictures in 8 bits or captions, is 0, as is one so short
+    The direction of what did not change, images in 8 bits or captions, is 0, as is one so short
     that it may be rounding.
     """
     flat = lambda x: x.reshape(-1, *x.shape[2:])
     levels = jnp.round(images * 255)
-    pictures = jnp.stack(jnp.split(self.embed_images(params, flat(images)), 2))
-    texts = jnp.stack(jnp.split(self.embed_texts(params, flat(token_ids)), 2))
+    image_embeddings = jnp.stack(jnp.split(self.embed_images(params, flat(images)), 2))
+    text_embeddings = jnp.stack(jnp.split(self.embed_texts(params, flat(token_ids)), 2))
+    is_still = _is_still(image_embeddings, levels, params['vision'])
+    is_still |= _is_still(text_embeddings, token_ids, params['text'])
+    direction = _cosine(
+      image_embeddings[1] - image_embeddings[0], text_embeddings[1] - text_embeddings[0]
+    )
     return Scores(
-      _dot(pictures[0], texts[0]),
-      _dot(pictures[1], texts[1]),
-      jnp.where(
-        _is_still(pictures, levels, params['vision']) | _is_still(texts, token_ids, params['text']),
-        0.0,
-        _cosine(pictures[1] - pictures[0], texts[1] - texts[0]),
-      ),
-      _dot(pictures[0], pictures[1]),
+      _dot(image_embeddings[0], text_embeddings[0]),
+      _dot(image_embeddings[1], text_embeddings[1]),
+      jnp.where(is_still, 0.0, direction),
+      _dot(image_embeddings[0], image_embeddings[1]),
     )
 
 
@@ -124,7 +125,7 @@ class Clip:
     captions: Sequence[str],
     edited_captions: Sequence[str],
   ) -> Scores:
-    """Of uint8 pictures [B, H, W, 3] before and after, and their captions."""
+    """Of uint8 images [B, H, W, 3] before and after, and their captions."""
     images = np.float32(np.stack([inputs, edits])) / 255
     tokens = np.stack([self.tokenizer(captions), self.tokenizer(edited_captions)])
     return Scores(*map(np.asarray, quietly(self._scores, self.params, images, tokens)))

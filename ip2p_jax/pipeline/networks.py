@@ -74,7 +74,7 @@ def networks_of_configs(
 
 
 def is_editor(networks: Networks) -> bool:
-  """Whether the UNet takes a picture's latents beside the noisy ones."""
+  """Whether the UNet takes an image's latents beside the noisy ones."""
   return networks.unet_config.in_channels == 2 * networks.vae_config.latent_channels
 
 
@@ -85,10 +85,10 @@ def check_is_editor(networks: Networks, source: str) -> None:
   channels, latents = networks.unet_config.in_channels, networks.vae_config.latent_channels
   kind = 'not an InstructPix2Pix model'
   if channels == latents:
-    kind = 'a text-to-image model, which cannot see the picture to edit'
+    kind = 'a text-to-image model, which cannot see the image to edit'
   raise InputError(
     f'{source}: the UNet has {channels} input channels where an edit needs {2 * latents} (latents'
-    f' and picture): this is {kind}; use an InstructPix2Pix checkpoint.'
+    f' and image): this is {kind}; use an InstructPix2Pix checkpoint.'
   )
 
 

@@ -73,7 +73,7 @@ def check_acts(
   image_guidance: float | Sequence[float],
   negative: str = '',
 ) -> None:
-  """Raises InputError for a setting of the guidance that changes no picture at these scales."""
+  """Raises InputError for a setting of the guidance that changes no image at these scales."""
   start, stop = sampling.guided_steps()
   low, high = sampling.interval
   window, steps = f'interval {low:g} to {high:g}', sampling.steps

@@ -66,11 +66,11 @@ def training_flops(
   """Operations that one training example asks for, however they are carried out.
 
   The UNet three times (forward, gradient of the activations, gradient of the weights), the text
-  encoder, and for pixels one VAE encoding each of the picture to edit, if any, and of the target.
+  encoder, and for pixels one VAE encoding each of the image to edit, if any, and of the target.
   What is computed twice to save memory does not count.
 
   Args:
-    resolution: side of the square pictures, pixels.
+    resolution: side of the square images, pixels.
     latents: whether examples come encoded, so that the VAE is not needed.
     trained_fraction: of the UNet's weights, 0 to 1; for LoRA almost 0. Takes frozen and trained
       weights to be used equally often.
@@ -98,7 +98,7 @@ def unet_flops(networks: Networks, size: tuple[int, int]) -> int:
 
 
 def encode_flops(networks: Networks, resolution: int) -> int:
-  """Of the VAE's encoder, one square picture."""
+  """Of the VAE's encoder, one square image."""
   encode = lambda params, images: nnx.merge(networks.vae_def, params).encode(images)
   return count(encode, networks.shapes['vae'], _array(1, resolution, resolution, 3))
 

@@ -1,8 +1,8 @@
-"""What a run tells people: numbers, pictures and texts in its workdir, and one line on the screen.
+"""What a run tells people: numbers, images and texts in its workdir, and one line on the screen.
 
   metrics.jsonl   one line per log: {"step": 50, "time": 1764000000.123, "loss": 0.0412, ...}
-  tensorboard/    the same for TensorBoard, with pictures and texts
-  previews/       the pictures as files
+  tensorboard/    the same for TensorBoard, with images and texts
+  previews/       the images as files
   loss.png        loss and validation loss by step
 
 A workdir may be remote (gs://...). Such files cannot be appended to, so lines and events gather in
@@ -88,14 +88,14 @@ class Writer:
     if self._is_remote and time.monotonic() - self._uploaded >= UPLOAD_EVERY:
       self._upload()
 
-  def image(self, step: int, name: str, picture: Image.Image) -> None:
-    """A picture, also as previews/NAME_STEP.png, which appears whole or not at all."""
+  def image(self, step: int, name: str, image: Image.Image) -> None:
+    """An image, also as previews/NAME_STEP.png, which appears whole or not at all."""
     if not self._writes:
       return
     png = io.BytesIO()
-    picture.save(png, 'PNG')
+    image.save(png, 'PNG')
     storage.write_bytes(self._workdir / PREVIEWS / f'{name}_{step:08d}.png', png.getvalue())
-    self._events.add_image(name, np.asarray(picture.convert('RGB')), step, dataformats='HWC')
+    self._events.add_image(name, np.asarray(image.convert('RGB')), step, dataformats='HWC')
 
   def text(self, step: int, name: str, text: str) -> None:
     """A text for TensorBoard, shown as it is, in a fixed-width font."""

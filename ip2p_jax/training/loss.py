@@ -1,6 +1,6 @@
 """The training loss (paper, equation 2), and the random draws that go into it.
 
-B examples, H W pixels, h w latents, L text tokens. A batch is a dict of arrays, either of pictures
+B examples, H W pixels, h w latents, L text tokens. A batch is a dict of arrays, either of images
 
   edited_image, input_image         uint8 [B, H, W, 3]
 

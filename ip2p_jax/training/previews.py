@@ -1,6 +1,6 @@
-"""Pictures of a few validation examples, made at every checkpoint, to watch a run learn.
+"""Images of a few validation examples, made at every checkpoint, to watch a run learn.
 
-B examples, R side of the pictures, h w latent sides, L text tokens. An example is a dict of
+B examples, R side of the images, h w latent sides, L text tokens. An example is a dict of
 'instruction' (or caption), 'edited' and, unless for text-to-image, 'input': uint8 [R, R, 3].
 """
 
@@ -40,7 +40,7 @@ def make_preview(
   image_guidance: float = 1.5,
   mesh: Mesh | None = None,
 ) -> Callable[[Any], Image.Image]:
-  """Returns `preview(params)`, a picture with one row per example, under its instruction.
+  """Returns `preview(params)`, an image with one row per example, under its instruction.
 
   A row is input, target and edit; for a text-to-image model, which `image_guidance` does not
   concern, target and sample. `params` has trees for 'unet', 'vae' and 'text_encoder', of any dtype,
@@ -84,7 +84,7 @@ def latent_examples(
 ) -> list[Example]:
   """Examples from rows that hold no pixels: the first pair of each decoded, its first instruction.
 
-  Pictures are what the VAE makes of their latents, and instructions come back in lower case.
+  Images are what the VAE makes of their latents, and instructions come back in lower case.
   """
   means = [row.edited_mean[0, 0] for row in rows]
   means += [row.input_mean[0, 0] for row in rows if row.input_mean is not None]
@@ -95,12 +95,12 @@ def latent_examples(
   ]
   inputs = decoded[len(rows) :]  # none for text-to-image
   if len(inputs):
-    examples = [e | {'input': picture} for e, picture in zip(examples, inputs, strict=True)]
+    examples = [e | {'input': image} for e, image in zip(examples, inputs, strict=True)]
   return examples
 
 
 def decode(networks: Networks, vae_params: Any, latents: np.ndarray) -> np.ndarray:
-  """Unscaled latents [B, h, w, 4], such as posterior means, as uint8 pictures [B, R, R, 3]."""
+  """Unscaled latents [B, h, w, 4], such as posterior means, as uint8 images [B, R, R, 3]."""
 
   def to_images(vae_params, latents):
     return parts.to_uint8(nnx.merge(networks.vae_def, vae_params).decode(latents))

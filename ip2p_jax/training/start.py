@@ -159,7 +159,7 @@ def frozen_parts(
 def _check_settings(config: TrainConfig, paths: Sequence[str]) -> None:
   """Raises InputError if a data setting of a run cannot act on one of its data sets.
 
-  Packed pictures have no more pixels than they were packed with, and latents are of one size, cut
+  Packed images have no more pixels than they were packed with, and latents are of one size, cut
   one way. What is left at its default is never refused.
   """
   data = config.data
@@ -187,7 +187,7 @@ def _check_pixels(config, path, size):
   for name, pixels in asked.items():
     if most is not None and pixels > most:
       raise InputError(
-        f'{path}: was packed for {size} px, and {name} {pixels} would scale its pictures up; set'
+        f'{path}: was packed for {size} px, and {name} {pixels} would scale its images up; set'
         f' --config.{name} to at most {most}, or pack again with a larger --size.'
       )
 
@@ -204,5 +204,5 @@ def _check_packed_latents(config, path, about):
   if problem:
     raise InputError(
       f'{path}: holds latents, on which this has no effect: {problem}; leave it out, or train from'
-      ' pictures.'
+      ' images.'
     )

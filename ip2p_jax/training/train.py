@@ -159,10 +159,8 @@ def _preview(editing: Editing, run: Run) -> Callable[[Any], Any] | None:
         latents.append(row)
         continue
       made = examples.example(row, None, framing_of(run.config), tokenizer)
-      pictures = {
-        key: made[f'{key}_image'] for key in ('input', 'edited') if f'{key}_image' in made
-      }
-      shown.append(pictures | {'instruction': row.instructions[0]})
+      images = {key: made[f'{key}_image'] for key in ('input', 'edited') if f'{key}_image' in made}
+      shown.append(images | {'instruction': row.instructions[0]})
   if latents:
     shown = previews.latent_examples(networks, run.frozen['vae'], tokenizer, latents)
   if not shown:

@@ -228,8 +228,5 @@ def test_diversity_counts_first_words_and_lengths():
     'words of an instruction: 1 to 3 67%, 4 to 6 33%, 7 to 9 0%, '
     '10 to 12 0%, 13 to 16 0%, 17 to 25 0%',
   ]
-  either = [
-    list(triplet_check.diversity(texts))
-    for texts in (['turn red', 'make it'], ['make it', 'turn red'])
-  ]
+  either = [list(diversity(texts)) for texts in (['turn red', 'make it'], ['make it', 'turn red'])]
   assert either[0] == either[1]

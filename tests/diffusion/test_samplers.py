@@ -270,7 +270,9 @@ def test_a_run_from_the_end_does_nothing(rng):
   grid = samplers.begin_at(noise_levels(Schedule(), 'euler', 4), 4)
   latents, init = rng.standard_normal((2, *SHAPE), np.float32)
   state = samplers.noisy_state(grid, latents, init)
-  np.testing.assert_array_equal(samplers.walk(lambda state, i: jax.tree.map(jnp.zeros_like, state), grid, state)[0], latents)
+  np.testing.assert_array_equal(
+    samplers.walk(lambda state, i: jax.tree.map(jnp.zeros_like, state), grid, state)[0], latents
+  )
 
 
 # Golden numbers: sums of absolute values that diffusers' own tests hold

@@ -49,7 +49,7 @@ def photo(rng):
 
 
 def watch(editor, monkeypatch, instead):
-  """Puts a function in the place of the program for one picture, which is returned."""
+  """Puts a function in the place of the program for one image, which is returned."""
   programs = editor._alone
   monkeypatch.setattr(editor, '_alone', programs._replace(whole=instead))
   return programs.whole
@@ -121,7 +121,7 @@ def test_image_i_of_eight_equals_the_same_edit_alone(editor, rng):
   assert len(pointers) == 8 and weights.unsafe_buffer_pointer() in pointers
 
 
-def test_a_picture_is_the_same_on_however_many_devices_and_step_by_step(editor, rng):
+def test_an_image_is_the_same_on_however_many_devices_and_step_by_step(editor, rng):
   mesh_of = lambda count: sharding.make_mesh(devices=jax.devices()[:count])
   on = lambda count: Editor(
     editor.networks, editor.params, editor.tokenizer, mesh=mesh_of(count)
@@ -240,7 +240,7 @@ def test_transparency_comes_back(editor):
   assert (np.asarray(result)[..., 3] == 77).all()
 
 
-def test_pictures_of_many_sizes_come_back_in_their_order(editor):
+def test_images_of_many_sizes_come_back_in_their_order(editor):
   sizes = [(32, 32), (64, 32), (32, 32), (32, 64), (32, 32)]
   photos = [Image.new('RGB', size, (i, 90, 90)) for i, size in enumerate(sizes)]
   results = editor.edit(photos, 'go', steps=2, seed=3, batch_size=2)
@@ -249,7 +249,7 @@ def test_pictures_of_many_sizes_come_back_in_their_order(editor):
   assert np.abs(np.asarray(results[4], int) - np.asarray(alone[0], int)).max() <= 1
 
 
-def test_a_variation_is_the_picture_of_its_own_seed(editor):
+def test_a_variation_is_the_image_of_its_own_seed(editor):
   photo = Image.new('RGB', (32, 32), 'teal')
   both = editor.edit(photo, 'go', steps=2, seed=[1, 2])
   (second,) = editor.edit(photo, 'go', steps=2, seed=2)
@@ -326,7 +326,7 @@ def test_a_wrong_value_is_an_error_that_names_it(editor, options, message):
 def test_a_text_to_image_unet_is_refused_with_the_reason(tmp_path):
   config = {**reference.TINY_UNET, 'in_channels': 4}
   tiny_models.write(tmp_path / 'saved', config)
-  with pytest.raises(InputError, match='text-to-image model, which cannot see the picture'):
+  with pytest.raises(InputError, match='text-to-image model, which cannot see the image'):
     Editor.load(tmp_path / 'saved')
 
 

@@ -1,4 +1,4 @@
-"""Conversion end to end: what we export, PyTorch loads and paints the same picture."""
+"""Conversion end to end: what we export, PyTorch loads and paints the same image."""
 
 import json
 import subprocess
@@ -38,7 +38,7 @@ def exported(source, tmp_path_factory):
 
 
 @peers.needs_torch
-def test_both_formats_paint_the_same_picture_in_pytorch(exported):
+def test_both_formats_paint_the_same_image_in_pytorch(exported):
   folder, said = exported
   assert (folder / 'file.safetensors.verify' / 'verify.py').is_file()  # a .ckpt has its own
   verdicts = [line for line in said if line.startswith('verify:')]
@@ -268,7 +268,7 @@ def test_a_text_to_image_checkpoint_converts_but_has_no_edit_to_verify(tmp_path)
   tiny_models.write(tmp_path / 'saved', config)
   said = []
   convert_checkpoint(tmp_path / 'saved', tmp_path / 'out', say=said.append)
-  assert said[-1] == 'no edit to verify: the UNet does not take a picture'
+  assert said[-1] == 'no edit to verify: the UNet does not take an image'
   assert weights.read(tmp_path / 'out').configs['unet']['in_channels'] == 4
 
 

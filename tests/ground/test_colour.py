@@ -1,4 +1,4 @@
-"""Pictures in colours of their own: models see sRGB, results have what their pictures had."""
+"""Images in colours of their own: models see sRGB, results have what their images had."""
 
 import io
 import struct
@@ -73,7 +73,7 @@ def negative(array):
 
 @pytest.mark.parametrize('name', [*profiles.WIDE, 'CMYK'])
 @pytest.mark.parametrize('extension', ['png', 'jpg', 'tif', 'webp'])
-def test_a_picture_is_seen_by_its_profile(tmp_path, photo, name, extension):
+def test_an_image_is_seen_by_its_profile(tmp_path, photo, name, extension):
   if name == 'CMYK' and extension in ('png', 'webp'):
     return  # which have no CMYK
   own = profiles.tagged(photo, name)
@@ -211,7 +211,7 @@ def test_srgb_by_any_name_is_not_touched(tmp_path, photo, profile):
     assert result.tobytes() == expected.tobytes() and result.info == photo.info
 
 
-# And the result has the colours of its picture.
+# And the result has the colours of its image.
 
 
 @pytest.mark.parametrize('name', profiles.WIDE)
@@ -226,7 +226,7 @@ def test_a_result_keeps_the_profile_and_is_shown_as_it_was_edited(
   written = opened(tmp_path / f'out.{extension}')
   assert written.info['icc_profile'] == profiles.ALL[name]
   shown = pixels(profiles.as_seen(written))
-  close = 3.5 if extension == 'webp' else 2  # which loses 2.1 of this picture without a profile
+  close = 3.5 if extension == 'webp' else 2  # which loses 2.1 of this image without a profile
   assert difference(shown[:24], edited[:24]) < close
   assert difference(shown[24:], pixels(photo)[24:]) < close
   if extension in LOSSLESS:
@@ -293,7 +293,7 @@ def test_cmyk_shows_an_edit_as_well_as_its_inks_can(tmp_path, photo, press):
   assert best['printable'] < 1.5 and best['sRGB'] > 5
 
 
-def test_a_soft_mask_mixes_between_the_pictures_own_numbers(photo):
+def test_a_soft_mask_mixes_between_the_images_own_numbers(photo):
   original = images.plain(profiles.tagged(photo, 'CMYK'))
   edited = negative(images.to_array(original, photo.size))
   whole = pixels(images.restore(edited, original))
@@ -336,7 +336,7 @@ def test_a_profile_that_cannot_be_read_is_one_warning_that_names_the_file(tmp_pa
   assert str(warning.message).startswith(f'{tmp_path}/odd.tif: its colour profile ')
   assert str(warning.message).endswith('its colours are taken as sRGB')
   assert original.info == {} and original.tobytes() == own.convert('RGB').tobytes()
-  with pytest.warns(UserWarning, match='the picture: its colour profile'):
+  with pytest.warns(UserWarning, match='the image: its colour profile'):
     images.with_metadata(own)
   encoded = (tmp_path / 'odd.tif').read_bytes()  # of data sets, `ip2p check` warns
   expected = own.convert('RGB').resize((48, 48), Image.Resampling.LANCZOS)
@@ -401,7 +401,7 @@ def test_colours_told_by_chunks_of_png_are_not_read_and_it_is_said(tmp_path, pho
   assert all('chunks.png' in str(one.message) and told in str(one.message) for one in heard)
 
 
-# Everything else that reads pictures.
+# Everything else that reads images.
 
 
 def test_only_jpegs_of_srgb_take_the_fast_way(photo):
@@ -418,7 +418,7 @@ def jpeg(picture):
 
 
 @pytest.mark.parametrize('quality', [None, 95])
-def test_packed_pictures_are_srgb_or_keep_their_profile(photo, quality):
+def test_packed_images_are_srgb_or_keep_their_profile(photo, quality):
   large = photo.resize((160, 120), Image.Resampling.BICUBIC)
   encoded = jpeg(profiles.tagged(large, 'ProPhoto'))
   shrunk = pack.smaller(encoded, 32, quality)
@@ -445,7 +445,7 @@ def test_a_mask_counts_by_the_brightness_that_is_seen(tmp_path):
   assert abs(mask[0, 0] * 255 - seen) <= 1 and seen > 110
 
 
-def test_a_grid_shows_every_picture_by_its_profile(photo):
+def test_a_grid_shows_every_image_by_its_profile(photo):
   rows = [[images.plain(profiles.tagged(photo, name)) for name in (*profiles.WIDE, 'CMYK')]]
   sheet = images.image_grid(rows, [''], [''] * 4)
   plain = images.image_grid([[photo] * 4], [''], [''] * 4)
@@ -487,7 +487,7 @@ def test_exif_and_dpi_are_kept_and_the_turn_is_not_made_twice(tmp_path, photo, s
     assert not {B.MakerNote, B.ExifImageWidth} & set(camera)
   again = images.read(tmp_path / f'out.{target}')
   assert again.size == (48, 64)
-  assert np.round(again.info['dpi']).tolist() == [150, 300]  # turned with the picture
+  assert np.round(again.info['dpi']).tolist() == [150, 300]  # turned with the image
   assert images.read_settings(tmp_path / f'out.{target}') == {'seed': 1}
 
 

@@ -15,7 +15,7 @@ from ip2p_jax.errors import InputError
 ORIENTATION, USER_COMMENT, EXIF_IFD = 0x0112, 0x9286, 0x8769
 
 
-def noise_picture(rng, width=24, height=16, channels=3):
+def noise_image(rng, width=24, height=16, channels=3):
   return Image.fromarray(rng.integers(0, 256, (height, width, channels), np.uint8))
 
 
@@ -35,7 +35,7 @@ def png_header(width, height, color=2):
 # Finding
 
 
-def test_a_folder_gives_its_pictures_sorted_by_name(tmp_path):
+def test_a_folder_gives_its_images_sorted_by_name(tmp_path):
   for name in ('b.PNG', 'a.jpeg', 'c.tiff', 'd.Webp', '.hidden.png', 'notes.txt', 'e.gif.part'):
     (tmp_path / name).touch()
   (tmp_path / 'folder.png').mkdir()
@@ -51,7 +51,7 @@ def test_a_file_gives_itself_whatever_its_name(tmp_path):
 def test_nothing_to_find_is_refused(tmp_path):
   with pytest.raises(InputError, match='absent cannot be read'):
     images.find_images(tmp_path / 'absent')
-  with pytest.raises(InputError, match='holds no picture'):
+  with pytest.raises(InputError, match='holds no image'):
     images.find_images(tmp_path)
 
 
@@ -74,7 +74,7 @@ def test_nothing_to_find_is_refused(tmp_path):
   ],
 )
 def test_every_mode_becomes_rgb_or_rgba(tmp_path, mode, colour, extension, expected):
-  path = tmp_path / f'picture.{extension}'
+  path = tmp_path / f'image.{extension}'
   Image.new(mode, (8, 8), colour).save(path)
   picture = images.read(path)
   assert picture.mode == ('RGBA' if len(expected) == 4 else 'RGB')
@@ -131,7 +131,7 @@ def test_integers_and_floats_of_32_bits_follow_the_stated_rule(tmp_path, values,
   np.testing.assert_array_equal(picture[0, ::4], np.repeat(expected, 3).reshape(3, 3))
 
 
-def test_a_picture_of_not_a_number_is_refused(tmp_path):
+def test_an_image_of_not_a_number_is_refused(tmp_path):
   Image.fromarray(np.full((8, 8), np.nan, np.float32)).save(tmp_path / 'nan.tif')
   with pytest.raises(InputError, match=r'nan\.tif.*not finite'):
     images.read(tmp_path / 'nan.tif')
@@ -149,7 +149,7 @@ def test_the_first_frame_is_read(tmp_path, extension):
 @pytest.mark.parametrize('orientation', range(1, 9))
 @pytest.mark.parametrize('extension', ['png', 'tif', 'webp'])
 def test_exif_orientation_is_applied_once(tmp_path, rng, orientation, extension):
-  picture = noise_picture(rng)
+  picture = noise_image(rng)
   exif = Image.Exif()
   exif[ORIENTATION] = orientation
   path = tmp_path / f'turned.{extension}'
@@ -183,7 +183,7 @@ def test_a_size_knows_of_exif_behind_the_pixels_of_a_png(tmp_path):
   assert images.size_of(tmp_path / 'x.png') == images.read(tmp_path / 'x.png').size == (32, 64)
 
 
-def test_a_phone_held_upright_gives_a_tall_picture(tmp_path):
+def test_a_phone_held_upright_gives_a_tall_image(tmp_path):
   photo = Image.new('RGB', (64, 32))
   photo.paste((255, 255, 255), (0, 0, 16, 16))  # top left in the sensor
   exif = Image.Exif()
@@ -194,8 +194,8 @@ def test_a_phone_held_upright_gives_a_tall_picture(tmp_path):
   assert upright.getpixel((28, 4)) == (255, 255, 255)  # top right in the hand
 
 
-def test_unreadable_exif_does_not_hide_the_picture(tmp_path, rng):
-  noise_picture(rng).save(tmp_path / 'odd.jpg', exif=b'Exif\0\0garbage, no TIFF header at all')
+def test_unreadable_exif_does_not_hide_the_image(tmp_path, rng):
+  noise_image(rng).save(tmp_path / 'odd.jpg', exif=b'Exif\0\0garbage, no TIFF header at all')
   assert images.read(tmp_path / 'odd.jpg').size == (24, 16)
 
 
@@ -236,9 +236,9 @@ def test_what_is_no_everyday_jpeg_is_left_to_pillow(file):
   assert images.decode_jpeg(file) is None
 
 
-def test_an_rgb_colour_profile_travels_with_the_picture(tmp_path, rng):
+def test_an_rgb_colour_profile_travels_with_the_image(tmp_path, rng):
   profile = ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes()
-  noise_picture(rng).save(tmp_path / 'in.png', icc_profile=profile)
+  noise_image(rng).save(tmp_path / 'in.png', icc_profile=profile)
   Image.new('L', (8, 8)).save(tmp_path / 'grey.png', icc_profile=profile)
   original = images.read(tmp_path / 'in.png')
   edited = images.restore(images.to_array(original, (16, 8)), original)
@@ -251,7 +251,7 @@ def test_an_rgb_colour_profile_travels_with_the_picture(tmp_path, rng):
 @pytest.mark.parametrize('extension', ['png', 'jpg', 'webp', 'bmp', 'gif', 'tif'])
 def test_a_file_cut_short_is_refused(tmp_path, rng, extension):
   whole, half = tmp_path / f'whole.{extension}', tmp_path / f'half.{extension}'
-  noise_picture(rng, 64, 64).save(whole)
+  noise_image(rng, 64, 64).save(whole)
   assert images.read(whole).size == (64, 64)
   for share in (0.3, 0.6, 0.9):
     half.write_bytes(whole.read_bytes()[: int(whole.stat().st_size * share)])
@@ -259,12 +259,12 @@ def test_a_file_cut_short_is_refused(tmp_path, rng, extension):
       images.read(half)
 
 
-def test_what_is_no_picture_file_is_refused_by_name(tmp_path):
+def test_what_is_no_image_file_is_refused_by_name(tmp_path):
   (tmp_path / 'text.png').write_text('hello')
   (tmp_path / 'empty.jpg').touch()
   Image.new('RGB', (8, 8)).save(tmp_path / 'vector.eps')
   for name in ('text.png', 'empty.jpg', 'vector.eps'):
-    with pytest.raises(InputError, match=f'{name} is not a picture'):
+    with pytest.raises(InputError, match=f'{name} is not an image'):
       images.read(tmp_path / name)
   with pytest.raises(InputError, match=r'absent\.png was not found'):
     images.read(tmp_path / 'absent.png')
@@ -281,7 +281,7 @@ def test_a_decompression_bomb_is_refused_from_its_header(tmp_path, monkeypatch, 
       images.read(tmp_path / 'bomb.png')
 
 
-def test_a_large_picture_under_the_limit_is_neither_refused_nor_warned_of(tmp_path, recwarn):
+def test_a_large_image_under_the_limit_is_neither_refused_nor_warned_of(tmp_path, recwarn):
   (tmp_path / 'large.png').write_bytes(png_header(10000, 10000))  # Pillow warns from 89 million
   with pytest.raises(InputError, match='cut short') as caught:  # only for its missing pixels
     images.read(tmp_path / 'large.png')
@@ -341,8 +341,8 @@ def test_a_resolution_of_nothing_is_refused():
 # To the model and back
 
 
-def test_an_opaque_picture_is_resized_by_lanczos(rng):
-  picture = noise_picture(rng, 60, 40)
+def test_an_opaque_image_is_resized_by_lanczos(rng):
+  picture = noise_image(rng, 60, 40)
   array = images.to_array(picture, (24, 16))
   assert array.shape == (16, 24, 3) and array.dtype == np.uint8 and array.flags.writeable
   np.testing.assert_array_equal(array, picture.resize((24, 16), Image.Resampling.LANCZOS))
@@ -371,7 +371,7 @@ def test_compositing_first_equals_resizing_premultiplied_colours():
 
 def test_an_edit_returns_at_the_original_size_with_its_alpha(rng):
   edited = rng.integers(0, 256, (16, 24, 3), np.uint8)
-  original = noise_picture(rng, 60, 40, 4)
+  original = noise_image(rng, 60, 40, 4)
   picture = images.restore(edited, original)
   assert (picture.size, picture.mode) == ((60, 40), 'RGBA')
   assert picture.getchannel('A').tobytes() == original.getchannel('A').tobytes()
@@ -383,7 +383,7 @@ def test_an_edit_returns_at_the_original_size_with_its_alpha(rng):
 
 @pytest.mark.parametrize('channels', [3, 4])
 def test_a_hard_mask_takes_whole_pixels_from_either_side(rng, channels):
-  original = noise_picture(rng, 60, 40, channels)
+  original = noise_image(rng, 60, 40, channels)
   edited = rng.integers(0, 256, (16, 24, 3), np.uint8)
   mask = rng.integers(0, 2, (40, 60)).astype(np.float32)
   result = np.asarray(images.restore(edited, original, mask))
@@ -404,13 +404,13 @@ def test_a_soft_mask_blends_to_the_nearest_value(share):
 @pytest.mark.parametrize(
   ('mask', 'message'),
   [
-    (np.ones((24, 16)), r'has shape \[24, 16\]; the picture needs \[16, 24\]'),
+    (np.ones((24, 16)), r'has shape \[24, 16\]; the image needs \[16, 24\]'),
     (np.full((16, 24), 1.1), 'values that are not from 0 to 1'),
     (np.full((16, 24), np.nan), 'values that are not from 0 to 1'),
   ],
 )
 def test_a_mask_array_of_wrong_shape_or_range_is_refused(rng, mask, message):
-  original = noise_picture(rng)
+  original = noise_image(rng)
   with pytest.raises(InputError, match=message):
     images.restore(np.asarray(original), original, mask.astype(np.float32))
 
@@ -450,7 +450,7 @@ def test_transparent_parts_of_a_mask_are_kept_from_the_edit(tmp_path):
 
 def test_a_black_mask_is_refused(tmp_path):
   speck = Image.new('L', (800, 800))
-  speck.putpixel((400, 400), 255)  # is black once it has the picture's size
+  speck.putpixel((400, 400), 255)  # is black once it has the image's size
   for mask in (Image.new('L', (8, 8)), speck):
     mask.save(tmp_path / 'mask.png')
     with pytest.raises(InputError, match=r'mask\.png is all black, so nothing would be edited'):
@@ -462,7 +462,7 @@ def test_a_mask_of_another_shape_is_refused_but_a_rounded_side_is_not(tmp_path):
   assert images.read_mask(tmp_path / 'rounded.png', (3000, 2000)).shape == (2000, 3000)
   Image.new('L', (400, 400), 255).save(tmp_path / 'square.png')
   for size in [(3000, 2000), (400, 300), (300, 400)]:
-    with pytest.raises(InputError, match=r'square\.png is 400x400 and the picture'):
+    with pytest.raises(InputError, match=r'square\.png is 400x400 and the image'):
       images.read_mask(tmp_path / 'square.png', size)
 
 
@@ -472,9 +472,9 @@ SETTINGS = {'instruction': 'añade una “luna” 🌙', 'seed': 1371, 'text_gui
 
 
 @pytest.mark.parametrize('extension', ['png', 'PNG', 'jpg', 'jpeg', 'webp'])
-def test_settings_are_read_back_from_the_picture(tmp_path, rng, extension):
+def test_settings_are_read_back_from_the_image(tmp_path, rng, extension):
   path = tmp_path / f'edit.{extension}'
-  images.save(noise_picture(rng), path, SETTINGS)
+  images.save(noise_image(rng), path, SETTINGS)
   assert images.read_settings(path) == SETTINGS
   formats = {'png': 'PNG', 'jpg': 'JPEG', 'jpeg': 'JPEG', 'webp': 'WEBP'}
   with Image.open(path) as image:
@@ -483,13 +483,13 @@ def test_settings_are_read_back_from_the_picture(tmp_path, rng, extension):
 
 
 def test_settings_of_a_png_are_its_text_chunk(tmp_path, rng):
-  images.save(noise_picture(rng), tmp_path / 'edit.png', {'seed': 7})
+  images.save(noise_image(rng), tmp_path / 'edit.png', {'seed': 7})
   with Image.open(tmp_path / 'edit.png') as image:
     assert image.text == {'ip2p': '{"seed": 7}'}
 
 
-def test_a_picture_without_our_settings_has_none(tmp_path, rng):
-  picture = noise_picture(rng)
+def test_an_image_without_our_settings_has_none(tmp_path, rng):
+  picture = noise_image(rng)
   for name in ('plain.png', 'plain.jpg', 'plain.gif'):
     picture.save(tmp_path / name)
     assert images.read_settings(tmp_path / name) is None
@@ -505,7 +505,7 @@ def test_a_picture_without_our_settings_has_none(tmp_path, rng):
 
 
 def test_a_png_keeps_every_byte_and_a_jpeg_shows_transparency_on_white(tmp_path, rng):
-  picture = noise_picture(rng, channels=4)
+  picture = noise_image(rng, channels=4)
   images.save(picture, tmp_path / 'edit.png', {})
   assert images.read(tmp_path / 'edit.png').tobytes() == picture.tobytes()
   images.save(Image.new('RGBA', (8, 8), (255, 0, 0, 0)), tmp_path / 'edit.jpg', {})
@@ -536,13 +536,13 @@ def test_another_extension_is_refused_with_those_that_work(tmp_path, name):
       attempt(tmp_path / name)
 
 
-def test_a_saved_picture_has_the_permissions_of_any_other_file(tmp_path):
+def test_a_saved_image_has_the_permissions_of_any_other_file(tmp_path):
   images.save(Image.new('RGB', (8, 8)), tmp_path / 'edit.png', {})
   (tmp_path / 'other').touch()
   assert (tmp_path / 'edit.png').stat().st_mode == (tmp_path / 'other').stat().st_mode
 
 
-def test_a_full_disk_leaves_the_old_picture_and_nothing_else(tmp_path, rng):
+def test_a_full_disk_leaves_the_old_image_and_nothing_else(tmp_path, rng):
   path = tmp_path / 'edit.png'
   path.write_bytes(b'old')
   soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -551,7 +551,7 @@ def test_a_full_disk_leaves_the_old_picture_and_nothing_else(tmp_path, rng):
   )  # writing past it fails, as on a full disk
   try:
     with pytest.raises(InputError, match=r'edit\.png cannot be written \(File too large\)'):
-      images.save(noise_picture(rng, 64, 64), path, {})
+      images.save(noise_image(rng, 64, 64), path, {})
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
   assert os.listdir(tmp_path) == ['edit.png'] and path.read_bytes() == b'old'
@@ -610,7 +610,7 @@ def test_checking_refuses_what_saving_would(tmp_path, monkeypatch):
 
 
 def find(sheet, picture):
-  """Where a picture of one colour lies in the sheet: its box."""
+  """Where an image of one colour lies in the sheet: its box."""
   rows, columns = np.nonzero((np.asarray(sheet) == picture.getpixel((0, 0))[:3]).all(-1))
   return columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
 
@@ -623,7 +623,7 @@ def colours(num_rows, num_columns, size):
 
 
 @pytest.mark.parametrize('size', [(64, 64), (160, 96), (512, 344)])
-def test_a_grid_holds_every_picture_whole_in_rows_and_columns(size):
+def test_a_grid_holds_every_image_whole_in_rows_and_columns(size):
   rows = colours(2, 3, size)
   sheet = images.image_grid(
     rows, ['image 1.2', 'image 1.5'], ['text 3', 'text 5', 'text 7.5'], 'snow'
@@ -638,8 +638,8 @@ def test_a_grid_holds_every_picture_whole_in_rows_and_columns(size):
 
 
 @pytest.mark.parametrize('title', ['', 'snow', 'turn the whole street into a snowy night ' * 9])
-@pytest.mark.parametrize('label', ['7.5', 'a label that is far too long for a picture ' * 3])
-def test_words_are_dark_and_stay_clear_of_the_pictures_and_the_margin(title, label):
+@pytest.mark.parametrize('label', ['7.5', 'a label that is far too long for an image ' * 3])
+def test_words_are_dark_and_stay_clear_of_the_images_and_the_margin(title, label):
   rows = colours(2, 2, (64, 64))
   bare = np.asarray(images.image_grid(rows, [label] * 2, [label] * 2, title))
   left, top, _, _ = find(Image.fromarray(bare), rows[0][0])
@@ -671,7 +671,7 @@ def test_text_left_out_shows_as_an_ellipsis():
   assert cut.startswith('inco') and cut.endswith('…') and font.getlength(cut) <= width
 
 
-def test_a_grid_centres_smaller_pictures_and_shows_transparency_on_white():
+def test_a_grid_centres_smaller_images_and_shows_transparency_on_white():
   small, large = (
     Image.new('RGBA', (20, 10), (9, 99, 9, 255)),
     Image.new('RGB', (60, 50), (9, 9, 99)),
@@ -683,7 +683,7 @@ def test_a_grid_centres_smaller_pictures_and_shows_transparency_on_white():
   assert clear.getextrema() == ((255, 255),) * 3
 
 
-def test_a_grid_with_a_missing_label_or_picture_is_an_error():
+def test_a_grid_with_a_missing_label_or_image_is_an_error():
   rows = colours(2, 2, (16, 16))
   for arguments in [
     (rows, ['a'], ['b', 'c']),

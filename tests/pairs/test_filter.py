@@ -17,8 +17,8 @@ from ip2p_jax.pipeline.scores import Scores
 GOOD = Scores(0.3, 0.3, 0.3, 0.8)
 
 
-def write_raw(folder, samples_of_prompts, first=0, pictures=True):
-  """Raw pairs: {prompt: [(seed, scores), ...]}; the picture of a seed is of its own pattern."""
+def write_raw(folder, samples_of_prompts, first=0, with_images=True):
+  """Raw pairs: {prompt: [(seed, scores), ...]}; the image of a seed is of its own pattern."""
   for prompt, samples in samples_of_prompts.items():
     place = folder / f'{prompt:07d}'
     place.mkdir(parents=True)
@@ -28,7 +28,7 @@ def write_raw(folder, samples_of_prompts, first=0, pictures=True):
     for number, (seed, scores) in enumerate(samples):
       line = {'sample': number, 'seed': seed, 'p2p_threshold': 0.5, 'cfg_scale': 8.0}
       lines.append(json.dumps(line | scores._asdict()))
-      for side in (0, 1) if pictures else ():
+      for side in (0, 1) if with_images else ():
         noise = np.random.default_rng([seed, side]).integers(0, 256, (16, 16, 3), np.uint8)
         Image.fromarray(noise).resize((64, 64)).save(place / f'{seed}_{side}.jpg')
     (place / 'scores.jsonl').write_text(''.join(line + '\n' for line in lines))
@@ -94,8 +94,8 @@ def test_of_pairs_that_look_the_same_the_best_stays(tmp_path):
   samples = [(i, GOOD._replace(clip_sim_dir=0.3 + i / 100)) for i in range(3)]
   raw = write_raw(tmp_path / 'raw', {0: samples})
   for side in (0, 1):
-    with Image.open(raw / '0000000' / f'2_{side}.jpg') as picture:
-      picture.point(lambda value: min(255, value + 3)).save(raw / '0000000' / f'0_{side}.jpg')
+    with Image.open(raw / '0000000' / f'2_{side}.jpg') as image:
+      image.point(lambda value: min(255, value + 3)).save(raw / '0000000' / f'0_{side}.jpg')
   found = filter.filter_pairs([raw], tmp_path / 'out', drop_duplicates=True)
   assert kept(tmp_path / 'out') == {0: [2, 1]} and found.duplicates == 1
 
@@ -110,14 +110,14 @@ def test_the_result_is_a_data_set(tmp_path):
   assert (row.caption, row.edited_caption) == ('a cat', 'a dog')
 
 
-def test_a_picture_that_was_not_kept_is_told_and_nothing_is_written(tmp_path):
-  raw = write_raw(tmp_path / 'raw', {0: [(1, GOOD)]}, pictures=False)
+def test_an_image_that_was_not_kept_is_told_and_nothing_is_written(tmp_path):
+  raw = write_raw(tmp_path / 'raw', {0: [(1, GOOD)]}, with_images=False)
   with pytest.raises(InputError, match='--keep all'):
     filter.filter_pairs([raw], tmp_path / 'out')
   assert not (tmp_path / 'out').exists()
 
 
-def test_a_pair_that_was_rounded_up_to_a_threshold_may_lack_its_pictures(tmp_path):
+def test_a_pair_that_was_rounded_up_to_a_threshold_may_lack_its_images(tmp_path):
   border = GOOD._replace(clip_sim_dir=0.2)  # 0.199996 before it was rounded, and judged then
   raw = write_raw(tmp_path / 'raw', {0: [(1, border), (2, GOOD), (3, border)]})
   for side in (0, 1):
@@ -125,7 +125,7 @@ def test_a_pair_that_was_rounded_up_to_a_threshold_may_lack_its_pictures(tmp_pat
   found = filter.filter_pairs([raw], tmp_path / 'out')
   assert kept(tmp_path / 'out') == {0: [2, 3]} and found.passed_all == 2
   raw = write_raw(
-    tmp_path / 'low', {0: [(1, border._replace(clip_sim_image=0.69))]}, pictures=False
+    tmp_path / 'low', {0: [(1, border._replace(clip_sim_image=0.69))]}, with_images=False
   )
   with pytest.raises(InputError, match='--keep all'):
     filter.filter_pairs([raw], tmp_path / 'more', Scores(0.1, 0.1, 0.1, 0.6))
@@ -185,8 +185,8 @@ def test_damaged_numbers_are_named(tmp_path):
 def test_histograms_are_drawn(tmp_path):
   scores = np.random.default_rng(0).random((50, 4), np.float32)
   filter.draw_histograms(scores, filter.PAPER, tmp_path / 'histograms.png')
-  with Image.open(tmp_path / 'histograms.png') as picture:
-    assert picture.width > 400
+  with Image.open(tmp_path / 'histograms.png') as image:
+    assert image.width > 400
 
 
 def test_shards_of_good_pairs_keep_all_rows_and_hold_out_what_is_asked_for(

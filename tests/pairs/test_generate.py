@@ -244,7 +244,7 @@ def test_only_lines_that_were_not_drawn_may_change(generator, prompts, whole, tm
     draw_all(generator, prompts[1:], tmp_path, IDENTITY)
   draw_all(generator, prompts, tmp_path, IDENTITY)
   assert contents(tmp_path) == contents(whole)
-  other = rewritten(prompts, 1, edit='call them dogs')  # which no picture depends on
+  other = rewritten(prompts, 1, edit='call them dogs')  # which no image depends on
   assert draw_all(generator, other, tmp_path, IDENTITY) == 15
   assert (tmp_path / '0000001' / 'prompt.json').read_text() == other[1].line + '\n'
 
@@ -278,7 +278,7 @@ def test_a_pair_that_overflows_is_recorded_and_does_not_stop_a_worker(generator,
     return np.where(np.arange(8) == 2, np.float32([[np.nan]] * 4), 0.5)
 
   changed = with_scores(generator, third)
-  with pytest.warns(UserWarning, match='2 of 15 pairs overflowed, and have no pictures'):
+  with pytest.warns(UserWarning, match='2 of 15 pairs overflowed, and have no images'):
     assert draw_all(changed, prompts, tmp_path, IDENTITY) == 15
   line = lines_of(tmp_path, 0)[2]
   assert line['clip_sim_dir'] is None and not any(tmp_path.rglob(f'{line["seed"]}_*'))
@@ -360,7 +360,7 @@ def test_other_settings_do_not_go_on_with_a_run(parts, generator, prompts, whole
     draw_all(generator, prompts, whole, {'weights': 'other'})
 
 
-def test_pictures_that_fail_the_released_thresholds_need_not_be_kept(parts, prompts, tmp_path):
+def test_images_that_fail_the_released_thresholds_need_not_be_kept(parts, prompts, tmp_path):
   generator = PairGenerator(*parts, PairSettings(samples=2, steps=2, size=32, keep='passing'))
   draw_all(generator, prompts, tmp_path, IDENTITY)
   for i in range(3):
@@ -394,7 +394,7 @@ def test_attention_to_words_is_drawn(parts, prompts):
   sheet = pair_files.attention_sheet(
     generator.tokenizer, prompts[0], np.asarray(pictures)[:, 0], np.asarray(attention)[:, 0]
   )
-  assert sheet.width > 4 * 32  # the picture and three words
+  assert sheet.width > 4 * 32  # the image and three words
 
 
 @pytest.mark.slow
@@ -433,12 +433,12 @@ def test_a_pair_can_begin_with_a_photograph(parts, tmp_path, rng):
 def test_all_lines_that_cannot_be_drawn_are_named_before_any_is(generator, prompts, tmp_path):
   wrong = rewritten(prompts, 0, weights={'tree': 2.0})
   wrong[2] = wrong[2]._replace(image=tmp_path / 'photo.png', blend=(['hat'], ['cap']))
-  (tmp_path / 'photo.png').write_bytes(b'no picture')
+  (tmp_path / 'photo.png').write_bytes(b'no image')
   with pytest.raises(InputError) as error:
     draw_all(generator, wrong, tmp_path / 'out', IDENTITY)
   assert 'line 1: weights do nothing with the control' in str(error.value)
   assert 'line 3: blend do' in str(error.value) and 'by the sampler ddim' in str(error.value)
-  assert 'photo.png is not a picture' in str(error.value)
+  assert 'photo.png is not an image' in str(error.value)
   auto = with_drawing(generator, control='auto')
   with pytest.raises(InputError) as error:
     draw_all(auto, wrong, tmp_path / 'out', IDENTITY)
@@ -475,7 +475,7 @@ def test_captions_that_are_cut_off_are_told(generator, prompts):
     ('{"caption": "a", "output": "c", "weights": [1]}', 'weights is no object'),
     ('{"caption": "a", "output": "c", "cross_steps": {"c": "x"}}', 'cross_steps is no object'),
     ('{"caption": "a", "output": "c", "blend": ["a"]}', 'blend is not two lists'),
-    ('{"caption": "a", "output": "c", "image": "no.png"}', 'there is no picture'),
+    ('{"caption": "a", "output": "c", "image": "no.png"}', 'there is no image'),
   ],
 )
 def test_a_broken_line_is_named(line, message, tmp_path):

@@ -60,7 +60,7 @@ def test_the_way_up_is_that_of_diffusers(model, rng):
 
 
 def their_null_texts(unet, schedule, path, grid, context, nothing, scale):
-  """The optimisation of one picture as google/prompt-to-prompt's null_text notebook does it."""
+  """The optimisation of one image as google/prompt-to-prompt's null_text notebook does it."""
   sigmas = [float(sigma) for sigma in grid.sigmas]
   unit = lambda x, sigma: x / (sigma**2 + 1) ** 0.5
   x, nothing, texts = path[0], nothing.clone(), []
@@ -136,7 +136,7 @@ def test_empty_texts_are_trained_at_the_published_rates_at_any_number_of_steps(s
 
 
 @pytest.mark.slow
-def test_a_picture_is_nearer_with_its_own_empty_texts(model, rng):
+def test_an_image_is_nearer_with_its_own_empty_texts(model, rng):
   networks, params, _, tokenizer = model
   images = rng.integers(0, 256, (2, 4, 4, 3), np.uint8).repeat(8, 1).repeat(8, 2)
   captions = ['a red star', 'two cats']

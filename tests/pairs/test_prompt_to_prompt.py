@@ -68,7 +68,7 @@ def test_sharing_is_the_released_rule_in_both_halves(step, source, rng):
 
 
 def test_each_pair_has_its_own_threshold(rng):
-  q, k, v = qkv(rng, 8)  # halves x pictures x 2 pairs
+  q, k, v = qkv(rng, 8)  # halves x images x 2 pairs
   attention = controlled(Control(share_until=np.array([5, 2])), jnp.int32(3), level=1)
   expected = with_scores_of(q, k, v, [0, 1, 0, 3, 4, 5, 4, 7])
   np.testing.assert_allclose(attention(q, k, v, SELF), expected, atol=1e-6)
@@ -143,7 +143,7 @@ def test_each_word_has_steps_of_its_own(rng):
     np.testing.assert_allclose(out[..., 2], first[..., 2], rtol=1e-6)
 
 
-def test_only_the_half_with_text_and_the_second_picture_are_controlled(rng):
+def test_only_the_half_with_text_and_the_second_image_are_controlled(rng):
   q, k, v = qkv(rng, 4, keys=5)
   attention = controlled(Control(injection=always(never())), jnp.int32(0), level=1)
   out, free = np.asarray(attention(q, k, v, CROSS)), np.asarray(attend(q, k, v))
@@ -336,7 +336,7 @@ def test_whole_pairs_are_those_of_pytorch(sampler, name, model, rng):
 
 
 @pytest.mark.parametrize('name', ['share', 'refine', 'both', 'blend'])
-def test_the_first_picture_does_not_change_whatever_the_control(name, model, rng):
+def test_the_first_image_does_not_change_whatever_the_control(name, model, rng):
   run, plan = model[0], PairSpec('euler_ancestral', 8, 8)
   request = request_of(model, rng, CONTROLS[name](model))
   free = run(plan, request._replace(control=Control())).latents

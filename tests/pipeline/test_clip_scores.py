@@ -27,16 +27,16 @@ def model(tmp_path_factory):
   return folder, Clip.load(folder)
 
 
-def their_scores(model, pictures, ids):
+def their_scores(model, images, ids):
   """The original's metrics/clip_similarity.py: squashed, bicubic, no antialias; then cosines."""
   unit = torch.nn.functional.normalize
   mean = torch.tensor(clip_scores.MEAN.ravel()).reshape(1, 3, 1, 1)
   std = torch.tensor(clip_scores.STD.ravel()).reshape(1, 3, 1, 1)
   seen, said = [], []
   with torch.no_grad():
-    for picture, tokens in zip(pictures, ids, strict=True):
+    for image, tokens in zip(images, ids, strict=True):
       small = torch.nn.functional.interpolate(
-        reference.nchw(np.float32(picture) / 255), (32, 32), mode='bicubic', align_corners=False
+        reference.nchw(np.float32(image) / 255), (32, 32), mode='bicubic', align_corners=False
       )
       tokens = torch.from_numpy(tokens).long()
       out = model(input_ids=tokens, pixel_values=(small - mean) / std)
@@ -55,9 +55,9 @@ def their_scores(model, pictures, ids):
 def test_scores_are_those_of_the_original(model, shape, rng):
   folder, clip = model
   theirs = transformers.CLIPModel.from_pretrained(folder)
-  pictures = rng.integers(0, 256, (2, 3, *shape, 3), np.uint8)
-  found = clip.scores(*pictures, *CAPTIONS)
-  expected = their_scores(theirs, pictures, [clip.tokenizer(texts) for texts in CAPTIONS])
+  images = rng.integers(0, 256, (2, 3, *shape, 3), np.uint8)
+  found = clip.scores(*images, *CAPTIONS)
+  expected = their_scores(theirs, images, [clip.tokenizer(texts) for texts in CAPTIONS])
   for ours, theirs in zip(found, expected, strict=True):
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
@@ -79,15 +79,15 @@ def test_what_did_not_change_has_no_direction(dtype, rng):
   before, after = colours.repeat(16, 2).repeat(16, 3)
   captions = [f'a {colour} {shape} on white' for colour in COLOURS for shape in SHAPES]
   edited = [*captions[1:], captions[0]]
-  for pictures, texts in (
+  for images, texts in (
     ((before, before), (captions, edited)),
     ((before, after), (captions, captions)),
     ((before, before), (captions, captions)),
   ):
-    np.testing.assert_array_equal(clip.scores(*pictures, *texts).clip_sim_dir, 0)
+    np.testing.assert_array_equal(clip.scores(*images, *texts).clip_sim_dir, 0)
   assert (clip.scores(before, after, captions, edited).clip_sim_dir != 0).all()
 
-  # Equal pictures in other rows of the batch, and before they are rounded to 8 bits.
+  # Equal images in other rows of the batch, and before they are rounded to 8 bits.
   noisy = np.float32(np.stack([before, before])) / 255
   noisy[1] += 1e-6 * rng.standard_normal(noisy[1].shape, np.float32)
   ids = np.stack([clip.tokenizer(captions), clip.tokenizer(edited)])
@@ -98,9 +98,9 @@ def test_what_did_not_change_has_no_direction(dtype, rng):
   ]
 
 
-def test_a_picture_that_did_not_change_is_itself(model, rng):
-  pictures = rng.integers(0, 256, (3, 32, 32, 3), np.uint8)
-  found = model[1].scores(pictures, pictures, *CAPTIONS)
+def test_an_image_that_did_not_change_is_itself(model, rng):
+  images = rng.integers(0, 256, (3, 32, 32, 3), np.uint8)
+  found = model[1].scores(images, images, *CAPTIONS)
   np.testing.assert_array_equal(found.clip_sim_dir, 0)
   np.testing.assert_allclose(found.clip_sim_image, 1, atol=1e-6)
 

@@ -79,7 +79,7 @@ def test_training_takes_the_unet_three_times_and_the_frozen_networks_once(full):
   assert adapters == 2 * unet + text
 
 
-def test_text_to_image_encodes_one_picture(tiny):
+def test_text_to_image_encodes_one_image(tiny):
   base = networks(
     {**reference.TINY_UNET, 'in_channels': 4}, reference.TINY_VAE, reference.TINY_TEXT
   )

@@ -79,17 +79,17 @@ def test_resuming_drops_later_lines_and_a_half_written_one(tmp_path):
 
 
 def test_a_preview_is_a_file_and_an_event(tmp_path):
-  picture = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
+  image = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
   with logs.Writer(tmp_path) as writer:
-    writer.image(1000, 'edits', picture)
+    writer.image(1000, 'edits', image)
   assert [file.name for file in (tmp_path / 'previews').iterdir()] == ['edits_00001000.png']
   with Image.open(tmp_path / 'previews' / 'edits_00001000.png') as saved:
-    np.testing.assert_array_equal(np.asarray(saved), np.asarray(picture))
+    np.testing.assert_array_equal(np.asarray(saved), np.asarray(image))
   (image,) = [v.image for e in events(tmp_path) if e.step == 1000 for v in e.summary.value]
   assert (image.height, image.width) == (4, 4)
 
 
-def test_the_losses_are_drawn_in_one_picture_that_names_its_axes(tmp_path):
+def test_the_losses_are_drawn_in_one_image_that_names_its_axes(tmp_path):
   with logs.Writer(tmp_path) as writer:
     writer.curve()
     assert not (tmp_path / 'loss.png').exists()  # nothing to draw yet
@@ -100,8 +100,8 @@ def test_the_losses_are_drawn_in_one_picture_that_names_its_axes(tmp_path):
     writer.scalars(2, {'learning_rate': 1e-4})  # all examples were broken
     writer.scalars(1000, {'loss': 0.1, 'validation_loss': 0.2})
     writer.curve()
-  with Image.open(tmp_path / 'loss.png') as picture:
-    pixels = np.asarray(picture.convert('RGB'))
+  with Image.open(tmp_path / 'loss.png') as image:
+    pixels = np.asarray(image.convert('RGB'))
   blue, orange = ((pixels == colour).all(-1).sum() for colour in (BLUE, ORANGE))
   assert blue > 100 > few > 10 and orange > 10
   assert not list(tmp_path.glob('.*'))

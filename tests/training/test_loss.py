@@ -137,7 +137,7 @@ def test_latents_computed_beforehand_give_the_same_inputs_to_half_precision(ours
   np.testing.assert_array_equal(offline.context, online.context)
 
 
-def test_text_to_image_sees_no_picture(ours, batch, draws):
+def test_text_to_image_sees_no_image(ours, batch, draws):
   networks, params = ours
   only_text = {key: value for key, value in batch.items() if key != 'input_image'}
   inputs = loss.encode(networks, params, only_text, draws, DROPOUT)

@@ -1,4 +1,4 @@
-"""Previews: what is in the picture, against diffusers, and that they cost one compilation."""
+"""Previews: what is in the image, against diffusers, and that they cost one compilation."""
 
 import logging
 
@@ -54,11 +54,11 @@ def preview(editor):
   return make_preview(editor[0], TOKENIZER, EXAMPLES, steps=2, seed=3)
 
 
-def holds(sheet, picture):
-  """Whether the sheet shows the picture somewhere, pixel by pixel."""
+def holds(sheet, image):
+  """Whether the sheet shows the image somewhere, pixel by pixel."""
   sheet = np.asarray(sheet)
-  corners = np.argwhere((sheet == picture[0, 0]).all(-1))
-  return any(np.array_equal(sheet[y : y + 32, x : x + 32], picture) for y, x in corners)
+  corners = np.argwhere((sheet == image[0, 0]).all(-1))
+  return any(np.array_equal(sheet[y : y + 32, x : x + 32], image) for y, x in corners)
 
 
 def test_a_row_shows_input_target_and_edit(editor, preview, monkeypatch):

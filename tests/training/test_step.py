@@ -238,7 +238,7 @@ def test_bfloat16_takes_nearly_the_same_step_and_keeps_float32_masters():
 
 
 def test_it_learns():
-  """Twenty steps on the same pictures, at a rate that shows."""
+  """Twenty steps on the same images, at a rate that shows."""
   config = tiny.config(optim={'learning_rate': 3e-3})
   recipe, state, frozen = tiny.start(config)
   validate = jax.jit(functools.partial(validation_loss, recipe))

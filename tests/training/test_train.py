@@ -199,7 +199,7 @@ def test_broken_examples_are_named_skipped_and_limited(folder, tmp_path, capsys)
 
   # Batches of nothing but broken examples, one in every pass, are in no mean.
   for picture in pictures[:10]:
-    picture.write_bytes(b'no picture')
+    picture.write_bytes(b'no image')
   data = {'path': str(tmp_path / 'data'), 'max_corrupt': 100}
   log = {'every': 1, 'checkpoint_every': 1, 'keep': 9}
   train.train(a_config(folder, data=data, log=log, steps=4, batch_size=3), str(tmp_path / 'few'))
