@@ -46,7 +46,8 @@ def read_answers(file: Path) -> Iterator[dict[str, Any]]:
         is_valid = False
       if not is_valid:
         raise InputError(
-          f'{file}: line {number} is damaged; delete it, and the next run asks again for its answer.'
+          f'{file}: line {number} is damaged; delete it, and the next run asks again for'
+          ' that answer.'
         ) from None
       yield answer
 
