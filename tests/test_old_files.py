@@ -79,7 +79,7 @@ def test_nothing_of_old_files_is_broken(name, old, ip2p):
 
 @pytest.fixture
 def ip2p(monkeypatch):
-  monkeypatch.setattr(main, 'cache_compilations', lambda: None)
+  monkeypatch.setattr('ip2p_jax.cli.console.cache_compilations', lambda: None)
 
   def run(*words):
     monkeypatch.setattr(sys, 'argv', ['ip2p', *words])
