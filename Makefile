@@ -1,4 +1,4 @@
-# make demo | make test | make test-slow | make lint | make miniature | make reproduce | make clean
+# make demo | make test | make test-all | make test-slow | make lint | make miniature | make reproduce | make clean
 # Each Python has its own folder: make test PYTHON=python3.13 works in .venv-python3.13.
 PYTHON ?= python3
 VENV ?= .venv$(if $(filter python3,$(PYTHON)),,-$(notdir $(PYTHON)))
@@ -12,7 +12,7 @@ WORKERS ?= 2
 export JAX_PLATFORMS ?= cpu
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo miniature reproduce test test-slow lint clean
+.PHONY: setup demo miniature reproduce test test-all test-slow lint clean
 
 setup: $(VENV)/.installed
 
@@ -40,8 +40,13 @@ reproduce: setup
 
 # Tests mostly wait for one thread of a compiler; a worker takes up to 3 GB.
 test: setup lint
+	$(RUN) -m pytest -m 'not slow and not long' --numprocesses $(WORKERS) --dist loadfile $(TESTS)
+
+# With the long ones, as a change must pass them.
+test-all: setup lint
 	$(RUN) -m pytest -m 'not slow' --numprocesses $(WORKERS) --dist loadfile $(TESTS)
 
+# The full-size ones, real compilers, several processes: hours, and up to 16 GB.
 test-slow: setup
 	$(RUN) -m pytest -m slow
 
