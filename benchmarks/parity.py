@@ -17,12 +17,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent.parent / 'tests'))
-import test_editor
+TESTS = Path(__file__).parent.parent / 'tests'
+sys.path[:0] = [str(TESTS), str(TESTS / 'models'), str(TESTS / 'training')]
 import test_llama
 import test_loss
 import test_models as tests
-import test_train_step
+import test_step
 import tiny_models
 import torch_models as reference
 from diffusers import StableDiffusionInstructPix2PixPipeline
@@ -60,7 +60,9 @@ def language_measurements():
   rng = np.random.default_rng(0)
   for kind in test_llama.KINDS:
     pair = test_llama.Pair(kind)
-    tokens = rng.integers(0, test_llama.llamas.VOCABULARY, (test_llama.B, test_llama.N), np.int32)
+    tokens = rng.integers(
+      0, test_llama.tiny_llamas.VOCABULARY, (test_llama.B, test_llama.N), np.int32
+    )
     yield (
       f'{kind}: logits',
       reference.relative_error(pair.run(pair.params, tokens), pair.logits(tokens)),
@@ -79,7 +81,7 @@ def training_measurements():
   yield 'loss of a step, from pictures', of_loss
   yield 'norm of its gradients', of_gradients.pop('norm')
   yield f'worst of its {len(of_gradients)} gradients', max(of_gradients.values())
-  for what, error in test_train_step.errors_of_three_steps().items():
+  for what, error in test_step.errors_of_three_steps().items():
     yield f'three steps of AdamW: {what}', error
 
 
@@ -92,7 +94,7 @@ def edit_errors(folder, size, steps=10):
   noise = np.random.default_rng(0).standard_normal((steps + 1, 1, side, side, 4), np.float32)
   photo, text = example_image(size)[None], 'make it winter'
   scales = {'guidance_scale': 7.5, 'image_guidance_scale': 1.5}
-  latents, pixels = test_editor.run_torch(pipeline, photo, text, noise[0], noise[1:], **scales)
+  latents, pixels = reference.run_edit(pipeline, photo, text, noise[0], noise[1:], **scales)
   sampling = Sampling(steps)
   edit = editor.edit_arrays(photo, [text], sampling, init_noise=noise[0], step_noise=noise[1:])
   levels = np.abs(np.asarray(edit.images, np.float32) - np.round(pixels)).max()
