@@ -17,8 +17,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-TESTS = Path(__file__).parent.parent / 'tests'
-sys.path[:0] = [str(TESTS), str(TESTS / 'models'), str(TESTS / 'training')]
+sys.path.insert(0, str(Path(__file__).parent.parent / 'tests'))
+sys.path.insert(0, str(Path(__file__).parent.parent / 'tests' / 'models'))
+sys.path.insert(0, str(Path(__file__).parent.parent / 'tests' / 'training'))
 import test_llama
 import test_loss
 import test_models as tests
