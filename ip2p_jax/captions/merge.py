@@ -1,4 +1,4 @@
-"""Merges several files of triplets into one, each caption once."""
+"""One file of the triplets of several, each caption once."""
 
 import json
 import math
@@ -12,23 +12,22 @@ from ip2p_jax.errors import InputError
 
 
 def merge_answers(files: Sequence[str | Path], out: str | Path) -> tuple[int, int]:
-  """Writes the triplets of all files, without duplicates; returns (lines written, duplicates).
+  """Writes the triplets of all files that were not there before: (lines written, duplicates).
 
-  Columns have the names that the prompts of `write_all` have. Other columns stay if JSON can hold
-  their values. Duplicates have the same URL, or captions that differ only in case, white space and
-  punctuation at the end.
+  Columns are called as in the prompts of `write_all`; others come along, if JSON has their values.
+  Duplicates have the same caption, but for case, white space and a last stop, or the same URL.
   """
   out = Path(storage.local_path(out)).expanduser()
-  refusal = InputError(f'{out}: exists, or does not end in .jsonl; give a new file that does.')
+  taken = InputError(f'{out}: exists, or does not end in .jsonl; give a new file that does.')
   if out.exists() or out.suffix.lower() != '.jsonl':
-    raise refusal
+    raise taken
   seen, lines, duplicates = set(), [], 0
   for file in files:
     rows = triplets.TripletRows(storage.local_path(file))
     for i in range(len(rows)):
       place, triplet, others = rows.read_whole(i)
       if fault := triplets.fault(triplet):
-        raise InputError(f'{place} {fault}; fix it or remove it.')
+        raise InputError(f'{place} {fault}; mend it or take it out.')
       url = triplets.text(others.get('url'))
       keys = {plain(triplet.caption)} | ({f'url {url}'} if url else set())
       if keys & seen:
@@ -41,10 +40,10 @@ def merge_answers(files: Sequence[str | Path], out: str | Path) -> tuple[int, in
   try:
     storage.create(storage.folder(out), ''.join(lines).encode())
   except FileExistsError:  # another merge came first
-    raise refusal from None
+    raise taken from None
   return len(lines), duplicates
 
 
 def _is_plain(value) -> bool:
-  """Whether JSON can hold the value."""
+  """Whether JSON has it."""
   return isinstance(value, str | int | None) or (isinstance(value, float) and math.isfinite(value))
