@@ -88,7 +88,7 @@ def test_both_mirrorings_are_encoded_as_they_would_be_while_training(folder, row
   for row, latents in zip(rows, stored, strict=True):
     for k, pair in enumerate(row.pairs):
       for image, of in zip(pair, ('input', 'edited'), strict=True):
-        pixels = examples.decode_image(image, R)
+        pixels = examples.picture(image, R)
         mean, log_variance = encode(np.stack([pixels, pixels[:, ::-1]]))
         assert_half(getattr(latents, f'{of}_mean')[k], mean)
         if of == 'edited':
@@ -98,9 +98,7 @@ def test_both_mirrorings_are_encoded_as_they_would_be_while_training(folder, row
 
 
 def test_latents_agree_with_diffusers(folder, rows):
-  pixels = np.stack([examples.decode_image(row.pairs[1].edited_image, R) for row in rows])[
-    :, :, ::-1
-  ]
+  pixels = np.stack([examples.picture(row.pairs[1].edited_image, R) for row in rows])[:, :, ::-1]
   with torch.no_grad():
     posterior = tiny.models()['vae'].encode(reference.nchw(np.float32(pixels) / 127.5 - 1))
   stored = read(folder)
@@ -147,7 +145,7 @@ def test_captioned_pictures_have_no_input(packed, rows, encode):
   captioned = [row._replace(pairs=(Pair(None, row.pairs[1].edited_image),)) for row in rows]
   stored = read(packed(captioned)[0])
   assert stored[2].input_mean is None
-  mean, _ = encode(np.stack([examples.decode_image(rows[2].pairs[1].edited_image, R)] * 2))
+  mean, _ = encode(np.stack([examples.picture(rows[2].pairs[1].edited_image, R)] * 2))
   assert_half(stored[2].edited_mean[0, 0], mean[0])
 
 
