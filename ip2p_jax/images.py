@@ -127,7 +127,7 @@ def with_metadata(image: Image.Image) -> Image.Image:
   picture, problem = plain_and_problem(image)
   picture.info |= metadata.kept(image)
   if problem:
-    warnings.warn(f'the picture: {problem}', stacklevel=2)
+    warnings.warn(f'the image: {problem}', stacklevel=2)
   return picture
 
 

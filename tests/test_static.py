@@ -69,6 +69,7 @@ def products(program):
   return total
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('remat', ['none', 'convdot'])
 def test_the_compiled_step_does_the_arithmetic_that_is_asked_for_and_no_more(remat):
   """Under convdot, the scores of attention are computed twice, and nothing else.
@@ -81,6 +82,7 @@ def test_the_compiled_step_does_the_arithmetic_that_is_asked_for_and_no_more(rem
   assert products(step.compile().as_text()) == pytest.approx(asked, rel=0.03)
 
 
+@pytest.mark.long
 def test_a_sample_leaves_at_most_150_megabytes_for_the_backward_pass():
   """Stable Diffusion 1.5 at 256 px, bfloat16, the default remat; two batches tell one sample."""
   assert TrainConfig().remat == 'convdot'
@@ -107,6 +109,7 @@ def bytes_for_backward(remat, batch, side=32):
   return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(kept))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
   ('resolution', 'from_latents'),
   [(32, True), (128, True), (32, False)],
@@ -163,6 +166,7 @@ def test_every_compilation_is_noticed():
   assert any('a_program' in name for name in compiled)
 
 
+@pytest.mark.long
 def test_fifty_steps_at_fifty_learning_rates_compile_one_program(folder, tmp_path, monkeypatch):
   """Nothing is compiled after the first step, neither by the step nor by reading its numbers."""
   one = jax.devices()[:1]

@@ -211,6 +211,7 @@ def test_a_text_depends_on_its_prompt_and_seed_only(model):
       assert completion[1:] == expected[i][1:]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('kind', ['qwen2', 'smollm2'])  # of smollm2, no heads can be split
 def test_texts_and_bytes_of_many_devices_are_those_of_one(kind, tmp_path, monkeypatch):
   changes = {'num_attention_heads': 8, 'num_key_value_heads': 4, 'hidden_size': 64}

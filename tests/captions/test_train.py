@@ -156,6 +156,7 @@ def losses(history):
   return np.array([metrics['loss'] for metrics in history])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('kind', list(tiny_llamas.CONFIGS))
 def test_loss_and_every_gradient_are_those_of_transformers(kind):
   recipe, state, frozen = start(a_config(), kind)
@@ -222,6 +223,7 @@ def test_padding_changes_nothing():
     assert ref.relative_error(np.asarray(same_grads[name]), np.asarray(grads[name])) <= 1e-5, name
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('rank', [0, 2], ids=['whole', 'lora'])
 @pytest.mark.parametrize(
   'settings, mesh',
@@ -235,6 +237,7 @@ def test_devices_and_accumulation_change_nothing(settings, mesh, rank):
   np.testing.assert_allclose(losses(found), losses(expected), rtol=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('remat', ['convdot', 'full'])
 def test_computing_twice_changes_nothing(remat):
   (state, _), (other, _) = (run(a_config(remat=kind)) for kind in ('none', remat))
@@ -385,6 +388,7 @@ def test_a_run_leaves_checkpoints_metrics_and_its_config(uninterrupted):
   assert not list(uninterrupted.rglob('*.tmp'))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('rank', [0, 2], ids=['whole', 'lora'])
 def test_a_run_that_goes_on_ends_with_the_very_same_bits(folder, tmp_path, rank, visible):
   train(a_run(folder, rank=rank), tmp_path / 'whole')
@@ -517,6 +521,7 @@ def test_a_base_in_bfloat16_is_kept_as_it_is(folder, tmp_path, visible):
   assert_same(dict(kept), dict(start))
 
 
+@pytest.mark.long
 def test_a_model_learns_its_triplets_by_heart_and_writes_them(folder, tmp_path, visible):
   torch.manual_seed(0)
   sizes = tiny_llamas.SIZES | {'hidden_size': 96, 'intermediate_size': 192}
@@ -618,6 +623,7 @@ def environment(folder, devices=1):
   }
 
 
+@pytest.mark.long
 def test_sigterm_writes_a_checkpoint_and_the_run_goes_on(folder, tmp_path):
   argv = command(folder, tmp_path, steps=100_000, **{'log.checkpoint_every': 10**6})
   pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}

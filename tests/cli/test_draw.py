@@ -35,6 +35,7 @@ def ip2p_draw(checkpoint, tmp_path, monkeypatch, capsys):
   return run
 
 
+@pytest.mark.long
 def test_variations_are_files_with_their_settings(ip2p_draw, tmp_path):
   status, said = ip2p_draw('--num', 2, '--seed', 5, '--negative', 'fog', '--cfg-text', 4)
   assert status == 0 and 'seed 5' in said
@@ -46,6 +47,7 @@ def test_variations_are_files_with_their_settings(ip2p_draw, tmp_path):
     assert settings['cfg_text'] == 4 and settings['negative'] == 'fog' and settings['steps'] == 2
 
 
+@pytest.mark.long
 def test_an_image_drawn_from_another_has_its_size_and_profile(ip2p_draw, tmp_path, rng):
   profile = ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes()
   photo = Image.fromarray(rng.integers(0, 256, (40, 56, 3), np.uint8))

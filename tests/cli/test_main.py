@@ -146,6 +146,7 @@ def test_a_bundled_checkpoint_that_did_not_come_along_is_a_mistake(edit, monkeyp
   assert status == 2 and str(tmp_path / 'assets') in text and text.count('\n') == 1
 
 
+@pytest.mark.long
 def test_the_settings_in_a_picture_repeat_it(edit, tmp_path):
   """Every setting has the name of its flag, but for those whose default says nothing."""
   edit(num=2, interval=(0.0, 0.5), rescale=0.3, karras=True, sampler='euler', steps=3)
@@ -160,6 +161,7 @@ def test_the_settings_in_a_picture_repeat_it(edit, tmp_path):
   assert np.abs(first - again).max() <= 1
 
 
+@pytest.mark.long
 def test_a_folder_gives_a_folder_and_any_picture_of_it_can_be_made_again_alone(edit, tmp_path, rng):
   (tmp_path / 'photos').mkdir()
   for name in ('a.jpg', 'b.png', 'c.png'):
@@ -175,6 +177,7 @@ def test_a_folder_gives_a_folder_and_any_picture_of_it_can_be_made_again_alone(e
   assert np.abs(alone - batch).max() <= 1
 
 
+@pytest.mark.long
 def test_a_grid_is_one_labelled_picture_of_every_pair_of_scales(edit, tmp_path, monkeypatch):
   seen = []
   original = image_files.image_grid
@@ -188,6 +191,7 @@ def test_a_grid_is_one_labelled_picture_of_every_pair_of_scales(edit, tmp_path, 
   assert pixels(tmp_path / 'out.png').shape[1] > 3 * 56
 
 
+@pytest.mark.long
 def test_a_mask_keeps_what_is_black(edit, photo, tmp_path):
   mask = np.zeros((40, 56), np.uint8)
   mask[:20] = 255
@@ -203,6 +207,7 @@ def test_a_long_instruction_is_a_warning_that_names_what_is_cut(edit):
   assert text.startswith('sample.py: warning: ') and 'tail' in text and text.count('\n') == 1
 
 
+@pytest.mark.long
 def test_a_profile_that_cannot_be_read_is_one_line_that_names_the_file(edit, photo, tmp_path):
   with Image.open(photo) as picture:
     picture.save(tmp_path / 'odd.png', icc_profile=b'garbage')

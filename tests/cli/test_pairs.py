@@ -36,6 +36,7 @@ def drawing(folder, out, *more, samples=('--samples', 2)):
   return ('pairs', folder / 'prompts.jsonl', out, *models, *samples, *small, *more)
 
 
+@pytest.mark.long
 def test_from_prompts_to_a_data_set(ip2p, folder, tmp_path):
   for i in range(2):
     status, said = ip2p(*drawing(folder, tmp_path / 'raw', '--shard', f'{i}/2'))
@@ -77,6 +78,7 @@ def test_from_prompts_to_a_data_set(ip2p, folder, tmp_path):
     assert status == 2 and f'was drawn with {part} ' in said
 
 
+@pytest.mark.long
 def test_attention_is_shown(ip2p, folder, tmp_path):
   as_ever = ('--threshold', 0.1, 0.9, '--keep', 'all')  # of no use here, and as without them
   words = ('--control', 'auto', '--show-attention', 1, *as_ever)

@@ -90,6 +90,7 @@ def test_the_whole_edit_agrees_with_diffusers(editor, pipeline, photo, rng):
   assert np.abs(np.asarray(edit.images, np.float32) - np.round(pixels)).max() <= 1
 
 
+@pytest.mark.long
 def test_a_negative_instruction_agrees_with_diffusers(editor, pipeline, photo, rng):
   init_noise = rng.standard_normal((1, 8, 12, 4), np.float32)
   step_noise = rng.standard_normal((4, 1, 8, 12, 4), np.float32)
@@ -104,6 +105,7 @@ def test_a_negative_instruction_agrees_with_diffusers(editor, pipeline, photo, r
   assert reference.relative_error(edit.latents, latents) <= 1e-3
 
 
+@pytest.mark.long
 def test_image_i_of_eight_equals_the_same_edit_alone(editor, rng):
   photos = rng.integers(0, 256, (8, 32, 32, 3), np.uint8)
   instructions = [f'make it {i}' for i in range(8)]
@@ -121,6 +123,7 @@ def test_image_i_of_eight_equals_the_same_edit_alone(editor, rng):
   assert len(pointers) == 8 and weights.unsafe_buffer_pointer() in pointers
 
 
+@pytest.mark.long
 def test_an_image_is_the_same_on_however_many_devices_and_step_by_step(editor, rng):
   mesh_of = lambda count: sharding.make_mesh(devices=jax.devices()[:count])
   on = lambda count: Editor(
@@ -153,6 +156,7 @@ def test_changing_instruction_scales_seed_or_negative_never_recompiles(editor, p
   assert editor._alone.whole._cache_size() == before
 
 
+@pytest.mark.long
 def test_a_branch_that_cancels_is_not_computed_and_the_result_is_the_same(editor, photo):
   nearly = np.nextafter(np.float32(1), np.float32(2))
   for scales in [(7.5, 1.0), (2.0, 2.0), (1.0, 1.0)]:
@@ -166,6 +170,7 @@ def test_a_branch_that_cancels_is_not_computed_and_the_result_is_the_same(editor
     assert reference.relative_error(fast.latents, np.asarray(full.latents)) <= 1e-4
 
 
+@pytest.mark.long
 def test_cancelled_branches_save_their_share_of_the_work(editor, photo, monkeypatch):
   lowered = []
   program = watch(editor, monkeypatch, lambda *args: lowered.append(program.lower(*args)))
@@ -178,6 +183,7 @@ def test_cancelled_branches_save_their_share_of_the_work(editor, photo, monkeypa
   assert abs((three - two) / (two - one) - 1) < 0.1
 
 
+@pytest.mark.long
 def test_an_empty_interval_is_the_unguided_edit_and_a_whole_one_the_guided(editor, photo):
   run = lambda interval, **scales: np.asarray(
     editor.edit_arrays(photo, ['go'], Sampling(4, interval=interval), **scales).latents
@@ -204,6 +210,7 @@ def test_an_interval_is_a_fraction_of_the_steps(steps, interval, expected):
   assert [i for i in range(steps) if low < np.float32(sigmas[i]) <= high] == list(expected)
 
 
+@pytest.mark.long
 def test_running_step_by_step_for_progress_gives_the_same_edit(editor, photo):
   seen = []
   whole = editor.edit_arrays(photo, ['go'], Sampling(5))
@@ -227,6 +234,7 @@ def test_a_mask_of_everything_is_the_edit_without_a_mask(editor, photo):
   assert reference.relative_error(run(np.ones((1, 8, 12, 1))), run(None)) <= 1e-5
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('size', [(64, 40), (33, 70), (9, 90), (100, 8)])
 def test_the_result_has_the_size_of_the_input(editor, size):
   (result,) = editor.edit(Image.new('RGB', size, 'green'), 'go', steps=1, resolution=32, seed=0)
@@ -240,6 +248,7 @@ def test_transparency_comes_back(editor):
   assert (np.asarray(result)[..., 3] == 77).all()
 
 
+@pytest.mark.long
 def test_images_of_many_sizes_come_back_in_their_order(editor):
   sizes = [(32, 32), (64, 32), (32, 32), (32, 64), (32, 32)]
   photos = [Image.new('RGB', size, (i, 90, 90)) for i, size in enumerate(sizes)]
@@ -256,12 +265,14 @@ def test_a_variation_is_the_image_of_its_own_seed(editor):
   assert np.abs(np.asarray(both[1], int) - np.asarray(second, int)).max() <= 1
 
 
+@pytest.mark.long
 def test_arrays_in_give_arrays_out(editor, photo):
   result = editor.edit(photo, 'go', steps=1, seed=[1, 2])
   assert result.dtype == np.uint8 and result.shape == (2, 32, 48, 3)
   assert (result[0] != result[1]).any()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
 def test_half_precision_stays_near_float32(pipeline, folder, editor, photo, dtype):
   half = Editor.load(folder / 'saved', dtype)

@@ -37,6 +37,7 @@ def exported(source, tmp_path_factory):
   return folder, said
 
 
+@pytest.mark.long
 @peers.needs_torch
 def test_both_formats_paint_the_same_image_in_pytorch(exported):
   folder, said = exported
@@ -46,6 +47,7 @@ def test_both_formats_paint_the_same_image_in_pytorch(exported):
   assert all(line.startswith('verify: AGREES') for line in verdicts), verdicts
 
 
+@pytest.mark.long
 @peers.needs_torch
 def test_the_verification_notices_a_changed_weight(exported, tmp_path):
   folder, _ = exported
@@ -68,6 +70,7 @@ def test_an_export_that_pytorch_does_not_confirm_is_an_error(source, tmp_path, m
     convert_checkpoint(source, tmp_path / 'out', say=lambda _: None)
 
 
+@pytest.mark.long
 @peers.needs_torch
 def test_a_checkpoint_keeps_the_spacing_of_its_own_scheduler(tmp_path):
   tiny_models.write(tmp_path / 'saved', timestep_spacing='trailing')

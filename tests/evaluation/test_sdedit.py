@@ -27,6 +27,7 @@ def scenes():
   return images, [one.edited_caption for one in examples]
 
 
+@pytest.mark.long
 def test_no_strength_gives_the_image_as_the_autoencoder_sees_it(base, scenes):
   images, captions = scenes
   edits = sdedit.edit(base, images, captions, strength=0.0, text_guidance=4.0, steps=10)
@@ -36,6 +37,7 @@ def test_no_strength_gives_the_image_as_the_autoencoder_sees_it(base, scenes):
   np.testing.assert_allclose(edits.astype(int), seen, atol=1)
 
 
+@pytest.mark.long
 def test_the_more_strength_the_less_of_the_image_is_seen(base, scenes):
   images, captions = scenes
 
@@ -48,6 +50,7 @@ def test_the_more_strength_the_less_of_the_image_is_seen(base, scenes):
   assert seen(0.1) > 2 * seen(0.5) > 4 * seen(1.0)
 
 
+@pytest.mark.long
 def test_in_between_it_sees_the_image_the_caption_and_the_seed(base, scenes):
   images, captions = scenes
   how = {'strength': 0.5, 'text_guidance': 4.0, 'steps': 10, 'seed': 0}

@@ -48,6 +48,7 @@ def held_out(count):
   return examples, np.stack([world.picture(one.scene) for one in examples])
 
 
+@pytest.mark.long
 def test_of_32_held_out_edits_80_percent_are_done_in_90_seconds_of_two_cores():
   examples, scenes = held_out(32)
   instructions = [one.instruction for one in examples]
@@ -63,6 +64,7 @@ def test_of_32_held_out_edits_80_percent_are_done_in_90_seconds_of_two_cores():
   assert seconds <= 2 * 90
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('seed', [0, 1])
 def test_pytorch_makes_the_same_pictures_within_2_of_255(editor, seed):
   one, noise = world.example(seed, 'test'), np.random.default_rng(seed)
@@ -85,6 +87,7 @@ def test_pytorch_makes_the_same_pictures_within_2_of_255(editor, seed):
   assert np.abs(np.asarray(edit.images, np.float32) - np.round(expected)).max() <= 2
 
 
+@pytest.mark.long
 def test_sample_py_edits_a_scene_without_naming_a_checkpoint(tmp_path):
   one = next(
     one
@@ -146,6 +149,7 @@ def test_transformers_reads_captions_and_instructions_as_the_same_tokens(editor,
   assert not any(map(editor.tokenizer.cut_off, texts))
 
 
+@pytest.mark.long
 @peers.needs_torch
 @pytest.mark.parametrize('name', ['export', 'export.safetensors'])
 def test_pytorch_confirms_its_export(tmp_path, name):

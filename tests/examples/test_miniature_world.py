@@ -93,6 +93,7 @@ def test_instructions_and_captions_name_what_they_are_about():
 # The oracle.
 
 
+@pytest.mark.long
 def test_every_exact_target_is_done_and_keeps_the_rest():
   for one in EXAMPLES:
     verdict = oracle.judge(one, world.picture(one.edited_scene))
@@ -101,6 +102,7 @@ def test_every_exact_target_is_done_and_keeps_the_rest():
     assert math.isnan(verdict.kept) or verdict.kept > 30
 
 
+@pytest.mark.long
 def test_no_untouched_input_is_done_though_it_keeps_everything():
   for one in EXAMPLES:
     verdict = oracle.judge(one, world.picture(one.scene))
@@ -114,6 +116,7 @@ def test_no_random_picture_is_done(rng):
     assert not is_done(one, np.full((64, 64, 3), rng.integers(0, 256), np.uint8))
 
 
+@pytest.mark.long
 def test_no_other_scene_is_done():
   for one, other in itertools.pairwise(EXAMPLES):
     shown = world.picture(other.edited_scene)
@@ -122,6 +125,7 @@ def test_no_other_scene_is_done():
       assert not is_done(one, shown)
 
 
+@pytest.mark.long
 def test_half_an_edit_is_not_done():
   for one in EXAMPLES:
     assert not is_done(one, blend(one, 0.5))
@@ -135,6 +139,7 @@ def test_one_step_of_two_is_not_done():
       assert not is_done(one, world.picture(oracle.applied(one.scene, edit)))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
   ('kind', 'field', 'words'),
   [

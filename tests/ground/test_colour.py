@@ -524,6 +524,7 @@ def test_heic_is_named_and_what_to_do(tmp_path, brand):
 # A real edit.
 
 
+@pytest.mark.long
 def test_the_miniatures_edits_are_the_same_in_all_colours_and_kept_outside_a_mask(tmp_path):
   import world
 

@@ -172,6 +172,7 @@ class Once:
     return self.attention(*inputs)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('progress', [None, lambda done, total: None])
 def test_editing_in_somebodys_own_program_leaves_alarms_out(capfd, progress):
   loaded = Editor.from_checkpoint(tiny_models.checkpoint(tiny_models.ONE_LEVEL))

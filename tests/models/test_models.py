@@ -33,6 +33,7 @@ def unet_error(config, size, rng, timestep=301.7, text_tokens=7):
   return relative_error(run(params, latents, np.float32(timestep), context), nhwc(theirs))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('in_channels', [4, 8, 9])
 def test_unet_agrees_with_diffusers_for_any_number_of_input_channels(in_channels, rng):
   assert unet_error({**reference.TINY_UNET, 'in_channels': in_channels}, (8, 8), rng) <= TOLERANCE
@@ -148,6 +149,7 @@ def test_full_size_vision_towers_agree_with_transformers(config, rng):
   assert vision_error(config, rng) <= TOLERANCE
 
 
+@pytest.mark.long
 def test_every_attention_of_the_unet_goes_through_the_one_seam(rng):
   config = UNetConfig.from_json(reference.TINY_UNET)
   torch_unet = reference.unet(reference.TINY_UNET)
@@ -165,6 +167,7 @@ def test_every_attention_of_the_unet_goes_through_the_one_seam(rng):
   assert [(s.place, s.level, s.tokens) for s in sites if s.is_cross] == places
 
 
+@pytest.mark.long
 def test_half_precision_weights_compute_in_half_precision_and_answer_in_float32(rng):
   config = UNetConfig.from_json(reference.TINY_UNET)
   torch_unet = reference.unet(reference.TINY_UNET)

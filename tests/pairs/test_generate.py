@@ -146,6 +146,7 @@ def test_killed_after_a_batch_it_goes_on_to_the_same_bytes(generator, prompts, w
   assert contents(tmp_path) == contents(whole)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('survivors', [0, 1, 3, 7, 16, 17, 18, 19, 20, 21, 22, 30, 39])
 def test_killed_within_a_batch_it_goes_on_to_the_same_bytes(
   survivors, generator, prompts, whole, tmp_path, monkeypatch
@@ -210,6 +211,7 @@ def test_it_goes_on_with_more_samples_and_prompts_and_another_number_of_workers(
     draw_all(few, prompts, tmp_path, IDENTITY)
 
 
+@pytest.mark.long
 def test_it_goes_on_with_another_batch_size(parts, generator, prompts, whole, tmp_path):
   def kill(done, total):
     raise Killed
@@ -332,6 +334,7 @@ def test_pairs_do_not_depend_on_devices_or_neighbours(parts, prompts, whole, rng
     assert np.abs(found - np.asarray(pictures)[side, 0]).max() <= 4  # JPEG
 
 
+@pytest.mark.long
 def test_pairs_of_two_devices_with_the_kernel_are_those_of_one(parts, prompts, monkeypatch):
   mesh_of = lambda count: sharding.make_mesh(devices=jax.devices()[:count])
   drawing = PairSettings(steps=2, size=64, batch_size=2)
@@ -360,6 +363,7 @@ def test_other_settings_do_not_go_on_with_a_run(parts, generator, prompts, whole
     draw_all(generator, prompts, whole, {'weights': 'other'})
 
 
+@pytest.mark.long
 def test_images_that_fail_the_released_thresholds_need_not_be_kept(parts, prompts, tmp_path):
   generator = PairGenerator(*parts, PairSettings(samples=2, steps=2, size=32, keep='passing'))
   draw_all(generator, prompts, tmp_path, IDENTITY)
@@ -381,6 +385,7 @@ def test_every_control_draws(control, parts, prompts, whole):
     assert np.abs(first - np.asarray(pictures)[0, i]).max() <= 4  # the same whatever the control
 
 
+@pytest.mark.long
 def test_attention_to_words_is_drawn(parts, prompts):
   unet = UNET | {
     'down_block_types': ['CrossAttnDownBlock2D'] * 2,

@@ -37,6 +37,7 @@ def model(request):
   )
 
 
+@pytest.mark.long
 def test_the_way_up_is_that_of_diffusers(model, rng):
   networks, params, theirs, _ = model
   latents = rng.standard_normal((2, 8, 8, 4), np.float32)
@@ -93,6 +94,7 @@ def their_null_texts(unet, schedule, path, grid, context, nothing, scale):
   return texts, x
 
 
+@pytest.mark.long
 def test_empty_texts_are_trained_as_published(model, rng):
   networks, params, theirs, _ = model
   steps, scales = 3, np.float32([1.5, 3.0])

@@ -311,6 +311,7 @@ CONTROLS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
   ('sampler', 'name'), [*(('euler_ancestral', name) for name in CONTROLS), ('heun', 'all')]
 )
@@ -365,6 +366,7 @@ def test_one_compiled_program_serves_all_thresholds_scales_and_weights(model, rn
   assert len(traces) == count
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('sampler', samplers.SAMPLERS)
 def test_every_sampler_takes_every_control(sampler, model, rng):
   """Traced, which is where maps could leave a branch; not compiled."""
@@ -378,6 +380,7 @@ def test_every_sampler_takes_every_control(sampler, model, rng):
     assert (pairs.attention is not None) == shows
 
 
+@pytest.mark.long
 def test_attention_to_each_word_is_told(model, rng):
   run = model[0]
   plan = PairSpec('euler_ancestral', 8, 8, shows_attention=True)

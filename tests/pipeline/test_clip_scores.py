@@ -51,6 +51,7 @@ def their_scores(model, images, ids):
   ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('shape', [(32, 32), (64, 64), (48, 80), (24, 20)])
 def test_scores_are_those_of_the_original(model, shape, rng):
   folder, clip = model
@@ -71,6 +72,7 @@ def test_resizing_is_that_of_torch(size, new_size, rng):
   np.testing.assert_allclose(clip_scores.resize(image, new_size), reference.nhwc(theirs), atol=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_what_did_not_change_has_no_direction(dtype, rng):
   """With the miniature's CLIP; before, rounding gave -0.46 to 0.45."""

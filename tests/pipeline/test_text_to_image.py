@@ -83,6 +83,7 @@ def test_drawing_agrees_with_diffusers(tokenizer, rng, sampler, prediction_type)
   assert reference.relative_error(drawn.latents, expected) <= 1e-3
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(('sampler', 'prediction_type', 'strength'), [
   ('euler_ancestral', 'v_prediction', 1.0),
   ('euler_ancestral', 'epsilon', 0.6),
@@ -113,6 +114,7 @@ def small(model, text='a boat', sampling=Sampling(2), **options):
   return model.draw_arrays([text], sampling, **options)
 
 
+@pytest.mark.long
 def test_one_of_three_is_the_same_alone(model):
   together = model.draw_arrays(['a hill', 'a boat', 'a lake'], Sampling(2), seeds=5)
   alone = small(model, seeds=5, indices=[1])
@@ -140,6 +142,7 @@ def test_step_by_step_it_is_the_same_and_only_steps_that_are_left_count(model, p
   assert seen == [(0, 1), (1, 1)]
 
 
+@pytest.mark.long
 def test_without_guidance_one_branch_runs_and_the_result_is_the_same(model):
   nearly = np.nextafter(np.float32(1), np.float32(2))
   unguided = np.asarray(small(model, text_guidance=1.0).latents)

@@ -73,6 +73,7 @@ def lowered(networks):
   return lower(networks)
 
 
+@pytest.mark.long
 def test_the_new_state_takes_the_memory_of_the_old_one(networks, monkeypatch):
   monkeypatch.setattr('ip2p_jax.training.step.is_donated', lambda mesh: True)  # as on all but CPUs
   step, state, shardings, _ = lower(networks)
@@ -126,6 +127,7 @@ def test_a_report_tells_where_exchanges_come_from():
   assert rows[1] == ('all-reduce', '0.0 MB a device, 100% of gradients')
 
 
+@pytest.mark.long
 def test_devices_exchange_gradients_and_weights_alone(networks):
   mesh = sharding.make_mesh(devices=jax.devices()[:4])
   config = settings(mesh=MeshConfig(zero1=True))

@@ -87,6 +87,7 @@ def test_losses_equal_pytorchs(models, ours, batch, draws, prediction_type, gamm
   np.testing.assert_allclose(mine, theirs.detach().numpy(), rtol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('remat', REMATS)
 def test_every_gradient_equals_pytorchs(models, ours, batch, draws, remat):
   of_loss, of_gradients = gradient_errors(models, ours, batch, draws, remat)

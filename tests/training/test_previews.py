@@ -61,6 +61,7 @@ def holds(sheet, image):
   return any(np.array_equal(sheet[y : y + 32, x : x + 32], image) for y, x in corners)
 
 
+@pytest.mark.long
 def test_a_row_shows_input_target_and_edit(editor, preview, monkeypatch):
   edits, edit_arrays = [], Editor.edit_arrays
 
@@ -102,6 +103,7 @@ def test_parameters_may_lie_on_many_devices(editor, preview):
   assert np.abs(np.asarray(apart, np.int32) - np.asarray(together, np.int32)).max() <= 1
 
 
+@pytest.mark.long
 def test_a_text_to_image_preview_agrees_with_diffusers(tmp_path):
   networks, params = load(checkpoint(4))
   keys = noise.image_keys(np.full(2, 5), np.arange(2))

@@ -57,6 +57,7 @@ def losses(history):
   return np.array([metrics['loss'] for metrics in history])
 
 
+@pytest.mark.long
 def test_three_steps_equal_pytorchs_adamw_and_the_originals_average():
   errors = errors_of_three_steps()
   assert errors['loss'] < 1e-5 and errors['gradient norm'] < 1e-4
@@ -100,6 +101,7 @@ def errors_of_three_steps():
   }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
   'settings, mesh',
   [
@@ -165,6 +167,7 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_names_its_step():
       np.testing.assert_array_equal(kept, old)
 
 
+@pytest.mark.long
 def test_a_batch_of_broken_examples_counts_the_step_and_them_and_changes_nothing_else():
   config = tiny.config(optim={'warmup_steps': 10, 'decays': (('', 0.5),)})
   step, state, frozen = start(config, devices(1))
@@ -206,6 +209,7 @@ def test_frozen_parameters_are_not_in_the_state():
   assert frozen['unet'] and not any('attn' in name for name in frozen['unet'])
 
 
+@pytest.mark.long
 def test_lora_starts_at_the_base_and_learns_by_its_adapters_alone():
   config = tiny.config(rank=2, optim={'learning_rate': 1e-2})
   _, plain = run(tiny.config())
@@ -219,6 +223,7 @@ def test_lora_starts_at_the_base_and_learns_by_its_adapters_alone():
   assert after < 0.98 * before
 
 
+@pytest.mark.long
 def test_losses_are_looked_at_in_parts_as_they_were_made():
   found = []
   for accumulation in (1, 2):
@@ -229,6 +234,7 @@ def test_losses_are_looked_at_in_parts_as_they_were_made():
     np.testing.assert_allclose(one, other, rtol=1e-5)
 
 
+@pytest.mark.long
 def test_bfloat16_takes_nearly_the_same_step_and_keeps_float32_masters():
   _, exact = run(tiny.config())
   state, history = run(tiny.config(dtype='bfloat16'))
@@ -237,6 +243,7 @@ def test_bfloat16_takes_nearly_the_same_step_and_keeps_float32_masters():
   assert {str(x.dtype) for x in jax.tree.leaves([state['params'], state['ema']])} == {'float32'}
 
 
+@pytest.mark.long
 def test_it_learns():
   """Twenty steps on the same images, at a rate that shows."""
   config = tiny.config(optim={'learning_rate': 3e-3})

@@ -103,6 +103,7 @@ def uninterrupted(folder, tmp_path_factory):
   return workdir
 
 
+@pytest.mark.long
 def test_a_run_leaves_checkpoints_metrics_and_its_config(uninterrupted):
   assert saved_steps(uninterrupted) == [2, 4]
   lines = metrics(uninterrupted)
@@ -113,6 +114,7 @@ def test_a_run_leaves_checkpoints_metrics_and_its_config(uninterrupted):
   assert not list(uninterrupted.rglob('*.tmp'))
 
 
+@pytest.mark.long
 def test_a_run_that_goes_on_ends_with_the_very_same_bits(folder, uninterrupted, tmp_path):
   train.train(a_config(folder, steps=2), str(tmp_path))
   train.train(a_config(folder, steps=4), str(tmp_path))
@@ -128,6 +130,7 @@ def test_a_finished_run_says_so_and_does_nothing(folder, uninterrupted, capsys):
   assert metrics(uninterrupted) == before
 
 
+@pytest.mark.long
 def test_a_run_goes_on_without_its_starting_checkpoint_and_on_other_devices(
   folder, uninterrupted, tmp_path, devices
 ):
@@ -148,6 +151,7 @@ def test_the_average_is_what_is_exported(uninterrupted):
   assert averages.doubt(live, average) == ''  # what a real run makes is never taken for a merge
 
 
+@pytest.mark.long
 def test_changed_settings_are_told(folder, uninterrupted, capsys, tmp_path):
   train.train(a_config(folder, steps=2), str(tmp_path))
   capsys.readouterr()
@@ -158,6 +162,7 @@ def test_changed_settings_are_told(folder, uninterrupted, capsys, tmp_path):
   assert said.count('step 3/3') == 1 and re.search(r'step 3/3 .* ready after', said)
 
 
+@pytest.mark.long
 def test_validation_and_previews_look_at_the_validation_split(folder, tmp_path):
   tiny_pairs.write_metadata(tmp_path / 'data' / 'train', 4)
   tiny_pairs.write_metadata(tmp_path / 'data' / 'validation', 3)
@@ -171,6 +176,7 @@ def test_validation_and_previews_look_at_the_validation_split(folder, tmp_path):
     assert image.width > 3 * 32 and image.height > 2 * 32
 
 
+@pytest.mark.long
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_evidence(folder, tmp_path):
   wild = a_config(folder, optim={'learning_rate': 1e30}, steps=10, log={'every': 10})
   with pytest.raises(InputError, match='step 2: the loss or a gradient is not finite') as stop:
@@ -186,6 +192,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_evidence(folder, 
     train.train(wild, str(tmp_path))
 
 
+@pytest.mark.long
 def test_broken_examples_are_named_skipped_and_limited(folder, tmp_path, capsys):
   tiny_pairs.write_metadata(tmp_path / 'data', 6)
   pictures = sorted((tmp_path / 'data' / 'pictures').iterdir())
@@ -222,6 +229,7 @@ def test_passes_are_of_the_data_set_that_comes_most_often():
   assert train._passes(1000, [10, 10_000], [9.0, 1.0]) == 90
 
 
+@pytest.mark.long
 def test_a_run_that_diverged_goes_on_from_the_last_good_checkpoint(folder, tmp_path, capsys):
   workdir = str(tmp_path)
   at_rate = lambda rate, steps: a_config(
@@ -248,6 +256,7 @@ def test_a_run_that_diverged_goes_on_from_the_last_good_checkpoint(folder, tmp_p
   assert saved_steps(tmp_path) == [6, 8], 'the newest, and the good one before it'
 
 
+@pytest.mark.long
 def test_lora_trains_adapters_and_exports_the_merged_editor(folder, tmp_path):
   adapting = dataclasses.replace(a_config(folder, steps=2), lora=LoraConfig(rank=2, alpha=3))
   train.train(adapting, str(tmp_path))
@@ -264,6 +273,7 @@ def test_lora_trains_adapters_and_exports_the_merged_editor(folder, tmp_path):
     np.testing.assert_allclose(written[name], adapters[name], rtol=1e-6)
 
 
+@pytest.mark.long
 def test_settings_that_would_change_what_is_saved_are_refused(folder, tmp_path):
   adapting = dataclasses.replace(a_config(folder, steps=1), lora=LoraConfig(rank=2))
   train.train(adapting, str(tmp_path))
@@ -312,6 +322,7 @@ def test_damaged_arrays_are_one_sentence(folder, uninterrupted, tmp_path):
     train.train(a_config(folder, steps=6), str(tmp_path / 'run'))
 
 
+@pytest.mark.long
 def test_a_tilde_is_the_home_folder(folder, tmp_path, monkeypatch):
   monkeypatch.setenv('HOME', str(tmp_path))
   wild = a_config(folder, optim={'learning_rate': 1e30})
@@ -320,6 +331,7 @@ def test_a_tilde_is_the_home_folder(folder, tmp_path, monkeypatch):
   assert {'checkpoints', 'failures'} <= {path.name for path in (tmp_path / 'run').iterdir()}
 
 
+@pytest.mark.long
 def test_the_profiler_records_its_window_once(folder, tmp_path):
   log = {'profile': (3, 10)}  # longer than the run
   for steps in (4, 8):
@@ -327,6 +339,7 @@ def test_the_profiler_records_its_window_once(folder, tmp_path):
   assert list((tmp_path / 'profile').rglob('*.xplane.pb'))
 
 
+@pytest.mark.long
 def test_a_text_to_image_model_gets_channels_that_start_at_zero(folder, tmp_path):
   four = tiny.ONE_LEVEL | {'in_channels': 4}
   tiny_models.write(tmp_path / 'base', four)
@@ -396,6 +409,7 @@ def environment(folder, devices=1):
   }
 
 
+@pytest.mark.long
 def test_sigterm_writes_a_checkpoint_and_the_run_goes_on(folder, tmp_path):
   argv = command(folder, tmp_path, steps=100_000, **{'log.every': 1, 'log.checkpoint_every': 10**6})
   pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
@@ -411,6 +425,7 @@ def test_sigterm_writes_a_checkpoint_and_the_run_goes_on(folder, tmp_path):
   assert step >= 3
 
 
+@pytest.mark.long
 def test_sigterm_to_the_whole_group_does_not_take_the_workers_first(folder, tmp_path):
   endless = {'steps': 100_000, 'log.every': 1, 'log.checkpoint_every': 10**6, 'data.workers': 2}
   argv = command(folder, tmp_path, **endless)

@@ -103,6 +103,7 @@ def merged(live, kind, size, seed=1):
   return result
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('dtype', [np.float32, np.float16])
 @pytest.mark.parametrize('kind', ['add difference', 'attention adapter', 'adapter of all kernels'])
 @pytest.mark.parametrize('multiplier', [0.3, 1.0])
@@ -170,6 +171,7 @@ def test_weights_in_another_precision_than_the_average_were_merged(tmp_path, fil
   assert 'another precision' in caplog.text
 
 
+@pytest.mark.long
 def test_training_starts_from_the_weights_that_its_config_names(tmp_path, file, run):
   live, average = run
   path = save(tmp_path / 'x.safetensors', file, live, average)
