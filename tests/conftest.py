@@ -22,6 +22,7 @@ os.environ['XLA_FLAGS'] = ' '.join(
 # Tests of the miniature import its recipes by name.
 sys.path.insert(0, str(Path(__file__).parent.parent / 'examples' / 'miniature'))
 
+import fake_server
 import jax
 import numpy as np
 import pytest
@@ -51,3 +52,31 @@ def ip2p(monkeypatch, capsys):
     return stop.value.code or 0, printed.out + printed.err
 
   return run
+
+
+@pytest.fixture(scope='module')
+def kept_programs(tmp_path_factory):
+  """Compiling takes most of the time; many runs of a file are of the same programs."""
+  jax.config.update('jax_compilation_cache_dir', str(tmp_path_factory.mktemp('cache')))
+  yield
+  jax.config.update('jax_compilation_cache_dir', None)
+
+
+@pytest.fixture
+def visible(monkeypatch):
+  """`visible(n)`: how many of the eight devices a run may see; 1 at first."""
+  every = jax.devices()
+
+  def use(count):
+    monkeypatch.setattr(jax, 'devices', lambda *_: every[:count])
+
+  use(1)
+  return use
+
+
+@pytest.fixture
+def fake(monkeypatch):
+  """A server of captions, which is asked again without waiting."""
+  monkeypatch.setattr('ip2p_jax.captions.client.WAITS', (0.01, 0.02))
+  with fake_server.running() as server:
+    yield server

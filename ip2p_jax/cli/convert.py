@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer import Option
@@ -68,11 +68,8 @@ def convert_any(
   to: str | None = None,
   dtype: str = 'float32',
   *,
-  ema: bool | None = None,
-  variant: str | None = None,
-  prediction_type: str | None = None,
   say: Callable[[str], None] = print,
-  **options: bool,
+  **options: Any,
 ) -> None:
   """Converts an editor, or writes a language model's run as a folder of transformers.
 
@@ -81,15 +78,10 @@ def convert_any(
   from ip2p_jax.captions.workdir import export_language, is_language_run
   from ip2p_jax.editing.export import convert_checkpoint, refuse_options
 
-  if is_language_run(src):
-    refuse_options(
-      f'{src}: trained a language model, which is written for transformers',
-      to=to, variant=variant, prediction_type=prediction_type,
-    )  # fmt: skip
-    step = export_language(src, dst, dtype, ema is not False, options.get('overwrite', False))
-    say(f'wrote {dst} in {dtype}, from {step}')
+  if not is_language_run(src):
+    convert_checkpoint(src, dst, to, dtype, say=say, **options)
     return
-  convert_checkpoint(
-    src, dst, to, dtype, ema=ema, variant=variant, prediction_type=prediction_type, say=say,
-    **options,
-  )  # fmt: skip
+  idle = {'to': to} | {name: options.get(name) for name in ('variant', 'prediction_type')}
+  refuse_options(f'{src}: trained a language model, which is written for transformers', **idle)
+  use_ema, overwrite = options.get('ema') is not False, options.get('overwrite', False)
+  say(f'wrote {dst} in {dtype}, from {export_language(src, dst, dtype, use_ema, overwrite)}')

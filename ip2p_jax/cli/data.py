@@ -8,6 +8,7 @@ from typer import Option
 
 from ip2p_jax.cli import console
 from ip2p_jax.errors import InputError
+from ip2p_jax.progress import unwatched
 
 
 def check(
@@ -40,9 +41,7 @@ def check(
     console.say(f'{path}: a checkpoint, every tensor as its architecture wants it')
     return
   with console.progress('row') as progress:
-    found = check_data_set(
-      path, columns, task, split, console.say, progress or (lambda done, total: None), limit
-    )
+    found = check_data_set(path, columns, task, split, console.say, progress or unwatched, limit)
   splits = ', '.join(f'{count} {name}' for name, count in found.splits.items() if count)
   doubts = ', '.join(f'{count} {kind}' for kind, count in found.warnings.items()) or 'none'
   console.say(f'{path}: {splits} rows, {found.pairs} pairs; warnings: {doubts}')
@@ -127,7 +126,7 @@ def pack(
     'holdout': holdout or 0.0, 'shard': shard, 'workers': workers, 'max_corrupt': max_corrupt,
   }  # fmt: skip
   with console.progress('row', compiles=latents) as progress:
-    told = common | {'say': console.say, 'progress': progress or (lambda done, total: None)}
+    told = common | {'say': console.say, 'progress': progress or unwatched}
     if latents:
       own = {'resize': resize, 'dtype': dtype, 'batch_size': batch_size}
       own = {name: value for name, value in own.items() if value is not None}

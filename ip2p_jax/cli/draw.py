@@ -9,10 +9,10 @@ from typer import Option
 
 from ip2p_jax.cli import console
 from ip2p_jax.cli.console import MAX_TEXT
-from ip2p_jax.defaults import MAX_SCALE, MAX_SEED
+from ip2p_jax.defaults import CFG_TEXT, MAX_SCALE, MAX_SEED, SAMPLER
 from ip2p_jax.errors import InputError
 
-STEPS, CFG_TEXT, STRENGTH, SAMPLER = 50, 7.5, 0.6, 'euler_ancestral'
+STEPS, STRENGTH = 50, 0.6
 
 
 def draw(

@@ -154,8 +154,7 @@ def edit(
   console.cache_compilations()
   model = Editor.load(ckpt, dtype, variant=variant, ema=ema, prediction_type=prediction_type)
   batch_size = batch_size or 4 * model.mesh.size
-  networks = model.networks
-  resolution = resolution or networks.unet_config.sample_size * networks.vae_config.factor
+  resolution = resolution or model.networks.resolution
   settings = options | {
     'edit': edit, 'ckpt': ckpt, 'resolution': resolution, 'mask': mask and str(mask),
     'dtype': model.dtype, 'variant': variant, 'ema': ema, 'prediction_type': prediction_type,

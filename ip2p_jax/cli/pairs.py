@@ -11,6 +11,7 @@ from ip2p_jax import storage
 from ip2p_jax.cli import console
 from ip2p_jax.errors import InputError
 from ip2p_jax.pairs.thresholds import MOST, PAPER, RELEASED
+from ip2p_jax.progress import unwatched
 
 
 def pairs(
@@ -102,7 +103,7 @@ def pairs(
   checkpoint = workdir.load(ckpt, ema=ema)
   networks = networks_of(checkpoint)
   dtype = dtype or default_dtype()
-  size = size or networks.unet_config.sample_size * networks.vae_config.factor
+  size = size or networks.resolution
   drawing, tokenizer = PairSettings(size=size, **settings), tokenizer_of(checkpoint, networks)
   read = read_prompts(prompts, lambda prompt: faults(prompt, drawing, tokenizer))
   towers = Clip.load(clip)
@@ -117,8 +118,7 @@ def pairs(
   identity = {'dtype': dtype} | {name: weights_digest(part) for name, part in weights.items()}
   identity['bytes'] = bytes_digest(*weights.values())
   with console.progress('pair', compiles=True) as progress:
-    told = progress or (lambda done, total: None)
-    count = draw_all(generator, read, out, identity, number, told)
+    count = draw_all(generator, read, out, identity, number, progress or unwatched)
   console.say(f'{out}: {count} pairs; `ip2p filter {out} DST` keeps the good ones')
 
 
@@ -215,8 +215,7 @@ def filter(
   *sources, out = paths
   write = functools.partial(_filter_to_shards, holdout=holdout) if shards else filter_pairs
   with console.progress('prompt') as progress:
-    told = progress or (lambda done, total: None)
-    found = write(sources, out, thresholds, most, drop_duplicates, told)
+    found = write(sources, out, thresholds, most, drop_duplicates, progress or unwatched)
   of_all = lambda count: f'{count} of {found.drawn} ({100 * count / max(found.drawn, 1):.1f}%)'
   for name, least, label in zip(Scores._fields, thresholds, LABELS, strict=True):
     console.say(f'{name} >= {least} ({label}): {of_all(found.passed[name])}')

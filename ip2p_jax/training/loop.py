@@ -20,11 +20,10 @@ from ip2p_jax.pipeline.checkpoints import Checkpoints
 from ip2p_jax.progress import waiting
 from ip2p_jax.training import logs
 from ip2p_jax.training.loss_course import Course, advice, followed, mean_loss
+from ip2p_jax.training.step import State
 
 IN_FLIGHT = 2  # steps that the host may be ahead; more only cost the memory of their batches
 STOPPED = 143  # exit status, so that whoever watches the job knows to start it again
-
-State = dict[str, Any]
 
 
 class Job(NamedTuple):

@@ -151,7 +151,7 @@ def train(kind: Kind, config: Any, workdir: str) -> int:
     must_stop = stack.enter_context(signals())
     # Counted in batches of today's size, in case that has changed; no example comes twice.
     ahead = -(-extras['examples'] // config.batch_size) - step
-    job = _job(task, run, workdir, checkpoints, writer, ahead, step)._replace(must_stop=must_stop)
+    job = _job(task, run, workdir, checkpoints, writer, must_stop, ahead, step)
     status = loop(job, _actions(task, run, writer), state, course)
   if status == 0:
     has_previews = (storage.folder(workdir) / logs.PREVIEWS).exists()
@@ -203,7 +203,7 @@ def _prepare(
   return task, run, _started(learnt, values), {'examples': 0, 'rows': None}
 
 
-def _job(task, run, workdir, checkpoints, writer, ahead, first) -> Job:
+def _job(task, run, workdir, checkpoints, writer, must_stop, ahead, first) -> Job:
   """The batch of a step is that of place step + ahead; `first` steps are taken."""
   jitted = step.jitted(run.recipe, run.mesh, run.shardings, task.step)
 
@@ -229,7 +229,7 @@ def _job(task, run, workdir, checkpoints, writer, ahead, first) -> Job:
     writer=writer,
     meter=meter,
     save=save,
-    must_stop=lambda step: False,
+    must_stop=must_stop,
     look=lambda state, step: task.look(run, step + ahead, state, step),
     check=lambda step, values: task.check(run, step + ahead, values),
   )

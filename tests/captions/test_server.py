@@ -48,13 +48,6 @@ TROUBLES = {
 
 
 @pytest.fixture
-def fake(monkeypatch):
-  monkeypatch.setattr('ip2p_jax.captions.client.WAITS', (0.01, 0.02))
-  with running() as server:
-    yield server
-
-
-@pytest.fixture
 def ask(fake):
   """Asks for captions: their texts in order."""
 

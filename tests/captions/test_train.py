@@ -20,6 +20,7 @@ import pytest
 import tiny_llamas
 import torch_models as ref
 from flax import nnx
+from runs import assert_same, metrics, one_device
 
 from ip2p_jax import parameters, sharding
 from ip2p_jax.captions import triplets
@@ -47,6 +48,8 @@ from ip2p_jax.training import optimizer
 from ip2p_jax.training.step import initial_state, jitted
 from ip2p_jax.weights import names
 from ip2p_jax.weights.language_folder import read_language
+
+pytestmark = pytest.mark.usefixtures('kept_programs')
 
 torch = peers.module('torch')
 transformers = peers.module('transformers')
@@ -178,14 +181,14 @@ def test_three_steps_are_those_of_pytorchs_adamw():
   state, history = run(a_config(optim=optim), steps=3)
   model, batch = tiny_llamas.build('llama3'), a_batch()
   adamw = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
-  for metrics in history:
+  for values in history:
     loss = torch_loss(model, batch)
     adamw.zero_grad()
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     adamw.step()
-    assert metrics['loss'] == pytest.approx(loss.item(), rel=1e-5)
-    assert metrics['grad_norm'] == pytest.approx(norm.item(), rel=1e-4)
+    assert values['loss'] == pytest.approx(loss.item(), rel=1e-5)
+    assert values['grad_norm'] == pytest.approx(norm.item(), rel=1e-4)
   ours = names.to_tensors(parameters.unflatten(jax.device_get(state['params'])))
   for name, parameter in model.named_parameters():
     assert ref.relative_error(ours[name], parameter.detach().numpy()) <= 1e-4, name
@@ -319,26 +322,6 @@ def folder(tmp_path_factory):
   return folder
 
 
-@pytest.fixture(autouse=True, scope='module')
-def kept_programs(tmp_path_factory):
-  """Compiling takes most of the time; many runs here are of the same programs."""
-  jax.config.update('jax_compilation_cache_dir', str(tmp_path_factory.mktemp('cache')))
-  yield
-  jax.config.update('jax_compilation_cache_dir', None)
-
-
-@pytest.fixture
-def visible(monkeypatch):
-  """`visible(n)`: how many of the eight devices a run may see; 1 at first."""
-  every = jax.devices()
-
-  def use(count):
-    monkeypatch.setattr(jax, 'devices', lambda *_: every[:count])
-
-  use(1)
-  return use
-
-
 def a_run(folder, log=None, data=None, **settings) -> LanguageConfig:
   """Of one step a pass: batches of the eight triplets."""
   log = {'every': 2, 'checkpoint_every': 2, 'validate_every': 0} | (log or {})
@@ -358,23 +341,10 @@ def weights_of(workdir, ema=False):
   return {name: np.array(tensors[name]) for name in tensors}
 
 
-def assert_same(a, b):
-  assert a.keys() == b.keys()
-  for name in a:
-    np.testing.assert_array_equal(a[name], b[name], name)
-
-
-def metrics(workdir):
-  lines = [json.loads(line) for line in (Path(workdir) / 'metrics.jsonl').read_text().splitlines()]
-  return {line.pop('step'): line for line in lines}
-
-
 @pytest.fixture(scope='module')
 def uninterrupted(folder, tmp_path_factory):
   workdir = tmp_path_factory.mktemp('run')
-  every = jax.devices()
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(jax, 'devices', lambda *_: every[:1])
+  with one_device():
     assert train(a_run(folder), workdir) == 0
   return workdir
 

@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 import pytest
-from fake_server import answer_to, caption_of, running, status
+from fake_server import answer_to, caption_of, status
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -89,13 +89,6 @@ def ip2p(monkeypatch, capsys):
     return stop.value.code or 0, printed.out + printed.err
 
   return run
-
-
-@pytest.fixture
-def fake(monkeypatch):
-  monkeypatch.setattr('ip2p_jax.captions.client.WAITS', (0.01, 0.02))
-  with running() as server:
-    yield server
 
 
 @pytest.fixture

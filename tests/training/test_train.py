@@ -13,13 +13,13 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 import tiny_models
 import tiny_pairs
 import tiny_training as tiny
 from PIL import Image
+from runs import assert_same, metrics, one_device
 
 from ip2p_jax import config, parameters
 from ip2p_jax.config import DataConfig, LogConfig, LoraConfig, MeshConfig, OptimizerConfig
@@ -30,6 +30,8 @@ from ip2p_jax.pipeline.workdir import read, read_adapters, read_config
 from ip2p_jax.training import train
 from ip2p_jax.training.resume import claimed
 from ip2p_jax.weights import averages, lora_file
+
+pytestmark = pytest.mark.usefixtures('kept_programs', 'visible')
 
 ROOT = Path(__file__).parents[2]
 ROWS = 10
@@ -57,48 +59,15 @@ def a_config(folder, optim=None, log=None, data=None, **settings) -> config.Trai
   )
 
 
-@pytest.fixture(autouse=True, scope='module')
-def kept_programs(tmp_path_factory):
-  """Compiling takes most of the time; many runs here are of the same programs."""
-  jax.config.update('jax_compilation_cache_dir', str(tmp_path_factory.mktemp('cache')))
-  yield
-  jax.config.update('jax_compilation_cache_dir', None)
-
-
-@pytest.fixture(autouse=True)
-def devices(monkeypatch):
-  """`devices(n)`: how many of the eight a run may see; 1 at first."""
-  every = jax.devices()
-
-  def use(count):
-    monkeypatch.setattr(jax, 'devices', lambda *_: every[:count])
-
-  use(1)
-  return use
-
-
 def weights_of(workdir, step=None, ema=False):
   tensors = read(workdir, ema=ema, step=step).tensors['unet']
   return {name: np.array(tensors[name]) for name in tensors}
 
 
-def assert_same(a, b):
-  assert a.keys() == b.keys()
-  for name in a:
-    np.testing.assert_array_equal(a[name], b[name], name)
-
-
-def metrics(workdir):
-  lines = [json.loads(line) for line in (Path(workdir) / 'metrics.jsonl').read_text().splitlines()]
-  return {line.pop('step'): line for line in lines}
-
-
 @pytest.fixture(scope='module')
 def uninterrupted(folder, tmp_path_factory):
   workdir = tmp_path_factory.mktemp('run')
-  every = jax.devices()
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(jax, 'devices', lambda *_: every[:1])
+  with one_device():
     assert train.train(a_config(folder), str(workdir)) == 0
   return workdir
 
@@ -132,10 +101,10 @@ def test_a_finished_run_says_so_and_does_nothing(folder, uninterrupted, capsys):
 
 @pytest.mark.long
 def test_a_run_goes_on_without_its_starting_checkpoint_and_on_other_devices(
-  folder, uninterrupted, tmp_path, devices
+  folder, uninterrupted, tmp_path, visible
 ):
   train.train(a_config(folder, steps=2), str(tmp_path))
-  devices(4)
+  visible(4)
   elsewhere = a_config(folder, checkpoint='/no/longer/there', mesh=MeshConfig(fsdp=2))
   train.train(elsewhere, str(tmp_path))
   begun = str(folder / 'checkpoint')
