@@ -49,7 +49,7 @@ def check(
     raise InputError(f'{path}: {found.broken} of {found.rows} rows are broken, see above.')
   if found.edits_nothing:
     raise InputError(
-      f'{path}: in {found.warnings["unchanged"]} of {found.pairs} pairs both pictures are the same,'
+      f'{path}: in {found.warnings["unchanged"]} of {found.pairs} pairs both images are the same,'
       ' so there is no edit to learn; see which columns are input and edited, and say it by'
       ' --columns.'
     )
