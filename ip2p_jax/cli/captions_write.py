@@ -18,10 +18,10 @@ from ip2p_jax.defaults import MOST_TOKENS
 from ip2p_jax.errors import InputError
 
 # Options of only one of the two backends.
-OF_SERVER = ('server_model', 'api', 'key_variable', 'examples', 'from_triplets', 'body',
+SERVER_OPTIONS = ('server_model', 'api', 'key_variable', 'examples', 'from_triplets', 'body',
              'concurrency', 'timeout', 'retries', 'prompt_price', 'completion_price',
              'yes')  # fmt: skip
-OF_MODEL = ('slots', 'split_weights', 'dtype')
+MODEL_OPTIONS = ('slots', 'split_weights', 'dtype')
 MOST_DOLLARS = 1e6  # per million tokens
 
 
@@ -137,7 +137,7 @@ def write(
   number = parse_shard(shard)
   if (model is None) == (server is None):
     raise InputError('give either --model FOLDER or --server URL.')
-  _check_options(context, *((OF_SERVER, '--server') if model else (OF_MODEL, '--model')))
+  _check_options(context, *((SERVER_OPTIONS, '--server') if model else (MODEL_OPTIONS, '--model')))
   if temperature == 0:
     _check_greedy(context, bool(model), attempts)
   folder, is_flagged = storage.local_folder(out), moderate and _hook(moderate)

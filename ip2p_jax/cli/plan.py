@@ -65,7 +65,7 @@ def plan(
     Option('--quick', help='On TPUs: compile faster; shows whether it fits, but not the time.'),
   ] = False,
 ) -> None:
-  """Plans work on TPUs or GPUs, without them: whether it fits, and what it costs.
+  """Shows whether work fits on TPUs or GPUs, and what it costs. Needs neither of them.
 
   ip2p plan --topology v5e-16 --device-batch 32
 

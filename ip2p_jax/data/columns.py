@@ -1,6 +1,6 @@
 """Finds the columns of a table that hold an edit, and makes rows of them.
 
-A role is what we need ('input', 'instruction'). A column is what a data set calls it; it has at
+A role is a part of an edit ('input', 'instruction'). A column is its name in a data set; it has at
 most one role. Names that data sets on the Hugging Face hub use are recognised. The user gives other
 names by `columns`, such as 'input=before,edited=after,instruction=text'. The content of a column
 counts as well as its name. A column of text never becomes an image column, or the other way round.

@@ -28,7 +28,7 @@ from ip2p_jax.errors import InputError
 
 Example = dict[str, Any]
 Tokenizer = Callable[[Sequence[str]], np.ndarray]
-SAME_SHAPE = 1.05  # how far the aspects of a pair may lie apart
+SAME_SHAPE = 1.05  # largest ratio of the aspects of a pair
 
 
 class Framing(NamedTuple):

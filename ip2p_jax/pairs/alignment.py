@@ -134,7 +134,7 @@ def step_window(span: Span, steps: int) -> tuple[int, int]:
   """
   start, stop = span if isinstance(span, tuple) else (0.0, span)
   if not 0 <= start <= stop <= 1:
-    raise InputError(f'{span} is no part of the steps; give fractions of 0 to 1, such as (0, 0.8).')
+    raise InputError(f'{span} is not a part of the steps; give fractions of 0 to 1: (0, 0.8).')
   return int(start * steps), int(stop * steps)
 
 

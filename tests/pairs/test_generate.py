@@ -466,8 +466,11 @@ def test_cut_off_captions_are_a_warning(generator, prompts):
     ('{"caption": "a", "edit": "\\ud800", "output": "c"}', 'text that is not Unicode'),
     ('{"caption": "a", "output": "c", "weights": {"c": true}}', 'line 2: weights is not an object'),
     ('{"caption": "a", "output": "c", "weights": {"c": NaN}}', 'weights is not an object'),
-    ('{"caption": "a", "output": "c", "cross_steps": {"c": 1.5}}', 'cross_steps: 1.5 is no part'),
-    ('{"caption": "a", "output": "c", "cross_steps": {"c": [0.5, 0.1]}}', 'is no part of'),
+    (
+      '{"caption": "a", "output": "c", "cross_steps": {"c": 1.5}}',
+      'cross_steps: 1.5 is not a part',
+    ),
+    ('{"caption": "a", "output": "c", "cross_steps": {"c": [0.5, 0.1]}}', 'is not a part of'),
     ('{"caption": "a", "output": "c", "blend": [[], []]}', 'blend is not two lists'),
     ('{"caption": "a", "output": "c", "weights": [1]}', 'weights is not an object'),
     ('{"caption": "a", "output": "c", "cross_steps": {"c": "x"}}', 'cross_steps is not an object'),
@@ -519,7 +522,7 @@ def test_one_message_has_faults_of_form_and_words(parts, tmp_path):
   with pytest.raises(InputError) as error:
     read_prompts(file, faults)
   message = str(error.value)
-  assert 'line 1: cross_steps: 1.5 is no part of the steps' in message
+  assert 'line 1: cross_steps: 1.5 is not a part of the steps' in message
   assert "line 1: the word 'tree' is not in" in message and "line 1: the word 'bush'" in message
   assert "line 2 has no text 'edit'" in message and "line 2: the word 'moon'" in message
   assert message.endswith('and 2 more; mend this first.')
@@ -545,7 +548,7 @@ def test_the_key_of_the_released_prompts_is_known(tmp_path):
     ({'keep': 'some'}, 'keep is'),
     ({'samples': 0}, 'samples is 0'),
     ({'threshold': (0.9, 0.1)}, 'threshold is 0.9 to 0.1'),
-    ({'cross': 1.5}, '1.5 is no part'),
+    ({'cross': 1.5}, '1.5 is not a part'),
     ({'sampler': 'plms'}, 'sampler is'),
   ],
 )
