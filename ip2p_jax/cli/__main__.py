@@ -1,4 +1,4 @@
-"""`python -m ip2p_jax.cli`, where the `ip2p` command is not on the path."""
+"""`python -m ip2p_jax.cli`, if the `ip2p` command is not on the path."""
 
 from ip2p_jax.cli.main import main
 

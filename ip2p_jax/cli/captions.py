@@ -1,4 +1,4 @@
-"""`ip2p captions`: a language model learns to write edits, and writes them for many captions."""
+"""`ip2p captions`: trains a language model to write edits, and writes edits for many captions."""
 
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +13,7 @@ from ip2p_jax.errors import InputError
 
 app = typer.Typer(
   rich_markup_mode=None,
-  help='Captions and how to edit them: what pairs of pictures are drawn from.',
+  help='Captions and their edits, from which `ip2p pairs` draws pairs of images.',
 )
 
 
@@ -34,7 +34,7 @@ def train(
   --config.data.path=my-triplets.jsonl --config.lora.rank=16
 
   Run the same command again to resume. On several hosts: python train.py --multihost
-  --config=configs/captions.py. docs/captions.md tells how to write triplets.
+  --config=configs/captions.py. docs/captions.md explains how to write triplets.
   """
   from ip2p_jax.captions.train import train_language
   from ip2p_jax.config import LanguageConfig
@@ -44,7 +44,7 @@ def train(
   for word in context.args:
     name, equals, _ = word.partition('=')
     if not name.startswith('--config.') or not equals:
-      raise InputError(f'does not know {word!r}; settings change by --config.KEY=VALUE.')
+      raise InputError(f'does not know {word!r}; change a setting by --config.KEY=VALUE.')
     changes.append(word.removeprefix('--config.'))
   settings = load_config(config, changes, LanguageConfig)
   console.cache_compilations()
@@ -60,11 +60,11 @@ def check(
     Path, Argument(metavar='FILE', help='Triplets, or prompts: .jsonl, .csv or .parquet.')
   ],
 ) -> None:
-  """Looks at every triplet: the same twice or nearly, faults of form, edits that cannot be drawn.
+  """Checks every triplet for duplicates, faults of form, and edits that cannot be drawn.
 
   ip2p captions check my-triplets.jsonl
 
-  A line per finding, and how varied the instructions are. Exit status 1 if anything was found.
+  Prints a line per finding, and how varied the instructions are. Exit status 1 if there is any.
   """
   from ip2p_jax.captions.check import check_triplets, diversity
 
@@ -87,20 +87,20 @@ def check(
 @app.command()
 def merge(
   files: Annotated[
-    list[str], Argument(metavar='FILES... OUT', help='Files of `write`, then a new one.')
+    list[str], Argument(metavar='FILES... OUT', help='Files of `write`, then a new file.')
   ],
 ) -> None:
-  """Puts the prompts of several runs into one file, each caption once.
+  """Merges the prompts of several runs into one file, each caption once.
 
   ip2p captions merge edits-a/prompts.jsonl edits-b/prompts.jsonl prompts.jsonl
 
-  Workers of one run (--shard) need none of this.
+  Workers of one run (--shard) do not need it.
   """
   from ip2p_jax.captions.merge import merge_answers
 
   *sources, out = files
   if not sources:
-    raise InputError('give the files to merge, and then a new one to write to.')
+    raise InputError('give the files to merge, and then a new file to write.')
   count, duplicates = merge_answers(sources, out)
   prompts = console.counted(count, 'prompt')
-  tqdm.write(f'{out}: {prompts}; {duplicates:,} left out, whose caption was there before')
+  tqdm.write(f'{out}: {prompts}; {duplicates:,} left out as duplicate captions')

@@ -17,11 +17,11 @@ from ip2p_jax.cli import console
 from ip2p_jax.defaults import MOST_TOKENS
 from ip2p_jax.errors import InputError
 
-# Options that only one of the two backends reads.
-OF_SERVER = ('server_model', 'api', 'key_variable', 'examples', 'from_triplets', 'body',
+# Options of only one of the two backends.
+SERVER_OPTIONS = ('server_model', 'api', 'key_variable', 'examples', 'from_triplets', 'body',
              'concurrency', 'timeout', 'retries', 'prompt_price', 'completion_price',
              'yes')  # fmt: skip
-OF_MODEL = ('slots', 'split_weights', 'dtype')
+MODEL_OPTIONS = ('slots', 'split_weights', 'dtype')
 MOST_DOLLARS = 1e6  # per million tokens
 
 
@@ -31,30 +31,28 @@ def write(
     str,
     Argument(
       metavar='CAPTIONS',
-      help='A .jsonl, .csv or .parquet file, a folder of .parquet, or a .txt of one per line.',
+      help='A .jsonl, .csv or .parquet file, a folder of .parquet, or a .txt with one per line.',
     ),
   ],
-  out: Annotated[
-    str, Argument(metavar='OUT', help='A new folder; or one that an earlier try began.')
-  ],
+  out: Annotated[str, Argument(metavar='OUT', help='A new folder, or one to continue in.')],
   model: Annotated[
-    Path | None, Option(help='A folder as transformers saves a model, trained on triplets.')
+    Path | None, Option(help='A transformers folder of a model trained on triplets.')
   ] = None,
   server: Annotated[
-    str | None, Option(help="Instead: a server's URL, as in http://localhost:8000/v1.")
+    str | None, Option(help="Instead: a server's URL, such as http://localhost:8000/v1.")
   ] = None,
   server_model: Annotated[str | None, Option(help="The model's name on the server.")] = None,
-  column: Annotated[str, Option(help='Of captions; caption, input, TEXT and such are found.')] = '',
+  column: Annotated[str, Option(help='Name of the column, if not caption, input, TEXT etc.')] = '',
   limit: Annotated[
-    int | None, Option(min=1, help='Only the first captions; run again for more of them.')
+    int | None, Option(min=1, help='Only the first captions; run again for more.')
   ] = None,
-  attempts: Annotated[int, Option(min=1, help='Answers to ask for until one is good.')] = 4,
-  temperature: Annotated[float, Option(help='0 always takes the likeliest token.')] = 0.7,
-  top_p: Annotated[float, Option(help='Part of the probability that tokens are drawn from.')] = 1.0,
-  frequency_penalty: Annotated[float, Option(help='Per time that a token was written.')] = 0.1,
-  max_tokens: Annotated[int, Option(min=1, max=MOST_TOKENS, help='Of an answer.')] = 256,
-  max_words: Annotated[int, Option(min=1, help='Of an instruction.')] = 25,
-  seed: Annotated[int, Option(min=0, help='Of the whole run.')] = 0,
+  attempts: Annotated[int, Option(min=1, help='Most answers to ask for until one is good.')] = 4,
+  temperature: Annotated[float, Option(help='0 always takes the most likely token.')] = 0.7,
+  top_p: Annotated[float, Option(help='Share of the probability to draw tokens from.')] = 1.0,
+  frequency_penalty: Annotated[float, Option(help='Per earlier use of a token.')] = 0.1,
+  max_tokens: Annotated[int, Option(min=1, max=MOST_TOKENS, help='Per answer.')] = 256,
+  max_words: Annotated[int, Option(min=1, help='Per instruction.')] = 25,
+  seed: Annotated[int, Option(min=0, help='Of the run.')] = 0,
   moderate: Annotated[
     str | None,
     Option(
@@ -68,16 +66,16 @@ def write(
     Option(
       min=1,
       max=MOST_TOKENS,
-      help='With --model: captions at a time, on all devices; 64 for each copy of the weights if'
-      ' left out.',
+      help='With --model: captions at a time, on all devices; by default 64 per copy of the'
+      ' weights.',
     ),
   ] = None,
   split_weights: Annotated[
     int | None,
     Option(
       min=1,
-      help='With --model: devices that share one copy of the weights; if left out, as few as keep'
-      ' half of their memory free.',
+      help='With --model: devices that share one copy of the weights; by default the fewest that'
+      ' keep half of their memory free.',
     ),
   ] = None,
   dtype: Annotated[
@@ -91,16 +89,16 @@ def write(
     int, Option(min=0, help='With --server: triplets to show; 0 for a model trained on them.')
   ] = 8,
   from_triplets: Annotated[
-    Path | None, Option('--triplets', help='With --server: to show; those of this project if none.')
+    Path | None, Option('--triplets', help='With --server: triplets to show; by default ours.')
   ] = None,
   body: Annotated[
-    str, Option(help='With --server: more of the request, as JSON; null takes a key out.')
+    str, Option(help='With --server: more keys of the request, as JSON; null removes a key.')
   ] = '{}',
   concurrency: Annotated[
     int, Option(min=1, max=1024, help='With --server: requests at a time.')
   ] = 16,
-  timeout: Annotated[float, Option(min=0.1, help='With --server: seconds for an answer.')] = 120.0,
-  retries: Annotated[int, Option(min=0, help='With --server: of a request that fails.')] = 8,
+  timeout: Annotated[float, Option(min=0.1, help='With --server: seconds per answer.')] = 120.0,
+  retries: Annotated[int, Option(min=0, help='With --server: per request that fails.')] = 8,
   prompt_price: Annotated[
     float | None,
     Option(min=0, max=MOST_DOLLARS, help='With --server: dollars per million tokens of requests.'),
@@ -123,7 +121,7 @@ def write(
   ip2p captions write captions.jsonl edits --server https://api.example.com/v1 --server-model NAME
   --key-variable API_KEY --prompt-price 0.15 --completion-price 0.6
 
-  Killed, it goes on where it was. The result is OUT/prompts.jsonl, once all workers are done.
+  After a kill, run it again to continue. OUT/prompts.jsonl is the result of all workers.
   """
   from ip2p_jax import storage
   from ip2p_jax.captions.judge import Writing
@@ -135,71 +133,71 @@ def write(
 
   writing = Writing(
     seed, attempts, temperature, top_p, frequency_penalty, max_tokens, max_words
-  )  # refuses mistakes before reading
+  )  # refuses wrong values before reading
   number = parse_shard(shard)
   if (model is None) == (server is None):
     raise InputError('give either --model FOLDER or --server URL.')
-  _check_options(context, *((OF_SERVER, '--server') if model else (OF_MODEL, '--model')))
+  _check_options(context, *((SERVER_OPTIONS, '--server') if model else (MODEL_OPTIONS, '--model')))
   if temperature == 0:
     _check_greedy(context, bool(model), attempts)
   folder, is_flagged = storage.local_folder(out), moderate and _hook(moderate)
   source = Path(storage.local_path(source)).expanduser()
-  asked = None
+  endpoint = None
   if server is not None:
-    asked = _server(
+    endpoint = _server(
       server, server_model, api, key_variable, from_triplets, examples, body, concurrency, timeout,
       retries,
     )  # fmt: skip
-    _check_taken_out(context, asked)
-  found = read_captions(source, column)
-  left_out = ', '.join(f'{count:,} {reason}' for reason, count in found.left_out.items())
+    _check_taken_out(context, endpoint)
+  captions = read_captions(source, column)
+  left_out = ', '.join(f'{count:,} {reason}' for reason, count in captions.left_out.items())
   tqdm.write(
-    f'{source}: {console.counted(len(found.kept), "caption")}; left out: {left_out or "none"}'
+    f'{source}: {console.counted(len(captions.kept), "caption")}; left out: {left_out or "none"}'
   )
   usage, to_ask = Usage(), []
-  if asked:
-    identity = _identity(asked)
+  if endpoint:
+    identity = _identity(endpoint)
     from ip2p_jax.captions.client import server_backend
 
-    complete = server_backend(asked, writing, usage, _once(tqdm.write))
+    complete = server_backend(endpoint, writing, usage, _once(tqdm.write))
   else:
     loaded, identity = _load(model, dtype, split_weights)
     complete = local_backend(loaded, writing, slots)
 
   def confirm(texts):
     to_ask.extend(texts)
-    if asked:
-      _confirm(asked, writing, texts, prompt_price, completion_price, yes)
+    if endpoint:
+      _confirm(endpoint, writing, texts, prompt_price, completion_price, yes)
 
   with tqdm(unit='caption', dynamic_ncols=True, disable=None) as bar:
 
     def progress(done, total):
-      if bar.total is None:  # what was there before says nothing of the speed
+      if bar.total is None:  # earlier captions do not count for the speed
         bar.reset(total)
         bar.initial = bar.n = done
       bar.update(done - bar.n)
 
     is_complete = write_all(
-      found.kept, folder, complete, writing, identity | {'moderate': moderate}, number, limit,
+      captions.kept, folder, complete, writing, identity | {'moderate': moderate}, number, limit,
       is_flagged, progress, confirm,
     )  # fmt: skip
-  if asked and to_ask:
-    _tell_usage(usage, prompt_price, completion_price)
+  if endpoint and to_ask:
+    _report_usage(usage, prompt_price, completion_price)
   _report(folder, is_complete)
 
 
 def _check_greedy(context, is_local: bool, attempts: int) -> None:
-  """InputError for an option that decides nothing where the likeliest token is taken."""
+  """Raises InputError for an option without effect if the most likely token is taken."""
   idle = {'top_p'} | ({'seed', 'attempts'} if is_local else set())
-  for name, flag in console.given_options(context).items():
+  for name, flag in console.changed_options(context).items():
     if name in idle and (name, attempts) != ('attempts', 1):
       raise InputError(
-        f'{flag} would do nothing: --temperature 0 takes the likeliest token; leave it out.'
+        f'{flag} would do nothing: --temperature 0 takes the most likely token; leave it out.'
       )
 
 
-def _server(url, model, api, key_variable, from_triplets, examples, body, *how):
-  """What a server is asked with; InputError for options that contradict each other."""
+def _server(url, model, api, key_variable, from_triplets, examples, body, *limits):
+  """The settings of a server. Raises InputError for options that contradict each other."""
   from ip2p_jax.captions import triplets
   from ip2p_jax.captions.server import Server, read_key
 
@@ -209,32 +207,32 @@ def _server(url, model, api, key_variable, from_triplets, examples, body, *how):
     raise InputError('--triplets are not shown with --examples 0; leave one of them out.')
   shown = triplets.read(from_triplets or triplets.bundled_file()) if examples else []
   key = read_key(key_variable) if key_variable else None
-  return Server(url, model, api, key, shown, examples, _json(body), *how)
+  return Server(url, model, api, key, shown, examples, _json(body), *limits)
 
 
 def _identity(server) -> dict:
-  """What tells the answers of one server and prompt from those of others."""
+  """The settings that answers depend on, as far as they may be stored."""
   identity = {'model': server.model, 'api': server.api, 'shown': server.shown}
-  identity |= {'examples': _digest(server.examples), 'body': _digest(server.body)}  # secrets
+  identity |= {'examples': _digest(server.examples), 'body': _digest(server.body)}  # no secrets
   return identity | ({'taken_out': server.taken_out} if server.taken_out else {})
 
 
 def _check_options(context, names, backend) -> None:
-  """InputError for an option that was given and would not be read."""
-  for name, flag in console.given_options(context).items():
+  """Raises InputError for an option of the other backend."""
+  for name, flag in console.changed_options(context).items():
     if name in names:
       raise InputError(f'{flag} goes with {backend}; leave it out.')
 
 
 def _check_taken_out(context, server) -> None:
-  """InputError for an option that was given, of which --body lets the server hear nothing."""
-  for name, flag in console.given_options(context).items():
-    if name in server.taken_out and not (name == 'seed' and server.shown):  # it draws examples, too
-      raise InputError(f'{flag} would do nothing: --body takes it out; leave one of them out.')
+  """Raises InputError for an option that --body removes from the request."""
+  for name, flag in console.changed_options(context).items():
+    if name in server.taken_out and not (name == 'seed' and server.shown):  # it also draws examples
+      raise InputError(f'{flag} would do nothing: --body removes it; leave one of them out.')
 
 
 def _load(folder, dtype, split):
-  """A model of this machine, and what tells it apart."""
+  """A model of this machine, and its identity."""
   from ip2p_jax.captions.generate import Language
   from ip2p_jax.pipeline.networks import bytes_digest, default_dtype, weights_digest
   from ip2p_jax.weights.language_folder import read_language
@@ -258,12 +256,12 @@ def _digest(value) -> str:
 
 
 def _hook(spec: str) -> Callable[[str], bool]:
-  """A function of the user's, which may lie beside where the command runs."""
+  """Imports the user's function. Its module may be in the current folder."""
   module, _, name = spec.partition(':')
   sys.path.insert(0, str(Path.cwd()))
   try:
     function = getattr(importlib.import_module(module), name)
-  except (Exception, SystemExit) as error:  # whatever happens in there
+  except (Exception, SystemExit) as error:  # the module may raise anything
     raise InputError(
       f'--moderate {spec}: cannot be imported ({error}); write MODULE:FUNCTION.'
     ) from error
@@ -283,17 +281,17 @@ def _hook(spec: str) -> Callable[[str], bool]:
 
 def _json(text: str) -> dict:
   try:
-    found = json.loads(text)
-    json.dumps(found, allow_nan=False)  # nor infinity, which are no JSON
+    value = json.loads(text)
+    json.dumps(value, allow_nan=False)  # NaN and infinity are not JSON
   except (ValueError, RecursionError):
-    found = None
-  if not isinstance(found, dict):
-    raise InputError('--body is no JSON object, as in \'{"seed": null, "min_p": 0.1}\'.')
-  return found
+    value = None
+  if not isinstance(value, dict):
+    raise InputError('--body is not a JSON object, such as \'{"seed": null, "min_p": 0.1}\'.')
+  return value
 
 
 def _confirm(server, writing, texts, prompt_price, completion_price, yes) -> None:
-  """Tells what a run may cost, and asks."""
+  """Prints the possible cost of a run, and asks whether to start."""
   from ip2p_jax.captions.server import estimate
 
   least = estimate(server, writing, texts)
@@ -306,11 +304,11 @@ def _confirm(server, writing, texts, prompt_price, completion_price, yes) -> Non
   if yes:
     return
   if not sys.stdin.isatty():
-    raise InputError('nobody is there to be asked whether to start; say --yes.')
+    raise InputError('there is no terminal to ask whether to start; say --yes.')
   typer.confirm('Start?', abort=True)
 
 
-def _tell_usage(usage, prompt_price, completion_price) -> None:
+def _report_usage(usage, prompt_price, completion_price) -> None:
   if usage.prompt_tokens:
     tqdm.write(
       f'the server counted {usage.prompt_tokens:,} tokens of requests and'
@@ -327,15 +325,15 @@ def _dollars(tokens, prompt_price, completion_price) -> str:
 
 
 def _once(say):
-  """Says each line once."""
-  said = set()
+  """A function that passes each line to `say` once."""
+  lines = set()
 
-  def tell(line):
-    if line not in said:
-      said.add(line)
+  def say_once(line):
+    if line not in lines:
+      lines.add(line)
       say(line)
 
-  return tell
+  return say_once
 
 
 def _report(folder, is_complete) -> None:
@@ -343,18 +341,18 @@ def _report(folder, is_complete) -> None:
   from ip2p_jax.captions.check import diversity
   from ip2p_jax.captions.write import PROMPTS
 
-  found = read_yield(folder)
-  for line in describe(found):
+  counts = read_yield(folder)
+  for line in describe(counts):
     tqdm.write(line)
-  if not found.instructions and is_complete:
-    raise InputError(f'no answer was kept; {folder} has them all, and why they were refused.')
-  for line in diversity(found.instructions):
+  if not counts.instructions and is_complete:
+    raise InputError(f'no answer was kept; {folder} has all answers and the reasons.')
+  for line in diversity(counts.instructions):
     tqdm.write(line)
   if is_complete:
     file = folder / PROMPTS
     count = console.counted(file.read_bytes().count(b'\n'), 'prompt')
-    tqdm.write(f'{file} has {count}; `ip2p pairs` draws pictures of it')
+    tqdm.write(f'{file} has {count}; `ip2p pairs` draws images of them')
   else:
     tqdm.write(
-      f'{folder}: other shards are still missing: it is complete when all workers are done'
+      f'{folder}: other shards are still missing; it is complete when all workers are done'
     )

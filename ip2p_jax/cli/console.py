@@ -1,4 +1,4 @@
-"""What all commands share: errors as one line, progress, compiled programs that are kept."""
+"""Shared parts of all commands: errors as one line, progress, the cache of compiled programs."""
 
 import contextlib
 import functools
@@ -27,15 +27,15 @@ Ema = Annotated[
   bool | None,
   Option(
     '--ema/--no-ema',
-    help='Averaged or live weights, of a single file or workdir that holds both; by default'
-    ' averaged, unless a file shows that its live ones were merged, or had an adapter added.',
+    help='Averaged or live weights, if a single file or workdir holds both; by default averaged,'
+    ' unless the file shows that its live weights were merged, or got an adapter.',
   ),
 ]
 
 
 @contextlib.contextmanager
 def one_line(name: str, when_out_of_memory: str) -> Iterator[None]:
-  """Turns what a user can mend into one line on stderr and exit status 2; shows our log there."""
+  """Turns errors that a user can mend into one line on stderr and status 2. Shows our log there."""
   try:
     with _log_shown(name):
       yield
@@ -53,7 +53,7 @@ def one_line(name: str, when_out_of_memory: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _log_shown(name: str) -> Iterator[None]:
-  """Shows what our modules log, as lines on the first process's stderr."""
+  """Shows the log of our modules as lines on the first process's stderr."""
   ours, handler = logging.getLogger('ip2p_jax'), logging.Handler()
 
   def emit(record):
@@ -66,7 +66,7 @@ def _log_shown(name: str) -> Iterator[None]:
   handler.emit, before = emit, (ours.level, ours.propagate)
   ours.addHandler(handler)
   ours.setLevel(logging.INFO)
-  ours.propagate = False  # absl's handler would show it again
+  ours.propagate = False  # else absl's handler shows it again
   try:
     yield
   finally:
@@ -84,26 +84,27 @@ def cache_compilations() -> None:
 
   if not jax.config.jax_compilation_cache_dir:
     folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'ip2p-jax'
-    with contextlib.suppress(OSError):  # then we go without
+    with contextlib.suppress(OSError):  # works without a cache, too
       folder.mkdir(parents=True, exist_ok=True)
       jax.config.update('jax_compilation_cache_dir', str(folder))
       _drop_damaged(folder)
 
 
 def _drop_damaged(folder: Path) -> None:
-  """Removes from a cache what jax cannot read, so that it is written anew.
+  """Removes files from a cache that jax cannot read, so that jax writes them again.
 
-  jax writes its files in place, so a kill or a full disk leaves part of one, and never writes over.
+  jax writes its files in place and never overwrites one, so a kill or a full disk leaves a partial
+  file.
   """
   show = warnings.showwarning
 
-  def shown(message, *rest):
-    if found := re.match(r"Error reading persistent compilation cache.*'([\w<>]+)'", str(message)):
-      for file in folder.glob(f'{found[1]}-*'):
+  def remove_and_show(message, *rest):
+    if match := re.match(r"Error reading persistent compilation cache.*'([\w<>]+)'", str(message)):
+      for file in folder.glob(f'{match[1]}-*'):
         file.unlink(missing_ok=True)
     show(message, *rest)
 
-  warnings.showwarning = shown
+  warnings.showwarning = remove_and_show
 
 
 def run(app: typer.Typer | Callable, name: str) -> None:
@@ -113,9 +114,9 @@ def run(app: typer.Typer | Callable, name: str) -> None:
     app.command()(function)
   with warnings.catch_warnings():
     warnings.simplefilter('default', UserWarning)
-    tell = functools.cache(lambda message: complain(name, f'warning: {message}'))  # each once
-    warnings.showwarning = lambda message, *_: tell(str(message))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that we tidy up
+    warn = functools.cache(lambda message: complain(name, f'warning: {message}'))  # each once
+    warnings.showwarning = lambda message, *_: warn(str(message))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # to clean up first
 
     def end(_number):
       complain(name, 'stopped')
@@ -123,7 +124,7 @@ def run(app: typer.Typer | Callable, name: str) -> None:
 
     with interruptible(end):
       status = _status(app, name)
-  if status == INTERRUPTED:  # the device may still be at work, and would fail under our feet
+  if status == INTERRUPTED:  # a normal exit could fail while the device works
     sys.stdout.flush()
     os._exit(status)
   sys.exit(status)
@@ -138,7 +139,7 @@ def _status(app: typer.Typer, name: str) -> int:
   except typer.Abort:  # the same in older versions of typer
     pass
   except Exception as error:
-    if not hasattr(error, 'format_message'):  # what a wrong flag raises
+    if not hasattr(error, 'format_message'):  # errors of wrong flags have it
       raise
     command = getattr(getattr(error, 'ctx', None), 'command_path', name)
     complain(name, f'error: {error.format_message()} (see {command} --help)')
@@ -147,10 +148,10 @@ def _status(app: typer.Typer, name: str) -> int:
   return INTERRUPTED
 
 
-def given_options(context: typer.Context) -> dict[str, str]:
-  """The options that change something on the command line: their flags by name.
+def changed_options(context: typer.Context) -> dict[str, str]:
+  """The flags of the options on the command line that differ from their defaults, by name.
 
-  A script may well repeat what an option is without it.
+  So a script may repeat defaults.
   """
   return {
     parameter.name: parameter.opts[0]
@@ -160,9 +161,9 @@ def given_options(context: typer.Context) -> dict[str, str]:
   }
 
 
-def counted(count: int, what: str) -> str:
-  """As in 1 row, 2,000 rows."""
-  return f'{count:,} {what}{"s" * (count != 1)}'
+def counted(count: int, noun: str) -> str:
+  """A number with its noun: 1 row, 2,000 rows."""
+  return f'{count:,} {noun}{"s" * (count != 1)}'
 
 
 def say(text: str) -> None:
@@ -170,7 +171,7 @@ def say(text: str) -> None:
 
 
 def save(image, path: Path, settings: dict) -> None:
-  """Writes an image with the settings that made it, and says so."""
+  """Writes an image with its settings, and prints its path."""
   from ip2p_jax import images
 
   images.save(image, path, settings)
@@ -179,9 +180,9 @@ def save(image, path: Path, settings: dict) -> None:
 
 @contextlib.contextmanager
 def progress(unit: str, compiles: bool = False) -> Iterator[Callable[[int, int], None] | None]:
-  """Counts steps, or rows, on a terminal; None where nobody is looking.
+  """Counts steps or rows on a terminal. Gives None without a terminal.
 
-  `compiles`: whether the first of them waits for the compiler, and is to say so.
+  `compiles`: whether the first of them waits for the compiler, which is then announced.
   """
   is_watched = sys.stderr.isatty()
   with contextlib.ExitStack() as stack:

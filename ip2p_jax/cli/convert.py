@@ -21,24 +21,24 @@ def convert(
   ],
   to: Annotated[
     str | None,
-    Option(help='diffusers, ldm, original, lora (adapters alone); or by the name of DST.'),
+    Option(help='diffusers, ldm, original, lora (only adapters); by default from DST.'),
   ] = None,
   dtype: Annotated[str, Option(help='Of the written weights: float32, float16, bfloat16.')] = (
     'float32'
   ),
   ema: console.Ema = None,
   variant: Annotated[
-    str | None, Option(help='Which of a source folder’s files to read, such as fp16.')
+    str | None, Option(help="Variant of a source folder's files to read, such as fp16.")
   ] = None,
   prediction_type: Annotated[
-    str | None, Option(help='epsilon or v_prediction, for single files that cannot say.')
+    str | None, Option(help='epsilon or v_prediction, for single files without this setting.')
   ] = None,
   verify: Annotated[
     bool, Option(help='Whether to store a short edit and a verify.py that repeats it in PyTorch.')
   ] = True,
-  overwrite: Annotated[bool, Option('--overwrite', help='Replace what is at DST.')] = False,
+  overwrite: Annotated[bool, Option('--overwrite', help='Replace DST if it exists.')] = False,
 ) -> None:
-  """Converts a checkpoint, or what a training run made, to a diffusers folder or an LDM file.
+  """Converts a checkpoint, or a training run, to a diffusers folder or an LDM file.
 
   ip2p convert instruct-pix2pix-00-22000.ckpt ip2p-folder --to diffusers --dtype float16
 
@@ -50,10 +50,9 @@ def convert(
 
   ip2p convert workdir adapters --to lora
 
-  The LDM file is what A1111 and ComfyUI load; the .ckpt file, which needs torch to be written, is
-  what the original's own edit_cli.py loads: with a state_dict, and averages beside the weights.
-  Beside what is written lie a stored edit and verify.py, which repeats it with torch and diffusers
-  alone and prints the difference.
+  A1111 and ComfyUI load the LDM file. The original's edit_cli.py loads the .ckpt file, which has a
+  state_dict with weights and averages; writing it needs torch. The command also stores an edit and
+  a verify.py, which repeats the edit with only torch and diffusers, and prints the difference.
   """
   console.cache_compilations()
   convert_any(
@@ -71,9 +70,9 @@ def convert_any(
   say: Callable[[str], None] = print,
   **options: Any,
 ) -> None:
-  """Converts an editor, or writes a language model's run as a folder of transformers.
+  """Converts an editor, or writes a language model's run as a transformers folder.
 
-  Arguments are those of `convert_checkpoint`; raises InputError as it does.
+  Arguments and errors are those of `convert_checkpoint`.
   """
   from ip2p_jax.captions.workdir import export_language, is_language_run
   from ip2p_jax.editing.export import convert_checkpoint, refuse_options

@@ -17,16 +17,16 @@ def check(
     str, Option(help='Unusual column names: "input=before,edited=after,instruction=text".')
   ] = '',
   task: Annotated[str, Option(help='edit, or text_to_image.')] = 'edit',
-  split: Annotated[str | None, Option(help='train, validation or test; all, if left out.')] = None,
-  limit: Annotated[int | None, Option(min=1, help='Rows of each split to look at.')] = None,
+  split: Annotated[str | None, Option(help='train, validation or test; by default all.')] = None,
+  limit: Annotated[int | None, Option(min=1, help='Rows of each split to check.')] = None,
 ) -> None:
-  """Looks at every row of a data set, or every tensor of a checkpoint, and names what is broken.
+  """Checks every row of a data set, or every tensor of a checkpoint, and reports broken ones.
 
   ip2p check my-pairs
 
   ip2p check instruct-pix2pix.safetensors
 
-  Exit status 2 if anything is.
+  Exit status 2 if anything is broken.
   """
   from ip2p_jax.data.check import check as check_data_set
   from ip2p_jax.editing.export import check_checkpoint
@@ -34,41 +34,40 @@ def check(
 
   is_checkpoint = workdir.is_workdir(path) or Path(path, 'unet').is_dir()
   if is_checkpoint or Path(path).suffix in ('.safetensors', '.ckpt'):
-    of_data = {'--columns': columns, '--task': task != 'edit', '--split': split, '--limit': limit}
-    if given := [option for option, value in of_data.items() if value]:
-      raise InputError(f'{path}: is a checkpoint, and {given[0]} is for data sets; leave it out.')
+    options = {'--columns': columns, '--task': task != 'edit', '--split': split, '--limit': limit}
+    if flags := [flag for flag, value in options.items() if value]:
+      raise InputError(f'{path}: is a checkpoint, and {flags[0]} is for data sets; leave it out.')
     check_checkpoint(workdir.load(path))
-    console.say(f'{path}: a checkpoint, every tensor as its architecture wants it')
+    console.say(f'{path}: a checkpoint; every tensor fits its architecture')
     return
   with console.progress('row') as progress:
-    found = check_data_set(path, columns, task, split, console.say, progress or unwatched, limit)
-  splits = ', '.join(f'{count} {name}' for name, count in found.splits.items() if count)
-  doubts = ', '.join(f'{count} {kind}' for kind, count in found.warnings.items()) or 'none'
-  console.say(f'{path}: {splits} rows, {found.pairs} pairs; warnings: {doubts}')
-  if found.broken:
-    raise InputError(f'{path}: {found.broken} of {found.rows} rows are broken, see above.')
-  if found.edits_nothing:
+    summary = check_data_set(path, columns, task, split, console.say, progress or unwatched, limit)
+  splits = ', '.join(f'{count} {name}' for name, count in summary.splits.items() if count)
+  doubts = ', '.join(f'{count} {kind}' for kind, count in summary.warnings.items()) or 'none'
+  console.say(f'{path}: {splits} rows, {summary.pairs} pairs; warnings: {doubts}')
+  if summary.broken:
+    raise InputError(f'{path}: {summary.broken} of {summary.rows} rows are broken, see above.')
+  if summary.edits_nothing:
     raise InputError(
-      f'{path}: in {found.warnings["unchanged"]} of {found.pairs} pairs both pictures are the same,'
-      ' so there is no edit to learn; see which columns are input and edited, and say it by'
-      ' --columns.'
+      f'{path}: in {summary.warnings["unchanged"]} of {summary.pairs} pairs both images are the'
+      ' same, so there is no edit to learn; name the columns of input and edited by --columns.'
     )
   console.say('nothing is broken')
 
 
 def pack(
-  src: Annotated[str, typer.Argument(help='Any data set; or packed shards, to make latents of.')],
-  dst: Annotated[Path, typer.Argument(help='A new folder; or one that an earlier try began.')],
+  src: Annotated[str, typer.Argument(help='Any data set; or packed shards, to make latents from.')],
+  dst: Annotated[Path, typer.Argument(help='A new folder, or one to continue in.')],
   size: Annotated[
     int | None,
     Option(
       min=0,
-      help='Pixels you will train at; 0 keeps files as are.  [default: 256, or that of packed'
-      ' shards]',
+      help='Resolution of training, in pixels; 0 keeps files as they are.  [default: 256, or that'
+      ' of packed shards]',
     ),
   ] = None,
   latents: Annotated[
-    bool, Option('--latents', help='Store what the VAE makes of the pictures; needs --ckpt.')
+    bool, Option('--latents', help='Store latents, the VAE encodings of the images; needs --ckpt.')
   ] = False,
   ckpt: Annotated[
     Path | None, Option(help='With --latents: the checkpoint that training will start from.')
@@ -78,8 +77,8 @@ def pack(
     Option(
       min=0,
       max=0.5,
-      help='Share of the rows, the last, to keep for validation; rows that share a picture stay'
-      " together.  [default: the data set's own splits; of the original's folders 90, 5 and 5 %]",
+      help='Share of the rows, the last ones, for validation; rows that share an image stay'
+      " together.  [default: the data set's splits; for the original's folders 90, 5 and 5 %]",
     ),
   ] = None,
   columns: Annotated[
@@ -88,14 +87,14 @@ def pack(
   task: Annotated[str, Option(help='edit, or text_to_image.')] = 'edit',
   resize: Annotated[
     str | None,
-    Option(help='With --latents: crop, or squash as the original.  [default: crop]'),
+    Option(help='With --latents: crop, or squash as in the original.  [default: crop]'),
   ] = None,
   dtype: Annotated[
     str | None,
-    Option(help='With --latents: of the VAE; float32 or bfloat16.  [default: float32]'),
+    Option(help='With --latents: float32 or bfloat16, for the VAE.  [default: float32]'),
   ] = None,
   batch_size: Annotated[
-    int | None, Option(min=1, help='With --latents: pictures at once.  [default: 32]')
+    int | None, Option(min=1, help='With --latents: images at a time.  [default: 32]')
   ] = None,
   workers: Annotated[int, Option(min=0, help='Processes (threads, for latents).')] = 8,
   shard: Annotated[str, Option(help='i/n: this machine of n that share the work.')] = '0/1',
@@ -108,17 +107,17 @@ def pack(
   ip2p pack clip-filtered-dataset latents --latents --ckpt stable-diffusion-v1-5
 
   SRC: the original's folders, a folder with metadata.jsonl or metadata.csv, Parquet files, or local
-  copies of the data sets on the Hugging Face hub. Killed, it goes on where it was.
+  copies of the data sets on the Hugging Face hub. After a kill, run it again to continue.
   """
   from ip2p_jax.data.pack import pack as pack_images
   from ip2p_jax.data.pack_plan import pack_size
   from ip2p_jax.data.sources import open_splits
 
-  of_latents = {'--ckpt': ckpt, '--resize': resize, '--dtype': dtype, '--batch-size': batch_size}
-  usual = (None, 'crop', 'float32', 32)  # what they are without it
-  given = [option for option, value in of_latents.items() if value not in usual]
-  if given and not latents:
-    raise InputError(f'{given[0]} is only for --latents; add that, or leave {given[0]} out.')
+  options = {'--ckpt': ckpt, '--resize': resize, '--dtype': dtype, '--batch-size': batch_size}
+  defaults = (None, 'crop', 'float32', 32)
+  flags = [flag for flag, value in options.items() if value not in defaults]
+  if flags and not latents:
+    raise InputError(f'{flags[0]} is only for --latents; add that, or leave {flags[0]} out.')
   console.cache_compilations()
   opened = open_splits(src, columns, task, holdout)
   size = pack_size(src, size, latents)
@@ -126,18 +125,18 @@ def pack(
     'holdout': holdout or 0.0, 'shard': shard, 'workers': workers, 'max_corrupt': max_corrupt,
   }  # fmt: skip
   with console.progress('row', compiles=latents) as progress:
-    told = common | {'say': console.say, 'progress': progress or unwatched}
+    common |= {'say': console.say, 'progress': progress or unwatched}
     if latents:
       own = {'resize': resize, 'dtype': dtype, 'batch_size': batch_size}
       own = {name: value for name, value in own.items() if value is not None}
-      summary = _pack_latents(opened, dst, ckpt, size, told | own)
+      summary = _pack_latents(opened, dst, ckpt, size, common | own)
     else:
-      summary = pack_images(opened, dst, size=size or None, **told)
+      summary = pack_images(opened, dst, size=size or None, **common)
   rows = ', '.join(f'{count} {split}' for split, count in summary.rows.items() if count)
   console.say(f'{dst}: {rows} rows, {len(summary.skipped)} left out')
   if not summary.is_complete:
     console.say(
-      'other shards are still missing: the data set is complete when all machines are done'
+      'other shards are still missing; the data set is complete when all machines are done'
     )
 
 

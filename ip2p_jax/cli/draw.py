@@ -1,4 +1,4 @@
-"""`ip2p draw`: images from a text, by a text-to-image checkpoint, alone or from an image."""
+"""`ip2p draw`: draws images from a text with a text-to-image checkpoint, also from an image."""
 
 import secrets
 from pathlib import Path
@@ -16,18 +16,18 @@ STEPS, STRENGTH = 50, 0.6
 
 
 def draw(
-  text: Annotated[str, typer.Argument(help='What to draw, as in "a photo of a lake".')],
+  text: Annotated[str, typer.Argument(help='What to draw, such as "a photo of a lake".')],
   output: Annotated[Path, Option('--output', '-o', help='The image to write.')],
   ckpt: Annotated[Path, Option(help='A text-to-image checkpoint, as for `ip2p edit`.')],
   init: Annotated[
-    Path | None, Option(help='An image to begin with; the result has its size and colours.')
+    Path | None, Option(help='An image to start from; the result has its size and colour space.')
   ] = None,
   strength: Annotated[
     float | None,
     Option(
       min=0,
       max=1,
-      help='With --init: part of the steps that is done; 1 leaves very little of the image.'
+      help='With --init: share of the steps to run; 1 leaves very little of the image.'
       f'  [default: {STRENGTH}]',
     ),
   ] = None,
@@ -36,12 +36,12 @@ def draw(
     Option(
       min=8,
       max=8192,
-      help='Side of the square image in pixels, with --init its longer side at work; the'
-      " checkpoint's if left out.",
+      help='Side of the square image in pixels; with --init the longer side to work at; by default'
+      " the checkpoint's.",
     ),
   ] = None,
   num: Annotated[int, Option(min=1, help='Variations: seed, seed + 1, ...')] = 1,
-  seed: Annotated[int | None, Option(min=0, max=MAX_SEED, help='Random, if left out.')] = None,
+  seed: Annotated[int | None, Option(min=0, max=MAX_SEED, help='By default random.')] = None,
   steps: Annotated[int, Option(min=1, help='Steps of the sampler.')] = STEPS,
   sampler: Annotated[
     str, Option(help='euler_ancestral, euler, heun, ddim, dpmpp_2m or lcm.')
@@ -49,16 +49,16 @@ def draw(
   cfg_text: Annotated[
     float, Option(min=-MAX_SCALE, max=MAX_SCALE, help='How strongly to follow the text: 5 to 15.')
   ] = CFG_TEXT,
-  negative: Annotated[str, Option(help='What the result should not be.')] = '',
+  negative: Annotated[str, Option(help='What the result should not show.')] = '',
   batch_size: Annotated[
     int | None,
-    Option(min=1, help='Images at a time, on all devices together; 4 for each if left out.'),
+    Option(min=1, help='Images at a time, on all devices; by default 4 per device.'),
   ] = None,
   dtype: Annotated[
     str | None, Option(help='float32, bfloat16 or float16; by default float32 on a CPU only.')
   ] = None,
 ) -> None:
-  """Draws images from a text, alone or from an image to begin with.
+  """Draws images from a text, or from a text and an image.
 
   ip2p draw --ckpt CKPT "a photo of a lake in the mountains" -o lake.png
 
@@ -103,14 +103,14 @@ def draw(
 
 
 def _check(text, negative, cfg_text, sampling, strength, last_seed) -> None:
-  """Refuses mistakes before loading; `strength` is None without an image."""
+  """Refuses wrong values before loading. `strength` is None without an image."""
   from ip2p_jax.pipeline.sampling import check_acts
   from ip2p_jax.pipeline.text_to_image import check_strength
 
   if not text.strip():
-    raise InputError('the text is empty; say what to draw, as in "a photo of a lake".')
+    raise InputError('the text is empty; say what to draw, such as "a photo of a lake".')
   if len(text) + len(negative) > MAX_TEXT:
-    raise InputError(f'the texts are over {MAX_TEXT:,} characters; 77 tokens are read.')
+    raise InputError(f'the texts are over {MAX_TEXT:,} characters; the model reads 77 tokens.')
   if last_seed > MAX_SEED:
     raise InputError(f'--seed with --num goes past {MAX_SEED}; use a lower seed.')
   check_acts(sampling, cfg_text, cfg_text, negative)

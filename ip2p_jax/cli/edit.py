@@ -21,9 +21,9 @@ def _default(usual: float | str, miniature: float | str) -> str:
 
 
 def edit(
-  input: Annotated[Path, Option('--input', '-i', help='A picture, or a folder of pictures.')],
-  edit: Annotated[str, Option('--edit', '-e', help='What to do, as in "make it winter".')],
-  output: Annotated[Path, Option('--output', '-o', help='A picture to write, or a folder.')],
+  input: Annotated[Path, Option('--input', '-i', help='An image, or a folder of images.')],
+  edit: Annotated[str, Option('--edit', '-e', help='What to do, such as "make it winter".')],
+  output: Annotated[Path, Option('--output', '-o', help='An image to write, or a folder.')],
   ckpt: Annotated[
     str | None,
     Option(
@@ -33,7 +33,7 @@ def edit(
   ] = None,
   resolution: Annotated[
     int | None,
-    Option(min=8, max=8192, help="Longer side at work, in pixels; the checkpoint's if left out."),
+    Option(min=8, max=8192, help="Longer side to work at, pixels; by default the checkpoint's."),
   ] = None,
   steps: Annotated[
     int | None, Option(min=1, help='Steps of the sampler.' + _default(STEPS, bundled.STEPS))
@@ -51,21 +51,21 @@ def edit(
     Option(
       min=-MAX_SCALE,
       max=MAX_SCALE,
-      help='How strongly to keep the picture: 1 to 2.2.'
+      help='How strongly to keep the image: 1 to 2.2.'
       + _default(CFG_IMAGE, bundled.IMAGE_GUIDANCE),
     ),
   ] = None,
-  seed: Annotated[int | None, Option(min=0, max=MAX_SEED, help='Random, if left out.')] = None,
+  seed: Annotated[int | None, Option(min=0, max=MAX_SEED, help='By default random.')] = None,
   index: Annotated[
     int | None,
-    Option(min=0, max=2**31, help='With --seed: of the first picture; both fix the noise.'),
+    Option(min=0, max=2**31, help='With --seed: index of the first image; both fix the noise.'),
   ] = None,
-  num: Annotated[int, Option(min=1, help='Variations per picture: seed, seed + 1, ...')] = 1,
-  negative: Annotated[str, Option(help='What the result should not be.')] = '',
+  num: Annotated[int, Option(min=1, help='Variations per image: seed, seed + 1, ...')] = 1,
+  negative: Annotated[str, Option(help='What the result should not show.')] = '',
   mask: Annotated[
-    Path | None, Option(help='A picture: white is edited, black is kept exactly.')
+    Path | None, Option(help='An image: white is edited, black does not change.')
   ] = None,
-  grid: Annotated[bool, Option('--grid', help='One picture of many scales, labelled.')] = False,
+  grid: Annotated[bool, Option('--grid', help='One image of many scales, labelled.')] = False,
   grid_text: Annotated[
     str | None, Option(help=f'The text scales of --grid.  [default: {GRID_TEXT}]')
   ] = None,
@@ -80,27 +80,27 @@ def edit(
     ),
   ] = None,
   spacing: Annotated[
-    str | None, Option(help="linspace, leading or trailing; the sampler's own if left out.")
+    str | None, Option(help="linspace, leading or trailing; by default the sampler's.")
   ] = None,
   karras: Annotated[bool, Option('--karras', help='Noise levels of Karras et al.')] = False,
   rescale: Annotated[float, Option(help='0 to 1, against overexposure at high scales.')] = 0.0,
   interval: Annotated[
-    tuple[float, float], Option(help='Part of the steps to guide in, as in 0.2 0.8; saves time.')
+    tuple[float, float], Option(help='Part of the steps with guidance, as in 0.2 0.8; saves time.')
   ] = (0.0, 1.0),
   batch_size: Annotated[
     int | None,
-    Option(min=1, help='Pictures at a time, on all devices together; 4 for each if left out.'),
+    Option(min=1, help='Images at a time, on all devices; by default 4 per device.'),
   ] = None,
   dtype: Annotated[
     str | None, Option(help='float32, bfloat16 or float16; by default float32 on a CPU only.')
   ] = None,
-  variant: Annotated[str | None, Option(help="Of a folder's files, such as fp16.")] = None,
+  variant: Annotated[str | None, Option(help="Variant of a folder's files, such as fp16.")] = None,
   ema: console.Ema = None,
   prediction_type: Annotated[
-    str | None, Option(help='epsilon or v_prediction, for single files that cannot say.')
+    str | None, Option(help='epsilon or v_prediction, for single files without this setting.')
   ] = None,
 ) -> None:
-  """Edits pictures by an instruction.
+  """Edits images by an instruction.
 
   ip2p edit --ckpt CKPT -i photo.jpg -e "make it winter" -o winter.png
 
@@ -112,17 +112,19 @@ def edit(
 
   ip2p edit --ckpt CKPT -i photo.jpg -e "make it winter" -o winter.png --mask sky.png
 
-  Changes too little? Lower --cfg-image or raise --cfg-text. Too much? The other way round. Small
-  faces come out better if you crop so that they are larger. The settings are stored in the result.
+  If the edit changes too little, lower --cfg-image or raise --cfg-text; if too much, do the
+  opposite. Small faces improve if you crop so that they are larger. The result stores the settings.
   """
   from ip2p_jax.editing import image_files
   from ip2p_jax.editing.editor import Editor
   from ip2p_jax.pipeline.sampling import Sampling, check_acts
 
   if not edit.strip():
-    raise InputError('--edit is empty; say what to change, as in --edit "make it winter".')
+    raise InputError('--edit is empty; say what to change, such as --edit "make it winter".')
   if len(edit) + len(negative) > MAX_TEXT:
-    raise InputError(f'--edit and --negative are over {MAX_TEXT:,} characters; 77 tokens are read.')
+    raise InputError(
+      f'--edit and --negative are over {MAX_TEXT:,} characters; models read 77 tokens.'
+    )
   image_files.check_options({
     '--seed': seed, '--index': index, '--grid': grid, '--grid-text': grid_text,
     '--grid-image': grid_image, '--cfg-text': cfg_text, '--cfg-image': cfg_image,
@@ -133,8 +135,8 @@ def edit(
   own = (bundled.STEPS, bundled.TEXT_GUIDANCE, bundled.IMAGE_GUIDANCE, bundled.SAMPLER)
   defaults = own if bundled.is_like_it(ckpt) else (STEPS, CFG_TEXT, CFG_IMAGE, SAMPLER)
   steps, cfg_text, cfg_image, sampler = (
-    default if given is None else given
-    for given, default in zip((steps, cfg_text, cfg_image, sampler), defaults, strict=True)
+    default if value is None else value
+    for value, default in zip((steps, cfg_text, cfg_image, sampler), defaults, strict=True)
   )
   scales = [(cfg_text, cfg_image)]
   if grid:
@@ -146,7 +148,7 @@ def edit(
     'steps': steps, 'sampler': sampler, 'spacing': spacing, 'karras': karras,
     'rescale': rescale, 'interval': interval, 'negative': negative,
   }  # fmt: skip
-  # Mistakes are refused before loading.
+  # Refuses wrong values before loading.
   sampling = Sampling(steps, sampler, spacing, karras, rescale, interval)
   check_acts(sampling, *zip(*scales, strict=True), negative)
   ckpt = _bundled() if ckpt is None else ckpt
@@ -179,8 +181,8 @@ def edit(
 def _bundled() -> str:
   ckpt = str(bundled.path())
   print(
-    f'no --ckpt, so this is the bundled miniature, {ckpt}: it edits drawn scenes of 64 x 64 pixels'
-    ' ("make the circle red"); for photos give an InstructPix2Pix checkpoint by --ckpt',
+    f'no --ckpt, so this uses the bundled miniature, {ckpt}: it edits drawn scenes of 64 x 64'
+    ' pixels ("make the circle red"); for photos give an InstructPix2Pix checkpoint by --ckpt',
     file=sys.stderr,
   )
   return ckpt

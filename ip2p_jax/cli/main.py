@@ -1,6 +1,6 @@
-"""The `ip2p` command. A subcommand is a function; its docstring and options are its --help.
+"""The `ip2p` command. Each subcommand is a function, whose docstring and options are its --help.
 
-Each imports its implementation inside, so that --help waits for no library.
+It imports its implementation inside the function, so that --help loads no library.
 """
 
 import typer

@@ -16,53 +16,56 @@ def plan(
   topology: Annotated[
     list[str],
     Option(
-      help='A slice of TPUs (v5e-16, or its shape v5e:4x4), or GPUs of one host (h100, h100x8); may'
-      ' be repeated.'
+      help='A slice of TPUs (v5e-16, or its shape v5e:4x4), or GPUs of one host (h100, h100x8);'
+      ' repeatable.'
     ),
   ],
   config: Annotated[
     Path | None,
-    Option(help='Of the training run, as for train.py; configs/train_256.py by default.'),
+    Option(help='Config of the training, as for train.py; by default configs/train_256.py.'),
   ] = None,
   change: Annotated[
     list[str] | None,
-    Option('--set', help='A setting of the config: accumulation=4, mesh.fsdp=4; may be repeated.'),
+    Option('--set', help='A setting of the config: accumulation=4, mesh.fsdp=4; repeatable.'),
   ] = None,
   device_batch: Annotated[
     int | None,
     Option(
-      min=1, help='Examples at a time on a device; accumulation follows, of each topology its own.'
+      min=1, help='Examples at a time per device; sets accumulation, for each topology separately.'
     ),
   ] = None,
   ckpt: Annotated[
-    Path | None, Option(help='Whose architecture to plan for; Stable Diffusion 1.5 if left out.')
+    Path | None, Option(help='A checkpoint of this architecture; by default Stable Diffusion 1.5.')
   ] = None,
-  from_pictures: Annotated[
-    bool, Option('--from-pictures', help='Not from latents: the VAE runs in every step.')
+  from_images: Annotated[
+    bool,
+    Option(
+      '--from-images',
+      '--from-pictures',
+      help='Not from latents: the VAE runs in every step.',
+    ),
   ] = False,
   of: Annotated[
-    str, Option(help='What to plan: training, edits, or pairs (as `ip2p pairs` draws them).')
+    str, Option(help='What to plan: training, edits, or pairs (of `ip2p pairs`).')
   ] = 'training',
   size: Annotated[
-    int | None, Option(min=8, help='With edits and pairs: of the pictures, pixels; 512 by default.')
+    int | None, Option(min=8, help='With edits and pairs: side of images, pixels; by default 512.')
   ] = None,
   batch_size: Annotated[
     int | None,
     Option(
-      min=1, help='With edits and pairs: of one call, on all devices of a host; 8 each by default.'
+      min=1, help='With edits and pairs: per call, on all devices of a host; by default 8 each.'
     ),
   ] = None,
   steps: Annotated[
-    int | None, Option(min=1, help='With edits and pairs: of the sampler; 100 by default.')
+    int | None, Option(min=1, help='With edits and pairs: of the sampler; by default 100.')
   ] = None,
   quick: Annotated[
     bool,
-    Option(
-      '--quick', help='On TPUs: compile sooner; tells whether it fits, not how long it takes.'
-    ),
+    Option('--quick', help='On TPUs: compile faster; shows whether it fits, but not the time.'),
   ] = False,
 ) -> None:
-  """Tells what work needs on TPUs or GPUs: does it fit, what does it cost. Neither is needed.
+  """Shows whether work fits on TPUs or GPUs, and what it costs. Needs neither of them.
 
   ip2p plan --topology v5e-16 --device-batch 32
 
@@ -72,9 +75,9 @@ def plan(
 
   ip2p plan --topology a100-40 --topology h100x8 --device-batch 32
 
-  The real compiler compiles the real program. At full size on two cores a TPU's takes 7 to 60
-  minutes and up to 16 GB, a GPU's about 5 minutes. They come with `pip install 'jax[tpu]'` and
-  `'jax[cuda13]'`. GPUs: a100-40, a100-80, a6000, h100, h200, b200.
+  The real compiler compiles the real program. At full size on two cores the compiler for TPUs takes
+  7 to 60 minutes and up to 16 GB, for GPUs about 5 minutes. Install them with `pip install
+  'jax[tpu]'` and `'jax[cuda13]'`. GPUs: a100-40, a100-80, a6000, h100, h200, b200.
   """
   from ip2p_jax.config_text import load_config
   from ip2p_jax.pipeline import workdir
@@ -89,14 +92,14 @@ def plan(
   _check_plan_options(
     of,
     {'--size': size, '--batch-size': batch_size, '--steps': steps},
-    {'--set': change, '--device-batch': device_batch, '--from-pictures': from_pictures,
+    {'--set': change, '--device-batch': device_batch, '--from-images': from_images,
      '--config': config},
   )  # fmt: skip
   for name in topology:
     if quick and gpus.is_gpu(name):
       raise InputError(f"--quick: of no use with {name}; a GPU's compiler does not know it.")
     devices.describe(name)
-  settings = {}  # by topology; mistakes are refused before the first long compile
+  settings = {}  # by topology; refuses wrong values before the first long compile
   if of == 'training':
     loaded = load_config(config or Path('configs/train_256.py'), change or [])
     settings = {name: settled(loaded, name, device_batch) for name in topology}
@@ -116,27 +119,27 @@ def plan(
   for name in topology:
     with waiting('compiling, minutes to an hour'):
       if of == 'training':
-        found = plan_training(settings[name], networks, name, not from_pictures, console.say, quick)
-        text = training_report(found, settings[name])
+        result = plan_training(settings[name], networks, name, not from_images, console.say, quick)
+        report = training_report(result, settings[name])
       else:
-        found = plan_sampling(networks, work[name], name, console.say, quick)
-        text = sampling_report(found)
-    print(text)
-    failed += not found.compiled.fits
+        result = plan_sampling(networks, work[name], name, console.say, quick)
+        report = sampling_report(result)
+    print(report)
+    failed += not result.compiled.fits
   if failed:
     sys.exit(1)
 
 
-def _check_plan_options(of, of_sampling, of_training):
+def _check_plan_options(of, sampling, training):
   if of == 'training':
-    wrong, advice = of_sampling, 'say --set resolution=256, --set batch_size=1024'
+    wrong, advice = sampling, 'say --set resolution=256, --set batch_size=1024'
   else:
-    wrong, advice = of_training, 'say --size and --batch-size'
-  given = ' and '.join(option for option, value in wrong.items() if value)
-  if given:
-    raise InputError(f'{given}: of no use with --of {of}; {advice}.')
-  changes = of_training['--set'] or ()
+    wrong, advice = training, 'say --size and --batch-size'
+  flags = ' and '.join(flag for flag, value in wrong.items() if value)
+  if flags:
+    raise InputError(f'{flags}: of no use with --of {of}; {advice}.')
+  changes = training['--set'] or ()
   if any(item.partition('=')[0] == 'checkpoint' for item in changes):
-    raise InputError('--set checkpoint: only the architecture is planned; say it by --ckpt.')
-  if of_training['--device-batch'] and any(item.startswith('accumulation') for item in changes):
-    raise InputError('--device-batch and --set accumulation say the same; give one of them.')
+    raise InputError('--set checkpoint: only the architecture matters; give it by --ckpt.')
+  if training['--device-batch'] and any(item.startswith('accumulation') for item in changes):
+    raise InputError('--device-batch also sets accumulation; leave one of them out.')

@@ -1,4 +1,4 @@
-"""What `train.py` calls: flags, processes, signals, and errors as one line."""
+"""The program of `train.py`: flags, processes, signals, and errors as one line."""
 
 import os
 import sys
@@ -22,7 +22,7 @@ KINDS = (TrainConfig, LanguageConfig)
 
 
 def parse(argv: Sequence[str]) -> list[str]:
-  """absl's flags, with one line for a mistake."""
+  """Parses flags with absl. A wrong flag is one line."""
   with one_line(NAME, ''):
     check_overrides(argv, KINDS)
     argv = plain_overrides(argv, KINDS)
@@ -39,10 +39,10 @@ def parse(argv: Sequence[str]) -> list[str]:
 
 
 def train(argv: Sequence[str]) -> None:
-  """Runs or resumes the training that the flags describe."""
+  """Runs or resumes the training of the flags."""
   del argv
   values = flags.FLAGS
-  logging.set_verbosity(logging.ERROR)  # Orbax tells of its every move
+  logging.set_verbosity(logging.ERROR)  # Orbax logs every action
   with one_line(NAME, ''):
     if not values.workdir:
       raise InputError('--workdir=FOLDER is missing: where checkpoints and metrics go.')
@@ -51,30 +51,30 @@ def train(argv: Sequence[str]) -> None:
   with one_line(NAME, 'lower the batch per device: raise --config.accumulation, or mesh.fsdp.'):
     if any(getattr(values, name) not in (None, False) for name in JOINING):
       _join(values)
-    # After joining, so that nothing has touched the devices.
+    # Imported after joining, since nothing may touch the devices before.
     from ip2p_jax.captions.train import train_language
     from ip2p_jax.training.train import train as train_editor
 
     console.cache_compilations()
     is_language = isinstance(values.config, LanguageConfig)
     run = train_language if is_language else train_editor
-    given = config_flags.get_override_values(values['config'])
+    overrides = config_flags.get_override_values(values['config'])
     try:
-      status = run(without_idle(values.config, given), values.workdir)
+      status = run(without_idle(values.config, overrides), values.workdir)
     except KeyboardInterrupt:
       complain(NAME, 'stopped')
       sys.stdout.flush()
-      os._exit(INTERRUPTED)  # the device may still be at work, and would fail under our feet
+      os._exit(INTERRUPTED)  # a normal exit could fail while the device works
     sys.exit(status)
 
 
 def _join(values) -> None:
   import jax
 
-  given = (values.num_processes is not None, values.process_id is not None)
-  if values.coordinator and not all(given):
+  has_numbers = (values.num_processes is not None, values.process_id is not None)
+  if values.coordinator and not all(has_numbers):
     raise InputError('--coordinator=HOST:PORT needs --num_processes=N and --process_id=0 to N-1.')
-  if not values.coordinator and any(given):
+  if not values.coordinator and any(has_numbers):
     raise InputError('--num_processes and --process_id need --coordinator=HOST:PORT.')
   if values.coordinator and not 0 <= values.process_id < values.num_processes:
     raise InputError(
@@ -85,7 +85,7 @@ def _join(values) -> None:
     jax.config.update('jax_cpu_collectives_implementation', 'gloo')
   try:
     jax.distributed.initialize(values.coordinator, values.num_processes, values.process_id)
-  except ValueError as error:  # before anything is waited for
+  except ValueError as error:  # raised before any waiting
     raise InputError(
       f'--multihost: the other processes were not found ({error}); leave it out on one machine, or'
       ' give --coordinator, --num_processes and --process_id.'

@@ -1,4 +1,4 @@
-"""Whether a data set can be trained on: every row read, every picture decoded, one line each."""
+"""Checks whether a data set can be trained on. Reads every row and decodes every image."""
 
 import collections
 import concurrent.futures
@@ -20,21 +20,21 @@ from ip2p_jax.progress import Progress, unwatched
 from ip2p_jax.weights import clip_tokenizer
 
 ASPECT = 0.05  # how far the shapes of a pair may differ
-SMALL = 64  # pixels; a shorter side is worth a warning
+SMALL = 64  # pixels; a shorter side gives a warning
 CHUNK = 16  # neighbouring rows that a thread takes at a time
 LATENTS = ('input_mean', 'edited_mean', 'edited_log_variance')
-ALMOST_ALL = 0.9  # of the pairs; so many without an edit are a mistake
-SHOWN = 10  # warnings of a kind that are reported one by one
+ALMOST_ALL = 0.9  # share of the pairs; more pairs without an edit are a mistake
+SHOWN = 10  # warnings of one kind that are reported one by one
 
 
 class Summary(NamedTuple):
-  """What was found.
+  """The result of a check.
 
   Attributes:
-    splits: rows read, by split.
-    rows, pairs: how many were read; a broken row counts as a row.
-    broken: rows that cannot be trained on.
-    warnings: how many, by kind: 'small', 'long', 'unchanged', 'colour'.
+    splits: number of rows read, by split.
+    rows, pairs: numbers of rows and pairs read; a broken row counts as a row.
+    broken: number of rows that cannot be trained on.
+    warnings: number of warnings, by kind: 'small', 'long', 'unchanged', 'colour'.
   """
 
   splits: dict[str, int]
@@ -45,12 +45,12 @@ class Summary(NamedTuple):
 
   @property
   def edits_nothing(self) -> bool:
-    """Whether in almost all pairs both pictures are the same, as where a column was mistaken."""
+    """Whether almost all pairs hold two equal images. Then a column was probably mistaken."""
     return self.warnings.get('unchanged', 0) > ALMOST_ALL * self.pairs
 
 
 class _Finding(NamedTuple):
-  """Of a row: its pairs, what breaks it ('' if nothing does), and (kind, line) of warnings."""
+  """The result for a row: number of pairs, error ('' if none), warnings as (kind, line)."""
 
   pairs: int
   broken: str = ''
@@ -67,23 +67,23 @@ def check(
   limit: int | None = None,
   workers: int | None = None,
 ) -> Summary:
-  """Reads every row of a data set as training would, and says what is wrong with which.
+  """Reads every row of a data set as training would, and reports problems.
 
-  A row is broken if a file or a text is missing, a picture does not decode, or the pictures of a
+  A row is broken if a file or a text is missing, an image does not decode, or the images of a
   pair differ in shape by more than 5 %. Warnings: a side under 64 pixels, an instruction that does
-  not fit into CLIP's 77 tokens, an edited picture that is the same as the input, to the pixel,
-  colours that cannot be honoured.
+  not fit into CLIP's 77 tokens, an edited image with the same pixels as the input, colours that
+  cannot be converted.
 
   Args:
-    path, columns, task: as of `sources.open_source`.
+    path, columns, task: as in `sources.open_source`.
     split: one split instead of all.
-    report: gets a line per broken row, 'FILE: row N: what', and per warning; of each kind of
-      warning the first ten.
-    progress: gets (rows done, rows in all) now and then.
-    limit: the first rows of each split only.
+    report: gets one line per broken row, 'FILE: row N: what', and one per warning, but only the
+      first ten warnings of each kind.
+    progress: gets (rows done, all rows) from time to time.
+    limit: reads only this many rows of each split, the first ones.
     workers: threads; by default one per core, at most 16.
 
-  Raises InputError if there is no such data set or split, or it cannot be opened at all.
+  Raises InputError if the data set or split does not exist or cannot be opened.
   """
   wanted = [split] if split else SPLITS
   opened = {name: open_source(path, name, columns, task) for name in wanted}
@@ -115,7 +115,7 @@ def check(
 def _findings(
   opened: dict[str, Source], lengths: dict[str, int], workers: int | None
 ) -> Iterator[_Finding]:
-  """Of all rows, in order. Few chunks are under way at a time: their pictures are in memory."""
+  """The findings of all rows, in order. Few chunks run at a time, to hold few images in memory."""
   workers = workers or min(os.cpu_count() or 1, 16)
   tokenizer = ClipTokenizer(clip_tokenizer())
   waiting = collections.deque()
@@ -140,42 +140,42 @@ def _look(source, i, tokenizer):
   except InputError as error:
     return _Finding(0, str(error))
   try:
-    return _latents(row) if isinstance(row, LatentRow) else _pictures(row, tokenizer)
+    return _check_latents(row) if isinstance(row, LatentRow) else _check_images(row, tokenizer)
   except InputError as error:
     pairs = len(row.edited_mean if isinstance(row, LatentRow) else row.pairs)
     return _Finding(pairs, f'{row.name}: {error}')
 
 
-def _pictures(row: Row, tokenizer: ClipTokenizer) -> _Finding:
-  found = []
+def _check_images(row: Row, tokenizer: ClipTokenizer) -> _Finding:
+  problems = []
   for number, pair in enumerate(row.pairs, 1):
     where = f' of pair {number}' if len(row.pairs) > 1 else ''
-    found += _pair(pair, where)
+    problems += _check_pair(pair, where)
   for text in row.instructions:
     rest = tokenizer.cut_off(text).strip()
     if rest:
-      found.append(('long', f'the instruction is too long for CLIP, which ignores {rest!r}'))
-  lines = tuple((kind, f'{row.name}: warning: {what}') for kind, what in found)
+      problems.append(('long', f'the instruction is too long for CLIP, which ignores {rest!r}'))
+  lines = tuple((kind, f'{row.name}: warning: {problem}') for kind, problem in problems)
   return _Finding(len(row.pairs), warnings=lines)
 
 
-def _pair(pair: Pair, where: str) -> list[tuple[str, str]]:
-  """Warnings of a pair, (kind, what); raises InputError if it is broken."""
-  named = {'input': pair.input_image, 'edited': pair.edited_image}
+def _check_pair(pair: Pair, where: str) -> list[tuple[str, str]]:
+  """Warnings of a pair, (kind, problem). Raises InputError if the pair is broken."""
+  files = {'input': pair.input_image, 'edited': pair.edited_image}
   decoded = {
-    name: _decode(encoded, f'the {name} picture{where}')
-    for name, encoded in named.items()
+    name: _decode(encoded, f'the {name} image{where}')
+    for name, encoded in files.items()
     if encoded is not None
   }
-  pictures = {name: picture for name, (picture, _) in decoded.items()}
-  sizes = {name: picture.size for name, picture in pictures.items()}
-  found = [
-    ('colour', f'the {name} picture{where}: {problem}')
+  pixels = {name: image for name, (image, _) in decoded.items()}
+  sizes = {name: image.size for name, image in pixels.items()}
+  problems = [
+    ('colour', f'the {name} image{where}: {problem}')
     for name, (_, problem) in decoded.items()
     if problem
   ]
-  found += [
-    ('small', f'the {name} picture{where} is only {width}x{height}')
+  problems += [
+    ('small', f'the {name} image{where} is only {width}x{height}')
     for name, (width, height) in sizes.items()
     if min(width, height) < SMALL
   ]
@@ -184,46 +184,46 @@ def _pair(pair: Pair, where: str) -> list[tuple[str, str]]:
     ratio = width * other_height / (height * other_width)
     if max(ratio, 1 / ratio) > 1 + ASPECT:
       raise InputError(
-        f'the pictures{where} differ in shape ({width}x{height} and {other_width}x{other_height});'
-        ' crop one like the other'
+        f'the images{where} differ in shape ({width}x{height} and {other_width}x{other_height});'
+        ' crop both to the same shape'
       )
     if pair.input_image == pair.edited_image:
-      found.append(('unchanged', f'the pictures{where} are the same file, so nothing is edited'))
-    elif pictures['input'] == pictures['edited']:
-      found.append(('unchanged', f'the pictures{where} have the same pixels: nothing is edited'))
-  return found
+      problems.append(('unchanged', f'the images{where} are the same file, so nothing is edited'))
+    elif pixels['input'] == pixels['edited']:
+      problems.append(('unchanged', f'the images{where} have the same pixels: nothing is edited'))
+  return problems
 
 
-def _decode(encoded, what) -> tuple[Image.Image, str]:
-  """The picture, upright, RGB or RGBA, decoded to its end; and what is odd of its colours."""
+def _decode(encoded, name) -> tuple[Image.Image, str]:
+  """The whole image, upright, RGB or RGBA; and a problem with its colours, or ''."""
   try:
     with Image.open(io.BytesIO(encoded), 'r', images.READ_FORMATS) as image:
       width, height = image.size
       if width * height > images.MAX_PIXELS:
         raise Image.DecompressionBombError
       if min(width, height) < images.MIN_SIDE:
-        raise InputError(f'{what} is {width}x{height}; give at least {images.MIN_SIDE} pixels')
+        raise InputError(f'{name} is {width}x{height}; give at least {images.MIN_SIDE} pixels')
       return images.plain_and_problem(image)
   except InputError:
     raise
   except Image.DecompressionBombError as error:
-    raise InputError(f'{what} has over {images.MAX_PIXELS:,} pixels; make it smaller') from error
+    raise InputError(f'{name} has over {images.MAX_PIXELS:,} pixels; make it smaller') from error
   except UnidentifiedImageError as error:
-    raise InputError(f'{what} is not a picture; give PNG, JPEG, WebP, BMP, GIF or TIFF') from error
+    raise InputError(f'{name} is not an image; give PNG, JPEG, WebP, BMP, GIF or TIFF') from error
   except Exception as error:  # decoders raise many kinds: EOFError, SyntaxError, struct.error ...
-    raise InputError(f'{what} cannot be decoded ({error}); it may be cut short') from error
+    raise InputError(f'{name} cannot be decoded ({error}); it may be cut short') from error
 
 
-def _latents(row: LatentRow) -> _Finding:
+def _check_latents(row: LatentRow) -> _Finding:
   for name in LATENTS:
     value = getattr(row, name)
     if value is None:  # text-to-image has no input
       continue
     if value.shape != row.edited_mean.shape or not np.isfinite(value).all():
       raise InputError(f'{name} is not finite or of another shape; pack the data set again')
-  pairs, found = range(len(row.edited_mean)), ()
+  pairs, lines = range(len(row.edited_mean)), ()
   if row.input_mean is not None:
     same = [k for k in pairs if np.array_equal(row.input_mean[k], row.edited_mean[k])]
-    what = f'{row.name}: warning: both pictures have the same latents: nothing is edited'
-    found = tuple(('unchanged', what) for _ in same)
-  return _Finding(len(pairs), warnings=found)
+    line = f'{row.name}: warning: both images have the same latents: nothing is edited'
+    lines = tuple(('unchanged', line) for _ in same)
+  return _Finding(len(pairs), warnings=lines)

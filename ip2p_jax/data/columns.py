@@ -1,9 +1,9 @@
-"""Columns of a table, whatever they are called, and the rows made of them.
+"""Finds the columns of a table that hold an edit, and makes rows of them.
 
-A role is what we need ('input', 'instruction'); a column is what a data set calls it, and has one
-role at most. Names that data sets on the Hugging Face hub are known to use are found by themselves;
-others are said by `columns`, such as 'input=before,edited=after,instruction=text'. What a column
-holds counts as well as its name: a column of text is never taken for pictures, or the other way.
+A role is a part of an edit ('input', 'instruction'). A column is its name in a data set; it has at
+most one role. Names that data sets on the Hugging Face hub use are recognised. The user gives other
+names by `columns`, such as 'input=before,edited=after,instruction=text'. The content of a column
+counts as well as its name. A column of text never becomes an image column, or the other way round.
 """
 
 import re
@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 from ip2p_jax.data.rows import Pair, Row
 from ip2p_jax.errors import InputError
 
-# By role, names in groups: a later group counts only where no name of an earlier one is there, so
-# that 'input' is a caption beside 'input_image' (HQ-Edit), and a picture file without it.
+# Names of columns by role, in groups. A later group counts only if no name of an earlier group is
+# present. So 'input' is a caption beside 'input_image' (HQ-Edit), and an image file without it.
 ALIASES = {
   'input': (
     (
@@ -49,26 +49,26 @@ ALIASES = {
   'image': (('image', 'img', 'picture', 'photo'),),
   'text': (('text', 'caption', 'captions', 'prompt'), ('input_caption', 'description')),
 }  # fmt: skip
-# What people call them.
+# Names of roles in messages.
 NOUNS = {role: role for role in ALIASES} | {
-  'input': 'input picture',
-  'edited': 'edited picture',
+  'input': 'input image',
+  'edited': 'edited image',
   'inverse': 'inverse instruction',
-  'caption': 'caption of the input picture',
-  'edited_caption': 'caption of the edited picture',
-  'image': 'picture',
+  'caption': 'caption of the input image',
+  'edited_caption': 'caption of the edited image',
+  'image': 'image',
   'text': 'caption',
 }
-# Beside one of these, 'image' is the picture that is made, as in diffusers' ControlNet scripts.
+# Beside one of these, 'image' is the edited image, as in diffusers' ControlNet scripts.
 CONDITIONS = ('conditioning_image', 'control_image')
-PICTURES = ('input', 'edited', 'image')
+IMAGE_ROLES = ('input', 'edited', 'image')
 ROLES = {
   'edit': ('input', 'edited', 'instruction', 'inverse', 'caption', 'edited_caption'),
   'text_to_image': ('image', 'text', 'edited', 'edited_caption'),
 }
-# Columns whose equal values tell that rows are about one picture, as turns of an edit are.
+# Rows with equal values in such a column are about the same image, for instance turns of an edit.
 GROUPS = ('img_id', 'image_id')
-# English words after which a mirrored picture would be wrong: sides, senses of rotation, writing.
+# English words that a mirrored image would make wrong: sides, senses of rotation, writing.
 SIDED = re.compile(
   r"""\b(left|right)(-?(most|hand|handed|wards?|side))?\b
   | \b(counter-?|anti-?)?clockwise\b
@@ -82,9 +82,9 @@ SIDED = re.compile(
 
 
 class Columns(NamedTuple):
-  """The column of each role; None where there is none. Text-to-image has no `input`.
+  """The column of each role, or None. Text-to-image has no `input`.
 
-  `group` is the column that tells which rows are about one picture.
+  Rows with the same value in the column `group` are about the same image.
   """
 
   input: str | None
@@ -103,36 +103,37 @@ def find(
   place: str = '',
   kinds: Mapping[str, str] | None = None,
 ) -> Columns:
-  """Which column has which role. No column has two.
+  """Finds the column of each role. No column has two roles.
 
   Args:
-    names: of the columns there are. Hugging Face's 'input_image_file_name' counts as
+    names: names of all columns. Hugging Face's 'input_image_file_name' counts as
       'input_image', and 'file_name' as 'image'.
-    columns: what the user says, 'role=column,...'. A role may be named several times where several
-      data sets are mixed; a role without a column ('inverse=') is left out.
-    task: 'edit' or 'text_to_image', which takes the edited picture and its caption of an edit set.
+    columns: the user's choice, 'role=column,...'. A role may come several times if several data
+      sets are mixed. A role without a column ('inverse=') is left out.
+    task: 'edit' or 'text_to_image'. From a data set of edits, 'text_to_image' takes the edited
+      image and its caption.
     place: the data set, for messages.
-    kinds: what columns hold, 'picture', 'text' or anything else in words; a column that is not in
-      it may hold anything.
+    kinds: what each column holds: 'image', 'text' or other words for anything else. A column
+      that is absent here may hold anything.
 
-  Raises InputError if a role has no column, or more than one that it could be, or one that holds
+  Raises InputError if a role has no column, several possible columns, or a column that holds
   something else.
   """
-  said = parse(columns, task)
-  search = _Search(names, said, kinds or {}, place)
+  choices = parse(columns, task)
+  search = _Search(names, choices, kinds or {}, place)
   if task == 'text_to_image':
-    if not {'image', 'text'} & set(said):
-      is_said = bool(said)
-      edited = search.pick('edited', required=is_said)
-      caption = search.pick('edited_caption', required=is_said)
+    if not {'image', 'text'} & set(choices):
+      has_choices = bool(choices)
+      edited = search.pick('edited', required=has_choices)
+      caption = search.pick('edited_caption', required=has_choices)
       if edited and caption:
         return Columns(None, edited, caption, edited_caption=caption, group=search.group())
       search.taken.clear()
     image, text = search.pick('image'), search.pick('text')
     return Columns(None, image, text, edited_caption=text, group=search.group())
-  before = search.pick('input', rest='edited' in said)
+  before = search.pick('input', rest='edited' in choices)
   also = ('image',) if plain(before) in CONDITIONS else ()
-  after = search.pick('edited', rest='input' in said, also=also)
+  after = search.pick('edited', rest='input' in choices, also=also)
   instruction = search.pick('instruction')
   optional = [search.pick(role, required=False) for role in ROLES['edit'][3:]]
   return Columns(before, after, instruction, *optional, search.group())
@@ -142,18 +143,18 @@ def to_row(
   name: str,
   values: Mapping[str, Any],
   columns: Columns,
-  picture: Callable[[Any, str], bytes],
+  read_image: Callable[[Any, str], bytes],
   inverse: bool = False,
 ) -> Row:
-  """A row of a table as a Row.
+  """Makes a Row of a row of a table.
 
   Args:
-    name: where it is, for messages.
-    values: by column.
-    columns: what `find` gives.
-    picture: (value, column) -> an encoded picture.
-    inverse: whether to go from the edited picture back to the input, by the inverse instruction;
-      a row that has none is given forwards.
+    name: place of the row, for messages.
+    values: cells by column.
+    columns: result of `find`.
+    read_image: (value, column) -> an encoded image.
+    inverse: whether to go from the edited image back to the input, by the inverse instruction.
+      A row without an inverse instruction goes forwards.
 
   Raises InputError if something is missing.
   """
@@ -170,7 +171,9 @@ def to_row(
   instructions = texts(values[text])
   if not instructions:
     raise InputError(f'{name}: {text!r} holds no words; fill it in or take the row out')
-  pair = Pair(picture(values[before], before) if before else None, picture(values[after], after))
+  pair = Pair(
+    read_image(values[before], before) if before else None, read_image(values[after], after)
+  )
   group = values.get(columns.group)
   return Row(
     name,
@@ -183,26 +186,26 @@ def to_row(
 
 
 def texts(value: Any) -> tuple[str, ...]:
-  """The texts of a cell, which holds one or a list; blank ones and what is no text left out."""
+  """The texts of a cell that holds one text or a list. Leaves out blank texts and other values."""
   cells = value if isinstance(value, list | tuple) else [value]
   return tuple(cell.strip() for cell in cells if isinstance(cell, str) and cell.strip())
 
 
 def may_flip(instruction: str) -> bool:
-  """Whether an English instruction stays true when both pictures are mirrored.
+  """Whether an English instruction stays true when both images are mirrored.
 
-  False where it names a side, a sense of rotation, or writing (in quotation marks, or by word).
-  Errs on the side of False: 'right' may mean 'now', and the price is one flip.
+  False if it names a side, a sense of rotation, or writing (by a word, or in quotation marks).
+  In doubt it is False: 'right' may mean 'now', and the cost is only one flip.
   """
   return not SIDED.search(instruction)
 
 
 def parse(columns: str, task: str) -> dict[str, list[str]]:
-  """What the user says as {role: columns}, without any for a role that is to be left out.
+  """The user's choice as {role: columns}; an empty list for a role that is left out.
 
-  Raises InputError if it is no list of roles and columns, or gives a column two roles.
+  Raises InputError if it is not a list of roles and columns, or gives a column two roles.
   """
-  said, role_of = {}, {}
+  choices, role_of = {}, {}
   for item in filter(None, (item.strip() for item in columns.split(','))):
     role, equals, column = (part.strip() for part in item.partition('='))
     if not equals or role not in ALIASES:
@@ -212,66 +215,66 @@ def parse(columns: str, task: str) -> dict[str, list[str]]:
       )
     if role not in ROLES[task]:
       raise InputError(
-        f'columns: {item!r} is of no use for {task}, whose roles are {", ".join(ROLES[task])}'
+        f'columns: {item!r} does not fit {task}; its roles are {", ".join(ROLES[task])}'
       )
     if column and role_of.setdefault(column, role) != role:
       raise InputError(
         f'columns: {column!r} is named for both the {role_of[column]} and the {role}; a column has'
         ' one role'
       )
-    said.setdefault(role, []).extend([column] if column else [])
-  if {'image', 'text'} & set(said) and {'edited', 'edited_caption'} & set(said):
+    choices.setdefault(role, []).extend([column] if column else [])
+  if {'image', 'text'} & set(choices) and {'edited', 'edited_caption'} & set(choices):
     raise InputError('columns: give image and text, or edited and edited_caption, not some of each')
-  return said
+  return choices
 
 
 class _Search:
-  """Columns that are still free, and what is known of them; `pick` takes one."""
+  """The columns, their kinds and the user's choices; `pick` takes a column for a role."""
 
-  def __init__(self, names, said, kinds, place):
-    self.names, self.said, self.kinds, self.place = names, said, kinds, place
+  def __init__(self, names, choices, kinds, place):
+    self.names, self.choices, self.kinds, self.place = names, choices, kinds, place
     self.taken = set()
 
   def pick(self, role, required=True, rest=False, also=()):
-    """The column of a role; with `rest`, where no name fits, the only pictures that are left."""
-    said, groups = self.said.get(role), (*ALIASES[role], also)
-    if said is None:
+    """The column of a role. With `rest`, if no name fits, the only image column that is left."""
+    choice, groups = self.choices.get(role), (*ALIASES[role], also)
+    if choice is None:
       groups = [[x for x in self._free(role) if plain(x) in group] for group in groups]
     else:
-      groups = [[x for x in self.names if x in said]]
+      groups = [[x for x in self.names if x in choice]]
       for name in groups[0]:
         self._check_kind(role, name)
-    found = next(filter(None, groups), [])
-    if not found and said is None and rest:
+    candidates = next(filter(None, groups), [])
+    if not candidates and choice is None and rest:
       left = [
-        x for x in self._free(role) if self.kinds.get(x) == 'picture' and 'mask' not in plain(x)
+        x for x in self._free(role) if self.kinds.get(x) == 'image' and 'mask' not in plain(x)
       ]
-      found = left if len(left) == 1 else []
-    if not found and not required and not said:
+      candidates = left if len(left) == 1 else []
+    if not candidates and not required and not choice:
       return None
-    if len(found) != 1 and (required or said or role in PICTURES):
-      self._refuse(role, found)
-    self.taken.add(found[0])
-    return found[0]
+    if len(candidates) != 1 and (required or choice or role in IMAGE_ROLES):
+      self._refuse(role, candidates)
+    self.taken.add(candidates[0])
+    return candidates[0]
 
   def group(self):
-    """The free column that tells which rows are about one picture; None if there is none."""
+    """A free column whose equal values mean the same image; None if there is none."""
     return next((x for x in self.names if plain(x) in GROUPS and x not in self.taken), None)
 
   def _free(self, role):
-    """Columns that have no role yet, are said to have none, and hold what the role needs."""
-    others = {name for columns in self.said.values() for name in columns} | self.taken
-    return [x for x in self.names if x not in others and self._fits(role, x)]
+    """Columns without a role that the user did not name and that hold what the role needs."""
+    reserved = {name for columns in self.choices.values() for name in columns} | self.taken
+    return [x for x in self.names if x not in reserved and self._fits(role, x)]
 
   def _fits(self, role, name):
-    return self.kinds.get(name, '') in ('', 'picture' if role in PICTURES else 'text')
+    return self.kinds.get(name, '') in ('', 'image' if role in IMAGE_ROLES else 'text')
 
   def _check_kind(self, role, name):
     if not self._fits(role, name):
-      what = 'a picture' if role in PICTURES else 'text'
+      kind = 'an image' if role in IMAGE_ROLES else 'text'
       raise InputError(
-        f'{self.place}: columns: the {role} is to be {what}, and the column {name!r} holds'
-        f' {self.kinds[name]}; {self._columns()}; name another'
+        f'{self.place}: columns: the {role} must be {kind}, but the column {name!r} holds'
+        f' {self.kinds[name]}; {self._columns()}; name another column'
       )
 
   def _columns(self):
@@ -279,27 +282,27 @@ class _Search:
       return 'there are no columns'
     return f'the columns are {", ".join(self.names)}'
 
-  def _refuse(self, role, found):
-    said = self.said.get(role)
-    named = [x for groups in ALIASES[role] for x in groups]
-    unfit = [x for x in self.names if plain(x) in named and not self._fits(role, x)]
-    if found:
-      problem = f'{" and ".join(map(repr, found))} could each be the {NOUNS[role]}'
-    elif said:
-      problem = f'there is no column {" or ".join(map(repr, said))} (for the {role})'
-    elif said is not None:
+  def _refuse(self, role, candidates):
+    choice = self.choices.get(role)
+    aliases = [x for groups in ALIASES[role] for x in groups]
+    unfit = [x for x in self.names if plain(x) in aliases and not self._fits(role, x)]
+    if candidates:
+      problem = f'{" and ".join(map(repr, candidates))} could each be the {NOUNS[role]}'
+    elif choice:
+      problem = f'there is no column {" or ".join(map(repr, choice))} (for the {role})'
+    elif choice is not None:
       problem = f'columns: {role}= names no column, and the {role} is needed'
     else:
       problem = f'no column has a name known for the {NOUNS[role]}'
       if unfit:
         problem += f' ({unfit[0]!r} holds {self.kinds[unfit[0]]})'
     raise InputError(
-      f'{self.place}: {problem}; {self._columns()}; say which it is by --columns {role}=NAME'
+      f'{self.place}: {problem}; {self._columns()}; name the column by --columns {role}=NAME'
       f' (when training: --config.data.columns={role}=NAME)'
     )
 
 
 def plain(name: str) -> str:
-  """A column's name as aliases are written."""
+  """A column's name in the spelling of ALIASES."""
   name = name.lower().replace('-', '_').replace(' ', '_')
   return 'image' if name == 'file_name' else name.removesuffix('_file_name')

@@ -1,16 +1,16 @@
-"""From a row to the arrays of one training example: pure functions of the row and a generator.
+"""Makes the arrays of one training example: pure functions of a row and a random generator.
 
 R resolution, h w latent sides, L tokens of a text, P pairs, I instructions. An example is a dict
 
   edited_image, input_image                         uint8 [R, R, 3], from a `Row`; or
   edited_mean, edited_log_variance, input_mean      float16 [h, w, 4], from a `LatentRow`;
   token_ids                                         int32 [L]
-  weight                                            float32 [], 1; 0 for a row that is broken
-  error                                             str, '' but for a row that is broken
+  weight                                            float32 [], 1; 0 for a broken row
+  error                                             str, '' except for a broken row
 
-Text-to-image has no `input_*`. The generator is asked in this order: pair, instruction, mirroring;
-then, for pictures alone, size, top and left of the crop. So a row and its latents, given the same
-generator, agree in everything that latents leave open. Without a generator nothing is random: first
+Text-to-image has no `input_*`. The generator draws in this order: pair, instruction, mirroring;
+then, for images only, size, top and left of the crop. So a row and its latents get the same pair,
+instruction and mirroring from the same generator. Without a generator nothing is random: first
 pair, first instruction, not mirrored, cut from the centre.
 """
 
@@ -28,7 +28,7 @@ from ip2p_jax.errors import InputError
 
 Example = dict[str, Any]
 Tokenizer = Callable[[Sequence[str]], np.ndarray]
-SAME_SHAPE = 1.05  # how far the aspects of a pair may lie apart
+SAME_SHAPE = 1.05  # largest ratio of the aspects of a pair
 
 
 class Framing(NamedTuple):
@@ -47,12 +47,12 @@ class Framing(NamedTuple):
 
 
 class Crop(NamedTuple):
-  """What is cut from a picture, in pixels of the picture after it was resized.
+  """The square that is cut from an image, in pixels of the resized image.
 
   Attributes:
-    size: (width, height) that the whole picture is resized to.
-    corner: (left, top) of the square that is kept.
-    side: of that square.
+    size: (width, height) of the whole resized image.
+    corner: (left, top) of the square.
+    side: side of the square.
   """
 
   size: tuple[int, int]
@@ -60,8 +60,10 @@ class Crop(NamedTuple):
   side: int
 
 
-def picture(encoded: bytes, resolution: int, resize: str = 'crop', name: str = '') -> np.ndarray:
-  """A picture file as uint8 [R, R, 3], upright, RGB, transparency on white; nothing is random.
+def decode_image(
+  encoded: bytes, resolution: int, resize: str = 'crop', name: str = ''
+) -> np.ndarray:
+  """An image file as uint8 [R, R, 3], upright, RGB, transparency on white; nothing is random.
 
   Args:
     encoded: the bytes of a JPEG, PNG, WebP, BMP, GIF or TIFF file.
@@ -69,19 +71,19 @@ def picture(encoded: bytes, resolution: int, resize: str = 'crop', name: str = '
     resize: 'crop' brings the short side to R and keeps the centre; 'squash' ignores the aspect.
     name: for messages.
 
-  Raises InputError if the bytes are no picture, or a damaged one.
+  Raises InputError if the bytes are not an image, or a damaged one.
   """
-  array = _decode(encoded, name or 'a picture')
+  array = _decode(encoded, name or 'an image')
   return _cut(array, _crop(_size(array), Framing(resolution, resize=resize), None))
 
 
 def example(
   row: Row, rng: np.random.Generator | None, framing: Framing, tokenizer: Tokenizer
 ) -> Example:
-  """One example of encoded pictures. Both are cut and mirrored alike.
+  """One example of encoded images. Both images are cut and mirrored alike.
 
-  An edited picture of another size than its input is first brought to the input's. Raises
-  InputError if a picture is broken, missing, or of another shape than its partner.
+  The edited image is first resized to the size of the input image. Raises InputError if an image
+  is broken or missing, or if the two images differ in shape.
   """
   choice, instruction, is_mirrored = _choose(
     len(row.pairs), len(row.instructions), row.may_flip, rng, framing
@@ -101,9 +103,9 @@ def example(
 
 
 def latent_example(row: LatentRow, rng: np.random.Generator | None, framing: Framing) -> Example:
-  """One example of latents; pair, instruction and mirroring are drawn as `example` does.
+  """One example of latents. Draws pair, instruction and mirroring as `example` does.
 
-  Raises InputError if the task needs an input that the row does not have.
+  Raises InputError if the task needs an input and the row has none.
   """
   pair, instruction, is_mirrored = _choose(
     len(row.edited_mean), len(row.token_ids), row.may_flip, rng, framing
@@ -118,7 +120,7 @@ def latent_example(row: LatentRow, rng: np.random.Generator | None, framing: Fra
 
 
 def blank(like: Example, error: str) -> Example:
-  """What stands for a broken row: zeros of the usual shapes, weight 0, and what is wrong."""
+  """Stands for a broken row: zeros of the usual shapes, weight 0, and the error."""
   zeros = {key: np.zeros_like(value) for key, value in like.items() if key != 'error'}
   return zeros | {'error': error}
 
@@ -133,7 +135,7 @@ def _choose(pairs, instructions, may_flip, rng, framing) -> tuple[int, int, bool
   if rng is None:
     return 0, 0, False
   pair, instruction = int(rng.integers(pairs)), int(rng.integers(instructions))
-  wants_flip = rng.random() < framing.flip_rate  # drawn in any case, so that what follows stays
+  wants_flip = rng.random() < framing.flip_rate  # always drawn, so that later draws stay the same
   return pair, instruction, bool(wants_flip and (may_flip or framing.flip_directions))
 
 
@@ -150,10 +152,10 @@ def _decode(encoded, name) -> np.ndarray:
       if width * height > images.MAX_PIXELS or min(width, height) < images.MIN_SIDE:
         raise InputError(f'{name} is {width}x{height} pixels, which is out of range.')
       image = images.plain(image)
-  except (InputError, MemoryError):  # want of memory is no fault of the picture
+  except (InputError, MemoryError):  # lack of memory is not the image's fault
     raise
   except UnidentifiedImageError as error:
-    raise InputError(f'{name} cannot be read (it is no picture of a known kind).') from error
+    raise InputError(f'{name} cannot be read (it is not an image of a known kind).') from error
   except Exception as error:  # decoders raise many kinds: EOFError, SyntaxError, struct.error ...
     raise InputError(f'{name} cannot be read ({error}); it may be damaged.') from error
   return images.to_array(image, image.size)  # transparency on white
@@ -165,8 +167,8 @@ def _size(array):
 
 def _check_shapes(sizes, name):
   (width, height), (other_width, other_height) = sizes[0], sizes[-1]
-  one, other = width * other_height, other_width * height
-  if max(one, other) > SAME_SHAPE * min(one, other):
+  products = width * other_height, other_width * height
+  if max(products) > SAME_SHAPE * min(products):
     raise InputError(
       f'{name}: the input image is {width}x{height} and the edited image'
       f' {other_width}x{other_height}; both must have the same shape.'
@@ -174,13 +176,13 @@ def _check_shapes(sizes, name):
 
 
 def _crop(size, framing, rng) -> Crop:
-  """Where to cut. By default the centre; with `largest_resize` and a generator, anywhere."""
+  """Where to cut: the centre, or a random place with `largest_resize` and a generator."""
   resolution = framing.resolution
   is_random = rng is not None and framing.largest_resize > 0
   short = int(rng.integers(resolution, framing.largest_resize + 1)) if is_random else resolution
   if framing.resize == 'squash':
     width = height = short
-  else:  # the long side to the nearest pixel, in integers, so that no platform rounds another way
+  else:  # the long side to the nearest pixel, in integers, so that all platforms round alike
     least = min(size)
     width, height = ((2 * side * short + least) // (2 * least) for side in size)
   if is_random:
@@ -192,7 +194,7 @@ def _crop(size, framing, rng) -> Crop:
 
 
 def _cut(array, crop, is_mirrored=False) -> np.ndarray:
-  """Resizes and cuts in one go: what is cut off is never computed, however long the picture."""
+  """Resizes and cuts in one step, so that pixels outside the square are never computed."""
   box, size = [], _size(array)
   for corner in (crop.corner, [start + crop.side for start in crop.corner]):
     box += [
@@ -207,7 +209,7 @@ def _cut(array, crop, is_mirrored=False) -> np.ndarray:
 
 
 def _mirrored(array):
-  """Left for right; by channels, which numpy copies ten times as fast as pixels of three bytes."""
+  """Mirrors by channels, which numpy copies ten times as fast as pixels of three bytes."""
   result = np.empty_like(array)
   for channel in range(array.shape[-1]):
     result[..., channel] = array[:, ::-1, channel]

@@ -1,10 +1,10 @@
-"""Which rows to hold out for validation: never one of two rows that show the same picture.
+"""Chooses rows to hold out for validation. Rows that show the same image stay in one split.
 
-A pair and its way back, turns of one picture, several instructions of one: if one of them were
-trained on, the other would be no test. So rows are put together that share a picture (the same
-bytes, as input or edited), or say that they are of one (`Row.group`), directly or by way of others;
-and whole groups are held out, the last ones that fit into the share. That follows from the rows and
-their order alone.
+Several rows can show one image: a pair and its way back, turns of an edit, several instructions.
+If training saw one of them, the others would be no fair test. So rows form a group if they share
+an image (the same bytes, as input or edited) or a `Row.group`, directly or through other rows.
+Whole groups are held out, the last ones that fit into the share. The choice depends only on the
+rows and their order.
 """
 
 import concurrent.futures
@@ -26,7 +26,7 @@ class HeldOut(NamedTuple):
   """Rows of 'train' that become 'validation'.
 
   Attributes:
-    share: of the rows, as it was asked for.
+    share: requested share of the rows.
     ranges: the rows as [start, stop), ascending, so that a plan of millions of rows stays short.
   """
 
@@ -55,15 +55,15 @@ class Picked:
 def hold_out(source: Source, share: float, progress: Progress = unwatched) -> HeldOut:
   """Chooses about `share` of the rows, in whole groups. Reads every row once.
 
-  Never more than the share, unless the smallest group is larger: then that one.
+  Never more than the share, unless the smallest group is larger. Then it chooses that group.
 
-  Raises InputError if all rows belong together, so that none can be held out.
+  Raises InputError if all rows belong to one group.
   """
   group = groups(_keys(source, progress))
   first, sizes = np.unique(group, return_counts=True)
   if len(first) < 2:
     raise InputError(
-      f'holdout is {share}, and all {len(source)} rows belong together, since they share pictures'
+      f'holdout is {share}, and all {len(source)} rows belong together, since they share images'
       ' with one another; leave it out.'
     )
   room = max(int(round(len(source) * share, 6)), 1)  # 100 * 0.29 is 28.999999999999996
@@ -78,13 +78,13 @@ def hold_out(source: Source, share: float, progress: Progress = unwatched) -> He
 
 
 def split(source: Source, held: HeldOut) -> tuple[Picked, Picked]:
-  """(what is trained on, what is held out), each in the source's order."""
+  """(rows for training, rows held out), each in the source's order."""
   rows = held.rows()
   return Picked(source, np.delete(np.arange(len(source)), rows)), Picked(source, rows)
 
 
 def groups(keys: Iterable[Sequence[Hashable]]) -> np.ndarray:
-  """For each row the first row of its group, int64 [N]; rows with a key in common are together."""
+  """The first row of each row's group, int64 [N]. Rows with a common key are in one group."""
   parent, seen = [], {}
 
   def root(i):
@@ -92,21 +92,21 @@ def groups(keys: Iterable[Sequence[Hashable]]) -> np.ndarray:
       parent[i] = i = parent[parent[i]]
     return i
 
-  for i, of_row in enumerate(keys):
+  for i, row_keys in enumerate(keys):
     parent.append(i)
-    for key in of_row:
-      one, other = root(seen.setdefault(key, i)), root(i)
-      parent[max(one, other)] = min(one, other)
+    for key in row_keys:
+      roots = root(seen.setdefault(key, i)), root(i)
+      parent[max(roots)] = min(roots)
   return np.array([root(i) for i in range(len(parent))], np.int64)
 
 
 def _keys(source, progress) -> list[list[int]]:
-  """Of each row; none for a broken one, which is in no split."""
+  """The keys of each row; none for a broken row, which is in no split."""
   chunks = [range(start, min(start + CHUNK, len(source))) for start in range(0, len(source), CHUNK)]
   keys = []
   with concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
-    for found in pool.map(lambda rows: [_keys_of(source, i) for i in rows], chunks):
-      keys += found
+    for chunk in pool.map(lambda rows: [_keys_of(source, i) for i in rows], chunks):
+      keys += chunk
       progress(len(keys), len(source))
   return keys
 
@@ -116,10 +116,10 @@ def _keys_of(source, i) -> list[int]:
     row = source[i]
   except InputError:
     return []
-  if isinstance(row, LatentRow):  # which cannot be packed again, and are refused where that is told
+  if isinstance(row, LatentRow):  # latents cannot be packed again; `pack_plan.sample` refuses them
     return []
-  pictures = {image for pair in row.pairs for image in pair if image is not None}
-  return [_digest(b'picture', image) for image in pictures] + (
+  images = {image for pair in row.pairs for image in pair if image is not None}
+  return [_digest(b'picture', image) for image in images] + (
     [_digest(b'group', row.group.encode('utf-8', 'surrogatepass'))] if row.group else []
   )
 
@@ -129,6 +129,6 @@ def _digest(kind, content) -> int:
 
 
 def _ranges(rows) -> list[list[int]]:
-  """Ascending numbers as [start, stop) of runs."""
+  """Runs of ascending numbers as [start, stop)."""
   runs = np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1)
   return [[int(run[0]), int(run[-1]) + 1] for run in runs]

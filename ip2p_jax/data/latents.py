@@ -1,9 +1,10 @@
-"""Precomputed latents: what the VAE's encoder makes of every picture, so that training skips it.
+"""Precomputes latents: the VAE encodes every image once, so that training skips the encoder.
 
-Without random crops a picture has two appearances, as it is and mirrored; with the encoder's mean
-and log variance of both stored, training sees the very distribution it would see from pictures.
+Without random crops an image has two versions: as it is, and mirrored. The encoder's mean and log
+variance are stored for both, so training from latents draws from the same distribution as training
+from images.
 
-B pictures of one call of the encoder, R resolution, h w latent sides, P pairs of a row.
+B images of one call of the encoder, R resolution, h w latent sides, P pairs of a row.
 """
 
 import collections
@@ -52,7 +53,7 @@ class Prepared(NamedTuple):
   Attributes:
     row: the row itself.
     token_ids: int32 [I, L].
-    images: uint8 [N, R, R, 3]: of each pair the input, if there is one, then the edited one.
+    images: uint8 [N, R, R, 3]: for each pair the input image, if any, then the edited image.
   """
 
   row: Row
@@ -80,21 +81,21 @@ def pack_latents(
   say: Callable[[str], None] = print,
   progress: Progress = unwatched,
 ) -> Summary:
-  """Writes shards of latents. Killed and called again, it goes on where it was.
+  """Writes shards of latents. After a kill, the same call continues where it stopped.
 
   Args:
-    sources: rows of pictures by split; packed shards are the fastest.
+    sources: rows of images by split; packed shards are the fastest.
     dst: a new folder, or one where the same pack was begun.
-    networks, params: of the checkpoint, and its VAE's parameters.
+    networks, params: the checkpoint's networks, and its VAE's parameters.
     tokenizer: the checkpoint's.
-    resolution: R, side of the square pictures; the latents are only good for training at that.
-    fingerprint: of the checkpoint, kept in the data set so that training can compare.
+    resolution: R, side of the square images; training can use the latents at this size only.
+    fingerprint: of the checkpoint; stored in the data set, so that training can compare.
     dtype: of the encoder's arithmetic, 'float32' or 'bfloat16'; latents are stored as float16.
-    resize: 'crop' or 'squash', as of `examples.Framing`.
-    batch_size: pictures per call of the encoder, which runs on both mirrorings, over all devices of
-      this process; rounded up to a multiple of those.
-    holdout, shard_bytes, shard, max_corrupt, say, progress: as of `pack.pack`.
-    workers: threads that decode pictures.
+    resize: 'crop' or 'squash', as in `examples.Framing`.
+    batch_size: images per call of the encoder, which encodes each also mirrored, on all devices of
+      this process; rounded up to a multiple of their number.
+    holdout, shard_bytes, shard, max_corrupt, say, progress: as in `pack.pack`.
+    workers: threads that decode images.
 
   Raises:
     InputError: as `pack.pack`; and if the encoder gives values that are not finite.
@@ -125,7 +126,7 @@ def pack_latents(
 def encoder(networks: Networks, params: Params, dtype: str, batch_size: int) -> tuple[Moments, int]:
   """The encoder on all devices of this process, and the batch size that fits them.
 
-  It takes uint8 [B, R, R, 3] and gives what `moments` does.
+  The encoder takes uint8 [B, R, R, 3] and returns what `moments` returns.
   """
   mesh = Mesh(np.array(jax.local_devices()), ('batch',), axis_types=(AxisType.Auto,))
   everywhere = NamedSharding(mesh, PartitionSpec())
@@ -138,10 +139,10 @@ def encoder(networks: Networks, params: Params, dtype: str, batch_size: int) -> 
 
 @functools.partial(jax.jit, static_argnums=0)
 def moments(vae_def: nnx.GraphDef, params: Params, images: Array) -> tuple[Array, Array]:
-  """Mean and log variance of uint8 [B, R, R, 3] as they are, and mirrored.
+  """Mean and log variance of images uint8 [B, R, R, 3], as they are and mirrored.
 
-  Both float16 [B, 2, h, w, latent_channels], of the unscaled posterior. Mirrored first, then
-  encoded: the encoder does not commute with it.
+  Both are float16 [B, 2, h, w, latent_channels], of the unscaled posterior. Mirroring comes before
+  encoding, since the two do not commute.
   """
   both = jnp.stack([images, images[:, :, ::-1]], 1)  # [B, 2, R, R, 3]
   posterior = parts.encode(vae_def, params, both.reshape(-1, *images.shape[1:]))
@@ -150,7 +151,7 @@ def moments(vae_def: nnx.GraphDef, params: Params, images: Array) -> tuple[Array
 
 
 def prepare(place, framing: examples.Framing, tokenizer: ClipTokenizer) -> Prepared | InputError:
-  """A row's pictures just as training makes them, but for mirroring; or why it is broken."""
+  """A row's images as training makes them, but not mirrored; or the error of a broken row."""
   source, i = place
   try:
     row = source[i]
@@ -167,8 +168,8 @@ def prepare(place, framing: examples.Framing, tokenizer: ClipTokenizer) -> Prepa
 def encoded(
   rows: Iterable[Prepared | InputError], encode: Moments, batch_size: int
 ) -> Iterator[LatentRow | InputError]:
-  """The rows' latents, in order; while one batch is computed the last one is handed on."""
-  before = []
+  """The rows' latents, in order. Computes one group of batches while it yields the previous one."""
+  previous = []
   for group in _groups(rows, batch_size):
     images = [row.images for row in group if isinstance(row, Prepared)]
     batches = []
@@ -176,9 +177,9 @@ def encoded(
       images = np.concatenate(images)
       images = np.pad(images, ((0, -len(images) % batch_size), (0, 0), (0, 0), (0, 0)))
       batches = [encode(part) for part in np.split(images, len(images) // batch_size)]
-    yield from _latent_rows(*before) if before else ()
-    before = group, batches
-  yield from _latent_rows(*before) if before else ()
+    yield from _latent_rows(*previous) if previous else ()
+    previous = group, batches
+  yield from _latent_rows(*previous) if previous else ()
 
 
 def _check(framing, networks, dtype, batch_size, workers):
@@ -204,7 +205,7 @@ def _settings(framing, networks, dtype, fingerprint, tokenizer) -> dict:
 
 
 def _ahead(function, items, threads, number):
-  """`map` by threads that work up to `number` items ahead."""
+  """`map` with threads that work up to `number` items ahead."""
   waiting = collections.deque()
   for item in items:
     waiting.append(threads.submit(function, item))
@@ -221,15 +222,15 @@ def _write(job, shard: Shard, rows, encode, batch_size) -> list[str]:
 
 
 def _groups(rows, batch_size):
-  """Rows that fill a batch between them; a row that alone is too large for one is a group."""
+  """Groups of rows whose images fit into one batch; a larger row is a group of its own."""
   group, number = [], 0
   for row in rows:
-    more = len(row.images) if isinstance(row, Prepared) else 0
-    if group and number + more > batch_size:
+    row_images = len(row.images) if isinstance(row, Prepared) else 0
+    if group and number + row_images > batch_size:
       yield group
       group, number = [], 0
     group.append(row)
-    number += more
+    number += row_images
   if group:
     yield group
 
@@ -246,12 +247,12 @@ def _latent_rows(group, batches):
     start += number
     if not (np.isfinite(mean).all() and np.isfinite(log_variance).all()):
       raise InputError(f'{row.name}: the VAE gives values that are not finite; try dtype float32.')
-    every = number // len(row.pairs)  # 2 for edits
+    step = number // len(row.pairs)  # 2 for edits
     yield LatentRow(
       row.name,
       prepared.token_ids,
-      mean[::2] if every == 2 else None,
-      mean[every - 1 :: every],
-      log_variance[every - 1 :: every],
+      mean[::2] if step == 2 else None,
+      mean[step - 1 :: step],
+      log_variance[step - 1 :: step],
       row.may_flip,
     )

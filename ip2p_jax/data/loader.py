@@ -1,8 +1,8 @@
-"""Batches, from sources to devices; Grain shuffles, mixes, and runs the threads and processes.
+"""Batches, from sources to devices. Grain shuffles, mixes, and runs the threads and processes.
 
 B batch, R rows of it that this host feeds. The example at place p = step * B + row of a run is a
-function of the seed, p and the data: number of hosts, devices and workers, and where the run was
-resumed, change nothing. Each source goes through all its rows, newly shuffled, before any returns.
+function of the seed, p and the data. The numbers of hosts, devices and workers do not change it,
+nor does resuming. Each epoch of a source is newly shuffled and has every row once.
 
 A batch is a dict of arrays [R, ...], see `examples`, and `index` int32 [R]: the row in the global
 batch (in validation, the row in the data set).
@@ -35,17 +35,17 @@ from ip2p_jax.data.rows import LatentRow, Source
 from ip2p_jax.errors import InputError
 
 Batch = dict[str, np.ndarray]
-PART = 32  # rows that are made at a time; the first batch then comes from all workers together
-FEW = 10_000  # rows; Grain's shuffle, which keeps no list, takes milliseconds a row for a few
-SMALL = 2**16  # bytes; what is larger goes through shared memory
+PART = 32  # rows of one task, so that all workers share the first batch
+FEW = 10_000  # rows; below it Grain's shuffle, which keeps no list, takes milliseconds per row
+SMALL = 2**16  # bytes; larger arrays go through shared memory
 
 
 class Feed(NamedTuple):
-  """All that decides the examples; this is what worker processes get.
+  """Everything that the examples depend on. Worker processes get it.
 
   Attributes:
     order: (number of the source, number of its row) by place.
-    like: a good example, for the shapes of all others.
+    like: an example of a good row; all others have its shapes.
   """
 
   sources: tuple[Source, ...]
@@ -68,25 +68,26 @@ def batches(
   tokenizer: Tokenizer,
   workers: int,
 ) -> Generator[Batch, None, None]:
-  """Endless batches, from that of `start_step` on. Close it to stop its workers.
+  """Endless batches, from `start_step` on. Close the generator to stop its workers.
 
   Args:
-    sources: all of pictures, or all of latents of one size.
-    weights: how often each source is drawn from, relative to the others.
+    sources: all of images, or all of latents of one size.
+    weights: how often to draw from each source, relative to the others.
     seed: of order, pairs, instructions, crops and mirroring; 0 or more.
     batch_size: B, over all hosts.
     rows: which rows of the global batch this host feeds, ascending.
-    start_step: 0 for a new run; any other costs nothing.
+    start_step: 0 for a new run; a later start costs nothing.
     tokenizer: texts -> int32 [n, L].
-    workers: processes; 0 for threads of this one.
+    workers: processes; 0 uses threads of this one.
 
-  A broken row is in the batch with weight 0, and `error` says what is wrong with it. Raises
-  InputError if the sources cannot be mixed or a setting is impossible; RuntimeError if reading
-  fails in another way.
+  A broken row stays in the batch with weight 0, and `error` is its message. Raises InputError if
+  the sources cannot be mixed or a setting is impossible; RuntimeError if reading fails in another
+  way.
   """
   feed = _feed(sources, weights, seed, framing, tokenizer)
   parts = _parts(rows)
-  make = functools.partial(_part, functools.partial(_drawn, feed), batch_size, parts, start_step)
+  drawn = functools.partial(_drawn_example, feed)
+  make = functools.partial(_part, drawn, batch_size, parts, start_step)
   return _join(_stream(make, sys.maxsize, len(parts), workers, feed.like), len(parts))
 
 
@@ -101,9 +102,9 @@ def batch_at(
   framing: Framing,
   tokenizer: Tokenizer,
 ) -> Batch:
-  """The batch of one step, as `batches` gives it, without going through those before."""
+  """The batch of one step, as `batches` gives it, without making the batches before it."""
   feed = _feed(sources, weights, seed, framing, tokenizer)
-  return _part(functools.partial(_drawn, feed), batch_size, [np.asarray(rows)], step, 0)
+  return _part(functools.partial(_drawn_example, feed), batch_size, [np.asarray(rows)], step, 0)
 
 
 def validation_batches(
@@ -115,10 +116,10 @@ def validation_batches(
   framing: Framing,
   tokenizer: Tokenizer,
 ) -> Generator[Batch, None, None]:
-  """The first `examples` rows in order, nothing random; the last batch is filled up at weight 0."""
+  """The first `examples` rows in order, nothing random. Blanks of weight 0 fill the last batch."""
   feed = _feed([source], [1.0], 0, framing, tokenizer)
   parts, count = _parts(rows), min(examples, len(source))
-  in_order = functools.partial(_in_order, feed, count)
+  in_order = functools.partial(_ordered_example, feed, count)
   make = functools.partial(_part, in_order, batch_size, parts, 0)
   steps = -(-count // batch_size)
   return _join(_stream(make, steps * len(parts), len(parts), 0, feed.like), len(parts))
@@ -131,14 +132,14 @@ def to_device(
   prefetch: int = 2,
   on_error: Callable[[list[str]], None] = lambda errors: None,
 ) -> Generator[dict[str, jax.Array], None, None]:
-  """Global arrays [B, ...] from every host's rows; `prefetch` batches are made ahead by a thread.
+  """Global arrays [B, ...] from every host's rows. A thread makes `prefetch` batches ahead.
 
   Args:
-    batches: of this host; closed when this generator is.
+    batches: of this host; closing this generator closes it too.
     sharding: of the first axis.
     batch_size: B, over all hosts.
     prefetch: 1 or more.
-    on_error: called with what is wrong with a batch's broken rows, just before that batch.
+    on_error: gets the messages of a batch's broken rows, just before that batch.
   """
 
   def place() -> tuple[dict[str, jax.Array], list[str]] | None:
@@ -158,14 +159,14 @@ def to_device(
         on_error(errors)
       yield arrays
   finally:
-    pool.shutdown(cancel_futures=True)  # waits for the batch that is being made
+    pool.shutdown(cancel_futures=True)  # waits for the batch in work
     batches.close()
 
 
 def globally(
   batch: Batch, sharding: jax.sharding.Sharding, batch_size: int
 ) -> dict[str, jax.Array]:
-  """Global arrays [B, ...] from this host's rows; `batch` is without 'error'."""
+  """Global arrays [B, ...] from this host's rows; `batch` has no 'error'."""
   put = lambda x: jax.make_array_from_process_local_data(sharding, x, (batch_size, *x.shape[1:]))
   return {key: put(value) for key, value in batch.items()}
 
@@ -173,15 +174,15 @@ def globally(
 def order(lengths: Sequence[int], weights: Sequence[float], seed: int) -> grain.MapDataset:
   """(number of the source, number of its row) at every place of an endless run.
 
-  Each source is shuffled anew for each of its epochs; weights are kept to within 1 %.
+  Each epoch of a source has a new order. The shares of the sources match the weights within 1 %.
   """
   seeds = np.random.SeedSequence(seed).generate_state(len(lengths))
   datasets = []
-  for source, (length, own_seed) in enumerate(zip(lengths, map(int, seeds), strict=True)):
+  for source, (length, seed_k) in enumerate(zip(lengths, map(int, seeds), strict=True)):
     if length < FEW:
-      rows = grain.MapDataset.range(sys.maxsize).map(functools.partial(_permuted, length, own_seed))
+      rows = grain.MapDataset.range(sys.maxsize).map(functools.partial(_permuted, length, seed_k))
     else:
-      rows = grain.MapDataset.range(length).shuffle(seed=own_seed).repeat()
+      rows = grain.MapDataset.range(length).shuffle(seed=seed_k).repeat()
     datasets.append(rows.map(functools.partial(_pair, source)))
   return grain.MapDataset.mix(datasets, list(weights))
 
@@ -214,7 +215,7 @@ def _feed(sources, weights, seed, framing, tokenizer) -> Feed:
     if _shapes(like) != _shapes(likes[0]):
       raise InputError(
         f'data.path: data set {k} gives {_shapes(like)} and data set 1 {_shapes(likes[0])}; all'
-        ' must be pictures, or all latents of one resolution.'
+        ' must be images, or all latents of one resolution.'
       )
   places = order([len(source) for source in sources], weights, seed)
   return Feed(tuple(sources), places, seed, framing, tokenizer, likes[0])
@@ -237,20 +238,20 @@ def _example(row, rng, framing, tokenizer) -> Example:
 
 
 def _shapes(example) -> str:
-  """For comparing, and for people to read."""
-  named = sorted((key, value.shape) for key, value in example.items() if key != 'error')
-  return ', '.join(f'{key} {list(shape)}' for key, shape in named if shape)
+  """The shapes as text, to compare and for messages."""
+  shapes = sorted((key, value.shape) for key, value in example.items() if key != 'error')
+  return ', '.join(f'{key} {list(shape)}' for key, shape in shapes if shape)
 
 
-def _drawn(feed, place) -> Example:
+def _drawn_example(feed, place) -> Example:
   """The example at a place of the run."""
   source, row = feed.order[place]
   rng = np.random.Generator(np.random.Philox(key=[feed.seed, place]))
   return _read(feed, feed.sources[source], row, rng)
 
 
-def _in_order(feed, count, place) -> Example:
-  """The example at a place of the validation, which has `count`."""
+def _ordered_example(feed, count, place) -> Example:
+  """The example at a place of the validation; a blank from place `count` on."""
   example = examples.blank(feed.like, '')
   if place < count:
     example = _read(feed, feed.sources[0], place, None)
@@ -277,18 +278,18 @@ def _part(example_at, batch_size, parts, start_step, i) -> Batch:
   """The i-th part of the stream, stacked."""
   step, part = divmod(i, len(parts))
   try:
-    made = [
+    rows = [
       {'index': np.int32(row)} | example_at((start_step + step) * batch_size + int(row))
       for row in parts[part]
     ]
   except Exception as error:
-    # As text, since not every exception can be pickled, and what cannot would never arrive.
+    # As text, since an exception that cannot be pickled would never arrive.
     kind = type(error).__name__
     raise RuntimeError(
       f'reading examples of step {start_step + step} failed with {kind}: {error}\n'
       f'{traceback.format_exc()}'
     ) from None
-  return {key: np.stack([np.asarray(example[key]) for example in made]) for key in made[0]}
+  return {key: np.stack([np.asarray(example[key]) for example in rows]) for key in rows[0]}
 
 
 def _stream(make, count, parts, workers, like) -> grain.IterDataset:
@@ -300,7 +301,7 @@ def _stream(make, count, parts, workers, like) -> grain.IterDataset:
     threads = workers or min(os.cpu_count() or 1, 16)
     return dataset.to_iter_dataset(grain.ReadOptions(threads, prefetch_buffer_size=threads + parts))
   if not flags.FLAGS.is_parsed():
-    flags.FLAGS.mark_as_parsed()  # Grain's are read for processes; outside absl none are parsed
+    flags.FLAGS.mark_as_parsed()  # Grain passes its flags to processes; only absl parses them
   dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
   options = grain.experimental.DatasetOptions(min_shm_size=SMALL)
   dataset = grain.experimental.WithOptionsIterDataset(dataset, options)
@@ -318,38 +319,38 @@ def _join(stream, parts) -> Generator[Batch, None, None]:
 
 
 def _concatenate(pieces) -> Batch:
-  """A copy, so that shared memory is free for others at once."""
+  """Copies, to free the shared memory at once."""
   keys = pieces[0] if pieces else ()
   return {key: np.concatenate([np.asarray(piece[key]) for piece in pieces]) for key in keys}
 
 
 def _has_shared_memory(size) -> bool:
-  """Whether processes have room to pass batches; containers often give them 64 MB."""
+  """Whether processes have room to pass batches; containers often have only 64 MB."""
   try:
     free = shutil.disk_usage('/dev/shm').free
   except OSError:
-    return True  # a system that keeps it elsewhere
-  if free < 2 * size:  # twice, since Grain frees it a little later; who runs out is killed
+    return True  # this system keeps it elsewhere
+  if free < 2 * size:  # twice, since Grain frees it late; a process that runs out is killed
     warnings.warn(
       f'/dev/shm has {free >> 20} MB free of the {2 * size >> 20} MB that data.workers need, so'
-      ' pictures are read in threads, which may be slower; give the container more.',
+      ' threads read the images, which may be slower; give the container more.',
       stacklevel=2,
     )
   return free >= 2 * size
 
 
 def _start_worker(_index, _count):
-  # Ctrl-C, and job managers' SIGTERM, reach the whole group; the parent decides.
+  # Ctrl-C and a job manager's SIGTERM reach the whole group, but the parent decides.
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   signal.signal(signal.SIGTERM, signal.SIG_IGN)
-  jax.config.update('jax_platforms', 'cpu')  # Grain imports jax; devices are the parent's
+  jax.config.update('jax_platforms', 'cpu')  # Grain imports jax; the parent owns the devices
   os.environ['TOKENIZERS_PARALLELISM'] = 'false'
   warnings.filterwarnings('ignore', module=r'PIL\.')
   threading.Thread(target=_die_with_parent, daemon=True).start()
-  # Once queues are flushed (-5), leave at once: taking Python down with jax in it takes a second.
+  # Exit once queues are flushed (-5): a normal exit of Python with jax takes a second.
   util.Finalize(None, os._exit, (1,), exitpriority=-6)
 
 
 def _die_with_parent():
-  multiprocessing.parent_process().join()  # returns when it is gone, even if it was killed
+  multiprocessing.parent_process().join()  # returns when the parent ends, even if it was killed
   os._exit(1)

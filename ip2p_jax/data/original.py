@@ -1,10 +1,10 @@
-"""The original's folders: one per prompt, with up to four pairs of pictures.
+"""The folders of the original code: one per prompt, with up to four pairs of images.
 
 DIR/seeds.json                        [["0000000", ["123", "456"]], ...], by name; may be absent
 DIR/0000000/prompt.json               {"caption" or "input": ..., "edit": ..., "output": ...}
 DIR/0000000/123_0.jpg, 123_1.jpg      before, after
 DIR/shard-00/0000000/...              the same one level down
-DIR/filter.json                       where `ip2p filter` wrote it, which makes no splits
+DIR/filter.json                       if `ip2p filter` wrote the folder; then there are no splits
 """
 
 import concurrent.futures
@@ -21,16 +21,16 @@ from ip2p_jax.data.rows import Pair, Row
 from ip2p_jax.errors import InputError
 from ip2p_jax.storage import FILTERED
 
-THREADS = 16  # that list folders, where waiting for a network disk is all the work
+THREADS = 16  # list folders; they mostly wait for a network disk
 
 
 class Original:
-  """A source of one row per prompt, with all of its pairs. Reads its files when asked for a row."""
+  """A source of one row per prompt, with all of its pairs. Reads files when a row is asked for."""
 
   def __init__(self, folder: str, entries: Iterable[tuple[str, list[str]]], task: str):
-    """`entries` are (name of the prompt's folder, seeds), and a row each."""
+    """`entries` are (name of the prompt's folder, seeds), one per row."""
     self._folder, self._task = folder, task
-    # As one array of bytes: half a million small lists take long to copy to worker processes.
+    # One array of bytes: half a million small lists take long to copy to worker processes.
     self._entries = np.array([json.dumps(entry).encode() for entry in entries], np.bytes_)
 
   def __len__(self) -> int:
@@ -44,16 +44,16 @@ class Original:
       key: ' '.join(columns.texts(prompt.get(key)))
       for key in ('input', 'caption', 'edit', 'output')
     }
-    editing = self._task == 'edit'
-    key = 'edit' if editing else 'output'
+    is_edit = self._task == 'edit'
+    key = 'edit' if is_edit else 'output'
     if not texts[key]:
       raise InputError(f'{folder}/prompt.json: has no text {key!r}; fill it in or take it out')
     if not seeds:
-      raise InputError(f'{folder}: seeds.json names no pair of it; delete seeds.json to list anew')
+      raise InputError(f'{folder}: seeds.json lists no pair of it; delete seeds.json to list anew')
     pairs = [
       Pair(
-        _read_picture(folder, f'{seed}_0.jpg') if editing else None,
-        _read_picture(folder, f'{seed}_1.jpg'),
+        _read_image(folder, f'{seed}_0.jpg') if is_edit else None,
+        _read_image(folder, f'{seed}_1.jpg'),
       )
       for seed in seeds
     ]
@@ -62,40 +62,40 @@ class Original:
       (texts[key],),
       tuple(pairs),
       columns.may_flip(texts[key]),
-      (texts['input'] or texts['caption']) if editing else '',
+      (texts['input'] or texts['caption']) if is_edit else '',
       texts['output'],
-      ' '.join(columns.texts(prompt.get('image'))),  # the photograph that all its pairs begin with
+      ' '.join(columns.texts(prompt.get('image'))),  # the photo that all its pairs start from
     )
 
 
 def looks_original(folder: str) -> bool:
-  """Whether there is a seeds.json, or a prompt.json among the first folders or theirs."""
+  """Whether there is a seeds.json, or a prompt.json in one of the first folders or subfolders."""
   if os.path.isfile(os.path.join(folder, 'seeds.json')):
     return True
-  first = list(itertools.islice(_folders(folder), 20))
-  second = [
-    os.path.join(one, two)
-    for one in first
-    for two in itertools.islice(_folders(os.path.join(folder, one)), 20)
+  outer = list(itertools.islice(_folders(folder), 20))
+  inner = [
+    os.path.join(name, subfolder)
+    for name in outer
+    for subfolder in itertools.islice(_folders(os.path.join(folder, name)), 20)
   ]
-  return any(os.path.isfile(os.path.join(folder, name, 'prompt.json')) for name in first + second)
+  return any(os.path.isfile(os.path.join(folder, name, 'prompt.json')) for name in outer + inner)
 
 
-def open_original(folder: str, split: str, task: str = 'edit', whole: bool = False) -> Original:
-  """The rows of a split: the first 90 % train, then 5 % validation, 5 % test, as the original.
+def open_original(folder: str, split: str, task: str = 'edit', all_train: bool = False) -> Original:
+  """The rows of a split, as in the original: 90 % train, then 5 % validation, then 5 % test.
 
-  With `whole`, and of what `ip2p filter` wrote, all rows are 'train': there `--holdout` decides.
+  With `all_train`, and in a folder of `ip2p filter`, all rows are 'train', and `--holdout` decides.
 
   Raises InputError if seeds.json is damaged.
   """
   entries = _read_seeds(folder) or _list(folder)
-  if whole or os.path.isfile(os.path.join(folder, FILTERED)):
+  if all_train or os.path.isfile(os.path.join(folder, FILTERED)):
     return Original(folder, entries if split == 'train' else [], task)
   return Original(folder, entries[split_of(len(entries), split)], task)
 
 
 def split_of(count: int, split: str) -> slice:
-  """The positions of a split among `count` rows; not by hash, and rounded down, as the original."""
+  """The positions of a split among `count` rows, in order and rounded down, as in the original."""
   first, second = count * 9 // 10, count * 19 // 20
   return {
     'train': slice(first),
@@ -119,7 +119,7 @@ def _read_seeds(folder):
 
 
 def _list(folder):
-  """What seeds.json would hold: (name, seeds) of all folders that have a `*_0.jpg`, sorted."""
+  """The content of an absent seeds.json: (name, seeds) of all folders with a `*_0.jpg`, sorted."""
   with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
     scan = lambda name: (name, *_scan(os.path.join(folder, name)))
     scanned = list(pool.map(scan, _folders(folder)))
@@ -130,12 +130,12 @@ def _list(folder):
 
 
 def _scan(folder):
-  """Its seeds, in order of the file names, and its folders."""
+  """The seeds of a folder, in order of the file names, and its subfolders."""
   with os.scandir(folder) as entries:
     names = [(entry.name, entry.is_dir()) for entry in entries]
-  pictures = sorted(name for name, is_folder in names if name.endswith('_0.jpg') and not is_folder)
+  inputs = sorted(name for name, is_folder in names if name.endswith('_0.jpg') and not is_folder)
   folders = [name for name, is_folder in names if is_folder and not name.startswith('.')]
-  return [name.split('_')[0] for name in pictures], folders
+  return [name.split('_')[0] for name in inputs], folders
 
 
 def _folders(folder):
@@ -154,7 +154,7 @@ def _read_prompt(path):
   return prompt
 
 
-def _read_picture(folder, name):
+def _read_image(folder, name):
   try:
     return Path(folder, name).read_bytes()
   except OSError as error:

@@ -1,4 +1,4 @@
-"""`ip2p pack`: any data set into shards of encoded pictures, in parallel and resumable."""
+"""`ip2p pack`: writes any data set as shards of encoded images, in parallel and resumable."""
 
 import concurrent.futures
 import contextlib
@@ -35,7 +35,7 @@ Say = Callable[[str], None]
 
 
 class Form(NamedTuple):
-  """What becomes of pictures; see `pack`."""
+  """How images are stored; see `pack`."""
 
   size: int | None
   quality: int | None
@@ -56,28 +56,28 @@ def pack(
   say: Say = print,
   progress: Progress = unwatched,
 ) -> Summary:
-  """Writes shards of encoded pictures. Killed and called again, it goes on where it was.
+  """Writes shards of encoded images. After a kill, the same call continues where it stopped.
 
-  Every picture is decoded once, so that what is packed can be read. The files are the same, byte
-  for byte, however often it was killed, and on however many processes or machines it runs.
+  Every image is decoded once, so that all packed images can be read. Kills and the numbers of
+  processes and machines do not change a byte of the files.
 
   Args:
     sources: rows by split. Worker processes get them pickled.
     dst: a new folder, or one where the same pack was begun.
-    size: pixels that training will ask for. Pictures with a short side over 9/8 of it (what the
-      paper's augmentation needs: 288 for 256) are made that small, with Lanczos, upright, and
-      transparency on white; others, and all if this is None, keep their very bytes.
-    quality: JPEG's for those that are made smaller, without chroma subsampling; None is lossless
-      PNG, about three times as large (95 is 41 to 45 dB from it on photos).
-    holdout: share of the rows, the last ones, that become 'validation' if there is none; rows that
-      share a picture stay together, see `holdout.hold_out`.
-    shard_bytes: about how large a file should be (more where there would be over 512 of them); only
-      counts at the first call.
+    size: resolution of training, in pixels. An image whose short side is over 9/8 of it (288 for
+      256, as the paper's augmentation needs) is resized to that with Lanczos, upright,
+      transparency on white. Smaller images keep their bytes, and with None all do.
+    quality: JPEG quality of resized images, without chroma subsampling; None is lossless PNG, about
+      three times as large (95 is 41 to 45 dB from it on photos).
+    holdout: share of the rows, the last ones, that become 'validation' if there is none. Rows that
+      share an image stay together, see `holdout.hold_out`.
+    shard_bytes: approximate size of a file, larger if there would be over 512 files; used only by
+      the first call.
     shard: 'i/n', this machine of n that share the folder; the last to end completes the data set.
     workers: processes; 0 works in this one.
-    max_corrupt: broken rows that are left out, and listed in the data set, before it stops.
-    say: gets a line per broken row, and about what is done.
-    progress: gets (rows done, rows in all) of this machine.
+    max_corrupt: number of broken rows to leave out; the data set lists them. More stop the pack.
+    say: gets one line per broken row, and one on the work to do.
+    progress: gets (rows done, all rows) of this machine.
 
   Raises:
     InputError: too many rows are broken, the folder holds something else, an argument is
@@ -96,7 +96,7 @@ def pack(
 
 
 def packed(row: Row, form: Form) -> Row:
-  """The row as it is stored; InputError if the loader would refuse it."""
+  """The row as it is stored. Raises InputError if the loader would refuse it."""
   check_row(row, form.has_input)
   if form.size is not None:
     shrink = lambda image: image and smaller(image, form.size, form.quality)
@@ -110,7 +110,7 @@ def packed(row: Row, form: Form) -> Row:
 
 
 def smaller(encoded: bytes, size: int, quality: int | None) -> bytes:
-  """The picture file with a short side of at most 9/8 size; as it was if it is, or is broken."""
+  """Shrinks an image file to a short side of 9/8 size. Keeps a smaller or a broken file."""
   short = size * 9 // 8
   try:
     with warnings.catch_warnings(action='ignore'):
@@ -119,7 +119,7 @@ def smaller(encoded: bytes, size: int, quality: int | None) -> bytes:
       if least <= short or image.width * image.height > images.MAX_PIXELS:
         return encoded
       image = images.plain(image)
-  except Exception:  # whatever it is, the loader's own reader names it better
+  except Exception:  # the loader's own reader reports it better
     return encoded
   width, height = ((2 * side * short + least) // (2 * least) for side in image.size)
   image, file = Image.fromarray(images.to_array(image, (width, height))), io.BytesIO()
@@ -144,7 +144,7 @@ def _check(size, quality, workers, max_corrupt):
 
 @contextlib.contextmanager
 def _results(job, sources, form, workers) -> Iterator[Iterator[tuple[Shard, list[str]]]]:
-  """Gives an iterator of (file, its broken rows) as they get done; stops the workers at the end."""
+  """Gives an iterator of (finished file, its broken rows). Stops the workers at the end."""
   if not (workers and job.todo):
     task = Task(job.folder, job.plan, sources, form, threading.Event())
     yield ((shard, task.write(shard)) for shard in job.todo)
@@ -159,7 +159,7 @@ def _results(job, sources, form, workers) -> Iterator[Iterator[tuple[Shard, list
     yield ((shard_of[done], done.result()) for done in concurrent.futures.as_completed(shard_of))
   except concurrent.futures.process.BrokenProcessPool:
     raise InputError(
-      f'{job.folder}: a worker process was killed, perhaps for want of memory; use fewer workers,'
+      f'{job.folder}: a worker process was killed, perhaps for lack of memory; use fewer workers,'
       ' and run this again to continue.'
     ) from None
   finally:
@@ -168,7 +168,7 @@ def _results(job, sources, form, workers) -> Iterator[Iterator[tuple[Shard, list
 
 
 class Task(NamedTuple):
-  """What a worker process needs to write any shard."""
+  """Everything that a worker process needs to write any shard."""
 
   folder: os.PathLike
   plan: dict
@@ -177,7 +177,7 @@ class Task(NamedTuple):
   stop: Any  # an Event, of threading or multiprocessing
 
   def write(self, shard: Shard) -> list[str]:
-    """Writes one file; returns a line per broken row."""
+    """Writes one file. Returns one line per broken row."""
     return shard_writing.write_shard(self.folder, self.plan, shard, self._examples(shard))
 
   def _examples(self, shard):
@@ -196,7 +196,7 @@ _task: Task | None = None  # of a worker process
 
 def _start_worker(task):
   global _task
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops us, without 8 tracebacks
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the workers, without 8 tracebacks
   threading.Thread(target=_end_with_parent, daemon=True).start()
   _task = task
 

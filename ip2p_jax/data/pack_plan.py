@@ -1,6 +1,6 @@
-"""What to pack into which file: follows from the arguments and the source alone.
+"""Plans which rows go into which file. The plan depends only on the arguments and the source.
 
-So a run that is repeated after a kill, and other machines that share the work, plan the same.
+So a run after a kill, and all machines that share the work, make the same plan.
 """
 
 import contextlib
@@ -17,9 +17,9 @@ from ip2p_jax.data.rows import SPLITS, LatentRow, Row, Source
 from ip2p_jax.errors import InputError
 from ip2p_jax.progress import Progress
 
-SHARD_BYTES = 64 << 20  # small, since a shard is what workers share and what a killed run loses
-MAX_SHARDS = 512  # per split; each is a file that stays open while training
-SAMPLE = 16  # rows per split that the plan looks at
+SHARD_BYTES = 64 << 20  # small: one shard is the work of one task, and a killed run loses it
+MAX_SHARDS = 512  # per split; each is a file that stays open during training
+SAMPLE = 16  # rows per split that the plan reads
 
 Sources = Mapping[str, Source]
 Samples = dict[str, list[Row | None]]
@@ -41,10 +41,10 @@ def hold_out(
   say: Callable[[str], None],
   progress: Progress,
 ) -> tuple[dict[str, Source], HeldOut | None]:
-  """The sources that have rows, and what of 'train' is 'validation' now if there was none.
+  """The sources that have rows. If there is no 'validation', takes it from 'train'.
 
-  A pack that was begun in `folder` has chosen already, so that neither another machine nor a second
-  try has to read all rows for it.
+  The second result is the rows taken, or None. A pack that was begun in `folder` has chosen them
+  already, so that another machine or a second try need not read all rows.
   """
   unknown = set(sources) - set(SPLITS)
   if unknown:
@@ -57,17 +57,17 @@ def hold_out(
   if not share or 'train' not in sources or 'validation' in sources:
     return sources, None
   train = sources['train']
-  held = _chosen(folder, share, len(train))
+  held = _planned(folder, share, len(train))
   if held is None:
-    say(f'reading {len(train):,} rows once, since rows that share a picture stay in one split')
+    say(f'reading {len(train):,} rows once, since rows that share an image stay in one split')
     held = holdout.hold_out(train, share, progress)
-  kept, validation = holdout.split(train, held)
+  train, validation = holdout.split(train, held)
   rest = {split: source for split, source in sources.items() if split != 'train'}
-  return {'train': kept, 'validation': validation} | rest, held
+  return {'train': train, 'validation': validation} | rest, held
 
 
-def _chosen(folder, share, rows) -> HeldOut | None:
-  """What the plan in the folder holds out, if it is of as many rows and the same share."""
+def _planned(folder, share, rows) -> HeldOut | None:
+  """The held out rows of the folder's plan, if it has the same number of rows and share."""
   if not shards.is_shards(folder):
     return None
   plan = shards.read_plan(folder)
@@ -78,9 +78,9 @@ def _chosen(folder, share, rows) -> HeldOut | None:
 
 
 def sample(sources: Sources) -> Samples:
-  """A few rows of each split, evenly spaced, None for the broken ones.
+  """A few rows of each split, evenly spaced, None for broken rows.
 
-  Raises InputError if the rows are latents, or all of the sampled ones are broken.
+  Raises InputError if the rows are latents, or all sampled rows are broken.
   """
   samples, broken = {}, []
   for split, source in sources.items():
@@ -92,15 +92,15 @@ def sample(sources: Sources) -> Samples:
         row = None
         broken.append(str(error))
       if isinstance(row, LatentRow):
-        raise InputError(f'{row.name}: is packed as latents already; pack from the pictures.')
+        raise InputError(f'{row.name}: is packed as latents already; pack from the images.')
       samples[split].append(row)
   if not any(row for rows in samples.values() for row in rows):
-    raise InputError(f'every row that was looked at is broken, such as: {broken[0]}')
+    raise InputError(f'all sampled rows are broken, such as: {broken[0]}')
   return samples
 
 
 def has_input(samples: Samples) -> bool:
-  """Whether these are edits, not captioned pictures."""
+  """Whether these are edits, not captioned images."""
   rows = [row for rows in samples.values() for row in rows if row]
   return any(pair.input_image is not None for row in rows for pair in row.pairs)
 
@@ -108,9 +108,9 @@ def has_input(samples: Samples) -> bool:
 def check_row(row: Row, has_input: bool) -> None:
   """Raises InputError if the row lacks something that all rows of its data set have."""
   if not row.instructions or not row.pairs:
-    raise InputError(f'{row.name}: has no {"picture" if row.instructions else "instruction"}.')
+    raise InputError(f'{row.name}: has no {"image" if row.instructions else "instruction"}.')
   if any((pair.input_image is not None) != has_input for pair in row.pairs):
-    problem = 'lacks its input image' if has_input else 'has an input image, which others lack'
+    problem = 'lacks its input image' if has_input else 'has an input image, but others have none'
     raise InputError(f'{row.name}: {problem}.')
   try:
     ''.join((row.name, row.caption, row.edited_caption, row.group, *row.instructions)).encode()
@@ -127,15 +127,15 @@ def make_plan(
   shard_bytes: int,
   held: HeldOut | None = None,
 ) -> dict:
-  """The plan, as `pack.json` has it.
+  """The plan, as in `pack.json`.
 
   Args:
     kind: 'images' or 'latents'.
-    settings: JSON values; all that the bytes of a record depend on.
+    settings: JSON values; everything that the bytes of a record depend on.
     sources, samples: from `hold_out` and `sample`.
     size_of: bytes of a row in the file; raises InputError if the row is broken.
-    shard_bytes: about how large a file should be.
-    held: what `hold_out` took from 'train'.
+    shard_bytes: approximate size of a file.
+    held: the rows that `hold_out` took from 'train'.
   """
   if shard_bytes < 1:
     raise InputError(f'shard_bytes is {shard_bytes}; use at least 1.')
@@ -145,7 +145,7 @@ def make_plan(
     for row in samples[split]:
       size = None
       if row:
-        with contextlib.suppress(InputError):  # it is named and counted when its turn comes
+        with contextlib.suppress(InputError):  # packing reports and counts it later
           size = size_of(row)
       hashes.append(None if size is None else _hash(row))
       sizes += [] if size is None else [size]
@@ -156,10 +156,10 @@ def make_plan(
   return plan | ({'holdout': held._asdict()} if held else {})
 
 
-def differences(found: dict, wanted: dict) -> list[str]:
-  """Why a pack begun by one plan cannot go on by the other; [] if it can.
+def differences(old: dict, new: dict) -> list[str]:
+  """Why a pack begun with the old plan cannot continue with the new one; [] if it can.
 
-  The number of shards may differ, and rows may have been broken that are not now.
+  The numbers of shards may differ, and rows that were broken may be mended.
   """
 
   def flat(plan):
@@ -167,19 +167,19 @@ def differences(found: dict, wanted: dict) -> list[str]:
     share = plan.get('holdout', {}).get('share', 0)
     return {'kind': plan['kind'], 'holdout': share} | plan['settings'] | rows
 
-  one, other = flat(found), flat(wanted)
+  before, after = flat(old), flat(new)
   lines = [
-    f'{key} {one.get(key)} and not {other.get(key)}'
-    for key in sorted({*one, *other})
-    if one.get(key) != other.get(key)
+    f'{key} {before.get(key)} and not {after.get(key)}'
+    for key in sorted({*before, *after})
+    if before.get(key) != after.get(key)
   ]
   if lines:
     return lines
   pairs = [
-    zip(sizes['sample'], wanted['splits'][split]['sample'], strict=True)
-    for split, sizes in found['splits'].items()
+    zip(sizes['sample'], new['splits'][split]['sample'], strict=True)
+    for split, sizes in old['splits'].items()
   ]
-  if any(a != b for of_split in pairs for a, b in of_split if a and b):
+  if any(a != b for hashes in pairs for a, b in hashes if a and b):
     lines = ['rows that are not the same now']
   return lines
 
@@ -203,32 +203,32 @@ def _hash(row):
 
 
 def pack_size(src: str, size: int | None, is_latents: bool) -> int:
-  """The side to pack at, pixels; 0 keeps files as they are.
+  """The side to pack at, in pixels; 0 keeps files as they are.
 
   Args:
-    src: what is packed. Shards of pictures can be packed again no larger than they are.
-    size: as given; None for the size of packed shards, else 256.
-    is_latents: whether latents are made, which are of this very side.
+    src: the data set to pack. Packed images can be packed again, but not larger.
+    size: the user's choice; None for the size of packed shards, else 256.
+    is_latents: whether to make latents, which have exactly this side.
   """
-  held = _held_size(src)
-  if held is None:
+  packed = _packed_size(src)
+  if packed is None:
     return 256 if size is None else size
-  most = largest(held) if is_latents else held
+  most = largest(packed) if is_latents else packed
   if size is not None and size > most:
     raise InputError(
-      f'{src}: its pictures were packed for {held} px, and --size {size} would scale them up; give'
-      f' --size {held}, or pack the first data set again.'
+      f'{src}: its images were packed for {packed} px, and --size {size} would scale them up; give'
+      f' --size {packed}, or pack the first data set again.'
     )
-  return size or held
+  return size or packed
 
 
 def largest(size: int) -> int:
-  """Pixels of the short side that a picture packed with `size` has at most."""
+  """The largest short side, in pixels, of an image packed with `size`."""
   return size * 9 // 8
 
 
-def _held_size(src) -> int | None:
-  """What packed pictures were packed at; None for other data and for files that were kept."""
+def _packed_size(src) -> int | None:
+  """The size that images were packed at; None for other data and for unchanged files."""
   if not shards.is_shards(src):
     return None
   return shards.describe(src)['settings'].get('size')

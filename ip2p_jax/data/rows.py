@@ -1,8 +1,8 @@
-"""What every data set is read into, whatever it looks like on disk.
+"""The form that every data set is read into, whatever its layout on disk.
 
-A source is a sequence: `len(source)` and `source[i]`, which gives a `Row` (pictures as encoded
-files) or a `LatentRow` (what the frozen networks make of them), or raises an InputError that names
-the place of a broken row. Sources can be pickled, since worker processes read them.
+A source is a sequence: `len(source)` and `source[i]`. An item is a `Row` (images as encoded files)
+or a `LatentRow` (outputs of the frozen networks). A broken row raises an InputError that names its
+place. Sources can be pickled, since worker processes read them.
 """
 
 from typing import NamedTuple, Protocol
@@ -13,7 +13,7 @@ SPLITS = ('train', 'validation', 'test')
 
 
 class Pair(NamedTuple):
-  """Two encoded picture files (JPEG, PNG, WebP ...); text-to-image has no input."""
+  """Two encoded image files (JPEG, PNG, WebP ...); text-to-image has no input."""
 
   input_image: bytes | None
   edited_image: bytes
@@ -23,13 +23,13 @@ class Row(NamedTuple):
   """One example.
 
   Attributes:
-    name: where it is, for people: 'photos/metadata.jsonl: line 3'.
-    instructions: one is drawn each time; for text-to-image, captions.
-    pairs: one is drawn each time (the original data set has up to four per prompt).
-    may_flip: whether mirroring keeps the instruction true.
+    name: its place, for messages: 'photos/metadata.jsonl: line 3'.
+    instructions: training draws one; for text-to-image, captions.
+    pairs: training draws one (the original data set has up to four per prompt).
+    may_flip: whether the instruction stays true after mirroring.
     caption: of the input image, '' if unknown.
     edited_caption: of the edited image, '' if unknown.
-    group: rows of the same group are about one picture, and so in one split; '' if unknown.
+    group: rows of the same group show one image, so they stay in one split; '' if unknown.
   """
 
   name: str
@@ -42,7 +42,7 @@ class Row(NamedTuple):
 
 
 class LatentRow(NamedTuple):
-  """One example, encoded. P pairs, I instructions, 2 for (as it is, mirrored), h w latent sides.
+  """One encoded example. P pairs, I instructions, 2 for (as it is, mirrored), h w latent sides.
 
   Attributes:
     token_ids: int32 [I, L].

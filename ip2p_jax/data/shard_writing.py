@@ -1,10 +1,10 @@
-"""Writing packed data sets so that a run can be killed anywhere, repeated, or shared.
+"""Writes packed data sets. A run can be killed anywhere, repeated, or shared by machines.
 
-What makes that safe: the plan (what is packed, how, which rows go into which file) follows from the
-arguments and the source alone and is written first; every file is written under another name, then
-renamed, then noted; nothing is in a file but its own rows. So a second run writes the files that
-have no note, n machines write every n-th file each, and whoever finds all of them noted writes what
-makes the folder a data set (with the same bytes, if two do).
+The plan (settings, and which rows go into which file) depends only on the arguments and the source,
+and is written first. Every file is written under a temporary name, then renamed, then gets a note.
+A file holds only its own rows. So a second run writes the files without a note, and each of n
+machines writes every n-th file. The machine that finds all notes writes the metadata, which make
+the folder a data set (if two do so, they write the same bytes).
 """
 
 import contextlib
@@ -31,11 +31,11 @@ SHOWN = 10  # broken rows named in one message
 
 
 class Job(NamedTuple):
-  """This machine's part of a pack; `skipped` grows while it works.
+  """This machine's part of a pack. `skipped` grows during the work.
 
   Attributes:
-    mine, todo: files this machine writes, and those of them that are still to be written.
-    skipped: broken rows that were left out of all finished files, a line each.
+    mine, todo: the files of this machine, and those that it has not written yet.
+    skipped: broken rows left out of all finished files, a line each.
   """
 
   folder: Path
@@ -47,12 +47,12 @@ class Job(NamedTuple):
 
 
 class Summary(NamedTuple):
-  """What there is after a run.
+  """The data set after a run.
 
   Attributes:
-    rows: in the data set so far, by split.
+    rows: number of rows so far, by split.
     skipped: broken rows that were left out, a line each.
-    is_complete: False if other machines' shards are still missing.
+    is_complete: False if shards of other machines are missing.
   """
 
   rows: dict[str, int]
@@ -62,12 +62,13 @@ class Summary(NamedTuple):
 
 @contextlib.contextmanager
 def working(folder: str | os.PathLike, plan: dict, part: str, max_corrupt: int) -> Iterator[Job]:
-  """What `begin` gives, and nobody else at the same part until the end.
+  """Does `begin`, and keeps the part locked until the end.
 
-  Raises InputError if somebody is, or packs here with another n; or as `begin`.
+  Raises InputError if another process works on the part, or packs here with another n; or as
+  `begin`.
   """
   start = lambda is_shared: begin(folder, plan, part, max_corrupt)
-  if '://' in str(folder) or (Path(folder) / shards.COMPLETE).is_file():  # refused, or all is done
+  if '://' in str(folder) or (Path(folder) / shards.COMPLETE).is_file():  # refused, or complete
     yield start(False)
     return
   with contextlib.ExitStack() as stack:
@@ -93,11 +94,11 @@ def begin(folder: str | os.PathLike, plan: dict, part: str, max_corrupt: int) ->
       return Job(folder, plan, mine, [], [], max_corrupt)
     (folder / shards.PROGRESS).mkdir(exist_ok=True)
     notes = _notes(folder, wanted)
-    if len(_skipped(notes)) > max_corrupt:  # it stopped the last run; perhaps they are mended now
+    if len(_skipped(notes)) > max_corrupt:  # that stopped the last run; try them again
       for shard in [shard for shard in mine if notes.get(shard, {}).get('skipped')]:
         _note(folder, shard).unlink()
         del notes[shard]
-    for shard in mine:  # what a killed run left
+    for shard in mine:  # files that a killed run left
       for file in (folder / shards.PROGRESS).glob(f'*{shard.file}.*.tmp'):
         file.unlink(missing_ok=True)
   todo = [shard for shard in mine if shard not in notes]
@@ -107,7 +108,7 @@ def begin(folder: str | os.PathLike, plan: dict, part: str, max_corrupt: int) ->
 def write_shard(
   folder: Path, plan: dict, shard: Shard, examples: Iterable[dict[str, Any] | InputError]
 ) -> list[str]:
-  """Writes one file from its rows' examples, in order, or errors; returns the errors' lines."""
+  """Writes one file from the examples of its rows, in order. Returns a line per error."""
   features = shards.features_of(plan)
   serializer = ExampleSerializer(features.get_serialized_info())
   skipped, rows = [], 0
@@ -138,8 +139,8 @@ def work(
   say: Callable[[str], None],
   progress: Progress,
 ) -> None:
-  """Draws all `results`, a file and its broken rows each, and stops if those are too many."""
-  rows = lambda some: sum(shard.stop - shard.start for shard in some)
+  """Draws all `results` (file, its broken rows). Stops if too many rows are broken."""
+  rows = lambda files: sum(shard.stop - shard.start for shard in files)
   total, left = rows(job.mine), rows(job.todo)
   say(f'{job.folder}: {total:,} rows in {len(job.mine)} files, {len(job.todo)} of them to write')
   check_skipped(job)
@@ -153,22 +154,22 @@ def work(
 
 
 def check_skipped(job: Job) -> None:
-  """Raises InputError if more rows are broken than may be."""
+  """Raises InputError if more than `max_corrupt` rows are broken."""
   count = len(job.skipped)
   if count > job.max_corrupt:
     more = f' ... and {count - SHOWN} more' if count > SHOWN else ''
     raise InputError(
-      f'{count} broken {"row" if count == 1 else "rows"}, where --max-corrupt allows'
+      f'{count} broken {"row" if count == 1 else "rows"}, but --max-corrupt allows'
       f' {job.max_corrupt}: {" | ".join(job.skipped[:SHOWN])}{more}. Mend them (ip2p check lists'
       ' all) or allow more, and run this again to continue.'
     )
 
 
 def finish(job: Job) -> Summary:
-  """Makes the folder a data set if all files of all machines are there."""
+  """Writes the metadata of the data set if all files of all machines are there."""
   wanted, complete = shards_of(job.plan), job.folder / shards.COMPLETE
   with contextlib.ExitStack() as stack:
-    if not complete.is_file():  # or else the notes are tidied up while they are read
+    if not complete.is_file():  # the lock keeps others from removing the notes meanwhile
       with _writing(job.folder):
         lock = storage.locked(storage.folder(job.folder) / '.lock', '', waits=True)
         stack.enter_context(lock)
@@ -179,13 +180,13 @@ def finish(job: Job) -> Summary:
         try:
           _write_metadata(job, notes)
         except OSError:
-          if not complete.is_file():  # if it is, another machine came first, and tidied up
+          if not complete.is_file():  # else another machine was first, and removed the notes
             raise
     if complete.is_file():
       _tidy(job.folder)
   if complete.is_file():
-    found = shards.describe(job.folder)
-    return Summary(found['splits'], tuple(found['skipped']), True)
+    description = shards.describe(job.folder)
+    return Summary(description['splits'], tuple(description['skipped']), True)
   rows = dict.fromkeys(job.plan['splits'], 0)
   for shard, note in notes.items():
     rows[shard.split] += note['rows']
@@ -201,22 +202,22 @@ def parse_shard(part):
 
 
 def _claim(folder, plan) -> dict:
-  """The folder's plan, which is the given one if it is new."""
+  """The folder's plan. A new folder gets `plan`."""
   file = folder / shards.PLAN
   if not file.is_file():
     folder.mkdir(parents=True, exist_ok=True)
-    strangers = [name for name in os.listdir(folder) if not name.startswith('.')]
-    if strangers and not file.is_file():  # another machine may have come first
+    contents = [name for name in os.listdir(folder) if not name.startswith('.')]
+    if contents and not file.is_file():  # another machine may have been first
       raise InputError(f'{folder}: is not empty; give a new folder.')
     storage.claim(file, plan)
-  found = shards.read_plan(folder)
-  different = differences(found, plan)
+  existing = shards.read_plan(folder)
+  different = differences(existing, plan)
   if different:
     raise InputError(
       f'{folder}: was begun with {"; ".join(different)}; use the same source and settings to'
       ' continue, or give a new folder.'
     )
-  return found
+  return existing
 
 
 def _note(folder, shard):
@@ -224,7 +225,7 @@ def _note(folder, shard):
 
 
 def _notes(folder, wanted) -> dict[Shard, dict]:
-  """The notes of those files that lie there as they were written."""
+  """The notes of the files that are complete."""
   notes = {}
   for shard in wanted:
     file, note = folder / shard.file, _note(folder, shard)
@@ -240,14 +241,14 @@ def _skipped(notes) -> list[str]:
 
 
 def _settle(file, rows) -> int:
-  """Sees the file safely on the disk; its size in bytes."""
+  """Makes sure that the file is safely on the disk. Returns its size in bytes."""
   with open(file, 'rb') as opened:
     os.fsync(opened.fileno())
   reader = array_record_module.ArrayRecordReader(str(file))
-  found = reader.num_records()
+  count = reader.num_records()
   reader.close()
-  if found != rows:
-    raise OSError(f'{found} of {rows} records arrived')
+  if count != rows:
+    raise OSError(f'{count} of {rows} records arrived')
   return file.stat().st_size
 
 
@@ -257,8 +258,8 @@ def _write_metadata(job, notes):
   )
   infos = []
   for split in job.plan['splits']:
-    of_split = [note for shard, note in notes.items() if shard.split == split]
-    lengths, sizes = [note['rows'] for note in of_split], [note['bytes'] for note in of_split]
+    split_notes = [note for shard, note in notes.items() if shard.split == split]
+    lengths, sizes = [note['rows'] for note in split_notes], [note['bytes'] for note in split_notes]
     infos.append(
       tfds.core.SplitInfo(
         name=split,
@@ -289,7 +290,7 @@ def _write_metadata(job, notes):
 
 
 def _tidy(folder):
-  """Removes what only mattered before the data set was complete."""
+  """Removes files that are useless once the data set is complete."""
   for leftover in (folder / shards.PROGRESS, *folder.glob('.*.tmp')):
     if leftover.is_dir():
       shutil.rmtree(leftover, ignore_errors=True)
@@ -299,11 +300,11 @@ def _tidy(folder):
 
 @contextlib.contextmanager
 def _writing(folder):
-  """What fails on the disk becomes an InputError; ArrayRecord raises RuntimeError."""
+  """Turns errors of the disk into an InputError. ArrayRecord raises RuntimeError."""
   try:
     yield
   except (OSError, RuntimeError) as error:
     reason = getattr(error, 'strerror', None) or error
     raise InputError(
-      f'{folder}: cannot be written ({reason}); see to it, then run this again to continue.'
+      f'{folder}: cannot be written ({reason}); mend this, then run it again to continue.'
     ) from error

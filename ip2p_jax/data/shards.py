@@ -1,14 +1,14 @@
-"""Packed data sets: what lies in the folder, and reading it by random access.
+"""Packed data sets: the contents of the folder, and random access to its rows.
 
 The folder is one of TensorFlow Datasets (`tfds.builder_from_directory(folder).as_data_source()`
 reads it), but neither writing nor reading needs TensorFlow. P pairs, I instructions, L tokens,
 h w latent sides. In it:
 
-  pack.json              the plan: what is packed, how, into how many shards; written first
+  pack.json              the plan: settings, rows and shards of each split; written first
   progress/              while packing, a note for every finished shard
   edits-train.array_record-00003-of-00021
                          rows in the source's order, a tf.Example each, not compressed since
-                         pictures and latents hardly shrink; checksums are ArrayRecord's
+                         images and latents hardly shrink; ArrayRecord adds checksums
   features.json, metadata.json, dataset_info.json
                          for TFDS; the last is written last and makes the data set complete
 """
@@ -42,10 +42,10 @@ def is_shards(path: str | os.PathLike) -> bool:
 
 
 def open_shards(path: str | os.PathLike, split: str) -> Source:
-  """The rows of a split: `Row` or `LatentRow`, see `describe`; none if the split is absent.
+  """The rows of a split: `Row` or `LatentRow`, see `describe`. An absent split is empty.
 
-  Raises InputError if packing was not finished, or a file is missing; `source[i]` does if that
-  record is damaged.
+  Raises InputError if packing was not finished, or a file is missing. `source[i]` raises it if
+  that record is damaged.
   """
   if split not in SPLITS:
     raise InputError(f'{path}: split {split!r} is unknown; use one of {", ".join(SPLITS)}.')
@@ -57,11 +57,11 @@ def open_shards(path: str | os.PathLike, split: str) -> Source:
 
 
 def describe(path: str | os.PathLike) -> dict[str, Any]:
-  """What a finished packed data set holds.
+  """The contents of a finished packed data set.
 
-  `kind` is 'images' or 'latents', `splits` {split: rows}, `settings` all that it was packed with
-  (of latents, also `resolution` in pixels, and `fingerprint` of the checkpoint), `skipped` the
-  broken rows that were left out, a line each. `resolution` and `fingerprint` are None for images.
+  `kind` is 'images' or 'latents', `splits` {split: rows}, `settings` all settings of the pack,
+  `skipped` the broken rows that were left out, a line each. `resolution`, in pixels, and
+  `fingerprint`, of the checkpoint, are for latents; they are None for images.
   """
   plan = _finished_plan(path)
   splits = storage.read_json(Path(path) / COMPLETE).get('splits', [])
@@ -85,7 +85,7 @@ class Part(NamedTuple):
 
 
 class Shards(Sequence):
-  """The rows of one split. File handles are opened where it is used and stay out of pickles."""
+  """The rows of one split. Opens files on first use, and leaves them out of pickles."""
 
   def __init__(self, path: str | os.PathLike, split: str, lengths: list[int], plan: dict):
     files = [Path(path) / file_name(split, k, len(lengths)) for k in range(len(lengths))]
@@ -123,7 +123,7 @@ def file_name(split: str, index: int, shards: int) -> str:
 
 
 def features_of(plan: dict) -> tfds.features.FeaturesDict:
-  """The features of a record, as TFDS knows them."""
+  """The TFDS features of a record."""
   f, settings = tfds.features, plan['settings']
   common = {'name': f.Text(), 'may_flip': f.Scalar(np.bool_)}
   if plan['kind'] == 'latents':
@@ -135,12 +135,12 @@ def features_of(plan: dict) -> tfds.features.FeaturesDict:
     return f.FeaturesDict(common | {'token_ids': token_ids} | dict.fromkeys(names, latents))
   images = ('input_image', 'edited_image') if settings['has_input'] else ('edited_image',)
   texts = {'caption': f.Text(), 'edited_caption': f.Text(), 'group': f.Text()}
-  pairs = f.Sequence({name: f.Image() for name in images})  # given and kept as encoded files
+  pairs = f.Sequence({name: f.Image() for name in images})  # encoded files, stored as they are
   return f.FeaturesDict(common | texts | {'instructions': f.Sequence(f.Text()), 'pairs': pairs})
 
 
 def image_example(row: Row, has_input: bool) -> dict[str, Any]:
-  """What `features_of` an 'images' plan takes."""
+  """A row as an example for `features_of` an 'images' plan."""
   edited = [pair.edited_image for pair in row.pairs]
   pairs = {'edited_image': edited}
   if has_input:
@@ -168,17 +168,17 @@ def image_row(features, settings: dict) -> Row:
     bool(features['may_flip'].int64_list.value[0]),
     _text(features, 'caption'),
     _text(features, 'edited_caption'),
-    _text(features, 'group') if 'group' in features else '',  # of older packs
+    _text(features, 'group') if 'group' in features else '',  # older packs have none
   )
 
 
 def latent_example(row: LatentRow) -> dict[str, Any]:
-  """What `features_of` a 'latents' plan takes."""
+  """A row as an example for `features_of` a 'latents' plan."""
   return {key: value for key, value in row._asdict().items() if value is not None}
 
 
 def latent_row(features, settings: dict) -> LatentRow:
-  def latents(key):  # without a copy, so read-only
+  def latents(key):  # not copied, so read-only
     values = np.frombuffer(features[key].bytes_list.value[0], np.float16)
     return values.reshape(-1, 2, *settings['latent_shape'])
 

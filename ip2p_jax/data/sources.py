@@ -1,14 +1,14 @@
-"""Data sets on disk, recognised by looking, as sequences of rows.
+"""Opens data sets on disk as sequences of rows, and recognises their layout.
 
-  packed shards                        what `ip2p pack` writes
-  the original's folders               see original.py
-  metadata.jsonl, metadata.csv         rows with names of picture files, relative to it
+  packed shards                        written by `ip2p pack`
+  folders of the original code         see original.py
+  metadata.jsonl, metadata.csv         rows with names of image files, relative to it
   *.parquet                            one file, or a folder of them, at most two levels deep
 
-Splits are 'train', 'validation' and 'test'. Packed shards, the original's folders (by position),
-and files or folders that are named after a split (`validation-00000-of-00002.parquet`,
-`val/metadata.jsonl`) have them; the rest is 'train', and so is a file that is given by itself, and
-all that `ip2p filter` wrote.
+Splits are 'train', 'validation' and 'test'. Packed shards have splits, and so do folders of the
+original code (by position), and files or folders named after a split
+(`validation-00000-of-00002.parquet`, `val/metadata.jsonl`). Everything else is 'train'; so is a
+single file, and everything that `ip2p filter` wrote.
 """
 
 import glob
@@ -31,76 +31,76 @@ SPLIT_NAMES = re.compile(r'(train|validation|valid|val|dev|test)(?![a-z])', re.I
 
 
 def open_source(
-  path: str, split: str = 'train', columns: str = '', task: str = 'edit', whole: bool = False
+  path: str, split: str = 'train', columns: str = '', task: str = 'edit', all_train: bool = False
 ) -> Source:
   """A split of a data set, as a sequence of rows that can be pickled.
 
   Args:
-    path: of the data set; see the head of this file.
-    split: 'train', 'validation' or 'test'; one that the data set does not have is empty.
-    columns: of metadata and Parquet files, where their names are unusual: 'input=before,
-      edited=after,instruction=text' (for text-to-image 'image=...,text=...').
-    task: 'edit', or 'text_to_image', whose rows have captions as instructions and no input
-      picture; of an edit data set these are the edited pictures and their captions.
-    whole: whether the original's folders are all 'train', because the caller makes the splits.
+    path: the data set; see the head of this file.
+    split: 'train', 'validation' or 'test'; a split that the data set lacks is empty.
+    columns: unusual column names of metadata and Parquet files: 'input=before,edited=after,
+      instruction=text' (for text-to-image 'image=...,text=...').
+    task: 'edit' or 'text_to_image'. Rows of text-to-image have captions as instructions and no
+      input image; from a data set of edits these are the edited images and their captions.
+    all_train: makes all folders of the original code 'train', for a caller that makes the splits.
 
   Raises:
-    InputError: at once for a path, a column or a file as a whole; for a row when that is asked for.
+    InputError: at once for a path, a column or a file; for a broken row when it is read.
   """
   path = os.path.expanduser(path)
-  for value, known, what in ((split, SPLITS, 'split'), (task, TASKS, 'task')):
-    if value not in known:
-      raise InputError(f'the {what} {value!r} is unknown; use {", ".join(known)}')
+  for value, allowed, name in ((split, SPLITS, 'split'), (task, TASKS, 'task')):
+    if value not in allowed:
+      raise InputError(f'the {name} {value!r} is unknown; use {", ".join(allowed)}')
   kind = _kind(path)
   if kind is None:
     _refuse(path)
-  source = _open(kind, path, split, columns, task, whole)
+  source = _open(kind, path, split, columns, task, all_train)
   if not len(source) and not any(
-    len(_open(kind, path, other, columns, task, whole)) for other in SPLITS if other != split
+    len(_open(kind, path, name, columns, task, all_train)) for name in SPLITS if name != split
   ):
-    raise InputError(f'{path}: the data set is empty; check that it was copied whole')
+    raise InputError(f'{path}: the data set is empty; check that it was copied completely')
   return source
 
 
 def open_splits(
   path: str, columns: str = '', task: str = 'edit', holdout: float | None = None
 ) -> dict[str, Source]:
-  """All splits of a data set, to be packed with this `holdout`; None leaves them as they are.
+  """All splits of a data set, for a pack with this `holdout`; None keeps the splits as they are.
 
-  Arguments and errors are those of `open_source`; besides, InputError for a `holdout` of a data set
-  that has a validation split of its own, and for `columns` that none has.
+  Arguments and errors are as in `open_source`. Also raises InputError if there is a `holdout` and
+  the data set has a validation split, or if no split has one of the `columns`.
   """
   opened = {split: open_source(path, split, columns, task, holdout is not None) for split in SPLITS}
   check_columns(columns, opened.values(), path)
   if holdout and len(opened['validation']):
     raise InputError(
       f'{path}: has {len(opened["validation"])} rows for validation already; leave --holdout out,'
-      ' or give the training files alone'
+      ' or give only the training files'
     )
   return opened
 
 
 def check_columns(columns: str, opened: Iterable[Source], path: str) -> None:
-  """Raises InputError if `columns` names something that none of the opened sources has."""
-  named = [name for item in columns.split(',') if (name := item.partition('=')[2].strip())]
-  found = [source.names for source in opened if isinstance(source, tables.Table)]
-  if columns.strip() and not found:
+  """Raises InputError if no opened source has one of the `columns`."""
+  choices = [name for item in columns.split(',') if (name := item.partition('=')[2].strip())]
+  headers = [source.names for source in opened if isinstance(source, tables.Table)]
+  if columns.strip() and not headers:
     raise InputError(
-      f'{path}: has no columns to choose from (its layout says what is what); leave columns out'
+      f'{path}: has no columns to choose from (its layout is fixed); leave columns out'
     )
-  for name in named:
-    if not any(name in names for names in found):
+  for name in choices:
+    if not any(name in names for names in headers):
       raise InputError(
-        f'{path}: there is no column {name!r}; the columns are {", ".join(found[0])}'
+        f'{path}: there is no column {name!r}; the columns are {", ".join(headers[0])}'
       )
 
 
 def mixture(path: str) -> list[tuple[str, float]]:
   """Paths and weights of 'a=3,b=1', or of 'a,b' with equal weights, or of 'a'.
 
-  What follows an item's last '=' must be a number above 0.
+  The text after an item's last '=' must be a number above 0.
   """
-  if os.path.exists(os.path.expanduser(path)):  # whatever characters are in its name
+  if os.path.exists(os.path.expanduser(path)):  # its name may hold , and =
     return [(os.path.expanduser(path), 1.0)]
   parts = []
   for item in (item.strip() for item in path.split(',')):
@@ -139,15 +139,15 @@ def _refuse(path):
   if not os.path.exists(path):
     raise InputError(f'{path}: no such data set; give a folder or file on this machine')
   if os.path.isfile(os.path.join(path, 'prompt.json')):
-    raise InputError(f'{path}: is the folder of one prompt; give the folder it lies in')
+    raise InputError(f'{path}: is the folder of one prompt; give the folder that holds it')
   raise InputError(f'{path}: no data set was recognised; looked for {LOOKED_FOR}')
 
 
-def _open(kind, path, split, columns, task, whole):
+def _open(kind, path, split, columns, task, all_train):
   if kind == 'shards':
     return _packed(path, split, task)
   if kind == 'original':
-    return original.open_original(path, split, task, whole)
+    return original.open_original(path, split, task, all_train)
   if kind == 'metadata':
     file = _metadata(path, split)
     if not file:
@@ -161,7 +161,7 @@ def _open(kind, path, split, columns, task, whole):
 
 
 def _metadata(path, split):
-  """The metadata file of a split, None if there is none."""
+  """The metadata file of a split, or None."""
   if os.path.isfile(path):
     return path if split == 'train' else None
   folders = [path] if split == 'train' else []
@@ -172,7 +172,7 @@ def _metadata(path, split):
 
 
 def _parquets(path, split):
-  """The Parquet files of a split, sorted, at most two folders deep; hidden folders are left out."""
+  """The Parquet files of a split, sorted, at most two folders deep, without hidden folders."""
   if os.path.isfile(path):
     return [path] if split == 'train' else []
   depths = ('*.parquet', '*/*.parquet', '*/*/*.parquet')
@@ -181,29 +181,29 @@ def _parquets(path, split):
 
 
 def _split_of(name):
-  """The split that a file is named after, or else its folder: 'data/dev-00000.parquet'."""
+  """The split in the name of a file or its folder: 'data/dev-00000.parquet'."""
   for part in reversed(os.path.normpath(name).split(os.sep)):
-    found = SPLIT_NAMES.match(part)
-    if found:
-      word = found[1].lower()
+    match = SPLIT_NAMES.match(part)
+    if match:
+      word = match[1].lower()
       return word if word in SPLITS else 'validation'
-  return 'train'  # and UltraEdit's FreeForm
+  return 'train'  # also UltraEdit's FreeForm
 
 
 def _packed(path, split, task):
-  source, about = shards.open_shards(path, split), shards.describe(path)
-  has_input = about['settings']['has_input']
+  source, description = shards.open_shards(path, split), shards.describe(path)
+  has_input = description['settings']['has_input']
   if task == 'edit' and not has_input:
-    raise InputError(f'{path}: was packed for text-to-image and has no input pictures; pack again')
+    raise InputError(f'{path}: was packed for text-to-image and has no input images; pack again')
   if task == 'edit' or not has_input:
     return source
-  if about['kind'] == 'latents':
+  if description['kind'] == 'latents':
     raise InputError(f'{path}: holds latents of edits and no captions; pack for text-to-image')
   return _Captioned(source)
 
 
 class _Captioned:
-  """Edited pictures and their captions, from a source of edits."""
+  """Edited images and their captions, from a source of edits."""
 
   def __init__(self, source):
     self._source = source
@@ -214,7 +214,7 @@ class _Captioned:
   def __getitem__(self, i):
     row = self._source[i]
     if not row.edited_caption:
-      raise InputError(f'{row.name}: has no caption of the edited picture; take the row out')
+      raise InputError(f'{row.name}: has no caption of the edited image; take the row out')
     return Row(
       row.name,
       (row.edited_caption,),

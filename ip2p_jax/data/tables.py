@@ -1,7 +1,7 @@
-"""Tables of examples: metadata files beside pictures, and Parquet files.
+"""Tables of examples: metadata files beside images, and Parquet files.
 
-A reader gives rows as dicts: `names` of the columns, `kinds()` of what they hold, `len(reader)`,
-and `reader.read(i, columns) -> (name for people, folders that pictures are relative to, values)`.
+A reader gives rows as dicts. It has `names` of its columns, their `kinds()`, `len(reader)`, and
+`reader.read(i, columns) -> (name for messages, folders that image paths start from, values)`.
 """
 
 import collections
@@ -24,20 +24,21 @@ from ip2p_jax.data import columns
 from ip2p_jax.data.rows import Row
 from ip2p_jax.errors import InputError
 
-BATCH_ROWS = 16  # decoded at a time; a row group can be a gigabyte of pictures
-FIRST_ROWS = 100  # that say which keys a JSON lines file has
-LOOK_ROWS = 20  # whose values say what a column holds
+BATCH_ROWS = 16  # decoded at a time; a row group can be a gigabyte of images
+FIRST_ROWS = 100  # rows whose keys become the columns of a JSON lines file
+LOOK_ROWS = 20  # rows whose values decide what a column holds
 
 
 class Table:
-  """A source of the rows of a reader; twice as many where there are inverse instructions.
+  """A source of the rows of a reader.
 
-  Then row 2n is the n-th edit and row 2n + 1 the way back.
+  With inverse instructions it has twice as many rows: row 2n is the n-th edit and row 2n + 1 the
+  way back.
   """
 
-  def __init__(self, reader: 'JsonLines | Csv | Parquet', found: columns.Columns):
-    self._reader, self._columns = reader, found
-    self._ways = 2 if found.inverse else 1
+  def __init__(self, reader: 'JsonLines | Csv | Parquet', roles: columns.Columns):
+    self._reader, self._columns = reader, roles
+    self._ways = 2 if roles.inverse else 1
     self.names = reader.names
 
   def __len__(self) -> int:
@@ -47,12 +48,12 @@ class Table:
     number, inverse = divmod(int(i), self._ways)
     wanted = sorted({column for column in self._columns if column})
     name, folders, values = self._reader.read(number, wanted)
-    picture = functools.partial(_picture, name, folders)
-    return columns.to_row(name, values, self._columns, picture, bool(inverse))
+    read_image = functools.partial(_read_image, name, folders)
+    return columns.to_row(name, values, self._columns, read_image, bool(inverse))
 
 
 class JsonLines:
-  """A file of one JSON object per line, read line by line when asked."""
+  """A file of one JSON object per line. A line is read when its row is asked for."""
 
   def __init__(self, path: str):
     self._path = path
@@ -87,7 +88,7 @@ class JsonLines:
     for i in range(min(len(self), FIRST_ROWS)):
       try:
         keys |= self.read(i, ())[2]
-      except InputError as error:  # for whoever reads this row
+      except InputError as error:  # reading this row raises it again
         first_error = first_error or error
     if first_error and not keys:
       raise first_error
@@ -95,7 +96,7 @@ class JsonLines:
 
 
 class Csv:
-  """A CSV file with a header, read into memory: cells may hold line breaks."""
+  """A CSV file with a header, read into memory, since cells may hold line breaks."""
 
   def __init__(self, path: str):
     self._path = path
@@ -123,16 +124,16 @@ class Csv:
 
 
 class Parquet:
-  """Parquet files as one table, memory-mapped, a few rows in memory at a time.
+  """Parquet files as one table, memory-mapped, with a few rows in memory at a time.
 
-  Rows in order cost little. A row by random access costs half its row group on average, since
-  Parquet cannot be entered in the middle of one: pack a data set that is trained on for long.
+  Reading rows in order costs little. Random access reads half a row group on average, since
+  Parquet cannot start in the middle of one. So pack a data set for long training.
   Each thread has its own open file and place in it.
   """
 
   def __init__(self, files: Sequence[str], root: str):
     self._root = root
-    self._groups, starts, self.names = [], [0], []  # (file, row group, rows of the file before)
+    self._groups, starts, self.names = [], [0], []  # (file, row group, rows before it in the file)
     self._types = {}
     for path in files:
       with _reading(path), parquet.ParquetFile(path, memory_map=True) as file:
@@ -155,10 +156,10 @@ class Parquet:
     return int(self._starts[-1])
 
   def kinds(self) -> dict[str, str]:
-    """By type; of strings, which may be text or names of files, by the first values."""
-    known = {name: _kind_of_type(kind) for name, kind in self._types.items()}
-    unknown = [name for name in self.names if known[name] == 'string']
-    return known | dict.fromkeys(unknown, '') | _kinds(self, unknown)
+    """Kinds by type. The first values decide whether strings are text or names of files."""
+    kinds = {name: _kind_of_type(kind) for name, kind in self._types.items()}
+    strings = [name for name in self.names if kinds[name] == 'string']
+    return kinds | dict.fromkeys(strings, '') | _kinds(self, strings)
 
   def __getstate__(self):
     return {name: value for name, value in vars(self).items() if name != '_local'}
@@ -180,7 +181,7 @@ class Parquet:
 
 
 class _Place:
-  """An open row group, and the batch of it that was decoded last."""
+  """An open row group, and its batch that was decoded last."""
 
   def __init__(self, path, group, wanted):
     self.key = path, group, wanted
@@ -199,7 +200,7 @@ class _Place:
 
 @contextlib.contextmanager
 def _reading(name):
-  """What fails in here becomes an InputError that names the place."""
+  """Turns an error of reading into an InputError that names the place."""
   try:
     yield
   except InputError:
@@ -210,7 +211,7 @@ def _reading(name):
 
 
 def _kind_of_type(kind) -> str:
-  """What a Parquet column holds, in a word; 'string' if its values must tell; '' for nothing."""
+  """What a Parquet column holds; 'string' if only its values can decide; '' for nothing."""
   types = pyarrow.types
   if types.is_dictionary(kind):
     return _kind_of_type(kind.value_type)
@@ -218,20 +219,20 @@ def _kind_of_type(kind) -> str:
     inner = _kind_of_type(kind.value_type)
     return inner if inner in ('', 'string') else f'lists ({inner})'
   if types.is_struct(kind):
-    is_picture = {'bytes', 'path'} & {field.name for field in kind}
-    return 'picture' if is_picture else 'structures'
+    is_image = {'bytes', 'path'} & {field.name for field in kind}
+    return 'image' if is_image else 'structures'
   if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
     return 'string'
   if types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind):
-    return 'picture'
+    return 'image'
   return '' if types.is_null(kind) else 'numbers'
 
 
 def _kinds(reader, names) -> dict[str, str]:
-  """What columns hold, by most of their first values; columns without any are left out."""
+  """What columns hold, by the majority of their first values. Leaves out empty columns."""
   votes = {name: collections.Counter() for name in names}
   for i in range(min(len(reader), LOOK_ROWS) if names else 0):
-    with contextlib.suppress(InputError):  # a broken row is for whoever reads it
+    with contextlib.suppress(InputError):  # reading a broken row raises it again
       _, folders, values = reader.read(i, names)
       for name in names:
         votes[name].update(filter(None, [_kind_of_value(values.get(name), folders)]))
@@ -240,12 +241,12 @@ def _kinds(reader, names) -> dict[str, str]:
 
 def _kind_of_value(value, folders) -> str:
   if isinstance(value, dict):
-    return 'picture' if {'bytes', 'path'} & set(value) else 'structures'
+    return 'image' if {'bytes', 'path'} & set(value) else 'structures'
   if isinstance(value, list | tuple):
-    inner = next(filter(None, (_kind_of_value(one, folders) for one in value)), '')
+    inner = next(filter(None, (_kind_of_value(item, folders) for item in value)), '')
     return inner if inner in ('', 'text') else f'lists ({inner})'
   if isinstance(value, bytes):
-    return 'picture'
+    return 'image'
   if not isinstance(value, str):
     return '' if value is None else 'numbers'
   if not value.strip():
@@ -253,26 +254,26 @@ def _kind_of_value(value, folders) -> str:
   if value.startswith(('http://', 'https://')):
     return 'web addresses'
   is_named = Path(value).suffix.lower() in images.READ_EXTENSIONS
-  return 'picture' if is_named or _file(folders, value) else 'text'
+  return 'image' if is_named or _file(folders, value) else 'text'
 
 
 def _file(folders, name) -> Path | None:
-  """The file of that name in the first of the folders that has it."""
-  with contextlib.suppress(OSError, ValueError):  # a text is too long for a name, or has a NUL
+  """The file of that name in the first folder that has it."""
+  with contextlib.suppress(OSError, ValueError):  # a name that is too long, or has a NUL
     return next((path for folder in folders if (path := Path(folder, name)).is_file()), None)
 
 
-def _picture(name, folders, value, column):
-  """The encoded picture of a cell: bytes, a path, or Hugging Face's {'bytes', 'path'}."""
+def _read_image(name, folders, value, column):
+  """The encoded image of a cell: bytes, a path, or Hugging Face's {'bytes', 'path'}."""
   if isinstance(value, dict):
     value = value.get('bytes') or value.get('path')
   if isinstance(value, bytes) and value:
     return value
   if not isinstance(value, str) or not value.strip():
-    raise InputError(f'{name}: {column!r} holds no picture; take the row out')
+    raise InputError(f'{name}: {column!r} holds no image; take the row out')
   path = _file(folders, value) or Path(folders[0], value)
   try:
     return path.read_bytes()
   except (OSError, ValueError) as error:
     reason = getattr(error, 'strerror', None) or error
-    raise InputError(f'{name}: cannot read the picture {path} ({reason})') from error
+    raise InputError(f'{name}: cannot read the image {path} ({reason})') from error

@@ -1,7 +1,7 @@
-"""Editing images of any size: `Editor.load(path).edit(image, 'make it winter')`.
+"""Edits images of any size: `Editor.load(path).edit(image, 'make it winter')`.
 
-B images of one call of the program, H W their working size, h w the latents' (H and W over the
-VAE's factor, 8), S steps.
+B images of one call of the program, H W their working size, h w size of the latents (H and W
+divided by the VAE's factor, 8), S steps.
 """
 
 import os
@@ -25,16 +25,16 @@ from ip2p_jax.progress import Progress, part_of
 
 
 class Editor(Pipeline):
-  """A checkpoint that edits images: one on one device, several on all of this process."""
+  """A checkpoint that edits images. One image uses one device, several use all of this process."""
 
   kind = KIND
   check = staticmethod(check_is_editor)
 
   @classmethod
   def load(cls, path: str | os.PathLike | None = None, dtype: str | None = None, **options) -> Self:
-    """As `Pipeline.load`; the UNet must have eight input channels.
+    """As `Pipeline.load`. The UNet must have eight input channels.
 
-    Without a path it is the bundled miniature, which edits drawn scenes of 64 px, best at the
+    Without a path it loads the bundled miniature, which edits drawn scenes of 64 px, best with the
     settings in `bundled`.
     """
     return super().load(bundled.path() if path is None else path, dtype, **options)
@@ -62,36 +62,36 @@ class Editor(Pipeline):
     batch_size: int | None = None,
     progress: Progress | None = None,
   ) -> list[Image.Image] | np.ndarray:
-    """Edits images of any size; each result has its image's size, colours and transparency.
+    """Edits images of any size. Each result has the size, colours and transparency of its image.
 
-    One of a kind goes with any number of the others: ten images with one instruction, one image
-    with ten seeds, and so on.
+    A single value is repeated for all others: ten images with one instruction, one image with ten
+    seeds, and so on.
 
     Args:
       images: PIL images, each in the colours of its profile; or a uint8 array of sRGB, [H, W, 3] or
         [B, H, W, 3].
-      instructions: what to do, as in 'make it winter'.
+      instructions: what to do, such as 'make it winter'.
       steps, sampler, spacing, karras, rescale, interval: see `Sampling`.
       text_guidance: how strongly to follow the instruction (3 to 12 make sense).
-      image_guidance: how strongly to stay with the image (1 to 2.2 make sense).
-      seed: 0 to 2**32 - 1. An image's noise depends on its seed and index only, never on the
-        batch it is in. None draws one seed for the call.
-      indices: one per result; by default 0, 1, 2 ... counting the images given, so that all
-        variations of one image have 0.
-      negative: what the result should not be; takes the place of the empty instruction.
-      mask: float [H, W] in [0, 1] at the image's size; pixels at 0 are kept exactly.
+      image_guidance: how strongly to keep the image (1 to 2.2 make sense).
+      seed: 0 to 2**32 - 1. An image's noise depends only on its seed and index, never on its batch.
+        None draws one seed for the call.
+      indices: one per result; by default 0, 1, 2 ... by image, so that all variations of one image
+        have 0.
+      negative: what the result should not show; replaces the empty instruction.
+      mask: float [H, W] in [0, 1] at the image's size; pixels at 0 do not change.
       init_noise, step_noise: standard normal [B, h, w, 4] and [S, B, h, w, 4], to repeat a run of
         another framework.
-      resolution: of the longer side at work; None works at the image's own size.
-      batch_size: images per call of the program, on all devices together; fewer are padded, so
+      resolution: longer side to work at; None works at the image's own size.
+      batch_size: images per call of the program, on all devices; smaller batches are padded, so
         that one compiled program serves all. None puts all images of one working size into one
         call.
-      progress: called as (steps done, steps in all); the program then runs step by step, and
-        computes keys and values of the text in each (1.6% of a step at 256 px, 0.4% at 512 px).
+      progress: gets (steps done, all steps); then the program runs step by step, and computes keys
+        and values of the text in each step (1.6% of a step at 256 px, 0.4% at 512 px).
 
-    Returns PIL images, RGB, RGBA or, with a profile, CMYK, or an array if arrays came in. Profile,
-    EXIF and dpi are in `info`; `images.save` writes them all. Raises InputError on bad values, and
-    for settings that cannot act.
+    Returns PIL images, RGB, RGBA or, with a profile, CMYK; or an array if `images` is an array.
+    Profile, EXIF and dpi are in `info`, and `images.save` writes them. Raises InputError for bad
+    values, and for settings without effect.
     """
     originals = [with_metadata(image) for image in _images(images)]
     every = EditRows.of(originals, instructions, text_guidance, image_guidance, seed, mask, indices)
@@ -144,11 +144,11 @@ class Editor(Pipeline):
     step_noise: np.ndarray | None = None,
     progress: Progress | None = None,
   ) -> Images:
-    """Runs the program on a batch: uint8 [B, H, W, 3] in, images and latents out, on the devices.
+    """Runs the program on a batch uint8 [B, H, W, 3]. Returns images and latents on the devices.
 
-    Sides must be multiples of the VAE's factor; `mask` is float32 [B, h, w, 1]; the rest is as in
-    `edit`. Several images are shared by all devices, each of which has as many: some are made
-    twice if they do not divide.
+    Sides must be multiples of the VAE's factor; `mask` is float32 [B, h, w, 1]; other arguments are
+    as in `edit`. All devices share several images equally; if the number does not divide, some
+    images are computed twice.
     """
     factor = self.networks.vae_config.factor
     images = rows.pixels(images, factor)
@@ -169,7 +169,7 @@ class Editor(Pipeline):
 
 
 class EditRows(NamedTuple):
-  """One entry per image to make."""
+  """One entry per result."""
 
   originals: Sequence[Image.Image]
   instructions: Sequence[str]
@@ -181,7 +181,7 @@ class EditRows(NamedTuple):
 
   @classmethod
   def of(cls, originals, instructions, text_guidance, image_guidance, seed, mask, indices) -> Self:
-    """Repeats what is given once as often as the rest; InputError if the counts do not fit."""
+    """Repeats single values to the number of results. Raises InputError if numbers do not fit."""
     seed = rows.some_seed() if seed is None else seed
     columns = [originals, instructions, text_guidance, image_guidance, seed]
     columns = [rows.as_list(column) for column in columns]
@@ -189,7 +189,7 @@ class EditRows(NamedTuple):
     columns.append(indices if indices is not None else range(len(columns[0])))
     every = cls(**rows.repeated(**dict(zip(cls._fields, columns, strict=True))))
     if not all(text.strip() for text in every.instructions):
-      raise InputError('the instruction is empty; say what to change, as in "make it winter".')
+      raise InputError('the instruction is empty; say what to change, such as "make it winter".')
     for original, row_mask in zip(every.originals, every.mask, strict=True):
       if row_mask is not None:
         check_mask(row_mask, original.size)
@@ -212,7 +212,7 @@ def _images(images):
 
 
 def _latent_mask(mask, size, factor):
-  """[H, W] at the image's size -> [h, w, 1]: 1 for each latent that touches what is edited."""
+  """[H, W] at the image's size -> [h, w, 1]: 1 for each latent that touches the edited region."""
   width, height = size
   resized = Image.fromarray(np.asarray(mask, np.float32)).resize(size, Image.Resampling.BILINEAR)
   cells = np.asarray(resized).reshape(height // factor, factor, width // factor, factor)

@@ -1,4 +1,4 @@
-"""Converting checkpoints, with a stored edit beside the result that PyTorch can repeat."""
+"""Converts checkpoints, and stores an edit that PyTorch can repeat."""
 
 import importlib.util
 import json
@@ -42,15 +42,15 @@ def convert_checkpoint(
   Args:
     src: a diffusers folder, a single file, or the workdir of an editor's run (local or gs://).
     dst: a folder for `to='diffusers'`, a `.safetensors` file for 'ldm', a `.ckpt` file for
-      'original', either of the first two for 'lora': the adapters alone of a LoRA run, for
+      'original', either of the first two for 'lora': only the adapters of a LoRA run, for
       diffusers' `load_lora_weights`.
-    to: None goes by the name of `dst`.
+    to: None decides by the name of `dst`.
     dtype: of the written weights. float16 names a folder's files as variant fp16.
-    ema: whether to take averaged weights, of a single file or a workdir that holds them too; None
-      takes them unless the live ones of a file were changed without them, as merging does.
+    ema: whether to use averaged weights, if a single file or a workdir has them; None uses them
+      unless only the live weights of a file were changed, for instance by merging.
     verify: whether to run a short edit from the written files and store it with `verify.py`: in
       the folder, or in `DST.verify/` beside the file.
-    say: told each thing done, a line of text.
+    say: gets a line for each finished part.
 
   Raises InputError for anything wrong with SRC or DST.
   """
@@ -62,7 +62,7 @@ def convert_checkpoint(
 def _convert(src, dst, to, dtype, ema, variant, prediction_type, verify, overwrite, say):
   if to == 'lora':
     refuse_options(
-      'adapters alone say nothing of these', variant=variant, prediction_type=prediction_type
+      'adapters have no such setting', variant=variant, prediction_type=prediction_type
     )
     adapters, config = workdir.read_adapters(src, ema is not False)
     say(f'wrote {lora_file.write(adapters, config, dst, dtype, overwrite)} in {dtype}')
@@ -75,10 +75,10 @@ def _convert(src, dst, to, dtype, ema, variant, prediction_type, verify, overwri
   networks = check_checkpoint(checkpoint)
   tokenizer = tokenizer_of(checkpoint, networks)
   counts = ', '.join(f'{len(checkpoint.tensors[name])} {name}' for name in COMPONENTS)
-  say(f'read {checkpoint.source}: {counts} tensors, all as its architecture wants them')
+  say(f'read {checkpoint.source}: {counts} tensors, which fit its architecture')
   weights.write(checkpoint, dst, to, dtype, variant=written_variant, overwrite=overwrite)
-  say(f'wrote {dst} in {dtype}, read it back, and it is the same')
-  _tell_limits(checkpoint, tokenizer.learned, to, say)
+  say(f'wrote {dst} in {dtype}, read it back, and found no difference')
+  _report_limits(checkpoint, tokenizer.learned, to, say)
   if not verify:
     return
   if not is_editor(networks):
@@ -86,7 +86,7 @@ def _convert(src, dst, to, dtype, ema, variant, prediction_type, verify, overwri
     return
   written, folder, file = weights.read(dst), dst, None
   if to != 'diffusers':
-    # Named after the whole of it, since a .safetensors and a .ckpt may lie side by side.
+    # Has the whole file name, since a .safetensors and a .ckpt may be in one folder.
     written, file = weights.without_learned(written), dst.name
     folder = dst.with_name(f'{file}.verify')
     diffusers_folder.write_configs(written, folder)
@@ -100,30 +100,30 @@ def _convert(src, dst, to, dtype, ema, variant, prediction_type, verify, overwri
     say(verdict)
 
 
-def refuse_options(why: str, **options: str | None) -> None:
-  """Raises an InputError if one of the options is given, which could not act."""
+def refuse_options(reason: str, **options: str | None) -> None:
+  """Raises InputError if one of the options is not None, since it has no effect."""
   for name, value in options.items():
     if value is not None:
-      raise InputError(f'{why}; leave out {name}={value!r}.')
+      raise InputError(f'{reason}; leave out {name}={value!r}.')
 
 
-def _tell_limits(checkpoint, learned, to, say) -> None:
-  """Says what the readers of the written format will not see."""
+def _report_limits(checkpoint, learned, to, say) -> None:
+  """Reports what readers of the written format ignore."""
   names = ', '.join(learned)
   if learned and to == 'diffusers':
     say(f'kept the learned tokens {names}')
   elif learned:
-    say(f'warning: of a single file only ip2p reads the learned tokens {names}; other tools take '
+    say(f'warning: only ip2p reads the learned tokens {names} of a single file; other tools take '
         'them for ordinary text, so give those a diffusers folder')  # fmt: skip
   if to == 'original' and checkpoint.configs['scheduler'].get('prediction_type') == 'v_prediction':
-    say("warning: the original's code takes what this model predicts (v_prediction) for noise; its "
-        'images will be wrong')  # fmt: skip
+    say("warning: the original's code takes this model's v_prediction for noise, so its images"
+        ' will be wrong')  # fmt: skip
 
 
 def check_checkpoint(checkpoint: weights.Checkpoint) -> Networks:
-  """The checkpoint's networks, if every tensor is as they want it.
+  """The checkpoint's networks.
 
-  Raises InputError naming any tensor that is missing, left over, misshapen or not finite.
+  Raises InputError with the name of a tensor that is missing, unknown, misshapen or not finite.
   """
   networks = networks_of(checkpoint)
   for component in COMPONENTS:
@@ -133,12 +133,12 @@ def check_checkpoint(checkpoint: weights.Checkpoint) -> Networks:
 
 
 def store_edit(editor: Editor, folder: Path, settings: dict) -> None:
-  """Runs a short edit with known noise; stores it in `folder` with the script that repeats it."""
+  """Runs a short edit with fixed noise. Stores it in `folder` with the script that repeats it."""
   rng = np.random.default_rng(0)
   side = LATENT_SIDE * editor.networks.vae_config.factor
   image = example_image(side)
   noise = rng.standard_normal((STEPS + 1, 1, LATENT_SIDE, LATENT_SIDE, 4), np.float32)
-  # A token in lower case, which every version of transformers finds.
+  # A token in lower case, since every version of transformers finds it.
   learned = [token for token in editor.tokenizer.learned if token == token.lower()]
   instruction = ' '.join([INSTRUCTION, *learned[:1]])
   edit = editor.edit_arrays(
@@ -172,16 +172,16 @@ def store_edit(editor: Editor, folder: Path, settings: dict) -> None:
 
 
 def example_image(side: int) -> np.ndarray:
-  """uint8 [side, side, 3]: colour gradients under a grid, so that every pixel counts."""
+  """uint8 [side, side, 3]: colour gradients and waves, so that every pixel matters."""
   y, x = np.mgrid[:side, :side] / side
   channels = [x, y, 0.5 + 0.5 * np.sin(20 * x) * np.cos(14 * y)]
   return np.round(255 * np.stack(channels, -1)).astype(np.uint8)
 
 
 def run_verification(folder: Path) -> tuple[bool, str]:
-  """Whether `verify.py` is content, and what it says at the end."""
-  done = subprocess.run(
+  """Whether `verify.py` succeeds, and its last line."""
+  result = subprocess.run(
     [sys.executable, folder / 'verify.py', '--device', 'cpu'], capture_output=True, text=True
   )
-  lines = (done.stdout.strip() or done.stderr.strip() or 'verify: said nothing').splitlines()
-  return done.returncode == 0, lines[-1]
+  lines = (result.stdout.strip() or result.stderr.strip() or 'verify: no output').splitlines()
+  return result.returncode == 0, lines[-1]

@@ -1,4 +1,4 @@
-"""Editing image files: which images with which seeds and scales, in which batches, to where."""
+"""Edits image files: plans inputs, seeds, scales and outputs, and runs them in batches."""
 
 import dataclasses
 import functools
@@ -30,7 +30,7 @@ GRID_THUMBNAIL = 512  # pixels of the longer side of each image in a grid
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """One image to make; with the settings common to all, enough to make it again."""
+  """One image to make. With the common settings, it can be made again."""
 
   file: Path
   size: tuple[int, int]  # the image's own
@@ -41,16 +41,16 @@ class Job:
   output: Path
 
 
-def check_options(given: dict[str, Any]) -> None:
-  """Raises InputError for a flag that others, given or not, keep from acting; None is not given."""
+def check_options(values: dict[str, Any]) -> None:
+  """Raises InputError for a flag without effect. A flag that is absent has the value None."""
   needs = {'--index': '--seed', '--grid-text': '--grid', '--grid-image': '--grid'}
-  usual = (None, 0)  # 0 is what --index is without it
-  for flag, other in needs.items():
-    if given[flag] not in usual and given[other] in (None, False):
-      raise InputError(f'{flag}: of no use without {other}; add that, or leave {flag} out.')
-  for flag, instead in {'--cfg-text': '--grid-text', '--cfg-image': '--grid-image'}.items():
-    if given['--grid'] and given[flag] is not None:
-      raise InputError(f'{flag}: of no use with --grid, whose scales are those of {instead}.')
+  defaults = (None, 0)  # 0 is the default of --index
+  for flag, needed in needs.items():
+    if values[flag] not in defaults and values[needed] in (None, False):
+      raise InputError(f'{flag}: of no use without {needed}; add that, or leave {flag} out.')
+  for flag, grid_flag in {'--cfg-text': '--grid-text', '--cfg-image': '--grid-image'}.items():
+    if values['--grid'] and values[flag] is not None:
+      raise InputError(f'{flag}: of no use with --grid, which takes its scales from {grid_flag}.')
 
 
 def plan_jobs(
@@ -64,16 +64,16 @@ def plan_jobs(
   mask: Path | None,
   is_grid: bool,
 ) -> list[Job]:
-  """Every image to make. Looks at all inputs and tries all outputs now, before hours of work.
+  """Every image to make. Checks all inputs and outputs now, before hours of work.
 
-  A folder's images count up from `index`, variations from `seed`; each pair (text scale, image
-  scale) of `scales` makes one image more, to the same output.
+  Images of a folder count up from `index`, variations from `seed`. Each pair (text scale, image
+  scale) of `scales` is another image, with the same output.
   """
   if seed + num > MAX_SEED + 1:
     raise InputError(f'--seed {seed} with --num {num} goes past {MAX_SEED}; use a lower seed.')
   files = find_images(input)
   if is_grid and (len(files) > 1 or num > 1):
-    raise InputError('--grid makes one image of one image; give a file, and leave out --num.')
+    raise InputError('--grid takes a single image; give a file, and leave out --num.')
   outputs = _outputs(input, files, output, num)
   sizes = [size_of(file) for file in files]
   for size in set(sizes) if mask is not None else ():
@@ -107,7 +107,7 @@ def _outputs(input, files, output, num) -> dict[tuple[Path, int], Path]:
 
 
 def numbered(path: Path, num: int) -> list[Path]:
-  """The files of `num` variations: out-0.png, out-1.png and so on; of one, the file itself."""
+  """The files of `num` variations: out-0.png, out-1.png and so on; for one, the file itself."""
   return [path.with_stem(f'{path.stem}-{n}') for n in range(num)] if num > 1 else [path]
 
 
@@ -122,7 +122,7 @@ def run_jobs(
   options: dict[str, Any],
   progress: Progress | None = None,
 ) -> Iterator[tuple[Job, Image.Image]]:
-  """Makes the images batch by batch; `options` are those of `Editor.edit`."""
+  """Makes the images batch by batch. `options` are those of `Editor.edit`."""
   image_of = functools.lru_cache(1)(read)  # jobs of one file follow each other
   mask_of = functools.lru_cache(1)(read_mask)
   factor = editor.networks.vae_config.factor
@@ -154,11 +154,11 @@ def parse_scales(text: str, image: str) -> list[tuple[float, float]]:
       raise ValueError
   except ValueError:
     raise InputError(
-      '--grid-text and --grid-image take numbers with commas between, as in 3,5,7.5, none over'
+      '--grid-text and --grid-image take numbers separated by commas, such as 3,5,7.5, none over'
       f' {MAX_SCALE}.'
     ) from None
   if len(set(texts)) < len(texts) or len(set(images)) < len(images):
-    raise InputError('--grid-text and --grid-image take each scale once; leave out what repeats.')
+    raise InputError('--grid-text and --grid-image take each scale once; leave out repeated ones.')
   return [(t, i) for t in texts for i in images]
 
 

@@ -1,7 +1,7 @@
-"""The edit as one jitted program, from pixels to pixels; `pipeline.program` runs it.
+"""The edit as one jitted program, from pixels to pixels. `pipeline.program` runs it.
 
-B batch, h w latents' sides, L text tokens (77), K branches of guidance. CLIP and VAE encode, a loop
-over the steps, VAE decode.
+B batch, h w latent sides, L text tokens (77), K branches of guidance. The program is: encode with
+CLIP and VAE, loop over the steps, decode with the VAE.
 """
 
 import functools
@@ -16,7 +16,7 @@ from ip2p_jax.pipeline.program import Conditions, Request
 
 
 class EditSpec(NamedTuple):
-  """What a compiled program is made for; everything else is traced."""
+  """The static inputs of a compiled program. Everything else is traced."""
 
   sampler: str
   branches: tuple[str, ...]
@@ -24,7 +24,7 @@ class EditSpec(NamedTuple):
 
 
 def begin(networks: Networks, spec: EditSpec, params, request: Request):
-  """Encodes image and texts, draws the initial noise: (Conditions, sampler state)."""
+  """Encodes image and texts, and draws the initial noise: (Conditions, sampler state)."""
   del spec
   image_latents = parts.image_latents(networks, params, request.images)
   conditions = program.encode_texts(networks, params, request)._replace(image_latents=image_latents)
@@ -40,7 +40,7 @@ def masked_denoiser(networks: Networks, spec: EditSpec, params, request: Request
     return denoise
 
   def masked(x, sigma):
-    # Outside the mask the clean latents are given; then x there is always they plus sigma * noise.
+    # Outside the mask the result is the clean latents, so x stays clean + sigma * noise there.
     clean = conditions.image_latents * networks.vae_config.scaling_factor
     return request.mask * denoise(x, sigma) + (1 - request.mask) * clean
 
@@ -52,12 +52,12 @@ def predict(networks: Networks, params, conditions: Conditions, branches, x, tim
   with_text = conditions.context
   without_text = jnp.broadcast_to(conditions.null_context, with_text.shape)
   with_image, without_image = conditions.image_latents, jnp.zeros_like(conditions.image_latents)
-  seen = {
+  inputs = {
     guidance.TEXT_AND_IMAGE: (with_image, with_text),
     guidance.IMAGE: (with_image, without_text),
     guidance.UNCONDITIONAL: (without_image, without_text),
   }
-  image_latents, contexts = zip(*(seen[branch] for branch in branches), strict=True)
+  image_latents, contexts = zip(*(inputs[branch] for branch in branches), strict=True)
   latents = [jnp.concatenate([x, image], -1) for image in image_latents]
   return parts.predict_branches(networks, params, latents, timestep, contexts)
 

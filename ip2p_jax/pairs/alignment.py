@@ -1,11 +1,11 @@
-"""Which token of one caption answers to which of another, for prompt-to-prompt.
+"""Aligns the tokens of two captions for prompt-to-prompt.
 
 L tokens of a caption (77 with CLIP): start, words, end, padding. A word may be several tokens.
-Case does not matter, and signs are words of their own, so that 'burger,' is found as 'burger'.
+Case does not matter. Signs are separate words, so 'burger' is found in 'burger,'.
 
-(Hertz et al. 2022, section 3.2.) Their aligner takes every token behind the last replaced word for
-the one at the same place, which is another word if the captions have not as many tokens; this one
-follows the words, and the padding. Where they have as many, both make the same matrix.
+(Hertz et al. 2022, section 3.2.) Their aligner maps every token after the last replaced word to the
+token at the same position, which is another word if the captions have different numbers of tokens.
+This aligner follows words and padding. With equal numbers of tokens, both give the same matrix.
 """
 
 import difflib
@@ -21,7 +21,7 @@ Span = float | tuple[float, float]
 
 
 class Alignment(NamedTuple):
-  """How the attention to a source's tokens becomes that to a target's.
+  """Maps the attention to a source's tokens to a target's tokens.
 
   Attributes:
     matrix: float32 [L, L], from source (rows) to target (columns).
@@ -33,7 +33,7 @@ class Alignment(NamedTuple):
 
 
 def align(tokenizer: ClipTokenizer, source: str, target: str) -> tuple[str, Alignment]:
-  """('replace', ...) if the captions differ in words that were swapped, else ('refine', ...)."""
+  """('replace', ...) if the captions differ only in swapped words, else ('refine', ...)."""
   is_replace = (
     _swapped(tokenizer, source, target) or _pieces_in_order(tokenizer, source, target) is not None
   )
@@ -45,10 +45,11 @@ def align(tokenizer: ClipTokenizer, source: str, target: str) -> tuple[str, Alig
 def replace(tokenizer: ClipTokenizer, source: str, target: str) -> Alignment:
   """Every word of the target gets the attention of the word in its place in the source.
 
-  Words are what stands between spaces, signs included, if both captions have as many, as in the
-  released code; else single words and signs, if these follow each other alike. Words of as many
-  tokens go token by token; else each token of the new word gets an equal share of what all tokens
-  of the old one have. InputError if words were inserted or left out.
+  If both captions have the same number of words between spaces, signs included, these are paired,
+  as in the released code. Else single words and signs are paired, if their order allows it. Words
+  with equal numbers of tokens map token by token. Else each token of the new word gets an equal
+  share of the attention to all tokens of the old word. Raises InputError if words were inserted or
+  left out.
   """
   words, target_words = tokenizer.spaced_words(source), tokenizer.spaced_words(target)
   pairs = list(zip(words, target_words, strict=False))
@@ -56,8 +57,8 @@ def replace(tokenizer: ClipTokenizer, source: str, target: str) -> Alignment:
     pairs = _pieces_in_order(tokenizer, source, target)
   if pairs is None:
     raise InputError(
-      f'{source!r} has {len(words)} words and {target!r} has {len(target_words)}, so that none can'
-      ' take the place of another; use refine.'
+      f'{source!r} has {len(words)} words and {target!r} has {len(target_words)}, so words cannot'
+      ' be replaced one by one; use refine.'
     )
   matrix = _ends(tokenizer, source, target)
   for old, new in pairs:
@@ -69,7 +70,7 @@ def replace(tokenizer: ClipTokenizer, source: str, target: str) -> Alignment:
 
 
 def refine(tokenizer: ClipTokenizer, source: str, target: str) -> Alignment:
-  """Tokens that both captions have, in order, get the source's attention; others keep their own.
+  """Tokens that both captions have, in order, get the source's attention. Others keep their own.
 
   (Needleman and Wunsch 1970, with 1 for a match, -1 for a mismatch, 0 for a gap.)
   """
@@ -83,16 +84,16 @@ def refine(tokenizer: ClipTokenizer, source: str, target: str) -> Alignment:
 
 
 def places(tokenizer: ClipTokenizer, text: str, phrase: str) -> list[int]:
-  """The tokens of a word, or of some in a row, wherever they occur; InputError if nowhere."""
+  """The tokens of all occurrences of a word or phrase. Raises InputError if there is none."""
   words, wanted = tokenizer.words(text), [word for word, _ in tokenizer.words(phrase)]
-  found = []
+  indices = []
   for first in range(len(words) - len(wanted) + 1):
-    here = words[first : first + len(wanted)]
-    if wanted and [word for word, _ in here] == wanted:
-      found += [i for _, tokens in here for i in tokens]
-  if not found:
+    candidate = words[first : first + len(wanted)]
+    if wanted and [word for word, _ in candidate] == wanted:
+      indices += [i for _, tokens in candidate for i in tokens]
+  if not indices:
     raise InputError(f'the word {phrase!r} is not in {text!r}; use one of its words.')
-  return sorted(set(found))
+  return sorted(set(indices))
 
 
 def mask(tokenizer: ClipTokenizer, text: str, phrases: list[str]) -> np.ndarray:
@@ -104,7 +105,7 @@ def mask(tokenizer: ClipTokenizer, text: str, phrases: list[str]) -> np.ndarray:
 
 
 def equalizer(tokenizer: ClipTokenizer, text: str, weights: Mapping[str, float]) -> np.ndarray:
-  """float32 [L]: what to multiply the attention to each token by, from weights of words."""
+  """float32 [L]: factors of the attention to each token, from weights of words."""
   result = np.ones(tokenizer.length, np.float32)
   for phrase, weight in weights.items():
     result[places(tokenizer, text, phrase)] = weight
@@ -116,8 +117,8 @@ def windows(
 ) -> np.ndarray:
   """int32 [2, L]: each token's control begins at step [0] and ends before step [1].
 
-  A span is two fractions of steps + 1, or the second alone; `words` have spans of their own. The
-  released code has one row of its table more than steps, and so 0.95 of 10 steps are all ten.
+  A span is two fractions of steps + 1, or only the second; `words` have their own spans. The table
+  of the released code has one row more than steps, so 0.95 of 10 steps are all ten.
   """
   window = lambda span: np.minimum(step_window(span, steps + 1), steps)[:, None]
   result = np.tile(window(span).astype(np.int32), (1, tokenizer.length))
@@ -127,18 +128,18 @@ def windows(
 
 
 def step_window(span: Span, steps: int) -> tuple[int, int]:
-  """The first step, and the one after the last, of a span; InputError outside of 0 to 1.
+  """The first step of a span and the step after its last. Raises InputError outside of 0 to 1.
 
-  Rounded down in double precision, to the bit as the released code: 0.29 of 100 steps are 28.
+  Rounds down in double precision, exactly as the released code: 0.29 of 100 steps are 28.
   """
   start, stop = span if isinstance(span, tuple) else (0.0, span)
   if not 0 <= start <= stop <= 1:
-    raise InputError(f'{span} is no part of the steps; give fractions of 0 to 1, as in (0, 0.8).')
+    raise InputError(f'{span} is not a part of the steps; give fractions of 0 to 1: (0, 0.8).')
   return int(start * steps), int(stop * steps)
 
 
 def _swapped(tokenizer, source, target) -> bool:
-  """Whether words between spaces were swapped, and none became longer ('snow' to 'snow,')."""
+  """Whether words between spaces were swapped, and none grew or shrank ('snow' to 'snow,')."""
   names, target_names = (
     [tuple(name for name, at in tokenizer.words(text) if at.start in tokens)
      for tokens in tokenizer.spaced_words(text)]
@@ -153,14 +154,14 @@ def _swapped(tokenizer, source, target) -> bool:
 
 
 def _pieces_in_order(tokenizer, source, target) -> list[tuple[range, range]] | None:
-  """The tokens of words and signs that answer to each other; None if some have no partner."""
+  """The tokens of paired words and signs; None if some have no partner."""
   words, target_words = tokenizer.words(source), tokenizer.words(target)
   pairs = _in_order([name for name, _ in words], [name for name, _ in target_words])
   return None if pairs is None else [(words[i][1], target_words[j][1]) for i, j in pairs]
 
 
 def _in_order(names, target_names) -> list[tuple[int, int]] | None:
-  """Places of names that answer to each other, in order; None if some have no partner."""
+  """The positions of paired names, in order; None if some have no partner."""
   pairs = []
   matcher = difflib.SequenceMatcher(None, names, target_names, autojunk=False)
   for _, i, i_end, j, j_end in matcher.get_opcodes():
@@ -171,13 +172,13 @@ def _in_order(names, target_names) -> list[tuple[int, int]] | None:
 
 
 def _used(tokenizer, text) -> int:
-  """How many tokens there are, with start and end."""
+  """The number of tokens, with start and end."""
   words = tokenizer.words(text)
   return (words[-1][1].stop if words else 1) + 1
 
 
 def _ends(tokenizer, source, target) -> np.ndarray:
-  """Start to start, end to end, and padding to padding: at the same place, or else to the first."""
+  """Maps start, end, and padding (to the same position, or to the first padding)."""
   length, target_length = _used(tokenizer, source), _used(tokenizer, target)
   matrix = np.zeros((tokenizer.length,) * 2, np.float32)
   matrix[0, 0] = matrix[length - 1, target_length - 1] = 1
@@ -188,13 +189,13 @@ def _ends(tokenizer, source, target) -> np.ndarray:
 
 
 def _common(a, b) -> list[tuple[int, int]]:
-  """Places of equal items in the best alignment of two sequences; a gap in `b` comes first."""
+  """The positions of equal items in the best alignment of two sequences. Prefers a gap in `b`."""
   scores = np.zeros((len(a) + 1, len(b) + 1), np.int32)
   for i in range(1, len(a) + 1):
     for j in range(1, len(b) + 1):
       fit = 1 if a[i - 1] == b[j - 1] else -1
       scores[i, j] = max(scores[i - 1, j], scores[i, j - 1], scores[i - 1, j - 1] + fit)
-  found, i, j = [], len(a), len(b)
+  matches, i, j = [], len(a), len(b)
   while i and j:
     if scores[i, j] == scores[i, j - 1]:
       j -= 1
@@ -203,5 +204,5 @@ def _common(a, b) -> list[tuple[int, int]]:
     else:
       i, j = i - 1, j - 1
       if a[i] == b[j]:
-        found.append((i, j))
-  return found[::-1]
+        matches.append((i, j))
+  return matches[::-1]

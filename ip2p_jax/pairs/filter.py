@@ -1,14 +1,14 @@
-"""Keeps the good pairs: thresholds on CLIP's numbers, and the best few of each prompt.
+"""Keeps good pairs: by thresholds on CLIP's scores, and the best few of each prompt.
 
-Reads folders that `pairs` wrote, whose images and numbers stay as they are, so that other
-thresholds can be tried at no cost; writes the original's layout, ready to pack and to train on:
+Reads folders that `pairs` wrote, and does not change them, so that other thresholds can be tried at
+no cost. Writes the layout of the original code, ready to pack and to train on:
 
-  OUT/0000007/prompt.json, metadata.jsonl     one line per pair that stays, the best first
+  OUT/0000007/prompt.json, metadata.jsonl     one line per kept pair, the best first
   OUT/0000007/SEED_0.jpg, SEED_1.jpg
   OUT/seeds.json
   OUT/filter.json                             the thresholds; with it, all rows are for training
 
-Numbers are judged as they are stored.
+Thresholds apply to the stored scores, which are rounded.
 """
 
 import io
@@ -39,21 +39,21 @@ from ip2p_jax.progress import Progress, unwatched
 from ip2p_jax.storage import FILTERED
 
 LABELS = Scores('image and caption', 'edited image and caption', 'direction', 'both images')
-SAME = 4  # bits of 64 in which two images differ that look the same
-UNKEPT = ('sample',)  # of a line of scores, not in the original's metadata
+SAME = 4  # of 64 bits; two images that look the same differ in at most so many
+DROPPED = ('sample',)  # keys of a line of scores that are not in the original's metadata
 
 
 class Yield(NamedTuple):
-  """What a filter did. Counts are of pairs, but for `prompts`."""
+  """The result of a filter. Counts are of pairs, except `prompts`."""
 
   drawn: int
-  passed: dict[str, int]  # each threshold alone, by name
+  passed: dict[str, int]  # per threshold, by name
   passed_all: int
-  broken: int  # that overflowed when they were drawn
+  broken: int  # overflowed when they were drawn
   duplicates: int
   kept: int
-  prompts: int  # with a pair that stays
-  scores: np.ndarray  # float64 [drawn, 4], of all; NaN for what overflowed
+  prompts: int  # with a kept pair
+  scores: np.ndarray  # float64 [drawn, 4], of all pairs; NaN if it overflowed
 
 
 def filter_pairs(
@@ -64,10 +64,10 @@ def filter_pairs(
   drop_duplicates: bool = False,
   progress: Progress = unwatched,
 ) -> Yield:
-  """Writes `out`, whole or not at all; does not write it if no pair stays.
+  """Writes `out` completely or not at all. Does not write it if no pair is kept.
 
-  Images are hard links where the disk allows, else copies. With `drop_duplicates`, of a prompt's
-  pairs that look the same (a hash of both images) only the best stays.
+  Images are hard links if the disk allows it, else copies. `drop_duplicates` keeps only the best of
+  a prompt's pairs that look the same (by a hash of both images).
 
   Raises InputError if `out` exists or is being written, a prompt has no instruction, or an image
   is missing.
@@ -75,10 +75,10 @@ def filter_pairs(
   with storage.new_folder(out) as place:
     places = _places(folders)
     _check_instructions(places)
-    found = _filter(places, place, thresholds, most, drop_duplicates, progress)
-    if found.kept:
+    result = _filter(places, place, thresholds, most, drop_duplicates, progress)
+    if result.kept:
       place.rename(out)
-  return found
+  return result
 
 
 def _filter(places, folder, thresholds, most, drop_duplicates, progress) -> Yield:
@@ -93,8 +93,8 @@ def _filter(places, folder, thresholds, most, drop_duplicates, progress) -> Yiel
     for line in good if drop_duplicates else good[:most]:
       if file := _lacks(place, line):
         raise InputError(
-          f'{file} was not kept when it was drawn; use thresholds of at least the released ones, or'
-          ' draw again with --keep all.'
+          f'{file} was not kept when it was drawn; use thresholds at or above the released ones,'
+          ' or draw again with --keep all.'
         )
     if drop_duplicates:
       different = _different(place, good)
@@ -104,22 +104,22 @@ def _filter(places, folder, thresholds, most, drop_duplicates, progress) -> Yiel
       _copy(place, folder / place.name, good)
       seeds.append((place.name, sorted(str(line['seed']) for line in good)))
     progress(done + 1, len(places))
-  about = thresholds._asdict() | {'most': most, 'drop_duplicates': drop_duplicates}
-  (folder / FILTERED).write_text(json.dumps(about) + '\n')
+  settings = thresholds._asdict() | {'most': most, 'drop_duplicates': drop_duplicates}
+  (folder / FILTERED).write_text(json.dumps(settings) + '\n')
   (folder / 'seeds.json').write_text(json.dumps(seeds))
   scores = np.array(rows, np.float64).reshape(-1, len(Scores._fields))
-  alone = {
+  passed = {
     name: int((scores[:, i] >= least).sum())
     for i, (name, least) in enumerate(thresholds._asdict().items())
   }
   counts['broken'] = int(np.isnan(scores).any(1).sum())
-  kept = sum(len(of_prompt) for _, of_prompt in seeds)
-  return Yield(len(scores), alone, **counts, kept=kept, prompts=len(seeds), scores=scores)
+  kept = sum(len(prompt_seeds) for _, prompt_seeds in seeds)
+  return Yield(len(scores), passed, **counts, kept=kept, prompts=len(seeds), scores=scores)
 
 
 def draw_histograms(scores: np.ndarray, thresholds: Scores, file: Path) -> None:
-  """Writes a plot of all scores [N, 4] with the thresholds; needs matplotlib."""
-  from matplotlib.figure import Figure  # only plots need it
+  """Writes a plot of all scores [N, 4] with the thresholds. Needs matplotlib."""
+  from matplotlib.figure import Figure  # optional
 
   figure = Figure(figsize=(12, 3), layout='constrained')
   for i, (axes, title) in enumerate(zip(figure.subplots(1, 4), LABELS, strict=True)):
@@ -133,28 +133,28 @@ def draw_histograms(scores: np.ndarray, thresholds: Scores, file: Path) -> None:
 
 
 def _places(folders) -> list[Path]:
-  """The prompts' folders by name; two workers' folders may share none."""
-  found: dict[str, Path] = {}
+  """The prompts' folders, sorted by name. Raises InputError if a prompt is in two folders."""
+  places: dict[str, Path] = {}
   for folder in folders:
-    here = sorted(file.parent for file in folder.glob(f'*/{SCORES}'))
+    prompts = sorted(file.parent for file in folder.glob(f'*/{SCORES}'))
     if (folder / FILTERED).exists():
       raise InputError(f'{folder}: was filtered already; give the folder that it came from.')
-    if not here:
+    if not prompts:
       raise InputError(f'{folder}: has no pairs; give a folder that `ip2p pairs` wrote.')
-    for place in here:
-      if place.name in found:
-        raise InputError(f'{place} and {found[place.name]} are pairs of the same prompt.')
-      found[place.name] = place
-  return [found[name] for name in sorted(found)]
+    for place in prompts:
+      if place.name in places:
+        raise InputError(f'{place} and {places[place.name]} are pairs of the same prompt.')
+      places[place.name] = place
+  return [places[name] for name in sorted(places)]
 
 
 def _check_instructions(places) -> None:
-  """An editor learns nothing from a pair that no instruction tells of."""
+  """Raises InputError if a prompt has no instruction: an editor learns nothing from its pairs."""
   faults = []
   for place in places:
     try:
       prompt = json.loads((place / PROMPT).read_bytes())
-      fault = instruction_fault(prompt) if isinstance(prompt, dict) else 'is no JSON object'
+      fault = instruction_fault(prompt) if isinstance(prompt, dict) else 'is not a JSON object'
     except FileNotFoundError:
       fault = 'is missing'
     except ValueError as error:
@@ -173,14 +173,14 @@ def _image_files(place, line):
 
 
 def _lacks(place, line) -> Path | None:
-  """An image of the pair that is not there."""
+  """A missing image file of the pair, or None."""
   return next((file for file in _image_files(place, line) if not file.exists()), None)
 
 
 def _is_on_border(line) -> bool:
-  """Whether it passes the released thresholds, but may not have before it was rounded.
+  """Whether a pair passes the released thresholds, perhaps only because its scores were rounded.
 
-  Older versions judged first, and wrote no images of such a pair.
+  Older versions applied the thresholds before rounding, and wrote no images of such a pair.
   """
   scores, half = scores_of(line), 10**-DIGITS / 2
   is_near = any(value - least < half for value, least in zip(scores, RELEASED, strict=True))
@@ -188,18 +188,18 @@ def _is_on_border(line) -> bool:
 
 
 def _different(place, lines):
-  """Without those that look like a better one."""
-  kept, hashes = [], []
+  """The lines of pairs that look like no earlier pair."""
+  different, hashes = [], []
   for line in lines:
-    one = np.concatenate([_hash(file) for file in _image_files(place, line)])
-    if all((one != other).sum() > 2 * SAME for other in hashes):
-      kept.append(line)
-      hashes.append(one)
-  return kept
+    bits = np.concatenate([_hash(file) for file in _image_files(place, line)])
+    if all((bits != earlier).sum() > 2 * SAME for earlier in hashes):
+      different.append(line)
+      hashes.append(bits)
+  return different
 
 
 def _hash(file) -> np.ndarray:
-  """bool [64]: where brightness rises from left to right, in 8 x 9 cells."""
+  """bool [64]: where brightness rises from left to right, in 8 rows of 9 cells."""
   with Image.open(file) as image:
     cells = np.asarray(image.convert('L').resize((9, 8), Image.Resampling.BOX), np.int16)
   return (cells[:, 1:] > cells[:, :-1]).ravel()
@@ -210,8 +210,8 @@ def _copy(place, target, lines):
   shutil.copyfile(place / PROMPT, target / PROMPT)
   with (target / 'metadata.jsonl').open('w') as file:
     for line in lines:
-      kept = {key: value for key, value in line.items() if key not in UNKEPT}
-      file.write(json.dumps(kept) + '\n')
+      metadata = {key: value for key, value in line.items() if key not in DROPPED}
+      file.write(json.dumps(metadata) + '\n')
   for line in lines:
     for file in _image_files(place, line):
       try:

@@ -1,7 +1,7 @@
-"""Draws pairs of images for pairs of captions, with CLIP's numbers for each.
+"""Draws pairs of images for pairs of captions, with CLIP's scores of each pair.
 
 A sample is one pair of one prompt; S samples per prompt, B samples per call of the program. Whole
-runs are in `pair_run`.
+runs are in `run`.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ KEEPS = ('all', 'passing')
 
 
 class Sample(NamedTuple):
-  """What decides one pair of images, beside its captions and the settings."""
+  """The random values of one pair of images. Captions and settings decide the rest."""
 
   seed: int  # uint32, of the noise
   threshold: float  # share of the steps that share self-attention
@@ -52,16 +52,17 @@ class PairSettings:
   """How pairs are drawn; the defaults are the paper's.
 
   Attributes:
-    samples: per prompt.
-    control: 'share', the released generator's rule; 'replace' or 'refine', prompt-to-prompt as
-      published; 'auto', the one of the two that fits the captions; 'share+auto' and the like; or
+    samples: number per prompt.
+    control: 'share', the rule of the released generator; 'replace' or 'refine', prompt-to-prompt as
+      published; 'auto', whichever of these two fits the captions; 'share+auto' and the like; or
       'none'.
-    threshold, guidance: ranges to draw each sample's from, evenly.
-    cross, self: part of the steps that replace and refine act in, on words and on self-attention.
-    size: of the images, pixels.
-    seed: of the whole run.
+    threshold, guidance: ranges from which each sample draws its value uniformly.
+    cross, self: share of the steps in which replace and refine control the attention to words and
+      self-attention.
+    size: side of the images, pixels.
+    seed: of the run.
     keep: which images to write: 'all', or those 'passing' the thresholds of the released data.
-      The numbers of all are written.
+      The scores of all pairs are written.
     batch_size: samples per call of the program.
   """
 
@@ -80,7 +81,7 @@ class PairSettings:
   batch_size: int = 8
 
   def __post_init__(self):
-    samplers.noise_levels(Schedule(), self.sampler, self.steps)  # refuses unknown ones
+    samplers.noise_levels(Schedule(), self.sampler, self.steps)  # refuses unknown samplers
     for name, choices in (('control', CONTROLS), ('keep', KEEPS)):
       check_choice(name, getattr(self, name), choices)
     for name in ('samples', 'batch_size', 'size'):
@@ -89,34 +90,34 @@ class PairSettings:
     for name, most in (('threshold', 1), ('guidance', 100)):
       low, high = getattr(self, name)
       if not 0 <= low <= high <= most:
-        raise InputError(f'{name} is {low} to {high}; give two numbers of 0 to {most}, in order.')
+        raise InputError(f'{name} is {low} to {high}; give two numbers from 0 to {most}, in order.')
     for name in ('cross', 'self'):
       alignment.step_window(getattr(self, name), self.steps)
 
   def sample(self, prompt: int, number: int) -> Sample:
-    """Sample `number` of prompt `prompt`: by a hash, so that each can be drawn alone.
+    """Sample `number` of prompt `prompt`, from a hash, so that each can be drawn alone.
 
-    The original seeds each sample by the one before, and soon comes back to where it was.
+    The original code seeds each sample by the previous one, and soon repeats itself.
     """
     return _samples(self.seed, prompt, self.samples, self.threshold, self.guidance)[number]
 
 
 @functools.lru_cache(maxsize=1024)
 def _samples(seed, prompt, count, threshold, guidance) -> list[Sample]:
-  """No two of a prompt have a seed in common, since files are named by it."""
-  found: dict[int, Sample] = {}
+  """The samples of a prompt. Their seeds differ, since they name the files."""
+  samples: dict[int, Sample] = {}
   attempt = 0
-  while len(found) < count:
+  while len(samples) < count:
     digest = hashlib.blake2b(f'{seed} {prompt} {attempt}'.encode(), digest_size=12).digest()
-    one, *parts = (int.from_bytes(digest[i : i + 4], 'little') for i in (0, 4, 8))
+    own_seed, *parts = (int.from_bytes(digest[i : i + 4], 'little') for i in (0, 4, 8))
     between = [low + (high - low) * part / 2**32
                for part, (low, high) in zip(parts, (threshold, guidance), strict=True)]  # fmt: skip
-    found.setdefault(one, Sample(one, *between))
+    samples.setdefault(own_seed, Sample(own_seed, *between))
     attempt += 1
-  return list(found.values())
+  return list(samples.values())
 
 
-# How devices share what `program` takes.
+# How devices share the inputs of `program`.
 SPLIT = PairRequest(
   SECOND, WHOLE, ROWS, ROWS, WHOLE, ROWS, init_noise=ROWS, step_noise=SECOND, null_contexts=SECOND
 )
@@ -124,10 +125,10 @@ SPECS = WHOLE, SPLIT, SECOND, ROWS
 
 
 def program(networks: Networks, towers: Towers, mesh: Mesh) -> Callable:
-  """Jitted; each device of the mesh draws its own pairs, and never talks to another.
+  """A jitted function. Each device of the mesh draws its own pairs, without communication.
 
-  It takes a PairSpec (static), parameters with 'clip', a PairRequest, CLIP's tokens [2, P, L], and
-  images uint8 [P, H, W, 3] to begin with, or None; and gives what `PairGenerator.draw` does.
+  The function takes a PairSpec (static), parameters with 'clip', a PairRequest, CLIP's tokens
+  [2, P, L], and first images uint8 [P, H, W, 3] or None. It returns what `PairGenerator.draw` does.
   """
 
   def draw(spec, params, request, clip_ids, first_images):
@@ -141,31 +142,31 @@ def program(networks: Networks, towers: Towers, mesh: Mesh) -> Callable:
     return parts.unit_to_uint8(pairs.images), scores, pairs.attention
 
   def run(spec, *inputs):
-    of_devices = sharding.each_its_rows(
+    on_devices = sharding.each_its_rows(
       functools.partial(draw, spec),
       mesh,
       in_specs=SPECS,
       out_specs=(SECOND, ROWS, SECOND),
     )
-    return of_devices(*inputs)
+    return on_devices(*inputs)
 
   return jax.jit(run, static_argnums=0)
 
 
 def faults(prompt: Prompt, drawing: PairSettings, tokenizer: ClipTokenizer) -> Iterator[str]:
-  """All that keeps a prompt from being drawn so, each as what follows 'line 7: '."""
+  """All reasons why a prompt cannot be drawn, each as the text after 'line 7: '."""
   control = drawing.control.removeprefix('share+')
-  given = {'weights': prompt.weights, 'cross_steps': prompt.spans, 'blend': prompt.blend}
-  named = [name for name, value in given.items() if value]
-  if named and control not in INJECTIONS:
-    yield f'{" and ".join(named)} do nothing with the control {control!r}; use auto or share+auto'
-  elif named or control == 'replace':
+  options = {'weights': prompt.weights, 'cross_steps': prompt.spans, 'blend': prompt.blend}
+  names = [name for name, value in options.items() if value]
+  if names and control not in INJECTIONS:
+    yield f'{" and ".join(names)} do nothing with the control {control!r}; use auto or share+auto'
+  elif names or control == 'replace':
     yield from _word_faults(prompt, control, tokenizer)
   if prompt.image is not None:
     if drawing.sampler != inversion.SAMPLER:
-      yield f'pairs of given images are drawn by the sampler {inversion.SAMPLER}'
+      yield f'pairs from an image need the sampler {inversion.SAMPLER}'
     try:
-      if prompt.image.is_file():  # else it is told already
+      if prompt.image.is_file():  # else `read_prompts` reports it
         images.read(prompt.image)
     except InputError as error:
       yield str(error)
@@ -174,14 +175,14 @@ def faults(prompt: Prompt, drawing: PairSettings, tokenizer: ClipTokenizer) -> I
 def _word_faults(prompt, control, tokenizer):
   caption, edited = prompt.caption, prompt.edited_caption
   before, after = prompt.blend or ((), ())
-  named = [(edited, word) for word in (*prompt.weights, *prompt.spans)]
-  named += [(caption, word) for word in before] + [(edited, word) for word in after]
-  looks = [(alignment.places, text, word) for text, word in dict.fromkeys(named)]
+  words = [(edited, word) for word in (*prompt.weights, *prompt.spans)]
+  words += [(caption, word) for word in before] + [(edited, word) for word in after]
+  checks = [(alignment.places, text, word) for text, word in dict.fromkeys(words)]
   if control == 'replace':
-    looks.append((alignment.replace, caption, edited))
-  for look, *texts in looks:
+    checks.append((alignment.replace, caption, edited))
+  for check, *texts in checks:
     try:
-      look(tokenizer, *texts)
+      check(tokenizer, *texts)
     except InputError as error:
       yield str(error).rstrip('.')
 
@@ -198,7 +199,7 @@ class PairGenerator:
     drawing: PairSettings,
     mesh: Mesh | None = None,
   ):
-    """InputError if the checkpoint is no text-to-image model, or the settings do not fit it."""
+    """Raises InputError if the checkpoint is not text-to-image, or the settings do not fit it."""
     check_is_text_to_image(networks, 'the checkpoint')
     factor = networks.vae_config.factor
     check_multiple('size', drawing.size, factor)
@@ -218,14 +219,14 @@ class PairGenerator:
     self._program = program(self.networks, clip.towers, self.mesh)
 
   def check(self, prompts: Sequence[Prompt]) -> None:
-    """InputError that names all lines that cannot be drawn, and why; warns of what is cut off."""
-    found = [
+    """Raises InputError with all lines that cannot be drawn, and why. Warns of cut off captions."""
+    problems = [
       f'line {prompt.index + 1}: {fault}'
       for prompt in prompts
       for fault in faults(prompt, self.drawing, self.tokenizer)
     ]
-    if found:
-      raise InputError(f'the prompts cannot be drawn: {listed(found)}; mend this first.')
+    if problems:
+      raise InputError(f'the prompts cannot be drawn: {listed(problems)}; mend this first.')
     texts = [('the negative text', self.drawing.negative)]
     for prompt in prompts:
       name = f'line {prompt.index + 1}'
@@ -239,7 +240,7 @@ class PairGenerator:
       )
 
   def _cut_off(self, text: str) -> str:
-    """What neither the network nor CLIP reads of a text; '' if both read all of it."""
+    """The end of a text that the network or CLIP does not read; '' if both read all of it."""
     readers = (self.tokenizer, self.clip.tokenizer)
     if len(text.encode()) <= min(reader.length for reader in readers) - 2:  # a token has a byte
       return ''
@@ -248,10 +249,10 @@ class PairGenerator:
   def draw(
     self, prompts: Sequence[Prompt], samples: Sequence[Sample], shows_attention: bool = False
   ) -> tuple[np.ndarray, Scores, np.ndarray | None]:
-    """Draws at most B pairs; does not wait for the device.
+    """Draws at most B pairs. Does not wait for the device.
 
-    Returns uint8 images [2, B, H, W, 3], the scores of each, and where each token looked (see
-    `pair_program.Pairs`); rows past those given are padding.
+    Returns uint8 images [2, B, H, W, 3], the scores of each pair, and the attention to each token
+    (see `program.Pairs`). Rows after the requested ones are padding.
     """
     count = self.drawing.batch_size
     padded = lambda rows: (list(rows) * count)[:count]
@@ -270,7 +271,7 @@ class PairGenerator:
     first_images = None
     if prompts[0].image is not None:
       if self.drawing.sampler != inversion.SAMPLER:
-        raise InputError(f'pairs of given images are drawn by the sampler {inversion.SAMPLER}.')
+        raise InputError(f'pairs from an image need the sampler {inversion.SAMPLER}.')
       first_images = np.stack([_square(prompt.image, self.drawing.size) for prompt in prompts])
     return quietly(self._program, spec, self.params, request, clip_ids, first_images)
 
@@ -291,7 +292,7 @@ class PairGenerator:
     return Control(until, injection, blend)
 
   def _injection(self, kind):
-    aligned = {
+    align = {
       'auto': lambda *texts: alignment.align(*texts)[1],
       'replace': alignment.replace,
       'refine': alignment.refine,
@@ -300,13 +301,13 @@ class PairGenerator:
 
     def injection(prompt: Prompt) -> Injection:
       with _naming(prompt):
-        found = aligned(self.tokenizer, prompt.caption, prompt.edited_caption)
+        result = align(self.tokenizer, prompt.caption, prompt.edited_caption)
         text = prompt.edited_caption
         return Injection(
           np.int32(alignment.step_window(self.drawing.self, steps)),
           alignment.windows(self.tokenizer, text, steps, self.drawing.cross, prompt.spans),
-          found.matrix,
-          found.has_source,
+          result.matrix,
+          result.has_source,
           alignment.equalizer(self.tokenizer, text, prompt.weights),
         )
 
@@ -325,7 +326,7 @@ class PairGenerator:
 
 
 def _square(path: Path, size: int) -> np.ndarray:
-  """The middle of an image, uint8 [size, size, 3]."""
+  """The centre of an image, uint8 [size, size, 3]."""
   image = images.read(path)
   side = min(image.size)
   left, top = ((length - side) // 2 for length in image.size)
@@ -333,9 +334,9 @@ def _square(path: Path, size: int) -> np.ndarray:
 
 
 def shared_steps(threshold: float, steps: int) -> int:
-  """How many steps share: those with threshold > i / (steps - 1), as the released generator has it.
+  """The number of steps that share: with threshold > i / (steps - 1), as in the released generator.
 
-  Computed in double precision on the host, so that no rounding on a device moves the border.
+  Computed in double precision on the host, so that a device's rounding does not matter.
   """
   return sum(threshold > i / max(steps - 1, 1) for i in range(steps))
 

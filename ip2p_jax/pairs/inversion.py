@@ -1,9 +1,9 @@
-"""A photograph enters prompt-to-prompt: the noise, and the empty texts, that give it back.
+"""Inverts an image for prompt-to-prompt: finds the noise and the empty texts that reproduce it.
 
-P images, h w latent sides, L text tokens (77), S steps. DDIM is run backwards with the caption
-alone (Dhariwal and Nichol 2021), and then, because guidance leads away from that path, the empty
-text of every step is trained until the guided path stays on it (Mokady et al. 2023). Both images
-of a pair drawn from the result by the sampler 'ddim' begin as the photograph.
+P images, h w latent sides, L text tokens (77), S steps. DDIM runs backwards with only the caption
+(Dhariwal and Nichol 2021). Guidance leads away from that path, so the empty text of every step is
+trained until the guided path stays on it (Mokady et al. 2023). With the sampler 'ddim', both images
+of a pair then start from the given image.
 """
 
 import functools
@@ -21,15 +21,15 @@ from ip2p_jax.pipeline import parts
 from ip2p_jax.pipeline.networks import Networks
 
 SAMPLER = 'ddim'
-TRIES = 10  # updates of one step's empty text, at most
-# As published for PUBLISHED_STEPS: more steps pass through the same values in finer parts.
+TRIES = 10  # most updates of one step's empty text
+# The next values are published for 50 steps. More steps interpolate them.
 PUBLISHED_STEPS = 50
-RATE, RATE_END = 1e-2, 100  # the learning rate; it would be 0 after so many steps
-GOOD, GOOD_PER_STEP = 1e-5, 2e-5  # a squared error to stop at, and how much it grows each step
+RATE, RATE_END = 1e-2, 100  # the learning rate, and the step where it would reach 0
+GOOD, GOOD_PER_STEP = 1e-5, 2e-5  # the squared error to stop at, and its growth per step
 
 
 class Inversion(NamedTuple):
-  """What `pairs.program.PairRequest` takes to begin as an image.
+  """The inputs of `pairs.program.PairRequest` that reproduce an image.
 
   Attributes:
     init_noise: float32 [P, h, w, 4].
@@ -49,9 +49,9 @@ def invert(
   guidance: Array,
   grid: samplers.Grid,
 ) -> Inversion:
-  """Images uint8 [P, H, W, 3] with their captions [P, L]; `grid` is that of 'ddim'.
+  """Inverts images uint8 [P, H, W, 3] with captions [P, L]. `grid` must be that of 'ddim'.
 
-  `negative_ids` [1, L] are of the empty text; `guidance` [P] as the pairs will be drawn with.
+  `negative_ids` [1, L] are the empty text; `guidance` [P] is that of the pairs to draw.
   """
   latents = parts.scaled_latents(networks, params, images)
   context, null_context = parts.encode_texts(networks, params, token_ids, negative_ids)
@@ -64,10 +64,10 @@ def invert(
 def ddim_path(
   networks: Networks, params, latents: Array, context: Array, grid: samplers.Grid
 ) -> Array:
-  """The noisier and noisier x of scaled latents [P, h, w, 4]: [S + 1, P, h, w, 4], noisiest first.
+  """The noisy x of scaled latents [P, h, w, 4] at all steps: [S + 1, P, h, w, 4], noisiest first.
 
-  Each step takes the noise that the network sees at the timestep where the step ends, in latents of
-  the level where it begins, as diffusers' DDIMInverseScheduler does.
+  Each step predicts the noise from the latents at its start, with the timestep at its end, as
+  diffusers' DDIMInverseScheduler does.
   """
   unet = _unet(networks, params)
   sigmas, timesteps = jnp.asarray(grid.sigmas), jnp.asarray(grid.timesteps)
@@ -95,10 +95,10 @@ def null_texts(
   guidance: Array,
   grid: samplers.Grid,
 ) -> Array:
-  """Empty texts [S, P, L, C] with which guided DDIM goes down `path`, noisiest first.
+  """Empty texts [S, P, L, C] with which guided DDIM follows `path`, noisiest first.
 
-  Each step begins with the text of the one before, and ends at the first update that finds the
-  error good enough, for each image alone.
+  Each step starts with the text of the previous step. For each image it ends at the first update
+  that finds a small enough error.
   """
   unet = _unet(networks, params)
   sigmas, scale = jnp.asarray(grid.sigmas), guidance[:, None, None, None]
@@ -117,8 +117,8 @@ def null_texts(
       return x + (below - sigma) * (without_text + scale * (with_text - without_text))
 
     def errors(text):
-      apart = (down(text) - path[i + 1]) / jnp.sqrt(below**2 + 1)  # as latents of unit variance
-      each = (apart**2).mean((1, 2, 3))
+      error = (down(text) - path[i + 1]) / jnp.sqrt(below**2 + 1)  # as latents of unit variance
+      each = (error**2).mean((1, 2, 3))
       return each.sum(), each
 
     def update(state):

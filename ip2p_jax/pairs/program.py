@@ -1,9 +1,9 @@
-"""Pairs of images as one jitted program, from captions to images and CLIP's numbers.
+"""Pairs of images as one jitted program, from captions to images and CLIP's scores.
 
-P pairs, L text tokens (77), S steps, H W size in pixels, h w the latents' (H and W over the VAE's
-factor). Both images of a pair come from the same noise, initial and of every step, so that they
-differ by their captions alone; `prompt_to_prompt` keeps them alike. Captions, scales, seeds and all
-numbers of the control are traced: one compiled program serves all pairs.
+P pairs, L text tokens (77), S steps, H W size in pixels, h w size of the latents (H and W divided
+by the VAE's factor). Both images of a pair get the same noise, initial and in every step, so only
+their captions differ. `prompt_to_prompt` keeps them alike. Captions, scales, seeds and all numbers
+of the control are traced: one compiled program serves all pairs.
 """
 
 from typing import NamedTuple
@@ -23,7 +23,7 @@ from ip2p_jax.pipeline.scores import Scores
 
 
 class PairSpec(NamedTuple):
-  """What a compiled program is made for; everything else is traced."""
+  """The static inputs of a compiled program. Everything else is traced."""
 
   sampler: str
   height: int  # of the latents
@@ -32,9 +32,9 @@ class PairSpec(NamedTuple):
 
 
 class PairRequest(NamedTuple):
-  """The traced inputs of one call; optional arrays are None when not given."""
+  """The traced inputs of one call. Optional arrays may be None."""
 
-  token_ids: Array  # int32 [2, P, L], of captions and edited captions
+  token_ids: Array  # int32 [2, P, L], captions and edited captions
   negative_ids: Array  # int32 [1, L]
   guidance: Array  # float32 [P]
   seeds: Array  # uint32 [P]
@@ -42,11 +42,11 @@ class PairRequest(NamedTuple):
   control: Control
   init_noise: Array | None = None  # float32 [P, h, w, 4], standard normal
   step_noise: Array | None = None  # float32 [S, P, h, w, 4], standard normal
-  null_contexts: Array | None = None  # float32 [S, P, L, C], of null-text inversion
+  null_contexts: Array | None = None  # float32 [S, P, L, C], from null-text inversion
 
 
 class Pairs(NamedTuple):
-  """Finished pairs, first images first; `attention` is None unless the spec shows it."""
+  """Finished pairs, first images first. `attention` is None unless the spec shows it."""
 
   images: Array  # float32 [2, P, H, W, 3] in 0..1
   latents: Array  # float32 [2, P, h, w, 4], scaled
@@ -68,7 +68,7 @@ def pair_program(networks: Networks, spec: PairSpec, params, request: PairReques
 
   def step(carry, i):
     state, seen, attention = carry
-    maps = []  # of this step's coarse layers, [2, P, heads, N, L] each
+    maps = []  # attention of this step's coarse layers, [2, P, heads, N, L] each
 
     def record(site, probabilities):
       if site.level == level and site.place != 'mid':
@@ -77,8 +77,8 @@ def pair_program(networks: Networks, spec: PairSpec, params, request: PairReques
     wants_maps = blend is not None or spec.shows_attention
 
     def predict(x, timestep):
-      # Both evaluations of a heun step are controlled as its step is, and the first, which every
-      # step has, tells where words look: the second lies in a `lax.cond`, which no map may leave.
+      # The control acts on both evaluations of a heun step. Only the first one records maps: the
+      # second is in a `lax.cond`, which maps cannot leave.
       attend = controlled(
         control, i, level, record if wants_maps and not maps else None, inner=networks.attention
       )
@@ -93,7 +93,7 @@ def pair_program(networks: Networks, spec: PairSpec, params, request: PairReques
     move = samplers.SAMPLERS[spec.sampler](denoiser(predict, networks.schedule), request.grid)
     state = move(state, i, None if fresh is None else twice(fresh))
     if wants_maps and not maps:
-      raise InputError('this UNet looks at no words where the image is coarse; there is no map.')
+      raise InputError('this UNet has no attention to words at the coarse level, so no maps.')
     if blend is not None:
       seen += sum(word_map(m, blend.words) for m in maps).reshape(seen.shape)
       state = tuple(blended(blend, i, seen, apart(x)).reshape(x.shape) for x in state)
@@ -117,7 +117,7 @@ def pair_program(networks: Networks, spec: PairSpec, params, request: PairReques
 def scored_pairs(
   networks: Networks, towers: Towers, spec: PairSpec, params, request: PairRequest, clip_ids: Array
 ) -> tuple[Pairs, Scores]:
-  """The same with CLIP's numbers; `params` has 'clip', `clip_ids` [2, P, L] are its own tokens."""
+  """P pairs and CLIP's scores. `params` has 'clip'; `clip_ids` [2, P, L] are CLIP's tokens."""
   pairs = pair_program(networks, spec, params, request)
   return pairs, towers.scores(params['clip'], pairs.images, clip_ids)
 

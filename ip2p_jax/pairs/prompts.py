@@ -1,13 +1,13 @@
-"""Pairs of captions to draw images of: a file of JSON lines.
+"""Reads pairs of captions to draw images of, from a file of JSON lines.
 
   {"caption": "a cat", "edit": "make it a lion", "output": "a lion"}
 
-'input' is as good as 'caption'. More keys are kept, and some are read by prompt-to-prompt:
+'input' may replace 'caption'. More keys are kept. Prompt-to-prompt reads these:
 
   "weights": {"lion": 2.0}           of words of the edited caption
-  "cross_steps": {"lion": 0.4}       the part of the steps that is controlled, or [0.1, 0.4]
+  "cross_steps": {"lion": 0.4}       the controlled share of the steps, or [0.1, 0.4]
   "blend": [["cat"], ["lion"]]       words of either caption, for a local blend
-  "image": "cat.jpg"                 an image, beside the file, that the first of the pair shall be
+  "image": "cat.jpg"                 the first image of the pair, beside this file
 """
 
 import json
@@ -22,13 +22,13 @@ from ip2p_jax.pairs.alignment import Span, step_window
 
 NOTHING = MappingProxyType({})
 DRAWN_FROM = ('output', 'weights', 'cross_steps', 'blend', 'image')  # and the caption
-# What other data sets call an instruction.
+# Names of the instruction in other data sets.
 INSTRUCTIONS = ('instruction', 'edit_prompt', 'edit_instruction', 'instructions', 'prompt')
 SHOWN = 5  # faults named in one message
 
 
 class Prompt(NamedTuple):
-  """A line of the file; `index` counts lines from 0, and `line` is as it came."""
+  """A line of the file. `index` counts lines from 0, and `line` is the unchanged text."""
 
   index: int
   line: str
@@ -43,13 +43,13 @@ class Prompt(NamedTuple):
 def read_prompts(
   path: Path, faults_of: Callable[[Prompt], Iterable[str]] = lambda prompt: ()
 ) -> list[Prompt]:
-  """Every line; InputError that names the lines that are wrong, and why.
+  """Reads every line. Raises InputError with all wrong lines, and why.
 
-  `faults_of` tells what else is wrong with a prompt. It is asked about lines with faults, too, so
-  that all are told at once; what cannot be read of those is left out of the prompt.
+  `faults_of` finds more faults of a prompt. It also gets lines with faults, without their
+  unreadable keys, so that one message has all faults.
   """
   try:
-    lines = path.read_bytes().decode('utf-8-sig').split('\n')  # no other sign ends a line
+    lines = path.read_bytes().decode('utf-8-sig').split('\n')  # only this ends a line
   except (OSError, UnicodeDecodeError) as error:
     reason = getattr(error, 'strerror', None) or 'is not UTF-8'
     raise InputError(f'{path}: cannot be read ({reason}).') from None
@@ -59,12 +59,12 @@ def read_prompts(
       continue
     value, problems = _value(line.strip(), path.parent)
     unread = {key for key, _ in problems}
-    found = [fault for _, fault in problems]
+    line_faults = [fault for _, fault in problems]
     if not unread & {'caption', 'output'}:
-      sound = {key: part for key, part in value.items() if key not in unread}
-      prompts.append(_prompt(index, line.removesuffix('\r'), sound, path.parent))
-      found += [f': {fault}' for fault in faults_of(prompts[-1])]
-    faults += [f'line {index + 1}{fault}' for fault in found]
+      readable = {key: part for key, part in value.items() if key not in unread}
+      prompts.append(_prompt(index, line.removesuffix('\r'), readable, path.parent))
+      line_faults += [f': {fault}' for fault in faults_of(prompts[-1])]
+    faults += [f'line {index + 1}{fault}' for fault in line_faults]
   if len({prompt.image is None for prompt in prompts}) > 1 and not faults:
     faults = ['some lines have an image and some have none; use a file for each']
   if faults:
@@ -75,25 +75,25 @@ def read_prompts(
 
 
 def listed(faults: Sequence[str]) -> str:
-  """The first of them in a sentence, and how many more there are."""
+  """The first faults in one sentence, and the number of the others."""
   more = len(faults) - SHOWN
   return '; '.join(faults[:SHOWN]) + (f'; and {more} more' if more > 0 else '')
 
 
 def drawn_from(line: str) -> list[Any]:
-  """What of a line its images depend on, to compare; the rest may change when they are drawn."""
+  """The values of a line that its images depend on. The others may change after drawing."""
   value = json.loads(line)
   return [_caption(value), *(value.get(key) or None for key in DRAWN_FROM)]
 
 
 def instruction_fault(value: Mapping[str, Any]) -> str | None:
-  """What is wrong with the instruction of a prompt, after the place where it stands."""
+  """The fault of a prompt's instruction, as the text after its place; None if it has none."""
   text = value.get('edit')
   if isinstance(text, str) and text.strip():
     return None
-  other = next((name for name in INSTRUCTIONS if value.get(name)), None)
-  if 'edit' not in value and other:
-    return f"has no text 'edit': the instruction is called so, and not {other!r}"
+  alias = next((name for name in INSTRUCTIONS if value.get(name)), None)
+  if 'edit' not in value and alias:
+    return f"has no text 'edit', the instruction; rename {alias!r} to 'edit'"
   return "has no text 'edit', the instruction"
 
 
@@ -102,16 +102,16 @@ def _caption(value):
 
 
 def _value(line, folder) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-  """A line as JSON has it, and all that is wrong with it: (what cannot be read, fault).
+  """The JSON of a line, and its faults: (unreadable key, fault).
 
-  A fault is what follows 'line 7'.
+  A fault is the text after 'line 7'.
   """
   try:
     value = json.loads(line)
   except (ValueError, RecursionError):
     return {}, [('caption', ' is not JSON')]
   if not isinstance(value, dict):
-    return {}, [('caption', ' is no JSON object')]
+    return {}, [('caption', ' is not a JSON object')]
   return value, list(_faults(value, folder))
 
 
@@ -120,7 +120,7 @@ def _faults(value, folder) -> Iterator[tuple[str, str]]:
     if not isinstance(text, str) or not text.strip():
       yield key, f' has no text {key!r}'
   if 'caption' in value and value.get('input', value['caption']) != value['caption']:
-    yield 'caption', " has both a 'caption' and an 'input', which differ"
+    yield 'caption', " has a 'caption' and an 'input', which differ"
   if fault := instruction_fault(value):
     yield 'edit', f' {fault}'
   try:
@@ -129,7 +129,7 @@ def _faults(value, folder) -> Iterator[tuple[str, str]]:
     yield 'caption', f' has text that is not Unicode ({error.reason})'
   for key in ('weights', 'cross_steps'):
     if not _are_words(value, key):
-      yield key, f': {key} is no object of words and numbers'
+      yield key, f': {key} is not an object of words and numbers'
   spans = value.get('cross_steps')
   for span in spans.values() if spans and _are_words(value, 'cross_steps') else ():
     try:
@@ -138,14 +138,14 @@ def _faults(value, folder) -> Iterator[tuple[str, str]]:
       yield '', f': cross_steps: {str(error).rstrip(".")}'
   blend = value.get('blend')
   if blend is not None and not _is_blend(blend):
-    yield 'blend', ': blend is not two lists of words, as in [["cat"], ["dog"]]'
+    yield 'blend', ': blend is not two lists of words, such as [["cat"], ["dog"]]'
   image = value.get('image')
   if image is not None and not (folder / str(image)).is_file():
     yield '', f': there is no image {folder / str(image)}'
 
 
 def _are_words(value, key) -> bool:
-  """Whether these are numbers by word; for steps, also pairs of numbers."""
+  """Whether the value is numbers by word. Steps may also be pairs of numbers."""
   words = value.get(key) or {}
   is_number = lambda x: isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
   is_pair = lambda x: (

@@ -1,8 +1,8 @@
-"""Draws all pairs of a file of prompts, with other workers or alone, into what `pair_files` tells.
+"""Draws all pairs of a file of prompts, alone or with other workers, into files of `pair_files`.
 
-Killed at any time and started again by the same command, a run ends with the very same bytes. Going
-on with other batches, more samples, more prompts or another number of workers, it ends with what
-that command alone would have drawn, but for rounding where other samples are drawn together.
+A run that is killed and started again with the same command ends with the same bytes. A run that
+continues with other batches, more samples, more prompts or another number of workers ends like a
+new run of that command, except for rounding in batches of other samples.
 """
 
 import concurrent.futures
@@ -22,7 +22,7 @@ from ip2p_jax.pairs.prompts import Prompt
 from ip2p_jax.pipeline.scores import Scores
 from ip2p_jax.progress import Progress, unwatched
 
-THREADS = 8  # that write JPEGs
+THREADS = 8  # write JPEGs
 
 
 def draw_all(
@@ -33,14 +33,14 @@ def draw_all(
   shard: pair_files.Shard = (0, 1),
   progress: Progress = unwatched,
 ) -> int:
-  """Draws all samples of this worker's prompts, from where an earlier try stopped.
+  """Draws all samples of this worker's prompts, and continues an earlier run.
 
-  `identity` tells checkpoints apart, so that no run goes on with others; `shard` (i, n) is worker i
-  of n, which has every n-th prompt. Returns the number of samples there are now. Samples whose
-  numbers overflowed are recorded, and warned of.
+  `identity` identifies the checkpoints, so that a run cannot continue with others. `shard` (i, n)
+  is worker i of n, which draws every n-th prompt. Returns the number of this worker's samples.
+  Samples that overflowed are recorded, with a warning.
 
-  Raises InputError for prompts that cannot be drawn, before any is; for a folder of another run;
-  and if no sample is finite.
+  Raises InputError before drawing if a prompt cannot be drawn, or the folder has another run; and
+  in the end if no sample is finite.
   """
   generator.check(prompts)
   drawing, folder = generator.drawing, storage.folder(out)
@@ -53,10 +53,10 @@ def draw_all(
     pair_files.working(folder, settings, prompts, shard),
     concurrent.futures.ThreadPoolExecutor(THREADS) as pool,
   ):
-    left = pair_files.left(folder, mine, drawing.samples, size, shard)
-    done, broken, rows = total - left.count(), left.broken, left.rows()
-    batches = itertools.chain([left.torn], iter(lambda: list(itertools.islice(rows, size)), []))
-    waiting = None  # while one batch is written, the device draws the next
+    rest = pair_files.remaining(folder, mine, drawing.samples, size, shard)
+    done, broken, rows = total - rest.count(), rest.broken, rest.rows()
+    batches = itertools.chain([rest.torn], iter(lambda: list(itertools.islice(rows, size)), []))
+    waiting = None  # the device draws one batch while the previous one is written
     for batch in itertools.chain(filter(None, batches), [None]):
       drawn = None
       if batch is not None:
@@ -74,8 +74,8 @@ def draw_all(
     pair_files.end(folder, shard)
   if broken:
     text = (
-      f'{broken} of {total} pairs overflowed, and have no images; bfloat16, float32 or less'
-      ' guidance might have drawn them, into another folder'
+      f'{broken} of {total} pairs overflowed, and have no images; try bfloat16, float32 or less'
+      ' guidance, with another folder'
     )
     if broken == total:
       raise InputError(f'{text}.')

@@ -1,7 +1,7 @@
-"""Which pairs are good."""
+"""Thresholds of good pairs."""
 
 from ip2p_jax.pipeline.scores import Scores
 
 PAPER = Scores(0.2, 0.2, 0.2, 0.75)
 RELEASED = Scores(0.2, 0.2, 0.2, 0.7)  # of the released data
-MOST = 4  # pairs of a prompt
+MOST = 4  # pairs per prompt

@@ -1,5 +1,6 @@
 """`ip2p captions`, from files to files, with a model of this machine and with a server."""
 
+import functools
 import io
 import json
 import os
@@ -18,11 +19,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from ip2p_jax.captions import write
 from ip2p_jax.captions.answers import answers_file, read_answers
-from ip2p_jax.cli import main
 from ip2p_jax.pairs import prompts
 
 KEY = 'sk-do-not-tell'
-# What may follow what in the texts of the model below, and how gladly (in its logits).
+# The texts that may follow a text in the model below, with their logits.
 CHAIN = {
   '\n##\n': {'make it ': 20},
   'make it ': {'red': 20, 'blue': 20, 'gold': 20},
@@ -38,9 +38,9 @@ CHAIN = {
 
 @pytest.fixture(scope='module')
 def model(tmp_path_factory):
-  """A language model that knows which token may follow which, and writes edits at random.
+  """A language model that writes random edits by a table of tokens that may follow each other.
 
-  Its one layer adds nothing, its embeddings are one-hot, and its head is a table.
+  Its single layer adds nothing, its embeddings are one-hot, and its head is the table.
   """
   folder = tmp_path_factory.mktemp('model')
   alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -56,7 +56,7 @@ def model(tmp_path_factory):
   for word, row in CHAIN.items():
     for follower, logit in row.items():
       place = tokenizer.token_to_id(follower), tokenizer.token_to_id(word)
-      head[place] = logit / width**0.5  # a norm makes one-hot rows that long
+      head[place] = logit / width**0.5  # the norm gives one-hot rows this length
   zeros = {'self_attn.q_proj': (width, width), 'self_attn.k_proj': (width, width),
            'self_attn.v_proj': (width, width), 'self_attn.o_proj': (width, width),
            'mlp.gate_proj': (8, width), 'mlp.up_proj': (8, width), 'mlp.down_proj': (width, 8),
@@ -77,18 +77,9 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture
-def ip2p(monkeypatch, capsys):
-  """Runs `ip2p captions` with these words: (status, what it said)."""
-  monkeypatch.setattr('ip2p_jax.cli.console.cache_compilations', lambda: None)
-
-  def run(*words):
-    monkeypatch.setattr(sys, 'argv', ['ip2p', 'captions', *map(str, words)])
-    with pytest.raises(SystemExit) as stop:
-      main.main()
-    printed = capsys.readouterr()
-    return stop.value.code or 0, printed.out + printed.err
-
-  return run
+def ip2p(ip2p):
+  """Runs `ip2p captions` with these words: (status, output)."""
+  return functools.partial(ip2p, 'captions')
 
 
 @pytest.fixture
@@ -102,46 +93,45 @@ def asking(fake, source, out, *more):
   return ('write', source, out, '--server', fake.url, '--server-model', 'tiny', *more)
 
 
-# A model of this machine.
+# A local model.
 
 
-def test_a_model_of_this_machine_writes_edits(ip2p, model, source, tmp_path):
+def test_a_local_model_writes_edits(ip2p, model, source, tmp_path):
   words = ('--model', model, '--slots', 4)
-  code, said = ip2p('write', source, tmp_path / 'one', *words)
-  assert code == 0 and 'captions with an edit: ' in said and 'first words: 1 different' in said
-  found = prompts.read_prompts(tmp_path / 'one' / write.PROMPTS)
-  assert len(found) > 15
+  code, output = ip2p('write', source, tmp_path / 'one', *words)
+  assert code == 0 and 'captions with an edit: ' in output and 'first words: 1 different' in output
+  assert len(prompts.read_prompts(tmp_path / 'one' / write.PROMPTS)) > 15
   answers = list(read_answers(answers_file(tmp_path / 'one', (0, 1))))
-  kept = [line for line in answers if 'edit' in line]
-  assert {line['edit'] for line in kept} == {'make it red', 'make it blue', 'make it gold'}
-  assert {line['output'] for line in kept} <= set(CHAIN)
+  good = [line for line in answers if 'edit' in line]
+  assert {line['edit'] for line in good} == {'make it red', 'make it blue', 'make it gold'}
+  assert {line['output'] for line in good} <= set(CHAIN)
   assert {line['refused'] for line in answers if 'refused' in line} == {'parts', 'unrelated'}
 
-  for i in (1, 0):  # with other slots, and two workers: the very same
-    as_ever = ('--api', 'chat', '--top-p', 1)  # a script may say what is so anyway
+  for i in (1, 0):  # other slots and two workers give the same bytes
+    defaults = ('--api', 'chat', '--top-p', 1)  # a script may repeat defaults
     words = ('--model', model, '--shard', f'{i}/2')
-    code, said = ip2p('write', source, tmp_path / 'two', *words, *as_ever)
-    assert code == 0 and ('other shards are still missing' in said) == (i == 1)
+    code, output = ip2p('write', source, tmp_path / 'two', *words, *defaults)
+    assert code == 0 and ('other shards are still missing' in output) == (i == 1)
   name = write.PROMPTS
   assert (tmp_path / 'two' / name).read_bytes() == (tmp_path / 'one' / name).read_bytes()
 
-  code, said = ip2p('check', tmp_path / 'one' / name)
-  assert code == 0 and 'has little to do with' not in said  # 'a golden house' of a cat is refused
+  code, output = ip2p('check', tmp_path / 'one' / name)
+  assert code == 0 and 'has little to do with' not in output  # 'a golden house' of a cat is refused
 
   words = ('--model', model, '--slots', 4)
-  code, said = ip2p('write', source, tmp_path / 'one', *words, '--temperature', 0, '--top-p', 1)
-  assert code == 2 and 'begun with temperature 0.7, not 0.0' in said
+  code, output = ip2p('write', source, tmp_path / 'one', *words, '--temperature', 0, '--top-p', 1)
+  assert code == 2 and 'begun with temperature 0.7, not 0.0' in output
 
   other = shutil.copytree(model, tmp_path / 'renamed')
   assert ip2p('write', source, tmp_path / 'one', '--model', other)[0] == 0
   config = json.loads((other / 'config.json').read_text())
   (other / 'config.json').write_text(json.dumps(config | {'rms_norm_eps': 0.1}))
-  code, said = ip2p('write', source, tmp_path / 'one', '--model', other)
-  assert code == 2 and 'was begun with config ' in said
+  code, output = ip2p('write', source, tmp_path / 'one', '--model', other)
+  assert code == 2 and 'was begun with config ' in output
 
 
 @pytest.mark.slow
-def test_a_model_that_is_killed_at_any_time_goes_on(ip2p, model, tmp_path):
+def test_a_killed_model_continues(ip2p, model, tmp_path):
   source = tmp_path / 'captions.txt'
   source.write_text(''.join(f'a cat on mat {i}\n' for i in range(400)))
   words = ('write', source, tmp_path / 'whole', '--model', model, '--slots', 2)
@@ -151,8 +141,8 @@ def test_a_model_that_is_killed_at_any_time_goes_on(ip2p, model, tmp_path):
   command = ('-c', 'from ip2p_jax.cli.main import main; main()', 'captions', 'write', source,
              tmp_path / 'parts', *words[3:])  # fmt: skip
   while not (tmp_path / 'parts' / write.PROMPTS).exists():
-    known = answers.stat().st_size if answers.exists() else 0
-    until = known + draw.randrange(200, 5000)  # bytes
+    size = answers.stat().st_size if answers.exists() else 0
+    until = size + draw.randrange(200, 5000)  # bytes
     with subprocess.Popen([sys.executable, *map(str, command)], stdout=subprocess.DEVNULL) as run:
       while kills < 2 and run.poll() is None:
         if answers.exists() and answers.stat().st_size >= until:
@@ -164,35 +154,35 @@ def test_a_model_that_is_killed_at_any_time_goes_on(ip2p, model, tmp_path):
   assert kills == 2
   for name in (write.PROMPTS, write.SETTINGS):
     assert (tmp_path / 'parts' / name).read_bytes() == (tmp_path / 'whole' / name).read_bytes()
-  found = [(line['row'], line['attempt']) for line in read_answers(answers)]
-  assert len(found) == len(set(found))
+  attempts = [(line['row'], line['attempt']) for line in read_answers(answers)]
+  assert len(attempts) == len(set(attempts))
 
 
-def test_a_caption_that_is_too_long_for_the_model_goes_without(ip2p, model, tmp_path):
+def test_a_caption_too_long_for_the_model_is_skipped(ip2p, model, tmp_path):
   source = tmp_path / 'captions.txt'
   source.write_text(f'a cat\n{"word " * 60}\n')
   words = ('write', source, tmp_path / 'out', '--model', model)
-  code, said = ip2p(*words)
-  assert code == 0 and 'captions that the model would not take: 1 of 2' in said
+  code, output = ip2p(*words)
+  assert code == 0 and 'captions that the model would not take: 1 of 2' in output
 
 
 # A server.
 
 
-def test_a_server_writes_edits_and_the_key_is_nowhere(ip2p, fake, source, tmp_path, monkeypatch):
+def test_a_server_writes_edits_and_the_key_stays_secret(ip2p, fake, source, tmp_path, monkeypatch):
   monkeypatch.setenv('SOME_KEY', KEY)
   out = tmp_path / 'edits'
   prices = ('--prompt-price', 2, '--completion-price', 10)
-  code, said = ip2p(*asking(fake, source, out, '--key-variable', 'SOME_KEY', '--yes', *prices))
+  code, output = ip2p(*asking(fake, source, out, '--key-variable', 'SOME_KEY', '--yes', *prices))
   assert code == 0 and len(prompts.read_prompts(out / write.PROMPTS)) == 20
   assert all(headers['Authorization'] == f'Bearer {KEY}' for headers in fake.headers)
-  assert 'the server counted 2,000 tokens of requests and 200 of answers ($0.01)' in said
-  assert 'captions with an edit: 20 of 20 (100.0%)' in said
+  assert 'the server counted 2,000 tokens of requests and 200 of answers ($0.01)' in output
+  assert 'captions with an edit: 20 of 20 (100.0%)' in output
   written = b''.join(file.read_bytes() for file in out.iterdir())
-  assert KEY not in said and KEY.encode() not in written
+  assert KEY not in output and KEY.encode() not in written
 
 
-def test_what_the_body_takes_out_is_null_in_the_prompts(ip2p, fake, source, tmp_path):
+def test_a_key_removed_by_the_body_is_null_in_the_prompts(ip2p, fake, source, tmp_path):
   words = ('--yes', '--body', '{"top_p": null}', '--seed', 1)
   assert ip2p(*asking(fake, source, tmp_path / 'edits', *words))[0] == 0
   assert not any('top_p' in body for body in fake.asked)
@@ -200,12 +190,12 @@ def test_what_the_body_takes_out_is_null_in_the_prompts(ip2p, fake, source, tmp_
     assert json.loads(line)['top_p'] is None and json.loads(line)['temperature'] == 0.7
 
 
-def test_the_cost_is_told_before_anything_is_asked(ip2p, fake, source, tmp_path):
-  code, said = ip2p(*asking(fake, source, tmp_path / 'edits', '--prompt-price', 1000))
-  assert code == 2 and 'say --yes' in said and not fake.asked
-  assert '20 captions for tiny at http' in said and 'up to 4 times as much' in said
-  tokens = int(said.split('about ')[1].split(' tokens')[0].replace(',', ''))
-  assert f'(${tokens / 1000:,.2f})' in said
+def test_the_cost_is_printed_before_the_first_request(ip2p, fake, source, tmp_path):
+  code, output = ip2p(*asking(fake, source, tmp_path / 'edits', '--prompt-price', 1000))
+  assert code == 2 and 'say --yes' in output and not fake.asked
+  assert '20 captions for tiny at http' in output and 'up to 4 times as much' in output
+  tokens = int(output.split('about ')[1].split(' tokens')[0].replace(',', ''))
+  assert f'(${tokens / 1000:,.2f})' in output
 
 
 @pytest.mark.parametrize(('answer', 'code'), [('y', 0), ('n', 130)])
@@ -225,27 +215,27 @@ def test_a_wrong_key_is_one_line_and_status_2(ip2p, fake, source, tmp_path, monk
   fake.always = lambda body: status(401, KEY.encode())
   words = asking(fake, source, tmp_path / 'edits', '--yes')
   assert 'wants a key (status 401)' in ip2p(*words)[1]
-  code, said = ip2p(*words, '--key-variable', 'SOME_KEY')
-  assert code == 2 and said.strip().splitlines()[-1].startswith('ip2p: error: http')
-  assert 'refuses the key (status 401)' in said and 'Traceback' not in said
+  code, output = ip2p(*words, '--key-variable', 'SOME_KEY')
+  assert code == 2 and output.strip().splitlines()[-1].startswith('ip2p: error: http')
+  assert 'refuses the key (status 401)' in output and 'Traceback' not in output
 
 
-def test_texts_are_moderated_by_a_function_of_the_users(ip2p, fake, source, tmp_path, monkeypatch):
+def test_a_users_function_moderates_texts(ip2p, fake, source, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   (tmp_path / 'house_rules.py').write_text('def is_rude(text):\n  return "mat 7" in text\n')
   words = asking(fake, source, tmp_path / 'edits', '--yes', '--moderate')
-  code, said = ip2p(*words, 'house_rules:is_rude')
-  assert code == 0 and 'captions flagged by moderation: 1 of 20' in said
+  code, output = ip2p(*words, 'house_rules:is_rude')
+  assert code == 0 and 'captions flagged by moderation: 1 of 20' in output
   assert 'a cat on mat 7' not in {caption_of(body) for body in fake.asked}
-  code, said = ip2p(*words, 'house_rules:nothing')
-  assert code == 2 and '--moderate house_rules:nothing: cannot be imported' in said
+  code, output = ip2p(*words, 'house_rules:nothing')
+  assert code == 2 and '--moderate house_rules:nothing: cannot be imported' in output
   (tmp_path / 'broken_rules.py').write_text('def is_rude(text):\n  return 1 / 0\n')
   words = asking(fake, source, tmp_path / 'others', '--yes', '--moderate')
-  code, said = ip2p(*words, 'broken_rules:is_rude')
-  assert code == 2 and "failed on 'a cat on mat 0' (ZeroDivisionError" in said
+  code, output = ip2p(*words, 'broken_rules:is_rude')
+  assert code == 2 and "failed on 'a cat on mat 0' (ZeroDivisionError" in output
 
 
-def test_triplets_of_ones_own_are_shown(ip2p, fake, source, tmp_path):
+def test_the_users_triplets_are_shown(ip2p, fake, source, tmp_path):
   mine = tmp_path / 'mine.jsonl'
   mine.write_text('{"input": "my caption", "edit": "my edit", "output": "my output"}')
   code, _ = ip2p(
@@ -254,35 +244,35 @@ def test_triplets_of_ones_own_are_shown(ip2p, fake, source, tmp_path):
   assert code == 0 and fake.asked[0]['messages'][1]['content'] == 'my caption'
 
 
-def test_a_run_that_keeps_nothing_says_so(ip2p, fake, source, tmp_path):
+def test_a_run_without_a_good_answer_is_an_error(ip2p, fake, source, tmp_path):
   fake.always = lambda body: lambda handler, body: handler.say(200, answer_to(body, 'I am sorry.'))
-  code, said = ip2p(*asking(fake, source, tmp_path / 'edits', '--yes', '--attempts', 2))
-  assert code == 2 and 'captions with an edit: 0 of 20' in said and 'no answer was kept' in said
+  code, output = ip2p(*asking(fake, source, tmp_path / 'edits', '--yes', '--attempts', 2))
+  assert code == 2 and 'captions with an edit: 0 of 20' in output and 'no answer was kept' in output
   assert not (tmp_path / 'edits' / write.PROMPTS).exists()
-  assert 'answers refused, not an instruction and a caption: 40 of 40' in said
+  assert 'answers refused, not an instruction and a caption: 40 of 40' in output
 
 
 def test_other_settings_are_refused_before_the_cost_is_asked(ip2p, fake, source, tmp_path):
   assert ip2p(*asking(fake, source, tmp_path / 'edits', '--yes'))[0] == 0
-  code, said = ip2p(*asking(fake, source, tmp_path / 'edits', '--seed', 5, '--limit', 3))
-  assert code == 2 and 'begun with seed 0, not 5' in said and '--yes' not in said
+  code, output = ip2p(*asking(fake, source, tmp_path / 'edits', '--seed', 5, '--limit', 3))
+  assert code == 2 and 'begun with seed 0, not 5' in output and '--yes' not in output
 
 
-def test_captions_that_the_server_will_not_take_do_not_stop_a_run(ip2p, fake, source, tmp_path):
+def test_captions_that_the_server_refuses_do_not_stop_a_run(ip2p, fake, source, tmp_path):
   bad = [f'a cat on mat {i}' for i in range(3, 14)]
   fake.always = lambda body: status(400) if caption_of(body) in bad else None
   words = asking(fake, source, tmp_path / 'edits', '--yes', '--concurrency', 2)
-  code, said = ip2p(*words)
-  assert code == 0 and 'captions that the model would not take: 11 of 20 (55.0%)' in said
-  known = len(fake.asked)
-  assert 20 <= known <= 22  # with a caption or two that show who is to blame
-  assert ip2p(*words)[0] == 0 and len(fake.asked) == known
+  code, output = ip2p(*words)
+  assert code == 0 and 'captions that the model would not take: 11 of 20 (55.0%)' in output
+  requests = len(fake.asked)
+  assert 20 <= requests <= 22  # one or two more captions test whether the server works
+  assert ip2p(*words)[0] == 0 and len(fake.asked) == requests
 
 
-def test_trouble_is_told_once(ip2p, fake, source, tmp_path):
+def test_a_server_error_is_printed_once(ip2p, fake, source, tmp_path):
   fake.troubles.extend([status(503)] * 5)
-  code, said = ip2p(*asking(fake, source, tmp_path / 'edits', '--yes'))
-  assert code == 0 and said.count('status 503; trying again') == 1
+  code, output = ip2p(*asking(fake, source, tmp_path / 'edits', '--yes'))
+  assert code == 0 and output.count('status 503; trying again') == 1
 
 
 # Mistakes.
@@ -298,7 +288,7 @@ HERE = ('--server', 'http://here', '--server-model', 'm')
     (('--model', 'nowhere'), 'nowhere: no such folder'),
     (('--server', 'http://here'), '--server-model is missing'),
     (('--server', 'here', '--server-model', 'm'), 'must be like http://'),
-    ((*HERE, '--body', '[]'), '--body is no JSON object'),
+    ((*HERE, '--body', '[]'), '--body is not a JSON object'),
     ((*HERE, '--api', 'x'), "the api is 'x'"),
     ((*HERE, '--key-variable', KEY), 'not the key'),
     ((*HERE, '--examples', '500'), '500 examples'),
@@ -313,7 +303,7 @@ HERE = ('--server', 'http://here', '--server-model', 'm')
     ((*HERE, '--body', '{"top_p": null}', '--top-p', '0.5'), '--top-p would do nothing: --body'),
     ((*HERE, '--examples', '0', '--triplets', 'x'), '--triplets are not shown with --examples 0'),
     (('--model', 'm', '--shard', '0/100000000'), "shard is '0/100000000'"),
-    ((*HERE, '--body', '{"min_p": NaN}'), '--body is no JSON object'),
+    ((*HERE, '--body', '{"min_p": NaN}'), '--body is not a JSON object'),
     ((*HERE, '--body', '{"messages": 3}'), "the body may not hold 'messages'"),
     ((*HERE, '--timeout', 'inf'), 'the timeout is inf s'),
     ((*HERE, '--timeout', 'nan'), '--timeout'),
@@ -322,24 +312,24 @@ HERE = ('--server', 'http://here', '--server-model', 'm')
   ],
 )
 def test_a_mistake_is_one_line_and_status_2(ip2p, source, tmp_path, words, message):
-  code, said = ip2p('write', source, tmp_path / 'edits', *words)
-  assert code == 2 and message in said and KEY not in said
-  assert said.startswith('ip2p: error: ') or 'left out: none' in said
-  assert 'Traceback' not in said and not (tmp_path / 'edits').exists()
+  code, output = ip2p('write', source, tmp_path / 'edits', *words)
+  assert code == 2 and message in output and KEY not in output
+  assert output.startswith('ip2p: error: ') or 'left out: none' in output
+  assert 'Traceback' not in output and not (tmp_path / 'edits').exists()
 
 
 @pytest.mark.parametrize('status', [0, 143])  # 143: stopped by a signal
 def test_training_gets_the_config_and_gives_its_status(ip2p, tmp_path, monkeypatch, status):
-  got = []
+  calls = []
 
   def train_language(config, workdir):
-    got.append((config, workdir))
+    calls.append((config, workdir))
     return status
 
   monkeypatch.setattr('ip2p_jax.captions.train.train_language', train_language)
   words = ('--config.steps=7', '--config.lora.rank=4', '--config.data.path=my.jsonl')
   assert ip2p('train', '--workdir', tmp_path / 'W', *words)[0] == status
-  ((config, workdir),) = got
+  ((config, workdir),) = calls
   assert workdir == str(tmp_path / 'W')
   assert (config.steps, config.lora.rank, config.data.path) == (7, 4, 'my.jsonl')
 
@@ -354,31 +344,31 @@ def test_training_gets_the_config_and_gives_its_status(ip2p, tmp_path, monkeypat
     (('--steps=3',), "does not know '--steps=3'"),
   ],
 )
-def test_a_mistake_in_the_settings_of_training_is_one_line(ip2p, tmp_path, words, message):
+def test_a_wrong_training_setting_is_one_line(ip2p, tmp_path, words, message):
   config = tmp_path / 'captions.py'
   config.write_text(
     'from ip2p_jax.config import LanguageConfig\n\ndef get_config():\n  return LanguageConfig()\n'
   )
-  code, said = ip2p('train', '--workdir', tmp_path / 'W', '--config', config, *words)
-  assert code == 2 and message in said and 'Traceback' not in said
+  code, output = ip2p('train', '--workdir', tmp_path / 'W', '--config', config, *words)
+  assert code == 2 and message in output and 'Traceback' not in output
   assert not (tmp_path / 'W').exists()
 
 
-def test_check_tells_by_its_status(ip2p, tmp_path):
+def test_check_has_a_status(ip2p, tmp_path):
   good = {'input': 'a cat on a mat', 'edit': 'make it a dog', 'output': 'a dog on a mat'}
   file = tmp_path / 'some.jsonl'
   file.write_text(json.dumps(good) + '\n')
-  code, said = ip2p('check', file)
-  assert code == 0 and said.splitlines()[-1] == f'{file}: 1 triplet, 0 findings'
+  code, output = ip2p('check', file)
+  assert code == 0 and output.splitlines()[-1] == f'{file}: 1 triplet, 0 findings'
   file.write_text(file.read_text() + json.dumps(good | {'edit': 'add two dogs'}) + '\n')
-  code, said = ip2p('check', file)
-  assert code == 1 and said.splitlines()[:2] == [
+  code, output = ip2p('check', file)
+  assert code == 1 and output.splitlines()[:2] == [
     f"{file}: line 2: the instruction asks for a change of numbers ('two'), which pairs cannot"
     ' show',
     f'{file}: line 2: the same caption as line 1',
   ]
-  code, said = ip2p('check', tmp_path / 'none.jsonl')
-  assert code == 2 and said == f'ip2p: error: {tmp_path / "none.jsonl"}: no such file.\n'
+  code, output = ip2p('check', tmp_path / 'none.jsonl')
+  assert code == 2 and output == f'ip2p: error: {tmp_path / "none.jsonl"}: no such file.\n'
 
 
 def test_runs_are_merged(ip2p, tmp_path):
@@ -386,13 +376,13 @@ def test_runs_are_merged(ip2p, tmp_path):
     line = {'caption': 'a cat', 'edit': f'make it {name}', 'output': name}
     (tmp_path / f'{name}.jsonl').write_text(json.dumps(line) + '\n')
   sources = [tmp_path / 'a.jsonl', tmp_path / 'b.jsonl']
-  code, said = ip2p('merge', *sources, tmp_path / 'all.jsonl')
-  assert code == 0 and '1 prompt; 1 left out' in said
+  code, output = ip2p('merge', *sources, tmp_path / 'all.jsonl')
+  assert code == 0 and '1 prompt; 1 left out' in output
   assert (tmp_path / 'all.jsonl').read_bytes() == sources[0].read_bytes()
   assert ip2p('merge', sources[0])[0] == 2
 
 
 @pytest.mark.parametrize('command', ['train', 'write', 'check', 'merge'])
 def test_every_command_has_help_with_examples(ip2p, command):
-  code, said = ip2p(command, '--help')
-  assert code == 0 and f'ip2p captions {command} ' in said
+  code, output = ip2p(command, '--help')
+  assert code == 0 and f'ip2p captions {command} ' in output

@@ -1,10 +1,10 @@
-"""Compiled programs are kept on disk, and written again where they are damaged."""
+"""Compiled programs are stored on disk. Damaged ones are written again."""
 
 import os
 import subprocess
 import sys
 
-# Compiles a program that is kept.
+# Compiles a program and stores it.
 COMPILES = """
 import jax
 from ip2p_jax.cli.console import cache_compilations
@@ -14,19 +14,19 @@ jax.jit(lambda x: x @ x + 1, inline=False)(jax.numpy.ones((8, 8))).block_until_r
 """
 
 
-def test_a_kept_program_that_was_cut_short_is_written_anew(tmp_path):
-  def said():
-    done = subprocess.run(
+def test_a_damaged_stored_program_is_written_again(tmp_path):
+  def stderr():
+    result = subprocess.run(
       [sys.executable, '-c', COMPILES], capture_output=True, text=True, check=True,
       env=os.environ | {'XDG_CACHE_HOME': str(tmp_path)},
     )  # fmt: skip
-    return done.stderr
+    return result.stderr
 
-  said()
-  kept = {file: file.read_bytes() for file in (tmp_path / 'ip2p-jax').iterdir()}
-  assert kept
-  for file, content in kept.items():
+  stderr()
+  stored = {file: file.read_bytes() for file in (tmp_path / 'ip2p-jax').iterdir()}
+  assert stored
+  for file, content in stored.items():
     file.write_bytes(content[: len(content) // 2])
-  assert 'Error reading persistent compilation cache' in said()
-  assert {file.name for file in (tmp_path / 'ip2p-jax').iterdir()} == {file.name for file in kept}
-  assert said() == ''
+  assert 'Error reading persistent compilation cache' in stderr()
+  assert {file.name for file in (tmp_path / 'ip2p-jax').iterdir()} == {file.name for file in stored}
+  assert stderr() == ''

@@ -1,6 +1,4 @@
-"""`ip2p draw`, from a text to files, and how it answers mistakes."""
-
-import sys
+"""`ip2p draw`, from a text to files, and its error messages."""
 
 import numpy as np
 import pytest
@@ -8,7 +6,6 @@ import tiny_models
 from PIL import Image, ImageCms
 
 from ip2p_jax import weights
-from ip2p_jax.cli import main
 from ip2p_jax.images import read_settings
 
 
@@ -20,25 +17,20 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture
-def ip2p_draw(checkpoint, tmp_path, monkeypatch, capsys):
-  """Runs the command with these words after small defaults: (status, what it says)."""
-  monkeypatch.setattr('ip2p_jax.cli.console.cache_compilations', lambda: None)
+def ip2p_draw(ip2p, checkpoint, tmp_path):
+  """Runs the command with these words after small defaults: (status, output)."""
 
   def run(*words, text='a boat'):
-    usual = (text, '--ckpt', checkpoint, '-o', tmp_path / 'out.png', '--steps', 2, '--size', 32)
-    monkeypatch.setattr(sys, 'argv', ['ip2p', 'draw', *map(str, (*usual, *words))])
-    with pytest.raises(SystemExit) as stop:
-      main.main()
-    printed = capsys.readouterr()
-    return stop.value.code or 0, printed.out + printed.err
+    defaults = ('--ckpt', checkpoint, '-o', tmp_path / 'out.png', '--steps', 2, '--size', 32)
+    return ip2p('draw', text, *defaults, *words)
 
   return run
 
 
 @pytest.mark.long
 def test_variations_are_files_with_their_settings(ip2p_draw, tmp_path):
-  status, said = ip2p_draw('--num', 2, '--seed', 5, '--negative', 'fog', '--cfg-text', 4)
-  assert status == 0 and 'seed 5' in said
+  status, output = ip2p_draw('--num', 2, '--seed', 5, '--negative', 'fog', '--cfg-text', 4)
+  assert status == 0 and 'seed 5' in output
   for n in range(2):
     with Image.open(tmp_path / f'out-{n}.png') as image:
       assert image.size == (32, 32)
@@ -74,19 +66,19 @@ def test_an_image_drawn_from_another_has_its_size_and_profile(ip2p_draw, tmp_pat
   ],
 )
 def test_a_mistake_is_one_sentence(ip2p_draw, words, message):
-  status, said = ip2p_draw(*words)
-  assert status == 2 and message in said and said.splitlines()[-1].startswith('ip2p: error: ')
+  status, output = ip2p_draw(*words)
+  assert status == 2 and message in output and output.splitlines()[-1].startswith('ip2p: error: ')
 
 
-def test_an_image_is_neither_left_as_it_was_nor_written_over(ip2p_draw, tmp_path):
+def test_an_init_image_must_change_and_is_not_overwritten(ip2p_draw, tmp_path):
   Image.new('RGB', (32, 32)).save(tmp_path / 'out.png')
-  status, said = ip2p_draw('--init', tmp_path / 'out.png')
-  assert status == 2 and 'is the image of --init' in said
+  status, output = ip2p_draw('--init', tmp_path / 'out.png')
+  assert status == 2 and 'is the image of --init' in output
   Image.new('RGB', (32, 32)).save(tmp_path / 'photo.png')
-  status, said = ip2p_draw('--init', tmp_path / 'photo.png', '--strength', 0.1)
-  assert status == 2 and 'strength 0.1 leaves none of 2 steps' in said
+  status, output = ip2p_draw('--init', tmp_path / 'photo.png', '--strength', 0.1)
+  assert status == 2 and 'strength 0.1 leaves none of 2 steps' in output
 
 
 def test_an_empty_text_is_refused(ip2p_draw):
-  status, said = ip2p_draw(text=' ')
-  assert status == 2 and 'the text is empty' in said
+  status, output = ip2p_draw(text=' ')
+  assert status == 2 and 'the text is empty' in output

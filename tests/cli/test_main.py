@@ -1,4 +1,4 @@
-"""The command line, from files to files: what it makes, and how it answers mistakes."""
+"""The command line, from files to files: results and error messages."""
 
 import json
 import os
@@ -68,7 +68,7 @@ def pixels(path):
     return np.asarray(image, int)
 
 
-def test_an_edit_has_the_size_of_its_picture_and_holds_its_settings(edit, photo, tmp_path):
+def test_an_edit_has_the_size_of_its_image_and_its_settings(edit, photo, tmp_path):
   assert edit(negative='fog', cfg_image=1.2) == (0, '')
   assert pixels(tmp_path / 'out.png').shape == (40, 56, 3)
   settings = read_settings(tmp_path / 'out.png')
@@ -77,48 +77,53 @@ def test_an_edit_has_the_size_of_its_picture_and_holds_its_settings(edit, photo,
 
 
 @pytest.fixture
-def asked(monkeypatch):
-  """What a run that makes nothing was asked: steps, text and image scale, sampler, resolution."""
-  found = []
+def requested(monkeypatch):
+  """The requested steps, text and image scale, sampler and resolution. Edits nothing."""
+  values = []
 
   def note(editor, jobs, instruction, *, resolution, options, **_):
     scales = jobs[0].cfg_text, jobs[0].cfg_image
-    found[:] = options['steps'], *scales, options['sampler'], resolution
+    values[:] = options['steps'], *scales, options['sampler'], resolution
     return iter(())
 
   monkeypatch.setattr(image_files, 'run_jobs', note)
-  return found
+  return values
 
 
 NOTHING = {'steps': None, 'resolution': None}
 
 
-def test_a_checkpoint_works_at_its_own_size_and_the_papers_settings(edit, asked):
+def test_defaults_are_the_checkpoints_size_and_the_papers_settings(edit, requested):
   assert edit(**NOTHING) == (0, '')
-  assert asked == [100, 7.5, 1.5, 'euler_ancestral', 16 * 4]
+  assert requested == [100, 7.5, 1.5, 'euler_ancestral', 16 * 4]
 
 
-def test_a_script_may_say_what_is_so_anyway(edit, asked):
-  usual = {'index': 0, 'num': 1, 'batch_size': 8, 'interval': (0, 1), 'rescale': 0, 'negative': ''}
-  assert edit(seed=None, **usual) == (0, '')
-  of_its_own = {'steps': 5, 'sampler': 'dpmpp_2m', 'karras': True, 'spacing': 'linspace'}
-  assert edit(**of_its_own) == (0, '')
+def test_a_script_may_repeat_defaults(edit, requested):
+  defaults = {
+    'index': 0,
+    'num': 1,
+    'batch_size': 8,
+    'interval': (0, 1),
+    'rescale': 0,
+    'negative': '',
+  }
+  assert edit(seed=None, **defaults) == (0, '')
+  own_spacing = {'steps': 5, 'sampler': 'dpmpp_2m', 'karras': True, 'spacing': 'linspace'}
+  assert edit(**own_spacing) == (0, '')
 
 
-def test_without_a_checkpoint_the_bundled_one_edits_at_its_settings(
-  edit, asked, checkpoint, monkeypatch
-):
+def test_the_default_checkpoint_is_the_bundled_one(edit, requested, checkpoint, monkeypatch):
   monkeypatch.setattr(bundled, 'FOLDERS', (checkpoint.parent / 'none', checkpoint))
   own = [bundled.STEPS, bundled.TEXT_GUIDANCE, bundled.IMAGE_GUIDANCE, bundled.SAMPLER, 16 * 4]
   status, text = edit(**NOTHING, ckpt=None)
-  assert (status, asked) == (0, own)
+  assert (status, requested) == (0, own)
   assert str(checkpoint) in text and '--ckpt' in text and text.count('\n') == 1
-  assert edit(**NOTHING) == (0, '') and asked == own  # the same, named
+  assert edit(**NOTHING) == (0, '') and requested == own  # the same checkpoint, by its path
   edit(ckpt=None, steps=7, cfg_text=1, resolution=32, sampler='heun')
-  assert asked == [7, 1, bundled.IMAGE_GUIDANCE, 'heun', 32]
+  assert requested == [7, 1, bundled.IMAGE_GUIDANCE, 'heun', 32]
 
 
-def test_however_it_is_reached_the_miniature_has_its_own_settings(tmp_path, monkeypatch):
+def test_the_miniature_has_its_own_settings_at_any_path(tmp_path, monkeypatch):
   folder = bundled.path()
   (tmp_path / 'link').symlink_to(folder)
   shutil.copytree(folder, tmp_path / 'copy')
@@ -140,45 +145,43 @@ def test_however_it_is_reached_the_miniature_has_its_own_settings(tmp_path, monk
     assert not bundled.is_like_it(tmp_path / name), name
 
 
-def test_a_bundled_checkpoint_that_did_not_come_along_is_a_mistake(edit, monkeypatch, tmp_path):
+def test_a_missing_bundled_checkpoint_is_one_line(edit, monkeypatch, tmp_path):
   monkeypatch.setattr(bundled, 'FOLDERS', (tmp_path / 'assets',))
   status, text = edit(ckpt=None)
   assert status == 2 and str(tmp_path / 'assets') in text and text.count('\n') == 1
 
 
 @pytest.mark.long
-def test_the_settings_in_a_picture_repeat_it(edit, tmp_path):
-  """Every setting has the name of its flag, but for those whose default says nothing."""
+def test_the_settings_in_an_image_repeat_it(edit, tmp_path):
+  """Every setting has the name of its flag. Empty ones are left out."""
   edit(num=2, interval=(0.0, 0.5), rescale=0.3, karras=True, sampler='euler', steps=3)
   settings = read_settings(tmp_path / 'out-1.png')
   flags = {key: tuple(value) if isinstance(value, list) else value
            for key, value in settings.items()
            if value not in (None, False, '') and key not in ('ema', 'dtype')}  # fmt: skip
   assert edit(**flags, output=tmp_path / 'again.png') == (0, '')
-  first, again = (
-    np.asarray(Image.open(tmp_path / name), int) for name in ('out-1.png', 'again.png')
-  )
+  first, again = (pixels(tmp_path / name) for name in ('out-1.png', 'again.png'))
   assert np.abs(first - again).max() <= 1
 
 
 @pytest.mark.long
-def test_a_folder_gives_a_folder_and_any_picture_of_it_can_be_made_again_alone(edit, tmp_path, rng):
+def test_a_folder_gives_a_folder_and_each_image_can_be_repeated(edit, tmp_path, rng):
   (tmp_path / 'photos').mkdir()
   for name in ('a.jpg', 'b.png', 'c.png'):
-    picture = Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8))
-    picture.save(tmp_path / 'photos' / name)
-  assert edit(input=tmp_path / 'photos', output=tmp_path / 'made', num=2, batch_size=4)[0] == 0
-  made = sorted(path.name for path in (tmp_path / 'made').iterdir())
-  assert made == ['a-0.png', 'a-1.png', 'b-0.png', 'b-1.png', 'c-0.png', 'c-1.png']
-  settings = read_settings(tmp_path / 'made' / 'b-1.png')
+    image = Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8))
+    image.save(tmp_path / 'photos' / name)
+  assert edit(input=tmp_path / 'photos', output=tmp_path / 'out', num=2, batch_size=4)[0] == 0
+  names = sorted(path.name for path in (tmp_path / 'out').iterdir())
+  assert names == ['a-0.png', 'a-1.png', 'b-0.png', 'b-1.png', 'c-0.png', 'c-1.png']
+  settings = read_settings(tmp_path / 'out' / 'b-1.png')
   assert (settings['seed'], settings['index']) == (2, 1)
   edit(input=tmp_path / 'photos' / 'b.png', seed=2, index=1)
-  alone, batch = (pixels(tmp_path / name) for name in ('out.png', 'made/b-1.png'))
+  alone, batch = (pixels(tmp_path / name) for name in ('out.png', 'out/b-1.png'))
   assert np.abs(alone - batch).max() <= 1
 
 
 @pytest.mark.long
-def test_a_grid_is_one_labelled_picture_of_every_pair_of_scales(edit, tmp_path, monkeypatch):
+def test_a_grid_is_one_labelled_image_of_all_scales(edit, tmp_path, monkeypatch):
   seen = []
   original = image_files.image_grid
   monkeypatch.setattr(image_files, 'image_grid', lambda *a: seen.append(a) or original(*a))
@@ -192,7 +195,7 @@ def test_a_grid_is_one_labelled_picture_of_every_pair_of_scales(edit, tmp_path, 
 
 
 @pytest.mark.long
-def test_a_mask_keeps_what_is_black(edit, photo, tmp_path):
+def test_a_mask_keeps_black_regions(edit, photo, tmp_path):
   mask = np.zeros((40, 56), np.uint8)
   mask[:20] = 255
   Image.fromarray(mask).save(tmp_path / 'mask.png')
@@ -201,26 +204,26 @@ def test_a_mask_keeps_what_is_black(edit, photo, tmp_path):
   assert (before[20:] == after[20:]).all() and (before[:20] != after[:20]).any()
 
 
-def test_a_long_instruction_is_a_warning_that_names_what_is_cut(edit):
+def test_a_long_instruction_is_a_warning_with_its_end(edit):
   status, text = edit(edit='x ' * 80 + 'tail')
   assert status == 0
   assert text.startswith('sample.py: warning: ') and 'tail' in text and text.count('\n') == 1
 
 
 @pytest.mark.long
-def test_a_profile_that_cannot_be_read_is_one_line_that_names_the_file(edit, photo, tmp_path):
-  with Image.open(photo) as picture:
-    picture.save(tmp_path / 'odd.png', icc_profile=b'garbage')
+def test_an_unreadable_profile_is_one_line(edit, photo, tmp_path):
+  with Image.open(photo) as image:
+    image.save(tmp_path / 'odd.png', icc_profile=b'garbage')
   status, text = edit(input=tmp_path / 'odd.png', num=2)
   assert status == 0 and text.count('\n') == 1
   assert f'warning: {tmp_path}/odd.png: its colour profile cannot be read' in text
   assert edit(num=2)[0] == 0
   for name in ('out-0.png', 'out-1.png'):
-    with Image.open(tmp_path / name) as made:
-      assert 'icc_profile' not in made.info
+    with Image.open(tmp_path / name) as image:
+      assert 'icc_profile' not in image.info
 
 
-def test_a_mistake_is_one_line_and_status_2_and_leaves_no_file(edit, tmp_path, photo):
+def test_a_mistake_is_one_line_and_leaves_no_file(edit, tmp_path, photo):
   broken = tmp_path / 'broken.png'
   broken.write_bytes(photo.read_bytes()[:300])
   tiny = tmp_path / 'tiny.png'
@@ -253,7 +256,7 @@ def test_a_mistake_is_one_line_and_status_2_and_leaves_no_file(edit, tmp_path, p
     ({'variant': 'fp99'}, 'fp99'),
     ({'dtype': 'int8'}, 'float32, bfloat16'),
     ({'stepz': 3}, '--stepz'),
-    # Settings that cannot act.
+    # Settings without effect.
     ({'index': 3, 'seed': None}, '--index: of no use without --seed'),
     ({'grid_text': '3'}, '--grid-text: of no use without --grid'),
     ({'grid_image': '1'}, '--grid-image: of no use without --grid'),
@@ -291,9 +294,7 @@ def test_interrupting_leaves_one_line_and_no_file(edit, tmp_path, monkeypatch):
   assert not (tmp_path / 'out.png').exists()
 
 
-def test_check_says_which_weights_a_file_gives_and_refuses_what_is_for_data_sets(
-  tmp_path, monkeypatch, capsys
-):
+def test_check_of_a_checkpoint_names_its_weights(tmp_path, monkeypatch, capsys):
   checkpoint = tiny_models.checkpoint()
   path = tmp_path / 'x.safetensors'
   weights.write(checkpoint, path, to='ldm')
@@ -308,14 +309,14 @@ def test_check_says_which_weights_a_file_gives_and_refuses_what_is_for_data_sets
       console.run(check, 'ip2p')
     return stop.value.code or 0, capsys.readouterr().err
 
-  status, said = run()
-  assert status == 0 and 'x.safetensors: took the moving average, ' in said
+  status, text = run()
+  assert status == 0 and 'x.safetensors: took the moving average, ' in text
   save_file(tensors | average, path, metadata | {'sd_merge_recipe': '{}'})
-  status, said = run()
-  assert status == 0 and said.startswith('ip2p: warning: ') and said.count('\n') == 1
+  status, text = run()
+  assert status == 0 and text.startswith('ip2p: warning: ') and text.count('\n') == 1
   for option in (('--limit', '3'), ('--split', 'train'), ('--columns', 'a=b')):
-    status, said = run(*option)
-    assert status == 2 and f'is a checkpoint, and {option[0]} is for data sets' in said
+    status, text = run(*option)
+    assert status == 2 and f'is a checkpoint, and {option[0]} is for data sets' in text
 
 
 HELP = """
@@ -331,12 +332,12 @@ def words_of(command, before=()):
 
 app = main.app()
 for words in words_of(typer.main.get_command(app)):
-  shown = CliRunner().invoke(app, [*words, '--help'])
-  assert shown.exit_code == 0 and 'Usage' in shown.output, words
+  result = CliRunner().invoke(app, [*words, '--help'])
+  assert result.exit_code == 0 and 'Usage' in result.output, words
 print(sorted({'jax', 'flax', 'numpy', 'pyarrow', 'PIL'} & set(sys.modules)))
 """
 
 
 def test_help_loads_no_library():
-  done = subprocess.run([sys.executable, '-c', HELP], capture_output=True, text=True)
-  assert (done.stdout, done.stderr) == ('[]\n', '')
+  result = subprocess.run([sys.executable, '-c', HELP], capture_output=True, text=True)
+  assert (result.stdout, result.stderr) == ('[]\n', '')

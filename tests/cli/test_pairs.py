@@ -39,49 +39,48 @@ def drawing(folder, out, *more, samples=('--samples', 2)):
 @pytest.mark.long
 def test_from_prompts_to_a_data_set(ip2p, folder, tmp_path):
   for i in range(2):
-    status, said = ip2p(*drawing(folder, tmp_path / 'raw', '--shard', f'{i}/2'))
-    assert status == 0 and '12 pairs' in said
-  status, said = ip2p('filter', tmp_path / 'raw', tmp_path / 'none', '--image', 1)
-  assert status == 2 and 'clip_sim_dir >= 0.2 (direction)' in said
-  assert said.endswith('no pair passes all thresholds, so there is nothing to write; lower them.\n')
+    status, output = ip2p(*drawing(folder, tmp_path / 'raw', '--shard', f'{i}/2'))
+    assert status == 0 and '12 pairs' in output
+  status, output = ip2p('filter', tmp_path / 'raw', tmp_path / 'none', '--image', 1)
+  assert status == 2 and 'clip_sim_dir >= 0.2 (direction)' in output
+  assert output.endswith(
+    'no pair passes all thresholds, so there is nothing to write; lower them.\n'
+  )
   loose = ('--image', '-1', '--caption', '-1', '--direction', '-1', '--most', 1)
-  status, said = ip2p('filter', tmp_path / 'raw', tmp_path / 'pairs', *loose)
-  assert status == 0 and '12 pairs of 12 prompts' in said
+  status, output = ip2p('filter', tmp_path / 'raw', tmp_path / 'pairs', *loose)
+  assert status == 0 and '12 pairs of 12 prompts' in output
   assert (tmp_path / 'pairs' / 'histograms.png').exists()
   assert ip2p('check', tmp_path / 'pairs')[0] == 0
-  status, said = ip2p('filter', tmp_path / 'pairs', tmp_path / 'again', *loose)
-  assert status == 2 and 'was filtered already; give the folder that it came from' in said
-  status, said = ip2p('pack', tmp_path / 'pairs', tmp_path / 'shards', '--size', 32, '--workers', 0)
-  assert status == 0 and '12 train' in said
-  (tmp_path / '.straight.tmp' / 'pairs').mkdir(parents=True)  # of a run that was killed
-  status, said = ip2p('filter', tmp_path / 'raw', tmp_path / 'straight', *loose, '--shards')
-  assert status == 0 and '12 pairs of 12 prompts' in said
+  status, output = ip2p('filter', tmp_path / 'pairs', tmp_path / 'again', *loose)
+  assert status == 2 and 'was filtered already; give the folder that it came from' in output
+  status, output = ip2p(
+    'pack', tmp_path / 'pairs', tmp_path / 'shards', '--size', 32, '--workers', 0
+  )
+  assert status == 0 and '12 train' in output
+  (tmp_path / '.straight.tmp' / 'pairs').mkdir(parents=True)  # left by a killed run
+  status, output = ip2p('filter', tmp_path / 'raw', tmp_path / 'straight', *loose, '--shards')
+  assert status == 0 and '12 pairs of 12 prompts' in output
   rows = [[row.edited_caption for row in open_source(str(tmp_path / name), 'train')]
           for name in ('shards', 'straight')]  # fmt: skip
   assert rows[0] == rows[1] and len(rows[0]) == 12
-  status, said = ip2p('filter', tmp_path / 'raw', tmp_path / 'empty', '--image', '1', '--shards')
-  assert status == 2 and 'nothing to pack' in said
-  assert {file.name for file in tmp_path.iterdir()} == {
-    'raw',
-    'pairs',
-    'shards',
-    'straight',
-  }
+  status, output = ip2p('filter', tmp_path / 'raw', tmp_path / 'empty', '--image', '1', '--shards')
+  assert status == 2 and 'nothing to pack' in output
+  assert {file.name for file in tmp_path.iterdir()} == {'raw', 'pairs', 'shards', 'straight'}
 
-  status, said = ip2p(*drawing(folder, tmp_path / 'raw', '--seed', 1))
-  assert status == 2 and 'was drawn with seed 0, not 1' in said
-  for part in ('vae', 'text_encoder'):  # the UNet alone does not tell what is drawn
-    made = tiny_models.checkpoint(COARSE)
-    made.tensors[part] = {name: -tensor for name, tensor in made.tensors[part].items()}
-    weights.write(made, tmp_path / part)
-    status, said = ip2p(*drawing(folder, tmp_path / 'raw', '--ckpt', tmp_path / part))
-    assert status == 2 and f'was drawn with {part} ' in said
+  status, output = ip2p(*drawing(folder, tmp_path / 'raw', '--seed', 1))
+  assert status == 2 and 'was drawn with seed 0, not 1' in output
+  for part in ('vae', 'text_encoder'):  # images depend on all parts, not only on the UNet
+    changed = tiny_models.checkpoint(COARSE)
+    changed.tensors[part] = {name: -tensor for name, tensor in changed.tensors[part].items()}
+    weights.write(changed, tmp_path / part)
+    status, output = ip2p(*drawing(folder, tmp_path / 'raw', '--ckpt', tmp_path / part))
+    assert status == 2 and f'was drawn with {part} ' in output
 
 
 @pytest.mark.long
 def test_attention_is_shown(ip2p, folder, tmp_path):
-  as_ever = ('--threshold', 0.1, 0.9, '--keep', 'all')  # of no use here, and as without them
-  words = ('--control', 'auto', '--show-attention', 1, *as_ever)
+  defaults = ('--threshold', 0.1, 0.9, '--keep', 'all')  # no effect here, but accepted
+  words = ('--control', 'auto', '--show-attention', 1, *defaults)
   words = drawing(folder, tmp_path / 'maps', *words, samples=())
   assert ip2p(*words)[0] == 0
   (file,) = (tmp_path / 'maps').iterdir()
@@ -107,12 +106,12 @@ def test_attention_is_shown(ip2p, folder, tmp_path):
   ],
 )
 def test_a_mistake_is_one_line(words, message, ip2p, folder, tmp_path):
-  status, said = ip2p(*drawing(folder, tmp_path / 'raw', *words))
-  assert status == 2 and message in said and said.count('\n') == 1
+  status, output = ip2p(*drawing(folder, tmp_path / 'raw', *words))
+  assert status == 2 and message in output and output.count('\n') == 1
   assert not (tmp_path / 'raw').exists()
 
 
-def test_filter_says_what_it_lacks(ip2p, folder, tmp_path):
+def test_filter_refuses_impossible_options(ip2p, folder, tmp_path):
   assert 'has no pairs' in ip2p('filter', folder, tmp_path / 'out')[1]
   assert 'then a new one' in ip2p('filter', folder)[1]
   words = ('filter', folder, tmp_path / 'out')
@@ -123,13 +122,13 @@ def test_filter_says_what_it_lacks(ip2p, folder, tmp_path):
   assert '--holdout is only for --shards' in ip2p(*words, '--holdout', 0.1)[1]
 
 
-def test_all_faults_of_a_file_are_told_in_one_try(ip2p, folder, tmp_path):
+def test_one_message_has_all_faults_of_a_file(ip2p, folder, tmp_path):
   prompts = tmp_path / 'prompts.jsonl'
   words = {'input': 'a cat', 'edit': 'make it a dog', 'output': 'a dog', 'weights': {'tree': 2}}
   prompts.write_text(json.dumps({'input': 'a cat'}) + '\n' + json.dumps(words))
   command = [prompts if word == folder / 'prompts.jsonl' else word for word in drawing(
     folder, tmp_path / 'raw', '--control', 'auto'
   )]  # fmt: skip
-  status, said = ip2p(*command)
-  assert status == 2 and "line 1 has no text 'output'; line 1 has no text 'edit'" in said
-  assert "line 2: the word 'tree' is not in 'a dog'" in said and not (tmp_path / 'raw').exists()
+  status, output = ip2p(*command)
+  assert status == 2 and "line 1 has no text 'output'; line 1 has no text 'edit'" in output
+  assert "line 2: the word 'tree' is not in 'a dog'" in output and not (tmp_path / 'raw').exists()

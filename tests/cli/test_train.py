@@ -1,4 +1,4 @@
-"""Flags of `train.py` that join processes; that these train together is in `test_training.py`."""
+"""Flags of `train.py` that join processes. `test_training.py` tests joint training."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ ALONE = {'coordinator': None, 'num_processes': None, 'process_id': None, 'multih
 
 
 @pytest.mark.parametrize(
-  ('given', 'message'),
+  ('flags', 'message'),
   [
     ({'coordinator': 'localhost:1'}, 'needs --num_processes=N and --process_id'),
     (
@@ -26,12 +26,12 @@ ALONE = {'coordinator': None, 'num_processes': None, 'process_id': None, 'multih
     ({'multihost': True}, '--multihost: the other processes were not found'),
   ],
 )
-def test_flags_that_do_not_tell_who_is_there_are_refused(given, message, monkeypatch, capsys):
-  def alone(*_):  # as jax says it; in earnest it may only be asked before anything else
+def test_incomplete_flags_for_joining_are_refused(flags, message, monkeypatch, capsys):
+  def alone(*_):  # the message of jax
     raise ValueError('coordinator_address should be defined.')
 
   monkeypatch.setattr('jax.distributed.initialize', alone)
-  values = types.SimpleNamespace(workdir='W', config=TrainConfig(), **ALONE | given)
+  values = types.SimpleNamespace(workdir='W', config=TrainConfig(), **ALONE | flags)
   monkeypatch.setattr(train.flags, 'FLAGS', values)
   with pytest.raises(SystemExit, match='2'):
     train.train([])
@@ -42,14 +42,14 @@ def test_flags_that_do_not_tell_who_is_there_are_refused(given, message, monkeyp
 @pytest.mark.parametrize(
   ('flags', 'message'),
   [
-    (['log.validation_examples=0'], 'checkpoint is empty'),  # what is asked last
+    (['log.validation_examples=0'], 'checkpoint is empty'),  # the last check
     (['log.validation_examples=0', 'log.validate_every=20'], 'log.validate_every is 20, which'),
   ],
 )
 def test_a_flag_may_switch_off_what_the_config_file_sets(flags, message, tmp_path):
   root = Path(__file__).parents[2]  # tiny.py sets log.validate_every
   words = ['--config=configs/tiny.py', f'--workdir={tmp_path}', *(f'--config.{x}' for x in flags)]
-  done = subprocess.run(
+  result = subprocess.run(
     [sys.executable, 'train.py', *words], cwd=root, capture_output=True, text=True
   )
-  assert done.returncode == 2 and message in done.stderr
+  assert result.returncode == 2 and message in result.stderr

@@ -1,4 +1,4 @@
-"""Checking a data set: a line for whatever is wrong, and never a traceback."""
+"""Checking a data set: one line per problem, and never a traceback."""
 
 import io
 import json
@@ -36,7 +36,7 @@ def latents(**changed):
   return LatentRow('memory: row 0', np.zeros((1, 77), np.int32), **(fields | changed))
 
 
-def test_a_sound_data_set_gives_numbers_and_no_line(tmp_path):
+def test_a_sound_data_set_gives_no_line(tmp_path):
   tiny_pairs.write_original(tmp_path, prompts=20, pairs=2)
   summary, lines = run(tmp_path)
   assert lines == []
@@ -44,34 +44,34 @@ def test_a_sound_data_set_gives_numbers_and_no_line(tmp_path):
   assert summary[1:] == (20, 40, 0, {})
 
 
-def test_a_split_and_a_limit_narrow_it(tmp_path):
+def test_split_and_limit_choose_the_rows(tmp_path):
   tiny_pairs.write_original(tmp_path, prompts=40, pairs=1)
   assert run(tmp_path, split='test')[0].splits == {'test': 2}
   assert run(tmp_path, limit=3)[0].splits == {'train': 3, 'validation': 2, 'test': 2}
 
 
 @pytest.mark.parametrize('workers', [1, 3])
-def test_each_broken_row_is_one_line_and_the_others_are_still_read(metadata, workers):
-  pictures = metadata / 'pictures'
+def test_each_broken_row_is_one_line(metadata, workers):
+  folder = metadata / 'pictures'
   broken = {
-    2: ('input', tiny_pairs.photo(0)[:-600], 'the input picture cannot be decoded'),
-    5: ('edited', b'text', 'the edited picture is not a picture'),
-    21: ('edited', tiny_pairs.photo(0, (96, 68)), 'the pictures differ in shape (96x64 and 96x68)'),
-    33: ('input', png((7, 50)), 'the input picture is 7x50; give at least 8 pixels'),
+    2: ('input', tiny_pairs.photo(0)[:-600], 'the input image cannot be decoded'),
+    5: ('edited', b'text', 'the edited image is not an image'),
+    21: ('edited', tiny_pairs.photo(0, (96, 68)), 'the images differ in shape (96x64 and 96x68)'),
+    33: ('input', png((7, 50)), 'the input image is 7x50; give at least 8 pixels'),
   }
   for i, (side, content, _) in broken.items():
-    (pictures / f'{i}_{side}.jpg').write_bytes(content)
-  (pictures / '8_edited.jpg').unlink()
+    (folder / f'{i}_{side}.jpg').write_bytes(content)
+  (folder / '8_edited.jpg').unlink()
   summary, lines = run(metadata, workers=workers)
-  assert summary[1:] == (40, 39, 5, {})  # of the row without a file nothing was read
-  texts = {i: text for i, (_, _, text) in broken.items()} | {8: 'cannot read the picture'}
+  assert summary[1:] == (40, 39, 5, {})  # the row without a file counts no pair
+  texts = {i: text for i, (_, _, text) in broken.items()} | {8: 'cannot read the image'}
   assert len(lines) == 5
   for line, (i, text) in zip(lines, sorted(texts.items()), strict=True):
     assert line.startswith(f'{metadata}/metadata.jsonl: line {i + 1}: {text}')
     assert '\n' not in line
 
 
-def test_a_picture_of_far_too_many_pixels_is_not_decoded(metadata, monkeypatch):
+def test_an_image_of_too_many_pixels_is_not_decoded(metadata, monkeypatch):
   content = bytearray(png((8, 8)))
   content[16:24] = (20_000).to_bytes(4, 'big') * 2  # width and height in the header
   content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, 'big')
@@ -81,7 +81,7 @@ def test_a_picture_of_far_too_many_pixels_is_not_decoded(metadata, monkeypatch):
   assert 'over 6,143 pixels' in run(metadata, limit=2)[1][1]
 
 
-def test_pictures_count_as_they_are_seen(metadata):
+def test_shapes_are_those_of_upright_images(metadata):
   exif = Image.Exif()
   exif[0x0112] = 6  # turn by 90 degrees
   (metadata / 'pictures' / '0_input.jpg').write_bytes(png((64, 96), exif=exif))
@@ -89,10 +89,10 @@ def test_pictures_count_as_they_are_seen(metadata):
   assert run(metadata, limit=2)[0][1:] == (2, 2, 0, {})
 
 
-def test_what_is_suspicious_is_a_warning(metadata):
-  pictures = metadata / 'pictures'
-  (pictures / '0_edited.jpg').write_bytes((pictures / '0_input.jpg').read_bytes())
-  (pictures / '1_input.jpg').write_bytes(tiny_pairs.photo(0, (48, 32)))
+def test_a_suspicious_row_is_a_warning(metadata):
+  folder = metadata / 'pictures'
+  (folder / '0_edited.jpg').write_bytes((folder / '0_input.jpg').read_bytes())
+  (folder / '1_input.jpg').write_bytes(tiny_pairs.photo(0, (48, 32)))
   table = [json.loads(line) for line in (metadata / 'metadata.jsonl').read_text().splitlines()]
   table[2]['edit_prompt'] = 'red ' * 75 + 'then blue'
   table[3]['edit_prompt'] = 'red ' * 75
@@ -100,8 +100,8 @@ def test_what_is_suspicious_is_a_warning(metadata):
   summary, lines = run(metadata)
   assert summary[1:] == (40, 40, 0, {'unchanged': 1, 'small': 1, 'long': 1})
   assert [line.removeprefix(f'{metadata}/metadata.jsonl: ') for line in lines] == [
-    'line 1: warning: the pictures are the same file, so nothing is edited',
-    'line 2: warning: the input picture is only 48x32',
+    'line 1: warning: the images are the same file, so nothing is edited',
+    'line 2: warning: the input image is only 48x32',
     "line 3: warning: the instruction is too long for CLIP, which ignores 'then blue'",
   ]
 
@@ -113,11 +113,11 @@ def test_many_warnings_of_a_kind_become_one_line(tmp_path):
   summary, lines = run(tmp_path)
   assert summary.warnings == {'small': 32}
   assert len(lines) == 11
-  assert lines[0].endswith('0000000: warning: the input picture of pair 1 is only 48x32')
+  assert lines[0].endswith('0000000: warning: the input image of pair 1 is only 48x32')
   assert lines[-1] == f'{tmp_path}: 22 more warnings like these (small)'
 
 
-def test_captioned_pictures_are_checked_alone(tmp_path):
+def test_captioned_images_need_no_input(tmp_path):
   tiny_pairs.write_parquet(tmp_path / 'a.parquet', 5, columns=tiny_pairs.CAPTIONED)
   assert run(tmp_path, task='text_to_image')[0][1:] == (5, 5, 0, {})
 
@@ -143,6 +143,6 @@ def test_progress_ends_with_everything(metadata):
   assert seen == [(16, 40), (32, 40), (40, 40)]
 
 
-def test_what_cannot_be_opened_is_one_error(tmp_path):
+def test_a_missing_data_set_is_one_error(tmp_path):
   with pytest.raises(InputError, match='no such data set'):
     run(tmp_path / 'nowhere')

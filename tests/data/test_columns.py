@@ -1,6 +1,7 @@
-"""Which column has which role: public data sets, what users say, and what is refused."""
+"""Which column has which role: in public data sets, by the user's choice, and refusals."""
 
 import csv
+import itertools
 import json
 
 import pyarrow
@@ -12,8 +13,8 @@ from ip2p_jax.data.columns import Columns, find
 from ip2p_jax.data.sources import open_source
 from ip2p_jax.errors import InputError
 
-# Columns of public data sets as their cards give them, with what they hold: P pictures, T text,
-# N numbers, L lists of text, - nothing; then, where needed, what the user says; and the roles
+# Columns of public data sets, as on their cards, with their content: P images, T text, N numbers,
+# L lists of text, - nothing; then the user's choice of columns, if one is needed; and the roles
 # (input, edited, instruction, inverse, caption, edited_caption).
 LAYOUTS = {
   'timbrooks/instructpix2pix-clip-filtered': (
@@ -51,7 +52,7 @@ LAYOUTS = {
     'image P, conditioning_image P, text T', '',
     ('conditioning_image', 'image', 'text', None, None, None),
   ),
-  'fusing/fill50k, said': (
+  'fusing/fill50k, with a choice': (
     'conditioning_image P, image P, text T', 'edited=image',
     ('conditioning_image', 'image', 'text', None, None, None),
   ),
@@ -59,7 +60,7 @@ LAYOUTS = {
     'edit_image P, image P, prompt T', 'edited=image',
     ('edit_image', 'image', 'prompt', None, None, None),
   ),
-  'DiffSynth, the other said': (
+  'DiffSynth, with a choice of the input': (
     'image P, edit_image P, mask P, prompt T', 'input=edit_image',
     ('edit_image', 'image', 'prompt', None, None, None),
   ),
@@ -72,10 +73,11 @@ LAYOUTS = {
     ('input_image', 'ground_truth_image', 'instruction', None, None, None),
   ),
 }  # fmt: skip
+UNKNOWN = 'no column has a name known for the'
 
 
 def value(kind, column, i, folder=None):
-  """Of a cell; pictures and texts tell which column and row they are of."""
+  """The content of a cell. Images and texts are different in each column and row."""
   number = 1000 * sum(map(ord, column)) + i
   if kind == 'P':
     content = tiny_pairs.photo(number, (40, 40))
@@ -108,15 +110,15 @@ def write(folder, form, described, count=3):
 @pytest.mark.parametrize('form', ['parquet', 'jsonl', 'csv'])
 @pytest.mark.parametrize('name', LAYOUTS)
 def test_public_layouts_are_read_with_the_right_roles(tmp_path, form, name):
-  described, said, roles = LAYOUTS[name]
+  described, choice, roles = LAYOUTS[name]
   if form == 'csv' and ' L' in described:
     return  # CSV has no lists
   write(tmp_path / 'set', form, described)
-  found = Columns(*roles)
-  row = open_source(str(tmp_path / 'set'), columns=said)[2 if found.inverse is None else 4]
-  picture = lambda column: value('P', column, 2)['bytes']
-  assert row.pairs == ((picture(found.input), picture(found.edited)),)
-  assert row.instructions[0] == f'{found.instruction} of 2'
+  expected = Columns(*roles)
+  row = open_source(str(tmp_path / 'set'), columns=choice)[2 if expected.inverse is None else 4]
+  image = lambda column: value('P', column, 2)['bytes']
+  assert row.pairs == ((image(expected.input), image(expected.edited)),)
+  assert row.instructions[0] == f'{expected.instruction} of 2'
   captions = [f'{column} of 2' if column else '' for column in roles[4:]]
   assert [row.caption, row.edited_caption] == captions
   assert len([column for column in roles if column]) == len({column for column in roles if column})
@@ -124,50 +126,38 @@ def test_public_layouts_are_read_with_the_right_roles(tmp_path, form, name):
 
 @pytest.mark.parametrize('form', ['parquet', 'jsonl', 'csv'])
 @pytest.mark.parametrize(
-  ('described', 'said', 'message'),
+  ('described', 'choice', 'message'),
   [
-    (
-      'edit_image P, image P, prompt T',
-      '',
-      'no column has a name known for the edited picture; the columns are edit_',
-    ),
-    ('image P, prompt T', '', 'no column has a name known for the edited picture'),
-    (
-      'input T, output T, edit T',
-      '',
-      r"no column has a name known for the input picture \('input' holds text\)",
-    ),
-    (
-      'input P, output T, edit T',
-      '',
-      r"no column has a name known for the edited picture \('output' holds text\)",
-    ),
-    ('input_image N, output P, edit T', '', r'no column has a name known for the input picture'),
-    ('input P, output P, edit P', '', r"a name known for the instruction \('edit' holds picture\)"),
+    ('edit_image P, image P, prompt T', '', f'{UNKNOWN} edited image; the columns are edit_'),
+    ('image P, prompt T', '', f'{UNKNOWN} edited image'),
+    ('input T, output T, edit T', '', rf"{UNKNOWN} input image \('input' holds text\)"),
+    ('input P, output T, edit T', '', rf"{UNKNOWN} edited image \('output' holds text\)"),
+    ('input_image N, output P, edit T', '', f'{UNKNOWN} input image'),
+    ('input P, output P, edit P', '', rf"{UNKNOWN} instruction \('edit' holds image\)"),
     ('a P, b P, edit T', 'input=a,edited=a', "'a' is named for both the input and the edited"),
     ('a P, b P, c T', 'input=a,edited=b,instruction=c,caption=c', "'c' is named for both"),
     ('a P, b P, c T', 'input=a,edited=c,instruction=c', "'c' is named for both"),
-    ('a P, b P, c T, edit T', 'input=c,edited=b', "input is to be a picture, and the column 'c'"),
+    ('a P, b P, c T, edit T', 'input=c,edited=b', "input must be an image, but the column 'c'"),
     ('a P, b P, edit T', 'input=a,edited=b,instruction=b', "'b' is named for both"),
-    ('a P, b P, d P, e T', 'input=a,edited=b,instruction=d', 'instruction is to be text, and the'),
+    ('a P, b P, d P, e T', 'input=a,edited=b,instruction=d', 'instruction must be text, but the'),
     ('a P, b P, edit T', 'input=a,edited=none', "there is no column 'none' .for the edited."),
     ('a P, b P, edit T', 'input=a,edited=b,inverse=none', "no column 'none' .for the inverse."),
     ('a P, b P, edit T', 'input=,edited=b', 'input= names no column, and the input is needed'),
-    ('a P, b P, d P, edit T', 'edited=b', 'no column has a name known for the input picture'),
-    ('a P, b P, edit T', 'image=a,edited=b', "'image=a' is of no use for edit"),
+    ('a P, b P, d P, edit T', 'edited=b', f'{UNKNOWN} input image'),
+    ('a P, b P, edit T', 'image=a,edited=b', "'image=a' does not fit edit"),
   ],
 )
-def test_columns_that_cannot_be_are_one_sentence(tmp_path, form, described, said, message):
+def test_impossible_columns_are_one_sentence(tmp_path, form, described, choice, message):
   if form == 'csv' and ' N' in described:
     return  # numbers are text there
   write(tmp_path / 'set', form, described)
   with pytest.raises(InputError, match=message) as caught:
-    open_source(str(tmp_path / 'set'), columns=said)
+    open_source(str(tmp_path / 'set'), columns=choice)
   assert '\n' not in str(caught.value)
 
 
-def test_captions_are_not_read_as_files_and_names_of_files_are(tmp_path):
-  """By types, and where a string may be either, by most of the first values."""
+def test_captions_are_told_from_names_of_files(tmp_path):
+  """By type. A string may be either, so the majority of the first values decides."""
   tiny_pairs.write_metadata(tmp_path / 'set', 12, columns={'input': 'input', 'output': 'edited',
                                                       'edit': 'instruction'})  # fmt: skip
   for i in range(12):
@@ -179,21 +169,21 @@ def test_captions_are_not_read_as_files_and_names_of_files_are(tmp_path):
   (tmp_path / 'set' / '3input').unlink()
   source = open_source(str(tmp_path / 'set'))
   assert source[2].pairs == (tiny_pairs.pair(2),)
-  with pytest.raises(InputError, match=r'line 4: cannot read the picture .*3input'):
+  with pytest.raises(InputError, match=r'line 4: cannot read the image .*3input'):
     source[3]
 
 
 @pytest.mark.parametrize(
   ('column', 'message'),
   [
-    (pyarrow.array([[{'bytes': b'x', 'path': None}]]), r'holds lists \(picture\)'),
+    (pyarrow.array([[{'bytes': b'x', 'path': None}]]), r'holds lists \(image\)'),
     (pyarrow.array([{'width': 3}]), 'holds structures'),
-    (pyarrow.array([['a.jpg', 'b.jpg']]), r'holds lists \(picture\)'),
+    (pyarrow.array([['a.jpg', 'b.jpg']]), r'holds lists \(image\)'),
     (pyarrow.array(['https://example.com/a.jpg']), 'holds web addresses'),
     (pyarrow.array([1.5]), 'holds numbers'),
   ],
 )
-def test_what_is_no_picture_is_named(tmp_path, column, message):
+def test_a_column_without_images_is_refused(tmp_path, column, message):
   table = {'input_image': column, 'edited_image': [tiny_pairs.photo(1)], 'edit': ['x']}
   parquet.write_table(pyarrow.table(table), tmp_path / 'a.parquet')
   with pytest.raises(InputError, match=message):
@@ -213,34 +203,30 @@ def test_strings_of_any_type_are_text(tmp_path, text):
 
 def test_text_to_image_has_the_same_rules(tmp_path):
   write(tmp_path / 'set', 'parquet', 'conditioning_image P, image P, text T')
-  opened = lambda said: open_source(str(tmp_path / 'set'), columns=said, task='text_to_image')
+  opened = lambda columns: open_source(str(tmp_path / 'set'), columns=columns, task='text_to_image')
   assert opened('')[1].pairs[0].edited_image == value('P', 'image', 1)['bytes']
-  for said, message in (
+  for choice, message in (
     ('image=image,text=image', "'image' is named for both the image and the text"),
-    ('image=text', 'image is to be a picture'),
-    ('input=image', "'input=image' is of no use for text_to_image"),
+    ('image=text', 'image must be an image'),
+    ('input=image', "'input=image' does not fit text_to_image"),
     ('image=image,edited=conditioning_image', 'give image and text, or edited and'),
-    ('edited=image', 'no column has a name known for the caption of the edited picture'),
+    ('edited=image', f'{UNKNOWN} caption of the edited image'),
   ):
     with pytest.raises(InputError, match=message):
-      opened(said)
+      opened(choice)
 
 
-def test_no_layout_of_names_gives_a_column_two_roles():
-  """Whatever holds what: all pairs of names that could each be several roles."""
+def test_no_names_give_a_column_two_roles():
+  """All sets of three names that could each have several roles, whatever the columns hold."""
   names = ('input', 'output', 'image', 'edit', 'text', 'prompt', 'caption', 'source', 'target',
            'conditioning_image', 'edit_image', 'edited_prompt')  # fmt: skip
-  found = 0
-  for one in names:
-    for other in names:
-      for third in names:
-        if len({one, other, third}) < 3:
-          continue
-        for said in ('', f'input={one}', f'edited={one}', f'input={one},edited={other}'):
-          try:
-            roles = [column for column in find((one, other, third), said) if column]
-          except InputError:
-            continue
-          found += 1
-          assert len(roles) == len(set(roles)), (one, other, third, said)
-  assert found > 100
+  layouts = 0
+  for a, b, c in itertools.permutations(names, 3):
+    for choice in ('', f'input={a}', f'edited={a}', f'input={a},edited={b}'):
+      try:
+        roles = [column for column in find((a, b, c), choice) if column]
+      except InputError:
+        continue
+      layouts += 1
+      assert len(roles) == len(set(roles)), (a, b, c, choice)
+  assert layouts > 100

@@ -23,7 +23,7 @@ def noise(seed, width=20, height=20, channels=3):
 
 
 def row_of(*arrays, **fields) -> Row:
-  """A row of one pair: the input and the edited picture, or only the latter."""
+  """A row of one pair: the input and the edited image, or only the edited one."""
   files = [encode(array) for array in arrays]
   return Row('row 3', ('make it winter',), (Pair(*[None, *files][-2:]),), **fields)
 
@@ -40,53 +40,53 @@ def drawn(row, framing, seeds=range(200)):
   return [examples.example(row, np.random.default_rng(s), framing, tokenizer) for s in seeds]
 
 
-# One picture
+# One image
 
 
-def test_a_square_picture_is_resized_as_the_original_does():
+def test_a_square_image_is_resized_as_in_the_original():
   array = noise(0, 37, 37)
   expected = np.asarray(Image.fromarray(array).resize((16, 16), Image.Resampling.LANCZOS))
-  np.testing.assert_array_equal(examples.picture(encode(array), 16), expected)
+  np.testing.assert_array_equal(examples.decode_image(encode(array), 16), expected)
   wide = noise(0, 50, 30)
   expected = np.asarray(Image.fromarray(wide).resize((16, 16), Image.Resampling.LANCZOS))
-  np.testing.assert_array_equal(examples.picture(encode(wide), 16, 'squash'), expected)
+  np.testing.assert_array_equal(examples.decode_image(encode(wide), 16, 'squash'), expected)
 
 
 @pytest.mark.parametrize(('width', 'height'), [(70, 40), (33, 77), (12, 11), (900, 9)])
-def test_cropping_is_resizing_the_short_side_and_keeping_the_centre(width, height):
+def test_a_crop_resizes_the_short_side_and_keeps_the_centre(width, height):
   array = noise(1, width, height)
   size = [round(side * 16 / min(width, height)) for side in (width, height)]
   resized = np.asarray(Image.fromarray(array).resize(size, Image.Resampling.LANCZOS))
   top, left = (size[1] - 16) // 2, (size[0] - 16) // 2
   expected = resized[top : top + 16, left : left + 16].astype(int)
-  difference = np.abs(examples.picture(encode(array), 16) - expected)
+  difference = np.abs(examples.decode_image(encode(array), 16) - expected)
   assert difference.max() <= 2 and (difference > 0).mean() < 0.02  # Pillow's boxes are float32
 
 
-def test_a_picture_is_upright_rgb_on_white():
+def test_an_image_is_upright_rgb_on_white():
   array = noise(2)
   exif = Image.Exif()
   exif[ORIENTATION] = 6
-  turned = examples.picture(encode(np.rot90(array), exif=exif), 20)
+  turned = examples.decode_image(encode(np.rot90(array), exif=exif), 20)
   np.testing.assert_array_equal(turned, array)
   clear = np.zeros((20, 20, 4), np.uint8)
-  np.testing.assert_array_equal(examples.picture(encode(clear), 16), np.full((16, 16, 3), 255))
-  grey = examples.picture(encode(array[..., 0]), 20)
+  np.testing.assert_array_equal(examples.decode_image(encode(clear), 16), np.full((16, 16, 3), 255))
+  grey = examples.decode_image(encode(array[..., 0]), 20)
   np.testing.assert_array_equal(grey, np.repeat(array[..., :1], 3, axis=-1))
 
 
-@pytest.mark.parametrize('spoil', [lambda b: b[:200], lambda b: b'', lambda b: b'no picture'])
-def test_a_broken_picture_is_named(spoil):
+@pytest.mark.parametrize('spoil', [lambda b: b[:200], lambda b: b'', lambda b: b'no image'])
+def test_a_broken_image_is_named(spoil):
   with pytest.raises(InputError, match='photos: line 3'):
-    examples.picture(spoil(encode(noise(0), 'JPEG')), 16, name='photos: line 3')
+    examples.decode_image(spoil(encode(noise(0), 'JPEG')), 16, name='photos: line 3')
 
 
-def test_a_picture_of_a_few_pixels_is_refused():
+def test_an_image_of_few_pixels_is_refused():
   with pytest.raises(InputError, match='20x7 pixels'):
-    examples.picture(encode(noise(0, 20, 7)), 16)
+    examples.decode_image(encode(noise(0, 20, 7)), 16)
 
 
-# Pairs of pictures
+# Pairs of images
 
 
 def test_an_example_has_these_arrays():
@@ -101,7 +101,7 @@ def test_an_example_has_these_arrays():
 
 
 @pytest.mark.parametrize('resize', ['crop', 'squash'])
-def test_both_pictures_are_cut_and_mirrored_alike(resize):
+def test_both_images_are_cut_and_mirrored_alike(resize):
   array = noise(0, 40, 30)
   framing = settings(resize=resize, largest_resize=24)
   different = set()
@@ -112,7 +112,7 @@ def test_both_pictures_are_cut_and_mirrored_alike(resize):
   assert len(different) > 35
 
 
-def test_by_default_only_mirroring_is_random_and_happens_half_of_the_time():
+def test_by_default_half_of_the_examples_are_mirrored():
   array = noise(0, 16, 16)
   mirrored = 0
   for example in drawn(row_of(array, array), settings(), range(400)):
@@ -126,8 +126,8 @@ def test_by_default_only_mirroring_is_random_and_happens_half_of_the_time():
 def test_left_and_right_are_mirrored_only_on_demand():
   array = noise(0, 16, 16)
   row = row_of(array, array, may_flip=False)
-  kept = drawn(row, settings(flip_rate=1.0), range(20))
-  assert all((example['input_image'] == array).all() for example in kept)
+  unchanged = drawn(row, settings(flip_rate=1.0), range(20))
+  assert all((example['input_image'] == array).all() for example in unchanged)
   mirrored = drawn(row, settings(flip_rate=1.0, flip_directions=True), range(20))
   assert all((example['input_image'] == array[:, ::-1]).all() for example in mirrored)
 
@@ -143,17 +143,17 @@ def test_a_random_crop_reaches_every_place():
 
 
 def test_the_short_side_is_drawn_up_to_the_largest():
-  steps = (np.arange(240) // 10).astype(np.uint8)  # 24 levels: one a pixel at a short side of 24
+  steps = (np.arange(240) // 10).astype(np.uint8)  # 24 levels: one per pixel at a short side of 24
   array = np.broadcast_to(steps[None, :, None], (240, 240, 3)).copy()
   framing = settings(largest_resize=24, flip_rate=0.0)
   widths = []
   for example in drawn(row_of(array, array), framing, range(100)):
     line = example['input_image'][0, :, 0].astype(int)
-    widths.append(24 / (line[-1] - line[0]) * 15)  # pixels that the whole picture would take
+    widths.append(24 / (line[-1] - line[0]) * 15)  # width of the whole image in pixels
   assert min(widths) == pytest.approx(16, abs=1) and max(widths) == pytest.approx(24, abs=1)
 
 
-def test_an_edited_picture_of_another_size_is_brought_to_the_inputs():
+def test_an_edited_image_is_resized_to_the_input():
   smooth = np.add.outer(np.arange(64), np.arange(96))[..., None].repeat(3, -1).astype(np.uint8)
   half = np.asarray(Image.fromarray(smooth).resize((48, 31), Image.Resampling.BOX))
   for example in drawn(row_of(smooth, half), settings(largest_resize=20), range(20)):
@@ -164,7 +164,7 @@ def test_an_edited_picture_of_another_size_is_brought_to_the_inputs():
 @pytest.mark.parametrize(
   ('width', 'accepted'), [(104, True), (106, False), (97, True), (94, False)]
 )
-def test_pictures_of_a_pair_must_have_about_the_same_shape(width, accepted):
+def test_images_of_a_pair_must_have_about_the_same_shape(width, accepted):
   row = row_of(noise(0, 100, 100), noise(0, width, 100))
   if accepted:
     assert drawn(row, settings(), [0])[0]['weight'] == 1
@@ -173,12 +173,12 @@ def test_pictures_of_a_pair_must_have_about_the_same_shape(width, accepted):
       drawn(row, settings(), [0])
 
 
-def test_a_broken_picture_of_a_pair_is_named():
+def test_a_broken_image_of_a_pair_is_named():
   good, bad = encode(noise(0), 'JPEG'), encode(noise(0), 'JPEG')[:300]
   with pytest.raises(InputError, match='row 3: the edited image cannot be read'):
     drawn(Row('row 3', ('a',), (Pair(good, bad),)), settings(), [0])
-  with pytest.raises(InputError, match=r'edited image cannot be read \(it is no picture of'):
-    drawn(Row('row 3', ('a',), (Pair(good, b'no picture'),)), settings(), [0])
+  with pytest.raises(InputError, match=r'edited image cannot be read \(it is not an image of'):
+    drawn(Row('row 3', ('a',), (Pair(good, b'no image'),)), settings(), [0])
 
 
 def test_without_a_generator_nothing_is_random():
@@ -186,8 +186,8 @@ def test_without_a_generator_nothing_is_random():
   row = Row('row', ('first', 'second'), (Pair(*files[:2]), Pair(*files[2:])))
   framing = settings(largest_resize=20, flip_rate=1.0)
   example = examples.example(row, None, framing, tokenizer)
-  np.testing.assert_array_equal(example['input_image'], examples.picture(files[0], 16))
-  np.testing.assert_array_equal(example['edited_image'], examples.picture(files[1], 16))
+  np.testing.assert_array_equal(example['input_image'], examples.decode_image(files[0], 16))
+  np.testing.assert_array_equal(example['edited_image'], examples.decode_image(files[1], 16))
   np.testing.assert_array_equal(example['token_ids'], tokenizer(['first'])[0])
 
 
@@ -206,7 +206,7 @@ def test_text_to_image_has_no_input():
 
 
 def latent_row(pairs, instructions, **fields) -> LatentRow:
-  """Every value tells its pair and whether it is mirrored: 0, 1 for pair 0; 10, 11 for pair 1."""
+  """Values encode the pair and the mirroring: 0 and 1 for pair 0, 10 and 11 for pair 1."""
   values = np.arange(pairs)[:, None] * 10 + np.arange(2)
   mean = np.broadcast_to(values[..., None, None, None], (pairs, 2, 2, 2, 4)).astype(np.float16)
   token_ids = np.arange(instructions, dtype=np.int32)[:, None].repeat(3, 1)
@@ -223,14 +223,14 @@ def test_a_row_and_its_latents_are_drawn_alike(may_flip):
   latents, framing, seen = latent_row(3, 5, may_flip=may_flip), settings(largest_resize=18), set()
   for seed in range(60):
     rng = lambda seed=seed: np.random.default_rng(seed)
-    of_row = examples.example(row, rng(), framing, tokenizer)
-    of_latents = examples.latent_example(latents, rng(), framing)
-    pair, mirrored = divmod(int(of_latents['input_mean'][0, 0, 0]), 10)
-    assert of_row['input_image'][8, -1 if mirrored else 0, 0] == pair
-    assert chr(of_row['token_ids'][1]) == 'abcde'[of_latents['token_ids'][0]]
-    assert of_latents['edited_mean'][0, 0, 0] == 100 + 10 * pair + mirrored
-    assert of_latents['edited_log_variance'][0, 0, 0] == 200 + 10 * pair + mirrored
-    seen.add((pair, mirrored, int(of_latents['token_ids'][0])))
+    image_example = examples.example(row, rng(), framing, tokenizer)
+    latent_example = examples.latent_example(latents, rng(), framing)
+    pair, mirrored = divmod(int(latent_example['input_mean'][0, 0, 0]), 10)
+    assert image_example['input_image'][8, -1 if mirrored else 0, 0] == pair
+    assert chr(image_example['token_ids'][1]) == 'abcde'[latent_example['token_ids'][0]]
+    assert latent_example['edited_mean'][0, 0, 0] == 100 + 10 * pair + mirrored
+    assert latent_example['edited_log_variance'][0, 0, 0] == 200 + 10 * pair + mirrored
+    seen.add((pair, mirrored, int(latent_example['token_ids'][0])))
   assert {mirrored for _, mirrored, _ in seen} == ({0, 1} if may_flip else {0})
   assert len(seen) > 12
 
@@ -243,7 +243,7 @@ def test_latents_keep_their_types_and_shapes():
   assert example['weight'] == 1 and example['error'] == ''
 
 
-def test_latents_without_an_input_serve_text_to_image_alone():
+def test_latents_without_an_input_are_for_text_to_image():
   row = latent_row(1, 1)._replace(input_mean=None)
   framing = settings(task='text_to_image')
   assert 'input_mean' not in examples.latent_example(row, None, framing)
@@ -252,7 +252,7 @@ def test_latents_without_an_input_serve_text_to_image_alone():
     examples.latent_example(row, None, settings())
 
 
-# What is left of a broken row, and settings
+# Blanks and settings
 
 
 def test_a_blank_has_the_usual_shapes_and_no_weight():

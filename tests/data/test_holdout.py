@@ -1,4 +1,4 @@
-"""What is held out for validation: whole groups of rows that show one picture, in every layout."""
+"""Held out rows: whole groups of rows that show the same image, in every layout."""
 
 import json
 
@@ -18,11 +18,11 @@ QUIET = {'say': lambda line: None, 'workers': 0}
 ROWS = 24
 
 
-def picture(i):
+def image(i):
   return tiny_pairs.photo(i, (40, 40))
 
 
-# Row i by number of its input and of its edited picture; every group has 2 to 4 rows.
+# Numbers of the input and the edited image of row i; every group has 2 to 4 rows.
 TOGETHER = {
   'several instructions': lambda i: (i // 3, 100 + i),
   'turns': lambda i: (10 * (i // 4) + i % 4, 10 * (i // 4) + i % 4 + 1),
@@ -33,8 +33,8 @@ TOGETHER = {
 
 def write_parquet(folder, numbers):
   table = {
-    'input_image': [{'bytes': picture(one), 'path': 'image.png'} for one, _ in numbers],
-    'edited_image': [{'bytes': picture(other), 'path': 'image.png'} for _, other in numbers],
+    'input_image': [{'bytes': image(i), 'path': 'image.png'} for i, _ in numbers],
+    'edited_image': [{'bytes': image(i), 'path': 'image.png'} for _, i in numbers],
     'instruction': [f'edit {i}' for i in range(len(numbers))],
   }
   folder.mkdir()
@@ -43,22 +43,22 @@ def write_parquet(folder, numbers):
 
 def write_metadata(folder, numbers):
   folder.mkdir()
-  for number in {number for both in numbers for number in both}:
-    (folder / f'{number}.jpg').write_bytes(picture(number))
+  for number in {number for pair in numbers for number in pair}:
+    (folder / f'{number}.jpg').write_bytes(image(number))
   lines = [
-    {'input_image': f'{one}.jpg', 'edited_image': f'{other}.jpg', 'instruction': f'edit {i}'}
-    for i, (one, other) in enumerate(numbers)
+    {'input_image': f'{before}.jpg', 'edited_image': f'{after}.jpg', 'instruction': f'edit {i}'}
+    for i, (before, after) in enumerate(numbers)
   ]
   (folder / 'metadata.jsonl').write_text('\n'.join(map(json.dumps, lines)))
 
 
 def write_original(folder, numbers):
-  for i, both in enumerate(numbers):
+  for i, pair in enumerate(numbers):
     place = folder / f'{i:07d}'
     place.mkdir(parents=True)
     (place / 'prompt.json').write_text(json.dumps({'edit': f'edit {i}'}))
-    for side, number in enumerate(both):
-      (place / f'7_{side}.jpg').write_bytes(picture(number))
+    for side, number in enumerate(pair):
+      (place / f'7_{side}.jpg').write_bytes(image(number))
 
 
 def write_shards(folder, numbers):
@@ -74,13 +74,13 @@ WRITERS = {
 }
 
 
-def pictures(source):
-  return {image for row in source for pair in row.pairs for image in pair}
+def files_of(source):
+  return {file for row in source for pair in row.pairs for file in pair}
 
 
 @pytest.mark.parametrize('layout', WRITERS)
 @pytest.mark.parametrize('together', TOGETHER)
-def test_no_picture_is_in_both_splits(tmp_path, layout, together):
+def test_no_image_is_in_both_splits(tmp_path, layout, together):
   WRITERS[layout](tmp_path / 'set', [TOGETHER[together](i) for i in range(ROWS)])
   opened = open_splits(str(tmp_path / 'set'), holdout=0.25)
   assert [len(opened[split]) for split in SPLITS] == [ROWS, 0, 0]
@@ -89,23 +89,23 @@ def test_no_picture_is_in_both_splits(tmp_path, layout, together):
   assert 4 <= len(validation) <= 6 and summary.rows == {
     'train': ROWS - len(validation), 'validation': len(validation),
   }  # fmt: skip
-  assert not pictures(train) & pictures(validation)
+  assert not files_of(train) & files_of(validation)
   texts = [row.instructions[0] for row in train + validation]
   assert sorted(texts) == sorted(f'edit {i}' for i in range(ROWS))
 
 
-def test_rows_of_one_image_id_stay_together_whatever_their_pictures(tmp_path):
+def test_rows_with_one_image_id_stay_together(tmp_path):
   table = {
-    'img_id': [(i + 1) % 5 for i in range(10)],  # edits 4 and 9 are of image 0
-    'source_img': [picture(i) for i in range(10)],
-    'target_img': [picture(100 + i) for i in range(10)],
+    'img_id': [(i + 1) % 5 for i in range(10)],  # edits 4 and 9 have image 0
+    'source_img': [image(i) for i in range(10)],
+    'target_img': [image(100 + i) for i in range(10)],
     'instruction': [f'edit {i}' for i in range(10)],
   }
   (tmp_path / 'set').mkdir()
   parquet.write_table(pyarrow.table(table), tmp_path / 'set' / 'a.parquet')
   for name, source in (
     ('direct', open_splits(str(tmp_path / 'set'), holdout=0.2)),
-    ('again', None),  # packed, and only then divided
+    ('again', None),  # packed first, then divided
   ):
     if source is None:
       pack(open_splits(str(tmp_path / 'set')), tmp_path / 'whole', **QUIET)
@@ -115,25 +115,25 @@ def test_rows_of_one_image_id_stay_together_whatever_their_pictures(tmp_path):
     assert [row.instructions for row in held] == [('edit 4',), ('edit 9',)]
 
 
-def test_prompts_that_begin_with_one_photograph_stay_together(tmp_path):
+def test_prompts_with_one_photo_stay_together(tmp_path):
   tiny_pairs.write_original(tmp_path, prompts=10, pairs=1)
   for i in range(10):
     prompt = {'edit': f'edit {i}', 'image': f'photo-{i % 2}.jpg' if i < 4 else f'{i}.jpg'}
     (tmp_path / f'{i:07d}' / 'prompt.json').write_text(json.dumps(prompt))
-  held = holdout.hold_out(open_source(str(tmp_path), whole=True), 0.5)
+  held = holdout.hold_out(open_source(str(tmp_path), all_train=True), 0.5)
   assert held.ranges == [[5, 10]]
-  held = holdout.hold_out(open_source(str(tmp_path), whole=True), 0.8)
+  held = holdout.hold_out(open_source(str(tmp_path), all_train=True), 0.8)
   assert held.ranges == [[1, 2], [3, 10]]
 
 
-def test_captions_of_one_picture_stay_together():
+def test_captions_of_one_image_stay_together():
   rows = [
-    row._replace(pairs=(Pair(None, picture(i // 2)),)) for i, row in enumerate(tiny_pairs.rows(8))
+    row._replace(pairs=(Pair(None, image(i // 2)),)) for i, row in enumerate(tiny_pairs.rows(8))
   ]
   assert holdout.hold_out(rows, 0.4).ranges == [[6, 8]]
 
 
-def test_groups_are_of_all_that_keys_connect():
+def test_common_keys_connect_groups():
   cases = [
     ([[], [1], [], [2]], [0, 1, 2, 3]),
     ([[1], [2], [1, 2]], [0, 0, 0]),
@@ -148,25 +148,25 @@ def test_groups_are_of_all_that_keys_connect():
   ('sizes', 'share', 'ranges'),
   [
     ([1] * 10, 0.25, [[8, 10]]),
-    ([1] * 100, 0.29, [[71, 100]]),  # the product of both is 28.999999999999996
-    ([1] * 10, 0.01, [[9, 10]]),  # some, if asked for
+    ([1] * 100, 0.29, [[71, 100]]),  # their product is 28.999999999999996
+    ([1] * 10, 0.01, [[9, 10]]),  # at least one row
     ([6, 1, 3], 0.3, [[7, 10]]),
-    ([1, 3, 6], 0.3, [[1, 4]]),  # the last would be more than the share
+    ([1, 3, 6], 0.3, [[1, 4]]),  # the last group is larger than the share
     ([2, 5, 3, 1], 0.5, [[7, 11]]),
-    ([5, 6, 5], 0.1, [[11, 16]]),  # none fits, so the smallest
+    ([5, 6, 5], 0.1, [[11, 16]]),  # no group fits, so the smallest
   ],
 )
 def test_the_last_groups_that_fit_are_held_out(sizes, share, ranges):
-  pictures_of = np.repeat(np.arange(len(sizes)), sizes)
+  numbers = np.repeat(np.arange(len(sizes)), sizes)
   rows = [
-    row._replace(pairs=(Pair(picture(pictures_of[i]), picture(100 + i)),))
+    row._replace(pairs=(Pair(image(numbers[i]), image(100 + i)),))
     for i, row in enumerate(tiny_pairs.rows(sum(sizes)))
   ]
   assert holdout.hold_out(rows, share).ranges == ranges
 
 
-def test_rows_that_all_share_a_picture_cannot_be_divided(tmp_path):
-  rows = [row._replace(pairs=(Pair(picture(0), picture(1 + i)),))
+def test_rows_that_all_share_an_image_cannot_be_divided(tmp_path):
+  rows = [row._replace(pairs=(Pair(image(0), image(1 + i)),))
           for i, row in enumerate(tiny_pairs.rows(4))]  # fmt: skip
   with pytest.raises(InputError, match=r'holdout is 0\.25, and all 4 rows belong together'):
     pack({'train': rows}, tmp_path / 'set', holdout=0.25, **QUIET)
@@ -174,7 +174,7 @@ def test_rows_that_all_share_a_picture_cannot_be_divided(tmp_path):
 
 
 class Counted(list):
-  """Rows that count how often one was read."""
+  """Counts how often a row is read."""
 
   reads = 0
 
@@ -183,7 +183,7 @@ class Counted(list):
     return super().__getitem__(i)
 
 
-def test_machines_and_second_tries_take_the_choice_of_the_first(tmp_path):
+def test_later_runs_take_the_choice_of_the_first(tmp_path):
   rows = tiny_pairs.rows(20)
   rows[3] = rows[3]._replace(pairs=rows[19].pairs)
   options = {'holdout': 0.2, 'shard_bytes': 10_000} | QUIET
@@ -191,23 +191,23 @@ def test_machines_and_second_tries_take_the_choice_of_the_first(tmp_path):
   pack({'train': rows}, tmp_path / 'two', shard='0/2', **options)
   second = Counted(rows)
   pack({'train': second}, tmp_path / 'two', shard='1/2', **options)
-  assert second.reads < 2 * 20  # the plan looks at 16 + 4, and half of the rows are packed
+  assert second.reads < 2 * 20  # the plan reads 16 + 4, and half of the rows are packed
   files = lambda folder: {path.name: path.read_bytes() for path in folder.iterdir()}
   assert files(tmp_path / 'one') == files(tmp_path / 'two')
   held = [row.name for row in shards.open_shards(tmp_path / 'one', 'validation')]
-  assert held == [f'memory: row {i}' for i in (15, 16, 17, 18)]  # 19 goes with 3
+  assert held == [f'memory: row {i}' for i in (15, 16, 17, 18)]  # 19 shares an image with 3
   with pytest.raises(InputError, match=r'begun with holdout 0\.2 and not 0\.1'):
     pack({'train': rows}, tmp_path / 'one', **options | {'holdout': 0.1})
 
 
-def test_what_is_asked_for_wins_over_the_positions_of_the_original(tmp_path):
+def test_holdout_replaces_the_splits_of_the_original(tmp_path):
   tiny_pairs.write_original(tmp_path, prompts=20, pairs=1)
   for share, expected in ((None, [18, 1, 1]), (0.0, [20, 0, 0]), (0.25, [20, 0, 0])):
     opened = open_splits(str(tmp_path), holdout=share)
     assert [len(opened[split]) for split in SPLITS] == expected
 
 
-def test_a_data_set_that_has_a_validation_split_takes_no_other(tmp_path):
+def test_a_validation_split_excludes_holdout(tmp_path):
   for name in ('train', 'val'):
     tiny_pairs.write_metadata(tmp_path / name, 4)
   with pytest.raises(InputError, match=r'has 4 rows for validation already; leave --holdout out'):

@@ -1,4 +1,4 @@
-"""Precomputed latents: training from them sees what training from the pictures sees."""
+"""Precomputed latents: training from them sees the same as training from images."""
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ def tokenizer():
 @pytest.fixture(scope='module')
 def packed(tmp_path_factory, tokenizer):
   """A function that packs rows and gives (the new folder, the summary)."""
-  whole = {
+  required = {
     'networks': tiny.networks(),
     'params': tiny.params()['vae'],
     'tokenizer': tokenizer,
@@ -43,7 +43,7 @@ def packed(tmp_path_factory, tokenizer):
 
   def pack(rows, folder=None, **options):
     folder = folder or tmp_path_factory.mktemp('latents') / 'set'
-    return folder, pack_latents({'train': rows}, folder, **(whole | OPTIONS | options))
+    return folder, pack_latents({'train': rows}, folder, **(required | OPTIONS | options))
 
   return pack
 
@@ -62,7 +62,7 @@ def encode():
 
 @pytest.fixture(scope='module')
 def rows():
-  """Two pairs each, wide pictures; the first has several instructions and must not be mirrored."""
+  """Two pairs of wide images each. Row 0 has several instructions and may not be mirrored."""
   rows = tiny_pairs.rows(5, pairs=2)
   texts = ('make it blue', 'turn left', 'more')
   return [rows[0]._replace(instructions=texts, may_flip=False), *rows[1:]]
@@ -77,28 +77,33 @@ def read(folder):
   return shards.open_shards(folder, 'train')
 
 
+def files(folder):
+  return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 def assert_half(stored, exact):
   assert stored.dtype == np.float16
   np.testing.assert_allclose(np.float32(stored), exact, rtol=HALF, atol=1e-4)
 
 
-def test_both_mirrorings_are_encoded_as_they_would_be_while_training(folder, rows, encode):
+def test_both_mirrorings_are_encoded_as_in_training(folder, rows, encode):
   stored = read(folder)
   assert len(stored) == 5
   for row, latents in zip(rows, stored, strict=True):
     for k, pair in enumerate(row.pairs):
-      for image, of in zip(pair, ('input', 'edited'), strict=True):
-        pixels = examples.picture(image, R)
+      for image, role in zip(pair, ('input', 'edited'), strict=True):
+        pixels = examples.decode_image(image, R)
         mean, log_variance = encode(np.stack([pixels, pixels[:, ::-1]]))
-        assert_half(getattr(latents, f'{of}_mean')[k], mean)
-        if of == 'edited':
+        assert_half(getattr(latents, f'{role}_mean')[k], mean)
+        if role == 'edited':
           assert_half(latents.edited_log_variance[k], log_variance)
-        # It is the pixels that are mirrored: mirroring latents would not do.
+        # Pixels are mirrored, not latents.
         assert np.abs(mean[1] - mean[0][:, ::-1]).max() > 0.1
 
 
 def test_latents_agree_with_diffusers(folder, rows):
-  pixels = np.stack([examples.picture(row.pairs[1].edited_image, R) for row in rows])[:, :, ::-1]
+  pixels = np.stack([examples.decode_image(row.pairs[1].edited_image, R) for row in rows])
+  pixels = pixels[:, :, ::-1]
   with torch.no_grad():
     posterior = tiny.models()['vae'].encode(reference.nchw(np.float32(pixels) / 127.5 - 1))
   stored = read(folder)
@@ -125,7 +130,7 @@ def test_training_draws_the_same_examples_from_latents(packed, rows, tokenizer, 
       assert_half(stored['edited_log_variance'], log_variance[1])
 
 
-def test_texts_and_facts_come_along(folder, rows, tokenizer):
+def test_names_tokens_and_mirroring_are_stored(folder, rows, tokenizer):
   stored = read(folder)
   assert [latents.name for latents in stored] == [row.name for row in rows]
   assert [latents.may_flip for latents in stored] == [False, True, True, True, True]
@@ -134,18 +139,19 @@ def test_texts_and_facts_come_along(folder, rows, tokenizer):
     np.testing.assert_array_equal(latents.token_ids, tokenizer(row.instructions))
 
 
-def test_the_description_says_what_they_are_good_for(folder):
-  about = shards.describe(folder)
-  assert about['kind'] == 'latents' and about['splits'] == {'train': 5}
-  assert about['resolution'] == R and about['fingerprint'] == 'abc'
-  assert about['settings']['has_input'] and about['settings']['latent_shape'] == [8, 8, 4]
+def test_the_description_has_resolution_and_fingerprint(folder):
+  description = shards.describe(folder)
+  assert description['kind'] == 'latents' and description['splits'] == {'train': 5}
+  assert description['resolution'] == R and description['fingerprint'] == 'abc'
+  settings = description['settings']
+  assert settings['has_input'] and settings['latent_shape'] == [8, 8, 4]
 
 
-def test_captioned_pictures_have_no_input(packed, rows, encode):
+def test_captioned_images_have_no_input(packed, rows, encode):
   captioned = [row._replace(pairs=(Pair(None, row.pairs[1].edited_image),)) for row in rows]
   stored = read(packed(captioned)[0])
   assert stored[2].input_mean is None
-  mean, _ = encode(np.stack([examples.picture(rows[2].pairs[1].edited_image, R)] * 2))
+  mean, _ = encode(np.stack([examples.decode_image(rows[2].pairs[1].edited_image, R)] * 2))
   assert_half(stored[2].edited_mean[0, 0], mean[0])
 
 
@@ -153,17 +159,17 @@ def test_tensorflow_datasets_reads_the_folder(folder):
   source = tfds.builder_from_directory(folder).as_data_source(split='train')
   latents = read(folder)[1]
   for name in ('token_ids', 'input_mean', 'edited_mean', 'edited_log_variance'):
-    found = source[1][name]
-    np.testing.assert_array_equal(found, getattr(latents, name))
-    assert found.dtype == getattr(latents, name).dtype
+    value = source[1][name]
+    np.testing.assert_array_equal(value, getattr(latents, name))
+    assert value.dtype == getattr(latents, name).dtype
 
 
 @pytest.mark.parametrize(('batch_size', 'workers'), [(1, 4), (40, 0)])
 def test_batches_and_threads_do_not_matter(packed, folder, rows, batch_size, workers):
-  other = read(packed(rows, batch_size=batch_size, workers=workers)[0])
-  for one, two in zip(read(folder), other, strict=True):
+  again = read(packed(rows, batch_size=batch_size, workers=workers)[0])
+  for a, b in zip(read(folder), again, strict=True):
     for name in ('input_mean', 'edited_mean', 'edited_log_variance'):
-      assert_half(getattr(one, name), np.float32(getattr(two, name)))
+      assert_half(getattr(a, name), np.float32(getattr(b, name)))
 
 
 def test_bfloat16_is_a_coarser_encoder(packed, folder, rows):
@@ -172,23 +178,23 @@ def test_bfloat16_is_a_coarser_encoder(packed, folder, rows):
   assert 1e-3 < error < 3e-2
 
 
-def test_broken_rows_are_left_out_and_the_others_keep_their_latents(packed, folder, rows):
+def test_broken_rows_do_not_change_the_others(packed, folder, rows):
   bad = [*rows]
   bad[1] = rows[1]._replace(pairs=(Pair(b'', rows[1].pairs[0].edited_image),))
   with pytest.raises(InputError, match=r'1 broken row, .*row 1: the input image is missing'):
     packed(bad)
   path, summary = packed(bad, max_corrupt=1)
   assert summary.rows == {'train': 4} and 'row 1' in summary.skipped[0]
-  for one, two in zip([read(folder)[i] for i in (0, 2, 3, 4)], read(path), strict=True):
-    assert one.name == two.name
-    assert_half(one.input_mean, np.float32(two.input_mean))
+  for a, b in zip([read(folder)[i] for i in (0, 2, 3, 4)], read(path), strict=True):
+    assert a.name == b.name
+    assert_half(a.input_mean, np.float32(b.input_mean))
 
 
-def test_killed_it_goes_on_to_the_same_bytes(packed, folder, rows):
+def test_a_killed_pack_continues_to_the_same_bytes(packed, folder, rows):
   class Source(list):
     def __init__(self, rows):
       super().__init__(rows)
-      self.left = 2 * len(rows) - 1  # the plan looks at each, then they are read one by one
+      self.left = 2 * len(rows) - 1  # the plan reads each once, then they are read one by one
 
     def __getitem__(self, i):
       self.left -= 1
@@ -203,18 +209,14 @@ def test_killed_it_goes_on_to_the_same_bytes(packed, folder, rows):
     read(path)
   assert list(path.glob('edits-*'))
   packed(rows, path, shard_bytes=20_000)
-  assert {p.name: p.read_bytes() for p in folder.iterdir()} == {
-    p.name: p.read_bytes() for p in path.iterdir()
-  }
+  assert files(folder) == files(path)
 
 
 def test_machines_share_the_work(packed, folder, rows):
   path, first = packed(rows, shard='1/2', shard_bytes=20_000)
   assert not first.is_complete
   assert packed(rows, path, shard='0/2', shard_bytes=20_000)[1].is_complete
-  assert {p.name: p.read_bytes() for p in folder.iterdir()} == {
-    p.name: p.read_bytes() for p in path.iterdir()
-  }
+  assert files(folder) == files(path)
 
 
 def test_a_pair_and_its_way_back_are_in_one_split(packed):

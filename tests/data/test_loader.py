@@ -56,12 +56,12 @@ def settings(**data) -> Framing:
   return Framing(SIDE, **data)
 
 
+OPTIONS = {'seed': 7, 'batch_size': 10, 'framing': settings(), 'tokenizer': tokenizer}
+
+
 def taken(sources, weights=(1,), count=3, **changes) -> list[loader.Batch]:
   """The first batches."""
-  options = {
-    'seed': 7, 'batch_size': 10, 'start_step': 0, 'workers': 0, 'framing': settings(),
-    'tokenizer': tokenizer,
-  } | changes  # fmt: skip
+  options = OPTIONS | {'start_step': 0, 'workers': 0} | changes
   options.setdefault('rows', np.arange(options['batch_size']))
   with contextlib.closing(loader.batches(sources, weights, **options)) as batches:
     return list(itertools.islice(batches, count))
@@ -79,8 +79,8 @@ def assert_same(batches, expected):
 # Order
 
 
-@pytest.mark.parametrize('few', [0, 100])  # Grain's shuffle, and that of small sets
-def test_every_epoch_has_every_row_once_in_a_new_order(monkeypatch, few):
+@pytest.mark.parametrize('few', [0, 100])  # Grain's shuffle, and the one for small sources
+def test_every_epoch_has_every_row_in_a_new_order(monkeypatch, few):
   monkeypatch.setattr(loader, 'FEW', few)
   order = loader.order([23], [1], seed=0)
   epochs = [[order[epoch * 23 + i] for i in range(23)] for epoch in range(20)]
@@ -104,10 +104,10 @@ def test_the_first_rows_of_epochs_are_spread_over_all():
   assert all(60 < first[quarter] < 140 for quarter in range(4))  # 4.6 standard deviations
 
 
-def test_a_mixture_keeps_its_proportions_and_each_sources_epochs():
+def test_a_mixture_keeps_proportions_and_epochs():
   order = loader.order([7, 11, 5], [3, 1, 0.5], seed=0)
   places = [order[p] for p in range(9000)]
-  for start in (0, 450, 8100):  # evenly all along
+  for start in (0, 450, 8100):  # even at all times
     counts = Counter(source for source, _ in places[start : start + 900])
     assert [counts[source] for source in range(3)] == pytest.approx([600, 200, 100], abs=1)
   for source, length in enumerate([7, 11, 5]):
@@ -119,12 +119,12 @@ def test_a_mixture_keeps_its_proportions_and_each_sources_epochs():
 # Batches
 
 
-def test_an_example_depends_on_its_place_alone():
+def test_an_example_depends_only_on_its_place():
   rows = image_rows(13)
-  whole = np.concatenate([batch['input_image'] for batch in taken([rows], count=6)])
-  other = np.concatenate([b['input_image'] for b in taken([rows], count=3, batch_size=20)])
-  np.testing.assert_array_equal(whole, other)
-  assert len({example.tobytes() for example in whole}) > 20  # 13, and mirrored
+  images = np.concatenate([batch['input_image'] for batch in taken([rows], count=6)])
+  larger = np.concatenate([b['input_image'] for b in taken([rows], count=3, batch_size=20)])
+  np.testing.assert_array_equal(images, larger)
+  assert len({example.tobytes() for example in images}) > 20  # 13, and mirrored
 
 
 def test_batches_have_every_row_of_an_epoch_once():
@@ -132,31 +132,29 @@ def test_batches_have_every_row_of_an_epoch_once():
   assert sorted(tokens[:30]) == sorted(tokens[30:]) == list(range(30))
 
 
-def test_two_hosts_together_feed_what_one_does():
+def test_two_hosts_feed_the_rows_of_one():
   rows, split = image_rows(13), ([0, 2, 3, 7, 9], [1, 4, 5, 6, 8])
-  whole = taken([rows])
+  batches = taken([rows])
   for part in split:
-    expected = [{key: value[part] for key, value in batch.items()} for batch in whole]
+    expected = [{key: value[part] for key, value in batch.items()} for batch in batches]
     assert_same(taken([rows], rows=np.array(part)), expected)
     assert taken([rows], rows=np.array(part))[0]['index'].tolist() == part
 
 
 def test_a_batch_of_many_parts_is_in_order(monkeypatch):
-  whole = taken([image_rows(13)])
+  expected = taken([image_rows(13)])
   monkeypatch.setattr(loader, 'PART', 3)
-  assert_same(taken([image_rows(13)]), whole)
+  assert_same(taken([image_rows(13)]), expected)
 
 
-def test_starting_at_a_step_is_skipping_those_before():
+def test_a_start_step_skips_earlier_batches():
   rows = image_rows(13)
   assert_same(taken([rows], start_step=4), taken([rows], count=7)[4:])
 
 
-def test_any_step_can_be_looked_into():
+def test_batch_at_gives_any_step():
   rows, step = image_rows(13), 10**9
-  options = {'seed': 7, 'batch_size': 10, 'rows': np.array([1, 5]), 'framing': settings(),
-             'tokenizer': tokenizer}  # fmt: skip
-  batch = loader.batch_at([rows], [1], step=step, **options)
+  batch = loader.batch_at([rows], [1], step=step, rows=np.array([1, 5]), **OPTIONS)
   assert_same([batch], taken([rows], count=1, start_step=step, rows=np.array([1, 5])))
 
 
@@ -177,7 +175,7 @@ def test_a_broken_row_has_no_weight_and_is_named():
     assert batch['weight'].sum() == 9 and sum(map(bool, batch['error'])) == 1
 
 
-def test_a_source_that_refuses_a_row_is_a_broken_row():
+def test_an_input_error_of_a_source_is_a_broken_row():
   (batch,) = taken([Refusing(image_rows(10), InputError('line 4 is no JSON'))], count=1)
   assert batch['error'][batch['weight'] == 0].tolist() == ['line 4 is no JSON']
 
@@ -208,7 +206,7 @@ class Refusing(list):
 @pytest.mark.parametrize(
   ('sources', 'weights', 'problem'),
   [
-    ([image_rows(2), latent_rows(2)], [1, 1], 'all must be pictures, or all latents'),
+    ([image_rows(2), latent_rows(2)], [1, 1], 'all must be images, or all latents'),
     ([latent_rows(2), latent_rows(2, side=8)], [1, 1], 'of one resolution'),
     ([image_rows(2), []], [1, 1], 'data set 2 has no examples'),
     ([image_rows(2)], [0], 'data set 1 has weight 0'),
@@ -216,7 +214,7 @@ class Refusing(list):
      'all broken: bad: the input image'),
   ],
 )  # fmt: skip
-def test_what_cannot_be_mixed_is_refused_at_once(sources, weights, problem):
+def test_an_impossible_mixture_is_refused_at_once(sources, weights, problem):
   with pytest.raises(InputError, match=problem):
     taken(sources, weights)
 
@@ -242,7 +240,7 @@ def test_workers_change_nothing_and_leave_nothing(monkeypatch):
 
 
 @pytest.mark.parametrize('workers', [0, 1])
-def test_other_errors_stop_the_run_and_say_where(workers):
+def test_other_errors_stop_the_run(workers):
   class Odd(Exception):
     def __init__(self, path, line):  # cannot be pickled
       super().__init__(f'{path} is gone')
@@ -251,26 +249,25 @@ def test_other_errors_stop_the_run_and_say_where(workers):
   source.error = OSError('the disk is gone') if workers else Odd('a.json', 3)
   with pytest.raises(RuntimeError, match=r'examples of step 0 failed with .* is gone') as caught:
     taken([source], workers=workers)
-  assert 'in __getitem__' in str(caught.value)  # where it happened
+  assert 'in __getitem__' in str(caught.value)  # the traceback
   assert not multiprocessing.active_children()
 
 
 def test_a_killed_worker_stops_the_run():
-  options = {'seed': 7, 'batch_size': 10, 'rows': np.arange(10), 'framing': settings(),
-             'tokenizer': tokenizer}  # fmt: skip
-  batches = loader.batches([image_rows(10)], [1], start_step=0, workers=1, **options)
+  options = OPTIONS | {'rows': np.arange(10), 'start_step': 0, 'workers': 1}
+  batches = loader.batches([image_rows(10)], [1], **options)
   next(batches)
   (worker,) = multiprocessing.active_children()
   worker.kill()
   with pytest.raises(RuntimeError, match='terminated unexpectedly with exit code -9'):
-    for _ in range(10):  # what it had made is still given out
+    for _ in range(10):  # batches that it had finished still arrive
       next(batches)
 
 
-def test_without_room_in_shared_memory_threads_do_the_work(monkeypatch):
+def test_without_shared_memory_threads_do_the_work(monkeypatch):
   usage = namedtuple('usage', 'free')
   monkeypatch.setattr(loader.shutil, 'disk_usage', lambda path: usage(free=1000))
-  monkeypatch.delattr(loader.grain.IterDataset, 'mp_prefetch')  # no process may be started
+  monkeypatch.delattr(loader.grain.IterDataset, 'mp_prefetch')  # fails if a process is started
   expected = taken([image_rows(13)])
   with pytest.warns(UserWarning, match='data.workers need'):
     assert_same(taken([image_rows(13)], workers=2), expected)
@@ -302,7 +299,7 @@ ORPHANS = """
 """
 
 
-def test_workers_see_no_accelerator_and_die_with_a_killed_parent(tmp_path):
+def test_workers_use_the_cpu_and_die_with_their_parent(tmp_path):
   script = tmp_path / 'orphans.py'
   script.write_text(textwrap.dedent(ORPHANS))
   environment = {key: value for key, value in os.environ.items() if key != 'JAX_PLATFORMS'}
@@ -310,7 +307,7 @@ def test_workers_see_no_accelerator_and_die_with_a_killed_parent(tmp_path):
     [sys.executable, str(script), HERE, os.path.dirname(HERE)],
     stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, text=True,
   )  # fmt: skip
-  # Workers inherit the pipe, so it ends only when the last of them is gone.
+  # Workers inherit the pipe, so it ends with the last of them.
   output, _ = process.communicate(timeout=120)
   assert process.returncode == -9
   assert output == 'platforms: cpu\n'
@@ -323,23 +320,23 @@ def test_validation_goes_through_the_first_rows_in_order():
   framing = settings(largest_resize=12, flip_rate=1.0)
   rows, hosts = image_rows(30), (np.array([0, 2]), np.array([1, 3]))
   options = {'batch_size': 4, 'examples': 10, 'framing': framing, 'tokenizer': tokenizer}
-  whole = list(loader.validation_batches(rows, rows=np.arange(4), **options))
-  assert [batch['index'].tolist() for batch in whole] == [
+  batches = list(loader.validation_batches(rows, rows=np.arange(4), **options))
+  assert [batch['index'].tolist() for batch in batches] == [
     [0, 1, 2, 3],
     [4, 5, 6, 7],
     [8, 9, 10, 11],
   ]
-  assert [batch['weight'].tolist() for batch in whole] == [[1] * 4, [1] * 4, [1, 1, 0, 0]]
-  assert np.concatenate([b['token_ids'][:, 0] for b in whole])[:10].tolist() == list(range(10))
+  assert [batch['weight'].tolist() for batch in batches] == [[1] * 4, [1] * 4, [1, 1, 0, 0]]
+  assert np.concatenate([b['token_ids'][:, 0] for b in batches])[:10].tolist() == list(range(10))
   first = np.asarray(Image.open(io.BytesIO(rows[0].pairs[0].input_image)))
-  np.testing.assert_array_equal(whole[0]['input_image'][0], first)
-  assert not any(error for batch in whole for error in batch['error'])
+  np.testing.assert_array_equal(batches[0]['input_image'][0], first)
+  assert not any(error for batch in batches for error in batch['error'])
   for host in hosts:
-    expected = [{key: value[host] for key, value in batch.items()} for batch in whole]
+    expected = [{key: value[host] for key, value in batch.items()} for batch in batches]
     assert_same(list(loader.validation_batches(rows, rows=host, **options)), expected)
 
 
-def test_validation_takes_no_more_than_there_is():
+def test_validation_takes_no_more_rows_than_exist():
   options = {'batch_size': 4, 'rows': np.arange(4), 'framing': settings(), 'tokenizer': tokenizer}
   batches = list(loader.validation_batches(image_rows(3), examples=100, **options))
   assert [batch['weight'].tolist() for batch in batches] == [[1, 1, 1, 0]]
@@ -349,7 +346,7 @@ def test_validation_takes_no_more_than_there_is():
 
 
 def feed(count, batch_size, log=None, errors=()):
-  """Batches of known values, as `batches` gives them; `log` gets what happens."""
+  """Batches like those of `batches`, with known values. `log` gets the steps and the close."""
   log = [] if log is None else log
   try:
     for step in range(count):
@@ -364,7 +361,7 @@ def feed(count, batch_size, log=None, errors=()):
     log.append('closed')
 
 
-def test_rows_land_where_they_belong_whatever_the_order_of_devices():
+def test_rows_land_in_place_for_any_order_of_devices():
   devices = np.array(jax.devices())[[5, 2, 7, 0, 1, 6, 3, 4]].reshape(4, 2)
   sharding = NamedSharding(Mesh(devices, ('data', 'fsdp')), P(('data', 'fsdp')))
   batches = list(loader.to_device(feed(3, 16), sharding, 16))
@@ -383,9 +380,9 @@ def one_device():
   return jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
-def test_batches_wait_ahead_and_no_further():
+def test_prefetch_limits_the_batches_ahead():
   log = []
-  reader = feed(50, 2, log)  # a name, lest it is closed for having none
+  reader = feed(50, 2, log)  # the name keeps it from being closed
   batches = loader.to_device(reader, one_device(), 2, prefetch=3)
   next(batches), next(batches)
   time.sleep(0.3)
@@ -405,7 +402,7 @@ def test_errors_are_reported_with_their_batch():
   assert reported == [['row 1', 'row 2']] * 2
 
 
-def test_an_exception_of_the_reader_arrives_and_closes_it():
+def test_an_exception_of_the_reader_closes_it():
   log = []
 
   def failing():
@@ -442,7 +439,7 @@ HOSTS = """
 
 
 @pytest.mark.slow
-def test_rows_of_two_hosts_land_where_they_belong():
+def test_rows_of_two_hosts_land_in_place():
   with socket.create_server(('localhost', 0)) as server:
     port = server.getsockname()[1]  # free a moment later
   environment = os.environ | {'XLA_FLAGS': '--xla_force_host_platform_device_count=4'}

@@ -1,4 +1,4 @@
-"""Packing: what comes back, at what size, and what becomes of broken rows and files."""
+"""Packing: rows that come back, their sizes, and broken rows and files."""
 
 import dataclasses
 import io
@@ -51,7 +51,7 @@ class Broken:
     return self.rows[i]
 
 
-# What comes back
+# Reading back
 
 
 def test_rows_come_back_as_they_were(tmp_path, rng):
@@ -66,13 +66,13 @@ def test_rows_come_back_as_they_were(tmp_path, rng):
   assert list(shards.open_shards(tmp_path / 'set', 'test')) == rows[:2]
 
 
-def test_captioned_pictures_have_no_input(tmp_path, rows):
+def test_captioned_images_have_no_input(tmp_path, rows):
   captioned = [row._replace(pairs=(Pair(None, row.pairs[0].edited_image),)) for row in rows]
   pack({'train': captioned}, tmp_path / 'set', **QUIET)
   assert list(shards.open_shards(tmp_path / 'set', 'train')) == captioned
 
 
-def test_an_absent_split_is_empty_and_an_unknown_one_a_mistake(tmp_path, rows):
+def test_an_absent_split_is_empty(tmp_path, rows):
   pack({'train': rows, 'test': []}, tmp_path / 'set', **QUIET)
   assert len(shards.open_shards(tmp_path / 'set', 'validation')) == 0
   assert len(shards.open_shards(tmp_path / 'set', 'test')) == 0
@@ -102,39 +102,39 @@ def test_a_source_is_pickled_without_its_open_files(tmp_path, rows):
   assert again[0] == first and again[11] == source[11]
 
 
-def test_the_description_says_what_is_inside(tmp_path, rows):
+def test_the_description_has_kind_splits_and_settings(tmp_path, rows):
   pack({'train': rows, 'validation': rows[:3]}, tmp_path / 'set', size=256, **QUIET)
-  about = shards.describe(tmp_path / 'set')
-  assert about['kind'] == 'images' and about['fingerprint'] is None
-  assert about['splits'] == {'train': 12, 'validation': 3}
-  assert about['settings'] == {'size': 256, 'quality': 95, 'has_input': True}
-  assert about['skipped'] == []
+  description = shards.describe(tmp_path / 'set')
+  assert description['kind'] == 'images' and description['fingerprint'] is None
+  assert description['splits'] == {'train': 12, 'validation': 3}
+  assert description['settings'] == {'size': 256, 'quality': 95, 'has_input': True}
+  assert description['skipped'] == []
 
 
 # Sizes
 
 
-def test_large_pictures_get_a_short_side_of_nine_eighths(tmp_path, rng):
+def test_large_images_get_a_short_side_of_nine_eighths(tmp_path, rng):
   large, small = rng.integers(0, 256, (2, 90, 60, 3), np.uint8), tiny_pairs.pair(0, (60, 40))
   large = Pair(encoded(large[0]), encoded(large[1]))
   pack({'train': [Row('r', ('x',), (large, small))]}, tmp_path / 'set', size=40, **QUIET)
   big, little = shards.open_shards(tmp_path / 'set', 'train')[0].pairs
   assert decoded(big.input_image).shape == decoded(big.edited_image).shape == (68, 45, 3)
-  assert little == small  # byte for byte: nothing is made larger, or encoded a second time
+  assert little == small  # byte for byte: neither enlarged nor encoded again
 
 
-def test_without_loss_a_smaller_picture_is_lanczos_of_the_upright_one_on_white(tmp_path, rng):
+def test_lossless_shrinking_is_lanczos_upright_on_white(tmp_path, rng):
   array = rng.integers(0, 256, (80, 120, 4), np.uint8)
   exif = Image.Exif()
   exif[274] = 6  # turned to the right
   pair = Pair(*[encoded(array, exif=exif)] * 2)
   options = {'size': 32, 'quality': None} | QUIET
   pack({'train': [Row('r', ('x',), (pair,))]}, tmp_path / 'set', **options)
-  found = shards.open_shards(tmp_path / 'set', 'train')[0].pairs[0]
+  packed = shards.open_shards(tmp_path / 'set', 'train')[0].pairs[0]
   image = Image.fromarray(array).transpose(Image.Transpose.ROTATE_270)
   image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('RGB')
   expected = np.asarray(image.resize((36, 54), Image.Resampling.LANCZOS))
-  np.testing.assert_array_equal(decoded(found.input_image), expected)
+  np.testing.assert_array_equal(decoded(packed.input_image), expected)
 
 
 def test_jpeg_is_close_to_lossless(tmp_path):
@@ -151,7 +151,7 @@ def test_jpeg_is_close_to_lossless(tmp_path):
 # Broken rows and files
 
 
-def test_broken_rows_stop_it_and_are_named(tmp_path, rows):
+def test_broken_rows_stop_the_pack(tmp_path, rows):
   bad = [*rows]
   bad[3] = rows[3]._replace(pairs=(Pair(rows[3].pairs[0].input_image[:300], b'nothing'),))
   with pytest.raises(InputError, match=r'2 broken rows, .*row 3: the input image.*line 6'):
@@ -162,7 +162,7 @@ def test_broken_rows_stop_it_and_are_named(tmp_path, rows):
   ('change', 'message'),
   [
     ({'instructions': ()}, 'row 4: has no instruction'),
-    ({'pairs': ()}, 'row 4: has no picture'),
+    ({'pairs': ()}, 'row 4: has no image'),
     ({'pairs': (Pair(None, tiny_pairs.photo(1)),)}, 'row 4: lacks its input image'),
     (
       {'pairs': (Pair(tiny_pairs.photo(1), tiny_pairs.photo(2, (64, 96))),)},
@@ -171,33 +171,33 @@ def test_broken_rows_stop_it_and_are_named(tmp_path, rows):
     ({'caption': '\ud800'}, 'row 4: holds text that is not Unicode'),
   ],
 )
-def test_what_training_would_refuse_is_not_packed(tmp_path, rows, change, message):
+def test_rows_that_training_would_refuse_are_not_packed(tmp_path, rows, change, message):
   bad = [*rows[:4], rows[4]._replace(**change), *rows[5:]]
   with pytest.raises(InputError, match=message):
     pack({'train': bad}, tmp_path / 'set', **QUIET)
 
 
-def test_some_broken_rows_may_be_left_out_and_are_listed(tmp_path, rows):
-  said, options = [], {'max_corrupt': 2, 'shard_bytes': BYTES, 'workers': 0}
-  options['say'] = said.append
+def test_max_corrupt_rows_are_left_out_and_listed(tmp_path, rows):
+  lines, options = [], {'max_corrupt': 2, 'shard_bytes': BYTES, 'workers': 0}
+  options['say'] = lines.append
   summary = pack({'train': Broken(rows, (0, 7))}, tmp_path / 'set', **options)
   assert summary.rows == {'train': 10}
   assert len(summary.skipped) == 2 and 'line 8: the file is gone' in summary.skipped[1]
   assert shards.describe(tmp_path / 'set')['skipped'] == list(summary.skipped)
-  assert 'left out: photos.jsonl: line 1: the file is gone' in said
+  assert 'left out: photos.jsonl: line 1: the file is gone' in lines
   source = shards.open_shards(tmp_path / 'set', 'train')
   assert list(source) == [row for i, row in enumerate(rows) if i not in (0, 7)]
 
 
 def test_a_file_of_broken_rows_only_is_an_empty_file(tmp_path, rows):
-  options = {'max_corrupt': 6, 'shard_bytes': 1} | QUIET  # one row a file
+  options = {'max_corrupt': 6, 'shard_bytes': 1} | QUIET  # one row per file
   pack({'train': Broken(rows, (0, 1, 5, 11))}, tmp_path / 'set', **options)
   source = shards.open_shards(tmp_path / 'set', 'train')
   assert [row.name for row in source] == [rows[i].name for i in (2, 3, 4, 6, 7, 8, 9, 10)]
   assert len(tfds.builder_from_directory(tmp_path / 'set').as_data_source(split='train')) == 8
 
 
-def test_mended_rows_are_packed_after_all(tmp_path, rows):
+def test_mended_rows_are_packed_later(tmp_path, rows):
   options = {'shard_bytes': BYTES} | QUIET
   with pytest.raises(InputError, match='line 9'):
     pack({'train': Broken(rows, (8,))}, tmp_path / 'set', **options)
@@ -205,7 +205,7 @@ def test_mended_rows_are_packed_after_all(tmp_path, rows):
   assert list(shards.open_shards(tmp_path / 'set', 'train')) == rows
 
 
-def test_a_damaged_record_is_named_and_the_others_are_read(tmp_path, rows):
+def test_a_damaged_record_breaks_only_its_row(tmp_path, rows):
   pack({'train': rows}, tmp_path / 'set', **QUIET)
   (file,) = (tmp_path / 'set').glob('edits-*')
   content = bytearray(file.read_bytes())
@@ -230,10 +230,10 @@ def test_a_missing_or_short_file_is_named(tmp_path, rows):
     shards.open_shards(tmp_path / 'set', 'train')
 
 
-# Held out
+# Holdout
 
 
-def test_the_last_rows_are_held_out_where_nothing_is(tmp_path, rows):
+def test_holdout_takes_the_last_rows(tmp_path, rows):
   pack({'train': rows}, tmp_path / 'set', holdout=0.25, **QUIET)
   assert list(shards.open_shards(tmp_path / 'set', 'train')) == rows[:9]
   assert list(shards.open_shards(tmp_path / 'set', 'validation')) == rows[9:]
@@ -261,6 +261,6 @@ def test_impossible_values_are_refused(tmp_path, rows, options, message):
   assert not (tmp_path / 'set').exists()
 
 
-def test_nothing_to_pack_is_a_mistake(tmp_path):
+def test_an_empty_source_is_refused(tmp_path):
   with pytest.raises(InputError, match='no rows'):
     pack({'train': []}, tmp_path / 'set', **QUIET)

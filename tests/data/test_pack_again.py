@@ -1,4 +1,4 @@
-"""Packing that is killed, shared by machines, repeated: the data set is the same, byte for byte."""
+"""A pack that is killed, repeated or shared by machines gives the same data set, byte for byte."""
 
 import concurrent.futures
 import functools
@@ -28,7 +28,7 @@ def rows():
 
 
 def files(folder: Path) -> dict[str, bytes]:
-  """Everything that lies in a folder, hidden or not."""
+  """All files of a folder, hidden or not."""
   return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob('*') if p.is_file()}
 
 
@@ -37,7 +37,7 @@ class Killed(BaseException):
 
 
 def dies_at(monkeypatch, number: int, after: bool, work) -> bool:
-  """Runs `work` and kills it at a rename or link; False if there were not so many."""
+  """Runs `work` and kills it at the numbered rename or link. False if there were fewer."""
   calls = iter(range(1000))
 
   def dying(act):
@@ -61,7 +61,7 @@ def dies_at(monkeypatch, number: int, after: bool, work) -> bool:
 
 
 @pytest.mark.parametrize('after', [False, True])
-def test_killed_at_any_rename_it_goes_on_to_the_same_bytes(tmp_path, rows, monkeypatch, after):
+def test_a_pack_killed_at_a_rename_continues_to_the_same_bytes(tmp_path, rows, monkeypatch, after):
   sources, options = {'train': rows[:6], 'test': rows[6:8]}, {'shard_bytes': BYTES} | QUIET
   pack(sources, tmp_path / 'whole', **options)
   number, folder = 0, tmp_path / '0'
@@ -78,7 +78,7 @@ def test_killed_at_any_rename_it_goes_on_to_the_same_bytes(tmp_path, rows, monke
 
 
 class Mortal(list):
-  """Rows of which only so many can be read before the process dies."""
+  """Rows; the process dies after `left` reads."""
 
   def __init__(self, rows, left):
     super().__init__(rows)
@@ -91,20 +91,20 @@ class Mortal(list):
     return list.__getitem__(self, i)
 
 
-def test_files_that_are_finished_are_kept_and_damaged_ones_written_again(tmp_path, rows):
+def test_only_damaged_files_are_written_again(tmp_path, rows):
   folder, options = tmp_path / 'set', {'shard_bytes': BYTES} | QUIET
-  with pytest.raises(Killed):  # the plan looks at all 12, then they are read one by one
+  with pytest.raises(Killed):  # the plan reads all 12, then they are read one by one
     pack({'train': Mortal(rows, 12 + 10)}, folder, **options)
-  whole, cut, *more = sorted(folder.glob('edits-*'))
-  kept = whole.stat().st_mtime_ns
+  intact, damaged, *more = sorted(folder.glob('edits-*'))
+  written = intact.stat().st_mtime_ns
   assert len(more) == 1 and not list(folder.glob('*/*.tmp'))
-  os.truncate(cut, 1000)
+  os.truncate(damaged, 1000)
   pack({'train': rows}, folder, **options)
-  assert whole.stat().st_mtime_ns == kept
+  assert intact.stat().st_mtime_ns == written
   assert list(shards.open_shards(folder, 'train')) == rows
 
 
-def test_machines_share_the_work_and_the_last_completes_it(tmp_path, rows):
+def test_the_last_machine_completes_shared_work(tmp_path, rows):
   options = {'shard_bytes': BYTES} | QUIET
   pack({'train': rows}, tmp_path / 'one', **options)
   for part in ('2/3', '0/3'):
@@ -116,7 +116,7 @@ def test_machines_share_the_work_and_the_last_completes_it(tmp_path, rows):
   assert files(tmp_path / 'one') == files(tmp_path / 'three')
 
 
-def test_machines_that_end_together_on_a_slow_disk_complete_it(tmp_path, rows, monkeypatch):
+def test_machines_that_end_together_complete_the_work(tmp_path, rows, monkeypatch):
   ends, finish, read_json = threading.Barrier(4), shard_writing.finish, storage.read_json
 
   def slowly(path):
@@ -137,7 +137,7 @@ def test_machines_that_end_together_on_a_slow_disk_complete_it(tmp_path, rows, m
 
 
 @pytest.mark.parametrize('part', ['3/3', '1', 'a/b', '-1/2', '0/0'])
-def test_a_share_is_i_of_n(tmp_path, rows, part):
+def test_a_bad_shard_is_refused(tmp_path, rows, part):
   with pytest.raises(InputError, match="use 'i/n'"):
     pack({'train': rows}, tmp_path / 'set', shard=part, **QUIET)
 
@@ -164,7 +164,7 @@ def test_another_pack_in_the_same_folder_is_refused(tmp_path, rows):
     pack({'train': rows}, tmp_path / 'mine', **QUIET)
 
 
-def test_where_nothing_can_be_written_it_says_so(tmp_path, rows):
+def test_an_unwritable_folder_is_refused(tmp_path, rows):
   (tmp_path / 'file').write_text('')
   with pytest.raises(InputError, match='file: cannot be written'):
     pack({'train': rows}, tmp_path / 'file', **QUIET)
@@ -204,7 +204,7 @@ if __name__ == '__main__':
 
 
 @pytest.mark.slow
-def test_killed_for_good_it_leaves_no_worker_and_goes_on_to_the_same_bytes(tmp_path):
+def test_a_killed_pack_leaves_no_worker_and_can_continue(tmp_path):
   program, size = tmp_path / 'program.py', 2000
   program.write_text(PROGRAM)
   here = Path(__file__).parents[1]
@@ -233,7 +233,7 @@ def test_killed_for_good_it_leaves_no_worker_and_goes_on_to_the_same_bytes(tmp_p
 
 
 def alive(group: int) -> bool:
-  """Whether a process of the group runs; those that ended but were not waited for do not count."""
+  """Whether a process of the group runs. Zombies do not count."""
   for stat in Path('/proc').glob('[0-9]*/stat'):
     try:
       state, _, pgrp = stat.read_text().rpartition(')')[2].split()[:3]

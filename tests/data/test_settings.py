@@ -1,4 +1,4 @@
-"""Every data setting acts on every layout or is refused, and so do options of pack and check."""
+"""Every data setting, and every option of pack and check, acts on a layout or is refused."""
 
 import dataclasses
 from pathlib import Path
@@ -23,7 +23,7 @@ LAYOUTS = ('metadata', 'parquet', 'original', 'shards', 'latents')
 
 
 def write_latents(folder, count=12):
-  """Random latents, packed with `--resize crop`; every second row must not be mirrored."""
+  """Random latents, packed with `--resize crop`; only every second row may be mirrored."""
   rng = np.random.default_rng(0)
   draw = lambda: rng.normal(size=(1, 2, LATENT, LATENT, 4)).astype(np.float16)
   rows = [
@@ -64,7 +64,7 @@ def data(tmp_path_factory):
 
 
 def swap_sides(folder):
-  """Gives every second instruction of a table a side, so that mirroring is not allowed."""
+  """Adds a side to every second instruction of a table, which forbids mirroring."""
   file = next(path for path in folder.iterdir() if path.is_file())
   if file.suffix == '.jsonl':
     lines = file.read_text().splitlines()
@@ -94,13 +94,13 @@ def first_batch(path, **settings):
   )  # fmt: skip
 
 
-def differ(one, other):
-  return any(not np.array_equal(one[key], other[key]) for key in one)
+def differ(a, b):
+  return any(not np.array_equal(a[key], b[key]) for key in a)
 
 
 NO_COLUMNS = 'has no columns to choose from'
 NO_EFFECT = 'holds latents, on which this has no effect'
-# A setting, and what the layouts say that it cannot act on; it must act on the others.
+# A setting, and the messages of the layouts that refuse it. It must act on the others.
 SETTINGS = [
   (
     {'columns': 'input=src_img'},
@@ -136,11 +136,11 @@ def test_a_data_setting_acts_or_is_refused(data, layout, setting, refused):
     return
   changed = first_batch(data / layout, **(usual | setting))
   if 'workers' in setting or (layout == 'latents' and 'resolution' in setting):
-    return  # the first changes no number; the second is refused beside the checkpoint
+    return  # workers change no number; the checkpoint decides on a resolution
   assert differ(first_batch(data / layout, **usual), changed)
 
 
-def test_what_is_left_at_its_default_is_never_refused(data):
+def test_defaults_are_never_refused(data):
   for layout in ('original', 'shards', 'latents'):
     open_data(TrainConfig(resolution=SIDE, data=DataConfig(path=str(data / layout))))
 
@@ -156,9 +156,8 @@ def test_columns_of_a_mixture_must_be_in_one_of_its_tables(data):
 
 
 ONLY_LATENTS = 'is only for --latents'
-# Words of a command after the data set, and what the layouts answer that it cannot act on.
+# Options of a command, and the messages of the layouts that refuse them.
 OPTIONS = [
-  (('--resize', 'squash'), dict.fromkeys(LAYOUTS, f'--resize {ONLY_LATENTS}')),
   (('--resize', 'squash'), dict.fromkeys(LAYOUTS, f'--resize {ONLY_LATENTS}')),
   (('--dtype', 'bfloat16'), dict.fromkeys(LAYOUTS, f'--dtype {ONLY_LATENTS}')),
   (('--batch-size', '4'), dict.fromkeys(LAYOUTS, f'--batch-size {ONLY_LATENTS}')),
@@ -166,7 +165,7 @@ OPTIONS = [
   (('--size', '64'), {'shards': 'packed for 32 px, and --size 64 would scale them up'}),
   (('--holdout', '0.25'), {}),
   (('--columns', 'input=src_img'), dict.fromkeys(('original', 'shards', 'latents'), NO_COLUMNS)),
-  (('--columns', 'image=edit'), dict.fromkeys(('metadata', 'parquet'), 'is of no use for edit')),
+  (('--columns', 'image=edit'), dict.fromkeys(('metadata', 'parquet'), 'does not fit edit')),
 ]
 
 
@@ -176,18 +175,18 @@ def test_an_option_of_pack_acts_or_is_refused(ip2p, data, tmp_path, words, refus
     usual = ('--columns', 'input=vorher') if layout in ('metadata', 'parquet') else ()
     usual = usual if '--columns' not in words else ()
     out = tmp_path / layout
-    status, said = ip2p('pack', data / layout, out, '--workers', 0, *usual, *words)
+    status, output = ip2p('pack', data / layout, out, '--workers', 0, *usual, *words)
     if layout in refused:
-      assert (status, said.count('\n')) == (2, 1) and refused[layout] in said
+      assert (status, output.count('\n')) == (2, 1) and refused[layout] in output
       assert not out.exists()
     elif '--columns' not in words or layout in ('metadata', 'parquet'):
-      assert status == 0, said
+      assert status == 0, output
       assert bool(shards.describe(out)['splits'].get('validation')) == (
         '--holdout' in words or layout == 'original'
       )
 
 
-def test_packed_again_pictures_keep_what_they_were_packed_for(ip2p, data, tmp_path):
+def test_images_packed_again_keep_their_size(ip2p, data, tmp_path):
   for words, size in (((), SIDE), (('--size', 0), SIDE), (('--size', 16), 16)):
     out = tmp_path / f'{len(list(tmp_path.iterdir()))}'
     assert ip2p('pack', data / 'shards', out, '--workers', 0, *words)[0] == 0
@@ -197,25 +196,25 @@ def test_packed_again_pictures_keep_what_they_were_packed_for(ip2p, data, tmp_pa
 
 def test_an_option_of_check_acts_or_is_refused(ip2p, data):
   for layout in ('original', 'shards', 'latents'):
-    status, said = ip2p('check', data / layout, '--columns', 'input=vorher')
-    assert status == 2 and NO_COLUMNS in said
+    status, output = ip2p('check', data / layout, '--columns', 'input=vorher')
+    assert status == 2 and NO_COLUMNS in output
   for layout, split in (('parquet', 'test'), ('shards', 'validation'), ('latents', 'test')):
     usual = ('--columns', 'input=vorher') if layout == 'parquet' else ()
-    status, said = ip2p('check', data / layout, *usual, '--split', split)
-    assert status == 2 and f'has no rows in the split {split}' in said
+    status, output = ip2p('check', data / layout, *usual, '--split', split)
+    assert status == 2 and f'has no rows in the split {split}' in output
   for words in (('--columns', 'input=a'), ('--limit', 3), ('--split', 'test'),
                 ('--task', 'text_to_image')):  # fmt: skip
-    status, said = ip2p('check', MINIATURE, *words)
-    assert status == 2 and f'is a checkpoint, and {words[0]} is for data sets' in said
+    status, output = ip2p('check', MINIATURE, *words)
+    assert status == 2 and f'is a checkpoint, and {words[0]} is for data sets' in output
   assert ip2p('check', data / 'original', '--split', 'test', '--limit', 3)[0] == 0
 
 
 def test_a_data_set_that_edits_nothing_does_not_pass(ip2p, tmp_path):
-  pictures = [tiny_pairs.photo(i) for i in range(12)]
-  others = [*pictures[:11], tiny_pairs.photo(99)]
-  for name, edited, status in (('same', others, 2), ('other', pictures[::-1], 0)):
-    table = {'input_image': pictures, 'edited_image': edited, 'edit': ['make it red'] * 12}
+  images = [tiny_pairs.photo(i) for i in range(12)]
+  almost_same = [*images[:11], tiny_pairs.photo(99)]
+  for name, edited, expected in (('same', almost_same, 2), ('other', images[::-1], 0)):
+    table = {'input_image': images, 'edited_image': edited, 'edit': ['make it red'] * 12}
     parquet.write_table(pyarrow.table(table), tmp_path / f'{name}.parquet')
-    found, said = ip2p('check', tmp_path / f'{name}.parquet')
-    assert found == status, said
-    assert ('in 11 of 12 pairs both pictures are the same' in said) == (name == 'same')
+    status, output = ip2p('check', tmp_path / f'{name}.parquet')
+    assert status == expected, output
+    assert ('in 11 of 12 pairs both images are the same' in output) == (name == 'same')

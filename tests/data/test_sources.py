@@ -1,4 +1,4 @@
-"""Data sets on disk: recognised by looking, the same rows out of every layout."""
+"""Data sets on disk: every layout is recognised and gives the same rows."""
 
 import concurrent.futures
 import json
@@ -17,7 +17,7 @@ from ip2p_jax.errors import InputError
 
 
 def contents(source):
-  """All but the names, which differ by layout."""
+  """The rows without their names, which differ by layout."""
   return [row[1:] for row in (source[i] for i in range(len(source)))]
 
 
@@ -34,7 +34,7 @@ def json_lines(file):
 
 @pytest.mark.parametrize('shards', [0, 3])
 @pytest.mark.parametrize('key', ['caption', 'input'])
-def test_the_originals_folders_give_a_row_per_prompt_with_all_its_pairs(tmp_path, shards, key):
+def test_the_originals_folders_give_a_row_per_prompt(tmp_path, shards, key):
   tiny_pairs.write_original(tmp_path, prompts=20, shards=shards, key=key)
   opened = [sources.open_source(str(tmp_path), split) for split in SPLITS]
   assert list(map(len, opened)) == [18, 1, 1]
@@ -48,14 +48,14 @@ def test_without_seeds_json_the_folders_give_the_same_rows(tmp_path):
   listed = sources.open_source(str(tmp_path))
   names = [listed[i].name for i in range(len(listed))]
   (tmp_path / 'seeds.json').unlink()
-  (tmp_path / 'shard-00' / 'unfinished').mkdir()  # as the original: no pair, no row
+  (tmp_path / 'shard-00' / 'unfinished').mkdir()  # no pair, no row, as in the original
   tiny_pairs.write_original(tmp_path / '.trash', prompts=1)
-  found = sources.open_source(str(tmp_path))
-  assert [found[i].name for i in range(len(found))] == names
-  assert contents(found) == contents(listed)
+  unlisted = sources.open_source(str(tmp_path))
+  assert [unlisted[i].name for i in range(len(unlisted))] == names
+  assert contents(unlisted) == contents(listed)
 
 
-def test_splits_are_at_the_positions_of_the_original():
+def test_splits_are_by_position_as_in_the_original():
   shares = {'train': (0.0, 0.9), 'validation': (0.9, 0.9 + 0.05), 'test': (0.9 + 0.05, 1.0)}
   for count in (*range(500), 313_010, 451_990):
     for split, (start, end) in shares.items():
@@ -64,7 +64,7 @@ def test_splits_are_at_the_positions_of_the_original():
   assert len(range(313_010)[original.split_of(313_010, 'train')]) == 281_709
 
 
-def test_a_seeds_json_that_is_damaged_is_said_to_be_in_the_way(tmp_path):
+def test_a_damaged_seeds_json_is_reported(tmp_path):
   tiny_pairs.write_original(tmp_path, prompts=2)
   for text in ('[["0000000", ["1"', '[["0000000"]]', '[[1, 2]]', '7'):
     (tmp_path / 'seeds.json').write_text(text)
@@ -72,7 +72,7 @@ def test_a_seeds_json_that_is_damaged_is_said_to_be_in_the_way(tmp_path):
       sources.open_source(str(tmp_path))
 
 
-def test_a_broken_folder_is_an_error_of_its_row_alone(tmp_path):
+def test_a_broken_folder_breaks_only_its_row(tmp_path):
   tiny_pairs.write_original(tmp_path, prompts=8)
   (tmp_path / '0000001' / '101_1.jpg').unlink()
   (tmp_path / '0000002' / 'prompt.json').write_text('{"caption": "a"}')
@@ -101,7 +101,7 @@ def test_a_broken_folder_is_an_error_of_its_row_alone(tmp_path):
   'columns',
   [
     tiny_pairs.TIMBROOKS,
-    {  # as Hugging Face's imagefolder has it
+    {  # as in Hugging Face's imagefolder
       'input_image_file_name': 'input',
       'edited_image_file_name': 'edited',
       'instruction': 'instruction',
@@ -124,7 +124,7 @@ def test_a_broken_folder_is_an_error_of_its_row_alone(tmp_path):
     },
   ],
 )
-def test_a_metadata_file_names_pictures_beside_it(tmp_path, form, columns):
+def test_a_metadata_file_names_images_beside_it(tmp_path, form, columns):
   folder = tiny_pairs.write_metadata(tmp_path / 'set', 3, form, columns)
   for path in (folder, folder / f'metadata.{form}'):
     assert contents(sources.open_source(str(path))) == expected(3)
@@ -146,7 +146,7 @@ def test_folders_named_after_splits_are_splits(tmp_path):
   assert lengths == [2, 3, 4]
 
 
-def test_blank_lines_and_line_breaks_in_cells_do_not_shift_rows(tmp_path):
+def test_blank_lines_and_line_breaks_do_not_shift_rows(tmp_path):
   tiny_pairs.write_metadata(tmp_path, 3)
   lines = (tmp_path / 'metadata.jsonl').read_text().splitlines()
   (tmp_path / 'metadata.jsonl').write_text('\ufeff' + '\n\n \n'.join(lines))
@@ -161,7 +161,7 @@ def test_blank_lines_and_line_breaks_in_cells_do_not_shift_rows(tmp_path):
   assert source[1].name == f'{table}: line 5'
 
 
-def test_a_broken_line_is_an_error_of_its_row_alone(tmp_path):
+def test_a_broken_line_breaks_only_its_row(tmp_path):
   tiny_pairs.write_metadata(tmp_path, 7)
   lines = json_lines(tmp_path / 'metadata.jsonl')
   del lines[1]['edited_image']
@@ -174,7 +174,7 @@ def test_a_broken_line_is_an_error_of_its_row_alone(tmp_path):
   (tmp_path / 'metadata.jsonl').write_text('\n'.join(text))
   source = sources.open_source(str(tmp_path))
   assert source[0][1:] == expected(1)[0]
-  messages = ("has no 'edited_image'", r'cannot read the picture .*none\.jpg \(No such file',
+  messages = ("has no 'edited_image'", r'cannot read the image .*none\.jpg \(No such file',
               'holds no words', 'holds no words', 'cannot be read', 'is not an object')  # fmt: skip
   for i, message in enumerate(messages, 1):
     with pytest.raises(InputError, match=rf'metadata\.jsonl: line {i + 1}: .*{message}'):
@@ -202,7 +202,7 @@ def test_parquet_files_are_one_table(tmp_path, images):
 
 
 def test_parquet_rows_come_in_any_order(tmp_path):
-  tiny_pairs.write_parquet(tmp_path / 'a.parquet', 40, group=25)  # a group is more than one batch
+  tiny_pairs.write_parquet(tmp_path / 'a.parquet', 40, group=25)  # a group is larger than a batch
   source, wanted = sources.open_source(str(tmp_path / 'a.parquet')), expected(40)
   for i in (*range(39, -1, -1), *(7 * i % 40 for i in range(40))):
     assert source[i][1:] == wanted[i]
@@ -211,7 +211,7 @@ def test_parquet_rows_come_in_any_order(tmp_path):
     source[40]
 
 
-def test_threads_do_not_disturb_each_other_in_a_parquet_file(tmp_path):
+def test_threads_read_a_parquet_file_independently(tmp_path):
   texts = [f'text {i}' for i in range(400)]
   table = pyarrow.table({'image': [bytes(50_000)] * len(texts), 'text': texts})
   parquet.write_table(table, tmp_path / 'a.parquet', use_dictionary=False)  # slow to decode
@@ -231,7 +231,7 @@ def test_files_named_after_splits_are_splits(tmp_path):
   tiny_pairs.write_parquet(tmp_path / 'more' / 'validation' / '0000.parquet', 2)
   lengths = [len(sources.open_source(str(tmp_path), split)) for split in SPLITS]
   assert lengths == [3, 5, 4]
-  assert len(sources.open_source(str(tmp_path / 'test.parquet'))) == 4  # given by itself
+  assert len(sources.open_source(str(tmp_path / 'test.parquet'))) == 4  # a single file
 
 
 def test_damaged_parquet_files_are_named(tmp_path):
@@ -244,12 +244,10 @@ def test_damaged_parquet_files_are_named(tmp_path):
     sources.open_source(str(tmp_path))
 
 
-def test_a_damaged_row_group_is_an_error_of_its_rows_alone(tmp_path):
+def test_a_damaged_row_group_breaks_only_its_rows(tmp_path):
   file = tiny_pairs.write_parquet(tmp_path / 'a.parquet', 8, group=4)
   content = bytearray(file.read_bytes())
-  start = content.index(
-    tiny_pairs.pair(5).edited_image
-  )  # JPEG does not shrink, so it lies there whole
+  start = content.index(tiny_pairs.pair(5).edited_image)  # Parquet cannot shrink a JPEG file
   content[start - 3000 : start - 2000] = bytes(1000)
   file.write_bytes(content)
   source = sources.open_source(str(file))
@@ -293,7 +291,7 @@ def test_an_inverse_instruction_is_a_row_back(tmp_path):
   assert len(sources.open_source(str(tmp_path), columns='inverse=')) == 3
 
 
-def test_a_row_without_its_inverse_instruction_is_given_forwards(tmp_path):
+def test_a_row_without_an_inverse_instruction_goes_forwards(tmp_path):
   tiny_pairs.write_metadata(tmp_path, 2, columns=tiny_pairs.HQ_EDIT)
   lines = json_lines(tmp_path / 'metadata.jsonl')
   lines[1]['inverse-edit'] = None
@@ -302,55 +300,52 @@ def test_a_row_without_its_inverse_instruction_is_given_forwards(tmp_path):
   assert source[3] == source[2]
 
 
-def test_unusual_columns_are_said(tmp_path):
+def test_the_user_names_unusual_columns(tmp_path):
   columns = {'Vorher': 'input', 'nachher': 'edited', 'was': 'instruction', 'edit': 'number'}
   tiny_pairs.write_metadata(tmp_path, 2, columns=columns)
-  said = 'input=Vorher, edited=nachher,instruction=was'
-  assert sources.open_source(str(tmp_path), columns=said)[1].pairs == (tiny_pairs.pair(1),)
+  choice = 'input=Vorher, edited=nachher,instruction=was'
+  assert sources.open_source(str(tmp_path), columns=choice)[1].pairs == (tiny_pairs.pair(1),)
   with pytest.raises(
-    InputError, match=r'a name known for the input picture.* Vorher, nachher, was, edit;.*input='
+    InputError, match=r'a name known for the input image.* Vorher, nachher, was, edit;.*input='
   ):
     sources.open_source(str(tmp_path))
 
 
-def test_one_override_can_serve_several_data_sets():
-  said = 'input=a,input=b'
+def test_one_choice_can_serve_several_data_sets():
+  choice = 'input=a,input=b'
   for name in ('a', 'b'):
-    assert find([name, 'edited', 'edit'], said).input == name
+    assert find([name, 'edited', 'edit'], choice).input == name
 
 
 def test_columns_that_fit_two_ways_or_none_are_refused():
   cases = {
     ('source_img', 'input_image', 'edited', 'edit'): "'source_img' and 'input_image' could each",
-    (
-      'input',
-      'edited',
-    ): 'no column has a name known for the instruction; the columns are input, edited',
-    (): 'no column has a name known for the input picture; there are no columns',
+    ('input', 'edited'): 'known for the instruction; the columns are input, edited',
+    (): 'no column has a name known for the input image; there are no columns',
   }
   for names, message in cases.items():
     with pytest.raises(InputError, match=message):
       find(names, place='set')
   with pytest.raises(InputError, match=r"set: there is no column 'x' \(for the caption\)"):
     find(['input', 'edited', 'edit'], 'caption=x', place='set')
-  for said in ('before=x', 'input'):
+  for choice in ('before=x', 'input'):
     with pytest.raises(InputError, match='is not a role and a column'):
-      find(['input', 'edited', 'edit'], said)
+      find(['input', 'edited', 'edit'], choice)
 
 
 # Text-to-image
 
 
-def test_text_to_image_needs_a_picture_and_a_caption(tmp_path):
+def test_text_to_image_needs_an_image_and_a_caption(tmp_path):
   tiny_pairs.write_parquet(tmp_path / 'a.parquet', 3, columns=tiny_pairs.CAPTIONED)
   row = sources.open_source(str(tmp_path), task='text_to_image')[1]
   assert row.pairs == ((None, tiny_pairs.pair(1).edited_image),)
   assert row.instructions == (row.edited_caption,) == (tiny_pairs.edited_caption(1),)
-  with pytest.raises(InputError, match='no column has a name known for the edited picture'):
+  with pytest.raises(InputError, match='no column has a name known for the edited image'):
     sources.open_source(str(tmp_path))
 
 
-def test_text_to_image_takes_the_edited_pictures_of_edits_with_their_captions(tmp_path):
+def test_text_to_image_takes_edited_images_and_their_captions(tmp_path):
   tiny_pairs.write_original(tmp_path / 'original', prompts=4, pairs=1)
   tiny_pairs.write_metadata(tmp_path / 'metadata', 3)
   tiny_pairs.write_parquet(tmp_path / 'parquet' / 'a.parquet', 3, columns=tiny_pairs.HQ_EDIT)
@@ -362,7 +357,7 @@ def test_text_to_image_takes_the_edited_pictures_of_edits_with_their_captions(tm
     assert source[2].instructions == (tiny_pairs.edited_caption(2),)
 
 
-def test_text_to_image_columns_are_said(tmp_path):
+def test_the_user_names_columns_of_text_to_image(tmp_path):
   tiny_pairs.write_parquet(tmp_path / 'a.parquet', 2)
   source = sources.open_source(
     str(tmp_path), columns='image=original_image,text=original_prompt', task='text_to_image'
@@ -371,7 +366,7 @@ def test_text_to_image_columns_are_said(tmp_path):
   assert source[1].instructions == (tiny_pairs.caption(1),)
 
 
-# What all share
+# All layouts
 
 
 def test_sources_can_be_pickled_after_use(tmp_path):
@@ -385,7 +380,7 @@ def test_sources_can_be_pickled_after_use(tmp_path):
     assert pickle.loads(pickle.dumps(source))[2] == source[2]
 
 
-def test_what_is_no_data_set_is_refused(tmp_path):
+def test_other_files_and_folders_are_refused(tmp_path):
   for name in ('empty', 'unet', 'text'):
     (tmp_path / name).mkdir()
   (tmp_path / 'unet' / 'model_index.json').write_text('{}')
@@ -428,7 +423,7 @@ def test_a_mixture_is_paths_and_weights():
 
 
 @pytest.mark.parametrize('path', ['', 'a,', '=3', 'a=', 'a=b', 'a=0', 'a=-1', 'a=nan', 'a=inf'])
-def test_a_mixture_that_cannot_be_read_is_refused(path):
+def test_an_impossible_mixture_is_refused(path):
   with pytest.raises(InputError, match=r'data\.path: .*PATH=NUMBER'):
     sources.mixture(path)
 
@@ -458,7 +453,7 @@ def test_other_instructions_are_mirrored(instruction):
   assert may_flip(instruction)
 
 
-def test_rows_of_any_layout_say_whether_they_may_be_mirrored(tmp_path):
+def test_every_layout_marks_rows_not_to_mirror(tmp_path):
   tiny_pairs.write_original(tmp_path / 'original', prompts=2)
   (tmp_path / 'original' / '0000000' / 'prompt.json').write_text('{"edit": "look left"}')
   tiny_pairs.write_metadata(tmp_path / 'metadata', 1)

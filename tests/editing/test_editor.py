@@ -1,4 +1,4 @@
-"""The whole edit: against diffusers' pipeline, and what must hold of it whatever the weights."""
+"""The whole edit: compared with diffusers' pipeline, and properties for any weights."""
 
 import re
 import warnings
@@ -44,27 +44,25 @@ def editor(saved):
 def photo(rng):
   """uint8 [1, 32, 48, 3], smooth and not constant."""
   y, x = np.mgrid[:32, :48] / 48
-  picture = np.stack([x, y, 0.5 + 0.5 * np.sin(9 * x + 5 * y)], -1)
-  return np.round(255 * picture).astype(np.uint8)[None]
+  image = np.stack([x, y, 0.5 + 0.5 * np.sin(9 * x + 5 * y)], -1)
+  return np.round(255 * image).astype(np.uint8)[None]
 
 
-def watch(editor, monkeypatch, instead):
-  """Puts a function in the place of the program for one image, which is returned."""
+def watch(editor, monkeypatch, replacement):
+  """Replaces the program for one image by a function. Returns the program."""
   programs = editor._alone
-  monkeypatch.setattr(editor, '_alone', programs._replace(whole=instead))
+  monkeypatch.setattr(editor, '_alone', programs._replace(whole=replacement))
   return programs.whole
 
 
-def test_keys_and_values_of_the_text_are_computed_once_and_not_in_every_step(
-  editor, photo, monkeypatch
-):
-  """XLA moves out of the loop what no step changes."""
-  seen = []
-  program = watch(editor, monkeypatch, lambda *inputs: seen.extend(inputs))
+def test_keys_and_values_of_the_text_are_computed_once(editor, photo, monkeypatch):
+  """XLA moves them out of the loop, since no step changes them."""
+  arguments = []
+  program = watch(editor, monkeypatch, lambda *inputs: arguments.extend(inputs))
   editor.edit_arrays(photo, ['make it winter'], Sampling(7))
   monkeypatch.undo()
-  compiled = program.lower(*seen).compile().as_text()
-  tokens = 3 * editor.tokenizer.length  # of the three branches
+  compiled = program.lower(*arguments).compile().as_text()
+  tokens = 3 * editor.tokenizer.length  # for three branches
   products = rf'= f32\[{tokens},\d+\]\S* (dot|custom-call)\('
   times = [count for line, count in program_text.walk(compiled) if re.search(products, line)]
   layers = sum('attn2.to_k' in name or 'attn2.to_v' in name for name in kernels(editor))
@@ -76,32 +74,27 @@ def kernels(editor):
   return [name for name in flatten(editor.params['unet']) if name.endswith('kernel')]
 
 
-def test_the_whole_edit_agrees_with_diffusers(editor, pipeline, photo, rng):
+def edit_both(editor, pipeline, photo, rng, steps, text='make it winter', negative=''):
+  """Our edit and diffusers' (latents, pixels), with the same noise."""
   init_noise = rng.standard_normal((1, 8, 12, 4), np.float32)
-  step_noise = rng.standard_normal((10, 1, 8, 12, 4), np.float32)
-  latents, pixels = reference.run_edit(
-    pipeline, photo, 'make it winter', init_noise, step_noise,
-    guidance_scale=7.5, image_guidance_scale=1.5,
+  step_noise = rng.standard_normal((steps, 1, 8, 12, 4), np.float32)
+  theirs = reference.run_edit(
+    pipeline, photo, text, init_noise, step_noise,
+    guidance_scale=7.5, image_guidance_scale=1.5, negative_prompt=negative or None,
   )  # fmt: skip
-  edit = editor.edit_arrays(
-    photo, ['make it winter'], Sampling(10), init_noise=init_noise, step_noise=step_noise
-  )
+  options = {'negative': negative, 'init_noise': init_noise, 'step_noise': step_noise}
+  return editor.edit_arrays(photo, [text], Sampling(steps), **options), *theirs
+
+
+def test_the_whole_edit_agrees_with_diffusers(editor, pipeline, photo, rng):
+  edit, latents, pixels = edit_both(editor, pipeline, photo, rng, 10)
   assert reference.relative_error(edit.latents, latents) <= 1e-3
   assert np.abs(np.asarray(edit.images, np.float32) - np.round(pixels)).max() <= 1
 
 
 @pytest.mark.long
 def test_a_negative_instruction_agrees_with_diffusers(editor, pipeline, photo, rng):
-  init_noise = rng.standard_normal((1, 8, 12, 4), np.float32)
-  step_noise = rng.standard_normal((4, 1, 8, 12, 4), np.float32)
-  latents, _ = reference.run_edit(
-    pipeline, photo, 'make it winter', init_noise, step_noise,
-    guidance_scale=7.5, image_guidance_scale=1.5, negative_prompt='people',
-  )  # fmt: skip
-  edit = editor.edit_arrays(
-    photo, ['make it winter'], Sampling(4), negative='people',
-    init_noise=init_noise, step_noise=step_noise,
-  )  # fmt: skip
+  edit, latents, _ = edit_both(editor, pipeline, photo, rng, 4, negative='people')
   assert reference.relative_error(edit.latents, latents) <= 1e-3
 
 
@@ -115,7 +108,7 @@ def test_image_i_of_eight_equals_the_same_edit_alone(editor, rng):
       photos[i : i + 1], instructions[i : i + 1], Sampling(4), seeds=5, indices=[i]
     )
     assert reference.relative_error(alone.latents[0], np.asarray(together.latents[i])) <= 1e-5
-  # All devices share eight, and one makes a single one, by the weights that it has already.
+  # All devices share eight images. One device makes a single image, with the weights it has.
   assert together.images.sharding.shard_shape(together.images.shape) == (1, 32, 32, 3)
   assert alone.images.devices() == {jax.devices()[0]}
   weights, copies = jax.tree.leaves(editor.params)[0], jax.tree.leaves(editor._on_all())[0]
@@ -124,12 +117,12 @@ def test_image_i_of_eight_equals_the_same_edit_alone(editor, rng):
 
 
 @pytest.mark.long
-def test_an_image_is_the_same_on_however_many_devices_and_step_by_step(editor, rng):
+def test_devices_and_single_steps_do_not_change_an_image(editor, rng):
   mesh_of = lambda count: sharding.make_mesh(devices=jax.devices()[:count])
   on = lambda count: Editor(
     editor.networks, editor.params, editor.tokenizer, mesh=mesh_of(count)
   )  # fmt: skip
-  photos = rng.integers(0, 256, (3, 32, 32, 3), np.uint8)  # do not divide by 2
+  photos = rng.integers(0, 256, (3, 32, 32, 3), np.uint8)  # not a multiple of 2
   options = {
     'seeds': range(3), 'text_guidance': np.linspace(3, 9, 3),
     'mask': np.float32(rng.random((3, 8, 8, 1)) > 0.5),
@@ -139,12 +132,12 @@ def test_an_image_is_the_same_on_however_many_devices_and_step_by_step(editor, r
     photos, [f'make it {i}' for i in range(3)], Sampling(2), **options, **more
   )
   expected, two = np.asarray(run(on(1)).latents), on(2)
-  for found in (run(two), run(two, progress=lambda *_: None)):
-    assert found.images.shape == photos.shape
-    assert reference.relative_error(found.latents, expected) <= 1e-5
+  for edit in (run(two), run(two, progress=lambda *_: None)):
+    assert edit.images.shape == photos.shape
+    assert reference.relative_error(edit.latents, expected) <= 1e-5
 
 
-def test_changing_instruction_scales_seed_or_negative_never_recompiles(editor, photo):
+def test_another_instruction_scale_or_seed_never_recompiles(editor, photo):
   run = lambda text, text_guidance, image_guidance, seed, negative='': editor.edit_arrays(
     photo, [text], Sampling(3), text_guidance=text_guidance, image_guidance=image_guidance,
     seeds=seed, negative=negative,
@@ -157,7 +150,7 @@ def test_changing_instruction_scales_seed_or_negative_never_recompiles(editor, p
 
 
 @pytest.mark.long
-def test_a_branch_that_cancels_is_not_computed_and_the_result_is_the_same(editor, photo):
+def test_skipping_a_cancelled_branch_does_not_change_the_edit(editor, photo):
   nearly = np.nextafter(np.float32(1), np.float32(2))
   for scales in [(7.5, 1.0), (2.0, 2.0), (1.0, 1.0)]:
     fast = editor.edit_arrays(
@@ -171,7 +164,7 @@ def test_a_branch_that_cancels_is_not_computed_and_the_result_is_the_same(editor
 
 
 @pytest.mark.long
-def test_cancelled_branches_save_their_share_of_the_work(editor, photo, monkeypatch):
+def test_cancelled_branches_save_their_work(editor, photo, monkeypatch):
   lowered = []
   program = watch(editor, monkeypatch, lambda *args: lowered.append(program.lower(*args)))
   for scales in ((7.5, 1.5), (7.5, 1.0), (1.0, 1.0)):
@@ -184,7 +177,7 @@ def test_cancelled_branches_save_their_share_of_the_work(editor, photo, monkeypa
 
 
 @pytest.mark.long
-def test_an_empty_interval_is_the_unguided_edit_and_a_whole_one_the_guided(editor, photo):
+def test_an_empty_interval_is_the_unguided_edit(editor, photo):
   run = lambda interval, **scales: np.asarray(
     editor.edit_arrays(photo, ['go'], Sampling(4, interval=interval), **scales).latents
   )
@@ -211,15 +204,15 @@ def test_an_interval_is_a_fraction_of_the_steps(steps, interval, expected):
 
 
 @pytest.mark.long
-def test_running_step_by_step_for_progress_gives_the_same_edit(editor, photo):
-  seen = []
-  whole = editor.edit_arrays(photo, ['go'], Sampling(5))
-  parts = editor.edit_arrays(photo, ['go'], Sampling(5), progress=lambda *x: seen.append(x))
-  assert reference.relative_error(parts.latents, np.asarray(whole.latents)) <= 1e-5
-  assert seen == [(i, 5) for i in range(6)]
+def test_progress_does_not_change_the_edit(editor, photo):
+  progress = []
+  expected = editor.edit_arrays(photo, ['go'], Sampling(5))
+  edit = editor.edit_arrays(photo, ['go'], Sampling(5), progress=lambda *x: progress.append(x))
+  assert reference.relative_error(edit.latents, np.asarray(expected.latents)) <= 1e-5
+  assert progress == [(i, 5) for i in range(6)]
 
 
-def test_outside_the_mask_every_pixel_is_kept_exactly(editor, rng):
+def test_pixels_outside_of_the_mask_do_not_change(editor, rng):
   photo = Image.fromarray(rng.integers(0, 256, (37, 51, 3), np.uint8))
   mask = np.zeros((37, 51), np.float32)
   mask[10:20, 5:30] = 1
@@ -229,7 +222,7 @@ def test_outside_the_mask_every_pixel_is_kept_exactly(editor, rng):
   assert changed[mask == 1].mean() > 0.9
 
 
-def test_a_mask_of_everything_is_the_edit_without_a_mask(editor, photo):
+def test_a_full_mask_is_the_edit_without_a_mask(editor, photo):
   run = lambda mask: np.asarray(editor.edit_arrays(photo, ['go'], Sampling(3), mask=mask).latents)
   assert reference.relative_error(run(np.ones((1, 8, 12, 1))), run(None)) <= 1e-5
 
@@ -258,7 +251,7 @@ def test_images_of_many_sizes_come_back_in_their_order(editor):
   assert np.abs(np.asarray(results[4], int) - np.asarray(alone[0], int)).max() <= 1
 
 
-def test_a_variation_is_the_image_of_its_own_seed(editor):
+def test_a_variation_is_the_edit_of_its_seed(editor):
   photo = Image.new('RGB', (32, 32), 'teal')
   both = editor.edit(photo, 'go', steps=2, seed=[1, 2])
   (second,) = editor.edit(photo, 'go', steps=2, seed=2)
@@ -284,7 +277,7 @@ def test_half_precision_stays_near_float32(pipeline, folder, editor, photo, dtyp
   assert error < 0.1
 
 
-def test_what_does_not_fit_into_77_tokens_is_named_in_a_warning(editor, photo):
+def test_text_after_77_tokens_is_a_warning(editor, photo):
   with pytest.warns(UserWarning, match='77 tokens; ignored: .*tail'):
     editor.edit_arrays(photo, ['x ' * 80 + 'tail'], Sampling(1))
   with warnings.catch_warnings():
@@ -312,7 +305,7 @@ def test_what_does_not_fit_into_77_tokens_is_named_in_a_warning(editor, photo):
     ({'mask': np.full((32, 32), 255, np.uint8)}, 'mask has values that are not from 0 to 1'),
     ({'mask': np.full((32, 32), np.nan)}, 'mask has values that are not from 0 to 1'),
     ({'instructions': ['one', 'two'], 'seed': [1, 2, 3]}, 'instructions'),
-    # Settings that cannot act.
+    # Settings without effect.
     ({'mask': np.zeros((32, 32))}, 'mask is 0 everywhere'),
     ({'karras': True}, 'karras changes nothing in 1 steps'),
     ({'steps': 5, 'sampler': 'dpmpp_2m', 'karras': True, 'spacing': 'leading'}, 'spacing changes'),
@@ -328,13 +321,13 @@ def test_what_does_not_fit_into_77_tokens_is_named_in_a_warning(editor, photo):
     ({'sampler': 'euler', 'init_noise': np.zeros((1, 8, 8, 4))}, 'seed and indices make noise'),
   ],
 )
-def test_a_wrong_value_is_an_error_that_names_it(editor, options, message):
+def test_a_wrong_value_is_named(editor, options, message):
   arguments = {'instructions': 'go', 'seed': 0, 'steps': 1} | options
   with pytest.raises(InputError, match=message):
     editor.edit(Image.new('RGB', (32, 32)), **arguments)
 
 
-def test_a_text_to_image_unet_is_refused_with_the_reason(tmp_path):
+def test_a_text_to_image_unet_is_refused(tmp_path):
   config = {**reference.TINY_UNET, 'in_channels': 4}
   tiny_models.write(tmp_path / 'saved', config)
   with pytest.raises(InputError, match='text-to-image model, which cannot see the image'):
@@ -343,18 +336,13 @@ def test_a_text_to_image_unet_is_refused_with_the_reason(tmp_path):
 
 def test_v_prediction_agrees_with_diffusers(photo, rng, tmp_path):
   pipeline = reference.pipeline(folder=tmp_path, prediction_type='v_prediction')
-  init_noise = rng.standard_normal((1, 8, 12, 4), np.float32)
-  step_noise = rng.standard_normal((4, 1, 8, 12, 4), np.float32)
-  latents, _ = reference.run_edit(pipeline, photo, 'go', init_noise, step_noise,
-                         guidance_scale=7.5, image_guidance_scale=1.5)  # fmt: skip
-  edit = Editor.load(tmp_path / 'saved').edit_arrays(
-    photo, ['go'], Sampling(4), init_noise=init_noise, step_noise=step_noise
-  )
+  editor = Editor.load(tmp_path / 'saved')
+  edit, latents, _ = edit_both(editor, pipeline, photo, rng, 4, 'go')
   assert reference.relative_error(edit.latents, latents) <= 1e-3
 
 
 @pytest.mark.parametrize('rows', [1, 3])
-def test_noise_of_too_few_or_too_many_rows_is_refused(editor, photo, rows):
+def test_noise_with_a_wrong_number_of_rows_is_refused(editor, photo, rows):
   images = np.concatenate([photo] * 2)
   noise = np.zeros((rows, 8, 12, 4), np.float32)
   for name, value in (('init_noise', noise), ('step_noise', np.stack([noise] * 2))):
@@ -367,8 +355,8 @@ def test_noise_of_the_wrong_shape_is_refused(editor, photo):
     editor.edit_arrays(photo, ['go'], Sampling(2), step_noise=np.zeros((3, 1, 8, 12, 4)))
 
 
-def test_the_program_holds_no_weights_of_its_own(editor, photo, monkeypatch):
-  """Weights baked into a program would be copied by every compilation."""
+def test_the_program_holds_no_weights(editor, photo, monkeypatch):
+  """Every compilation would copy weights that are constants of a program."""
   jaxprs = []
   jaxpr_of = lambda *args: jaxprs.append(jax.make_jaxpr(program, static_argnums=0)(*args))
   program = watch(editor, monkeypatch, jaxpr_of)

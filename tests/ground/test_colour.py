@@ -81,7 +81,7 @@ def test_an_image_is_seen_by_its_profile(tmp_path, photo, name, extension):
   seen = images.to_array(images.read(path), photo.size)
   assert difference(own.convert('RGB'), photo) > 5  # what the numbers alone would show
   assert difference(seen, photo) < (1.5 if extension == 'jpg' else 0.8)
-  assert difference(examples.picture(path.read_bytes(), 48, 'squash'),
+  assert difference(examples.decode_image(path.read_bytes(), 48, 'squash'),
                     photo.resize((48, 48), Image.Resampling.LANCZOS)) < 1.5  # fmt: skip
 
 
@@ -340,10 +340,10 @@ def test_a_profile_that_cannot_be_read_is_one_warning_that_names_the_file(tmp_pa
     images.with_metadata(own)
   encoded = (tmp_path / 'odd.tif').read_bytes()  # of data sets, `ip2p check` warns
   expected = own.convert('RGB').resize((48, 48), Image.Resampling.LANCZOS)
-  assert difference(examples.picture(encoded, 48, 'squash'), expected) == 0
+  assert difference(examples.decode_image(encoded, 48, 'squash'), expected) == 0
   row = Row('row 3', ('go',), (Pair(encoded, encoded),), False)
-  found = check._pictures(row, type('Tokenizer', (), {'cut_off': lambda self, text: ''})())
-  assert sum('picture: its colour profile' in text for _, text in found.warnings) == 2
+  found = check._check_images(row, type('Tokenizer', (), {'cut_off': lambda self, text: ''})())
+  assert sum('image: its colour profile' in text for _, text in found.warnings) == 2
 
 
 def test_adobe_rgb_of_a_cameras_exif_is_read_and_written_as_a_profile(tmp_path, photo):
@@ -425,7 +425,7 @@ def test_packed_images_are_srgb_or_keep_their_profile(photo, quality):
   assert 'icc_profile' not in Image.open(io.BytesIO(shrunk)).info
   for file in (shrunk, pack.smaller(encoded, 120, quality)):  # which is left as it is
     expected = large.resize((32, 32), Image.Resampling.LANCZOS)
-    assert difference(examples.picture(file, 32, 'squash'), expected) < 2
+    assert difference(examples.decode_image(file, 32, 'squash'), expected) < 2
 
 
 def test_a_pair_is_compared_in_one_space_whatever_its_files_are(photo):

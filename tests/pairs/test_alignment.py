@@ -1,4 +1,4 @@
-"""Which token answers to which: hand-made cases, the original's rule, and the faults it has."""
+"""Alignment of tokens: hand-made cases, and the rule of the released code."""
 
 import numpy as np
 import pytest
@@ -12,30 +12,30 @@ TOKENIZER = ClipTokenizer(clip_tokenizer())
 LONG = 'hypotrochoid'  # four tokens
 
 
-# Beside the released code, restated from its description: words are what one space parts, and are
-# found by how many letters their tokens have.
+# The released code, restated from its description: spaces separate words, and the number of letters
+# of the tokens finds their words.
 
 
 def their_places(text: str) -> list[list[int]]:
   """The tokens of each word."""
-  words, found, letters = text.split(' '), [[]], 0
+  words, places, letters = text.split(' '), [[]], 0
   ids = TOKENIZER([text])[0]
   for place in range(1, used(text) - 1):
-    found[-1].append(place)
+    places[-1].append(place)
     letters += len(TOKENIZER.decode(ids[place : place + 1]))
-    if letters >= len(words[len(found) - 1]):
-      found.append([])
+    if letters >= len(words[len(places) - 1]):
+      places.append([])
       letters = 0
-  return found[:-1]
+  return places[:-1]
 
 
 def used(text: str) -> int:
-  """How many tokens there are, with start and end."""
+  """The number of tokens, with start and end."""
   return int((TOKENIZER([text])[0] == TOKENIZER([''])[0, 1]).argmax()) + 1
 
 
 def their_replacement(source: str, target: str) -> tuple[np.ndarray, int]:
-  """The matrix, and the first token behind the last word that was replaced."""
+  """The matrix, and the first token after the last replaced word."""
   old, new = source.split(' '), target.split(' ')
   places, target_places = their_places(source), their_places(target)
   matrix, i, j = np.zeros((77, 77)), 0, 0
@@ -63,9 +63,9 @@ def their_refinement(source: str, target: str) -> list[int]:
         'up': best[i - 1, j],
         'both': best[i - 1, j - 1] + (1 if x[i - 1] == y[j - 1] else -1),
       }
-      way[i, j] = max(steps, key=steps.get)  # the first of equal ones
+      way[i, j] = max(steps, key=steps.get)  # the first maximum
       best[i, j] = steps[way[i, j]]
-  found, i, j = [], len(x), len(y)
+  result, i, j = [], len(x), len(y)
   while j:
     step = way.get((i, j), 'left')
     if step == 'up':
@@ -73,8 +73,8 @@ def their_refinement(source: str, target: str) -> list[int]:
       continue
     j -= 1
     i -= step == 'both'
-    found.append(i if step == 'both' else -1)
-  return found[::-1]
+    result.append(i if step == 'both' else -1)
+  return result[::-1]
 
 
 SWAPS = [
@@ -101,31 +101,29 @@ SWAPS = [
 
 
 @pytest.mark.parametrize(('source', 'target'), SWAPS)
-def test_words_are_swapped_as_in_the_released_code_but_for_its_tail(source, target):
-  ours, (theirs, end) = (
-    alignment.replace(TOKENIZER, source, target),
-    their_replacement(source, target),
-  )
+def test_swaps_match_the_released_code_up_to_its_tail(source, target):
+  ours = alignment.replace(TOKENIZER, source, target)
+  theirs, end = their_replacement(source, target)
   np.testing.assert_array_equal(ours.matrix[:, :end], theirs[:, :end].astype(np.float32))
   shift = used(target) - used(source)
   if shift == 0:
     np.testing.assert_array_equal(ours.matrix, theirs.astype(np.float32))
-  else:  # theirs does not follow
+  else:  # the released code does not shift its tail
     assert sources(ours, used(target))[end:] == list(range(end - shift, used(source)))
   assert (ours.has_source == 1).all()
 
 
-def test_captions_of_chance_are_aligned_as_in_the_released_code(rng):
+def test_random_captions_are_aligned_as_in_the_released_code(rng):
   words = (
     f"a the cat dog dog's x-ray close-up {LONG} {LONG}'s rose, rose. lion's Cat 35mm 2 & \"red\" on"
   ).split()
   draw = lambda count: ' '.join(rng.choice(words, count))
   for _ in range(100):
     source, target = draw(rng.integers(1, 9)), draw(rng.integers(1, 9))
-    found = sources(alignment.refine(TOKENIZER, source, target), 77)
-    assert found[: used(target)] == their_refinement(source, target)
+    ours = sources(alignment.refine(TOKENIZER, source, target), 77)
+    assert ours[: used(target)] == their_refinement(source, target)
     if used(source) <= used(target):  # else their padding reads words
-      assert found[used(target) :] == list(range(used(target), 77))
+      assert ours[used(target) :] == list(range(used(target), 77))
     count = len(source.split())
     target = draw(count)
     ours, (theirs, end) = (f(source, target) for f in (replaced, their_replacement))
@@ -138,8 +136,8 @@ def replaced(source: str, target: str) -> np.ndarray:
   return alignment.replace(TOKENIZER, source, target).matrix
 
 
-def test_windows_are_those_of_the_released_code_at_all_settings():
-  """Its table has a row more than steps, of which the last is never read."""
+def test_windows_are_those_of_the_released_code():
+  """The released table has one row more than steps. The last row is never read."""
   for steps in range(1, 201):
     for hundredths in range(0, 101, 1 if steps in (10, 50, 100) else 5):
       share = hundredths / 100
@@ -161,18 +159,18 @@ def sources(result: alignment.Alignment, count: int) -> list[int]:
 
 
 def test_words_know_their_tokens():
-  found = TOKENIZER.words(f"It's a {LONG}, asleep")
-  assert [word for word, _ in found] == ['it', "'s", 'a', LONG, ',', 'asleep']
-  assert [tokens.start for _, tokens in found] == [1, 2, 3, 4, 8, 9]
+  words = TOKENIZER.words(f"It's a {LONG}, asleep")
+  assert [word for word, _ in words] == ['it', "'s", 'a', LONG, ',', 'asleep']
+  assert [tokens.start for _, tokens in words] == [1, 2, 3, 4, 8, 9]
 
 
-def test_replace_pairs_the_words_of_captions_that_differ_in_one():
+def test_replace_pairs_words_one_by_one():
   result = alignment.replace(TOKENIZER, 'a cat on a mat', 'a dog on a mat')
   assert (result.matrix == np.eye(77)).all()
   assert (result.has_source == 1).all()
 
 
-def test_a_new_word_of_more_tokens_shares_what_the_old_one_has_and_the_rest_follows():
+def test_a_longer_new_word_shares_the_attention():
   result = alignment.replace(TOKENIZER, 'a burger on grass', f'a {LONG} on grass')
   assert result.matrix[2, 2:6].tolist() == [0.25] * 4
   assert result.matrix[3, 6] == result.matrix[4, 7] == result.matrix[5, 8] == 1  # on, grass, end
@@ -180,18 +178,18 @@ def test_a_new_word_of_more_tokens_shares_what_the_old_one_has_and_the_rest_foll
   assert sources(result, 77)[9:] == list(range(9, 77))  # padding
 
 
-def test_a_new_word_of_fewer_tokens_has_all_that_the_old_one_had():
+def test_a_shorter_new_word_gets_all_the_attention():
   result = alignment.replace(TOKENIZER, f'a {LONG} on grass', 'a burger on grass')
   assert result.matrix[2:6, 2].tolist() == [1.0] * 4
-  assert sources(result, 12)[3:] == [6, 7, 8, 9, 9, 9, 9, 10, 11]  # none reads a word as padding
+  assert sources(result, 12)[3:] == [6, 7, 8, 9, 9, 9, 9, 10, 11]  # padding never reads a word
 
 
-def test_replace_wants_words_that_were_swapped():
+def test_replace_refuses_an_inserted_word():
   with pytest.raises(InputError, match='use refine'):
     alignment.replace(TOKENIZER, 'a cat', 'a black cat')
 
 
-def test_refine_keeps_what_both_have():
+def test_refine_maps_common_tokens():
   result = alignment.refine(TOKENIZER, 'soup', 'pea soup with croutons')
   croutons = len(TOKENIZER.words('pea soup with croutons')[3][1])
   expected = [0, -1, 1, -1] + [-1] * croutons + [2]
@@ -199,35 +197,35 @@ def test_refine_keeps_what_both_have():
   assert sources(result, 77)[len(expected) :] == list(range(len(expected), 77))
 
 
-def test_refine_is_the_original_rule_for_captions_that_grew():
-  """Its rule for tokens, restated: see seq_aligner of google/prompt-to-prompt."""
+def test_refine_follows_the_original_rule_for_longer_captions():
+  """The rule of seq_aligner in google/prompt-to-prompt, restated."""
   source, target = 'a photo of a house on a mountain', 'a photo of a house on a mountain at winter'
   ids, target_ids = TOKENIZER([source, target])
   length = len(TOKENIZER.words(source)) + 2
-  found = sources(alignment.refine(TOKENIZER, source, target), 77)
-  assert found[:9] == list(range(9))
-  assert found[9:11] == [-1, -1]
-  assert found[11] == length - 1  # end to end
-  kept = [j for j, i in enumerate(found) if i >= 0]
-  assert (target_ids[kept] == ids[[found[j] for j in kept]]).all()
+  result = sources(alignment.refine(TOKENIZER, source, target), 77)
+  assert result[:9] == list(range(9))
+  assert result[9:11] == [-1, -1]
+  assert result[11] == length - 1  # end to end
+  common = [j for j, i in enumerate(result) if i >= 0]
+  assert (target_ids[common] == ids[[result[j] for j in common]]).all()
 
 
 @pytest.mark.parametrize(
   ('target', 'kind'),
   [
     ('A lion in the snow, at night', 'replace'),
-    ('an x-ray in the snow, at night', 'replace'),  # of more tokens, and of signs
+    ('an x-ray in the snow, at night', 'replace'),  # more tokens, with signs
     ("a cat's in the snow, at night", 'refine'),  # grew
     ('a cat in the snow at night', 'refine'),  # a sign less
     ('a cat sleeping in the snow, at night', 'refine'),
-    ('the snow, a cat in at night', 'refine'),  # as many words, but none in its place
+    ('the snow, a cat in at night', 'refine'),  # as many words, but in another order
   ],
 )
 def test_the_kind_of_control_follows_from_the_captions(target, kind):
   assert alignment.align(TOKENIZER, 'a cat in the snow, at night', target)[0] == kind
 
 
-def test_words_are_found_whatever_their_case_and_the_signs_behind_them():
+def test_places_ignore_case_and_signs():
   text = f'A {LONG}, and a Cat. a cat'
   assert alignment.places(TOKENIZER, text, LONG.upper()) == [2, 3, 4, 5]
   assert alignment.places(TOKENIZER, text, 'cat') == [9, 12]
@@ -241,13 +239,13 @@ def test_all_tokens_of_a_word_get_its_weight():
   assert weights[:9].tolist() == [1, 1, 3, 3, 3, 3, -1, 1, 1]
 
 
-def test_words_can_have_steps_of_their_own():
-  found = alignment.windows(TOKENIZER, 'a lion', 50, 0.8, {'lion': (0.1, 0.4)})
-  assert found[:, 0].tolist() == [0, 40]
-  assert found[:, 2].tolist() == [5, 20]
+def test_words_can_have_their_own_steps():
+  windows = alignment.windows(TOKENIZER, 'a lion', 50, 0.8, {'lion': (0.1, 0.4)})
+  assert windows[:, 0].tolist() == [0, 40]
+  assert windows[:, 2].tolist() == [5, 20]
 
 
 @pytest.mark.parametrize('span', [1.5, (0.5, 0.2), (-0.1, 1.0)])
-def test_a_window_is_a_part_of_the_steps(span):
+def test_a_window_outside_of_the_steps_is_refused(span):
   with pytest.raises(InputError, match='fractions'):
     alignment.step_window(span, 50)

@@ -1,4 +1,4 @@
-"""Inversion: diffusers' scheduler backwards, and a photograph that comes back under guidance."""
+"""Inversion: diffusers' backward scheduler, and an image that guided DDIM reproduces."""
 
 import functools
 import types
@@ -38,7 +38,7 @@ def model(request):
 
 
 @pytest.mark.long
-def test_the_way_up_is_that_of_diffusers(model, rng):
+def test_the_inverse_path_is_that_of_diffusers(model, rng):
   networks, params, theirs, _ = model
   latents = rng.standard_normal((2, 8, 8, 4), np.float32)
   context = rng.standard_normal((2, 77, 24), np.float32)
@@ -61,7 +61,7 @@ def test_the_way_up_is_that_of_diffusers(model, rng):
 
 
 def their_null_texts(unet, schedule, path, grid, context, nothing, scale):
-  """The optimisation of one image as google/prompt-to-prompt's null_text notebook does it."""
+  """The optimisation of one image, as in the null_text notebook of google/prompt-to-prompt."""
   sigmas = [float(sigma) for sigma in grid.sigmas]
   unit = lambda x, sigma: x / (sigma**2 + 1) ** 0.5
   x, nothing, texts = path[0], nothing.clone(), []
@@ -116,15 +116,15 @@ def test_empty_texts_are_trained_as_published(model, rng):
       float(scales[i]),
     )  # fmt: skip
     for step in range(steps):
-      apart = np.abs(np.asarray(texts[step, i]) - expected[step][0].numpy())
+      difference = np.abs(np.asarray(texts[step, i]) - expected[step][0].numpy())
       # Adam's first updates have the sign of a gradient, and some gradients are nearly zero.
-      assert apart.mean() < 1e-4
+      assert difference.mean() < 1e-4
       assert np.abs(expected[step][0].numpy() - nothing[i]).mean() > 1e-2
 
 
 @pytest.mark.parametrize('steps', [5, 50, 51, 120, 500])
-def test_empty_texts_are_trained_at_the_published_rates_at_any_number_of_steps(steps, monkeypatch):
-  """On a path far away, each of Adam's updates is as long as its rate, and in one direction."""
+def test_any_number_of_steps_uses_the_published_rates(steps, monkeypatch):
+  """If the path is far away, each update of Adam has the length of its rate, in one direction."""
   monkeypatch.setattr(inversion, '_unet', lambda *_: lambda x, t, text: text.mean(1)[:, None, None])
   networks = types.SimpleNamespace(schedule=Schedule())
   grid = samplers.noise_levels(networks.schedule, 'ddim', steps)
@@ -145,7 +145,7 @@ def test_an_image_is_nearer_with_its_own_empty_texts(model, rng):
   grid = samplers.noise_levels(networks.schedule, 'ddim', STEPS)
   ids, nothing, scales = tokenizer(captions), tokenizer(['']), np.float32([3.0, 7.5])
   invert = jax.jit(functools.partial(inversion.invert, networks))
-  found = invert(params, images, ids, nothing, scales, grid)
+  inverted = invert(params, images, ids, nothing, scales, grid)
   request = program.PairRequest(
     token_ids=np.stack([ids, tokenizer(['a blue star', 'two dogs'])]),
     negative_ids=nothing,
@@ -153,8 +153,8 @@ def test_an_image_is_nearer_with_its_own_empty_texts(model, rng):
     seeds=np.uint32([0, 0]),
     grid=grid,
     control=Control(share_until=np.int32([3, 3])),
-    init_noise=found.init_noise,
-    null_contexts=found.null_contexts,
+    init_noise=inverted.init_noise,
+    null_contexts=inverted.null_contexts,
   )
   spec = program.PairSpec('ddim', 8, 8)
   draw = jax.jit(functools.partial(program.pair_program, networks, spec))

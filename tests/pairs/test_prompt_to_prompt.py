@@ -34,7 +34,7 @@ EDITED = ['a blue star on sand', 'two cats in a hat']
 
 
 def never(pairs=1, length=5):
-  """An injection that is off."""
+  """An injection without any step."""
   return Injection(
     self_window=np.zeros((pairs, 2), np.int32),
     cross_window=np.zeros((pairs, 2, length), np.int32),
@@ -50,7 +50,7 @@ def qkv(rng, rows, queries=16, keys=16, heads=2, width=8):
 
 
 def with_scores_of(q, k, v, source):
-  """Attention in numpy; each row's scores are those of row `source[row]`."""
+  """Attention in numpy. Each row has the scores of row `source[row]`."""
   scores = np.einsum('bnhc,bmhc->bhnm', q, k)[source] * q.shape[-1] ** -0.5
   e = np.exp(scores - scores.max(-1, keepdims=True))
   return np.einsum('bhnm,bmhc->bnhc', e / e.sum(-1, keepdims=True), v)
@@ -74,7 +74,7 @@ def test_each_pair_has_its_own_threshold(rng):
   np.testing.assert_allclose(attention(q, k, v, SELF), expected, atol=1e-6)
 
 
-def test_sharing_leaves_attention_to_words_alone(rng):
+def test_sharing_does_not_change_attention_to_words(rng):
   q, k, v = qkv(rng, 4, keys=5)
   attention = controlled(Control(share_until=np.array([3])), jnp.int32(0), level=1)
   np.testing.assert_array_equal(attention(q, k, v, CROSS), attend(q, k, v))
@@ -84,7 +84,7 @@ def test_sharing_leaves_attention_to_words_alone(rng):
   ('step', 'level', 'source'),
   [(4, 1, [0, 0, 2, 3]), (6, 1, [0, 1, 2, 3]), (4, 0, [0, 1, 2, 3])],
 )
-def test_injection_shares_coarse_self_attention_of_the_texts_half(step, level, source, rng):
+def test_injection_shares_coarse_self_attention_with_text(step, level, source, rng):
   q, k, v = qkv(rng, 4)
   injection = never()._replace(self_window=np.array([[2, 6]]))
   attention = controlled(Control(injection=injection), jnp.int32(step), level=1)
@@ -110,7 +110,7 @@ def test_a_swapped_word_gets_the_attention_of_the_old_one(rng):
   first, second = probabilities(rng, 2, 1, 3, 4, 5)
   matrix = np.eye(5, dtype=np.float32)
   matrix[2:4] = 0
-  matrix[2, 2:4] = 0.5  # the second word became two tokens
+  matrix[2, 2:4] = 0.5  # two tokens replace the second word
   injection = always(never()._replace(matrix=matrix[None], has_source=(matrix.sum(0) > 0)[None]))
   out = injected(injection, jnp.int32(0), first, second)
   np.testing.assert_allclose(out[..., 2:4], np.repeat(first[..., 2:3] / 2, 2, -1), rtol=1e-6)
@@ -119,7 +119,7 @@ def test_a_swapped_word_gets_the_attention_of_the_old_one(rng):
 
 def test_a_new_word_keeps_its_own_attention(rng):
   first, second = probabilities(rng, 2, 1, 3, 4, 5)
-  matrix = np.eye(5, k=1, dtype=np.float32)  # one token was put in front
+  matrix = np.eye(5, k=1, dtype=np.float32)  # one token is inserted at the start
   injection = always(never()._replace(matrix=matrix[None], has_source=matrix.sum(0)[None]))
   out = injected(injection, jnp.int32(0), first, second)
   np.testing.assert_allclose(out[..., 0], second[..., 0], rtol=1e-6)
@@ -133,7 +133,7 @@ def test_weights_multiply_attention_and_are_not_normalised(rng):
   np.testing.assert_allclose(out, first * np.array([1, -2, 1, 3, 1]), rtol=1e-6)
 
 
-def test_each_word_has_steps_of_its_own(rng):
+def test_each_word_has_its_own_steps(rng):
   first, second = probabilities(rng, 2, 1, 3, 4, 5)
   injection = always(never())
   injection.cross_window[0, :, 3] = [4, 6]
@@ -143,7 +143,7 @@ def test_each_word_has_steps_of_its_own(rng):
     np.testing.assert_allclose(out[..., 2], first[..., 2], rtol=1e-6)
 
 
-def test_only_the_half_with_text_and_the_second_image_are_controlled(rng):
+def test_injection_changes_only_the_second_image_with_text(rng):
   q, k, v = qkv(rng, 4, keys=5)
   attention = controlled(Control(injection=always(never())), jnp.int32(0), level=1)
   out, free = np.asarray(attention(q, k, v, CROSS)), np.asarray(attend(q, k, v))
@@ -152,10 +152,10 @@ def test_only_the_half_with_text_and_the_second_image_are_controlled(rng):
   np.testing.assert_allclose(out[1], expected, atol=1e-6)
 
 
-def test_blending_keeps_what_no_word_looks_at():
+def test_blending_changes_only_the_regions_of_words():
   x = np.stack([np.zeros((1, 8, 8, 4)), np.ones((1, 8, 8, 4))]).astype(np.float32)
   seen = np.zeros((2, 1, 4, 4), np.float32)
-  seen[0, 0, 0, 0], seen[1, 0, 3, 3], seen[1, 0, 0, 3] = 1.0, 2.0, 0.5  # the last is too little
+  seen[0, 0, 0, 0], seen[1, 0, 3, 3], seen[1, 0, 0, 3] = 1.0, 2.0, 0.5  # the last: too little
   blend = Blend(np.zeros((1, 2, 5)), np.array([0.3]), np.array([2]))
   out = blended(blend, jnp.int32(2), seen, x)
   changed = np.zeros((8, 8))
@@ -164,12 +164,12 @@ def test_blending_keeps_what_no_word_looks_at():
   np.testing.assert_array_equal(blended(blend, jnp.int32(1), seen, x), x)  # too early
 
 
-# Whole pairs, beside a restatement on diffusers' UNet.
+# Whole pairs, compared with a restatement on diffusers' UNet.
 
 
 @pytest.fixture(scope='module')
 def model():
-  """A jitted program, networks, tokenizer, PyTorch's models, what was traced, parameters."""
+  """A jitted program, networks, tokenizer, PyTorch's models, traced specs, parameters."""
   checkpoint = tiny_models.checkpoint(UNET)
   theirs = functools.cache(lambda: reference.models_of(checkpoint))
   networks = networks_of(checkpoint)
@@ -206,12 +206,12 @@ def injection_of(model):
   for text, word, weight in zip(EDITED, ('blue', 'hat'), (2.0, -1.0), strict=True):
     windows.append(alignment.windows(tokenizer, text, STEPS, 0.6, {word: 0.3}))
     weights.append(alignment.equalizer(tokenizer, text, {word: weight}))
-  found = [alignment.refine(tokenizer, *texts) for texts in zip(CAPTIONS, EDITED, strict=True)]
+  aligned = [alignment.refine(tokenizer, *texts) for texts in zip(CAPTIONS, EDITED, strict=True)]
   return Injection(
     self_window=np.int32([[0, 8], [2, 12]]),
     cross_window=np.stack(windows),
-    matrix=np.stack([one.matrix for one in found]),
-    has_source=np.stack([one.has_source for one in found]),
+    matrix=np.stack([pair.matrix for pair in aligned]),
+    has_source=np.stack([pair.has_source for pair in aligned]),
     equalizer=np.stack(weights),
   )
 
@@ -257,7 +257,7 @@ class Processor:
 
 
 class Restatement:
-  """One pair on diffusers' UNet with a sampler of k-diffusion, as the two originals do it."""
+  """One pair on diffusers' UNet with a sampler of k-diffusion, as in both originals."""
 
   def __init__(self, unet, share_until=0, injection=None, blend=None):
     self.unet, self.share_until, self.injection, self.blend = unet, share_until, injection, blend
@@ -274,9 +274,9 @@ class Restatement:
       eps = self.noise(x, sigma, contexts, scale)
       if sampler == 'heun':
         if below:
-          looks = len(self.maps)
-          there = self.noise(x + eps * (below - sigma), below, contexts, scale)
-          eps, self.maps = (eps + there) / 2, self.maps[:looks]  # those of the first count
+          count = len(self.maps)
+          second = self.noise(x + eps * (below - sigma), below, contexts, scale)
+          eps, self.maps = (eps + second) / 2, self.maps[:count]  # only the first maps count
         x = x + eps * (below - sigma)
       else:
         up = min(below, (below**2 * (sigma**2 - below**2) / sigma**2) ** 0.5)
@@ -316,19 +316,19 @@ CONTROLS = {
   ('sampler', 'name'), [*(('euler_ancestral', name) for name in CONTROLS), ('heun', 'all')]
 )
 def test_whole_pairs_are_those_of_pytorch(sampler, name, model, rng):
-  """The released code has no sampler that asks twice a step; heun's steps are controlled whole."""
+  """The released code has no sampler with two evaluations per step, such as heun."""
   run, _, tokenizer, theirs, *_ = model
   control = CONTROLS[name](model)
   request = request_of(model, rng, control, sampler)
   ours = run(PairSpec(sampler, 8, 8), request).latents
-  one = lambda part, i: None if part is None else type(part)(*(x[i] for x in part))
+  row = lambda part, i: None if part is None else type(part)(*(x[i] for x in part))
   for i, texts in enumerate(zip(CAPTIONS, EDITED, strict=True)):
     ids = torch.tensor(tokenizer(['', '', *texts])).long()
     with torch.no_grad():
       contexts = theirs()['text_encoder'](ids).last_hidden_state
     until = 0 if control.share_until is None else control.share_until[i]
     restated = Restatement(
-      theirs()['unet'], until, one(control.injection, i), one(control.blend, i)
+      theirs()['unet'], until, row(control.injection, i), row(control.blend, i)
     ).draw(
       sampler, contexts, float(request.guidance[i]), request.init_noise[i], request.step_noise[:, i]
     )
@@ -337,13 +337,13 @@ def test_whole_pairs_are_those_of_pytorch(sampler, name, model, rng):
 
 
 @pytest.mark.parametrize('name', ['share', 'refine', 'both', 'blend'])
-def test_the_first_image_does_not_change_whatever_the_control(name, model, rng):
+def test_no_control_changes_the_first_image(name, model, rng):
   run, plan = model[0], PairSpec('euler_ancestral', 8, 8)
   request = request_of(model, rng, CONTROLS[name](model))
   free = run(plan, request._replace(control=Control())).latents
-  held = run(plan, request).latents
-  np.testing.assert_allclose(held[0], free[0], atol=1e-5)
-  assert np.abs(held[1] - free[1]).max() > 0.01
+  latents = run(plan, request).latents
+  np.testing.assert_allclose(latents[0], free[0], atol=1e-5)
+  assert np.abs(latents[1] - free[1]).max() > 0.01
 
 
 def test_a_pair_without_control_is_two_ordinary_samples(model, rng):
@@ -354,22 +354,22 @@ def test_a_pair_without_control_is_two_ordinary_samples(model, rng):
   np.testing.assert_allclose(run(plan, turned).latents[::-1], pairs, atol=1e-5)
 
 
-def test_one_compiled_program_serves_all_thresholds_scales_and_weights(model, rng):
+def test_one_program_serves_all_thresholds_scales_and_weights(model, rng):
   run, plan, traces = model[0], PairSpec('euler_ancestral', 8, 8), model[4]
   first = request_of(model, rng, CONTROLS['both'](model))
   run(plan, first)
   count = len(traces)
   injection = first.control.injection
   injection = injection._replace(equalizer=2 * injection.equalizer, matrix=injection.matrix[::-1])
-  other = Control(np.int32([1, 2]), injection)
-  run(plan, first._replace(control=other, guidance=np.float32([1.0, 15.0])))
+  control = Control(np.int32([1, 2]), injection)
+  run(plan, first._replace(control=control, guidance=np.float32([1.0, 15.0])))
   assert len(traces) == count
 
 
 @pytest.mark.long
 @pytest.mark.parametrize('sampler', samplers.SAMPLERS)
 def test_every_sampler_takes_every_control(sampler, model, rng):
-  """Traced, which is where maps could leave a branch; not compiled."""
+  """Only traced: tracing fails if maps leave a branch."""
   networks = model[1]
   for name, shows in (('none', True), ('blend', False), ('all', True)):
     plan = PairSpec(sampler, 8, 8, shows)
@@ -381,7 +381,7 @@ def test_every_sampler_takes_every_control(sampler, model, rng):
 
 
 @pytest.mark.long
-def test_attention_to_each_word_is_told(model, rng):
+def test_attention_to_each_word_is_returned(model, rng):
   run = model[0]
   plan = PairSpec('euler_ancestral', 8, 8, shows_attention=True)
   request = request_of(model, rng, Control(share_until=np.int32([0, 0])))
