@@ -166,7 +166,7 @@ def test_files_that_are_missing_or_damaged_are_named(tmp_path, file, content, me
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path):
   tiny_llamas.write(tmp_path, vocab_size=tiny_llamas.VOCABULARY - 1)
-  with pytest.raises(InputError, match=r'has 320 tokens where the model knows 319'):
+  with pytest.raises(InputError, match=r'has 320 tokens, but the model has 319'):
     Language.load(tmp_path)
 
 

@@ -150,7 +150,7 @@ def test_trouble_that_passes_is_overcome(fake, ask, trouble):
     (half, 'half an answer'),
     (half_in_chunks, 'the connection failed (IncompleteRead)'),
     (status(529), 'status 529'),
-    (status(200, b'{"error": 1}'), 'an answer that is not as the protocol has it'),
+    (status(200, b'{"error": 1}'), 'an answer that does not follow the protocol'),
   ],
 )
 def test_trouble_is_told_in_a_few_words(fake, ask, trouble, what):
@@ -188,7 +188,9 @@ def test_a_strange_time_to_come_back_is_ignored(fake, ask, after, monkeypatch):
 
 def test_trouble_that_stays_stops_the_run_with_a_sentence(fake, ask):
   fake.always = lambda body: status(500)
-  with pytest.raises(InputError, match=r'status 500, 3 times in a row; what was written stays'):
+  with pytest.raises(
+    InputError, match=r'status 500, 3 times in a row; the answers so far are saved'
+  ):
     ask(['a cat'], retries=2)
   assert len(fake.asked) == 3 + 1  # the last shows that the caption is not to blame
 
@@ -219,7 +221,7 @@ def test_a_mistake_stops_the_run_at_once(fake, ask, code, message):
 def test_a_redirect_is_not_followed_with_the_key(fake, ask):
   with running() as other:
     fake.always = lambda body: status(302, Location=other.url)
-    with pytest.raises(InputError, match='redirects to somewhere else'):
+    with pytest.raises(InputError, match='redirects to another URL'):
       ask(['a cat'], key=KEY)
     assert not other.asked
 
@@ -405,7 +407,7 @@ def test_a_url_that_is_none_or_holds_a_secret_is_refused(url):
 
 @pytest.mark.parametrize('name', ['temperature', 'seed'])
 def test_what_is_written_into_the_prompts_is_not_changed_behind_their_back(name):
-  with pytest.raises(InputError, match=f"may not change '{name}', which has an option"):
+  with pytest.raises(InputError, match=f"may not change '{name}', which has its own option"):
     Server('http://here', 'tiny', shown=0, body={name: 1})
 
 
@@ -442,7 +444,7 @@ def test_a_run_that_failed_goes_on_where_it_was(fake, tmp_path):
   fake.asked.clear()
   count = iter(range(1000))
   fake.always = lambda body: status(401) if next(count) >= 15 else None
-  with pytest.raises(InputError, match='wants a key'):
+  with pytest.raises(InputError, match='needs a key'):
     run(fake, tmp_path / 'parts')
   fake.always = lambda body: None
   assert run(fake, tmp_path / 'parts')

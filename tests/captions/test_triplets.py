@@ -82,7 +82,7 @@ def test_csv_and_parquet_say_the_same(tmp_path):
   ('rows', 'message'),
   [
     ([{'input': 'a cat', 'edit': ' ', 'output': 'b'}], 'line 1 has no instruction'),
-    ([{'input': 'a cat', 'output': 'b'}], 'no column has a name known for the instruction'),
+    ([{'input': 'a cat', 'output': 'b'}], 'no column has a known name for the instruction'),
     ([CAT._asdict(), {'caption': 3, 'instruction': 'x', 'edited': 'y'}], 'line 2 has no caption'),
     ([{'input': 'a\n##\nb', 'edit': 'x', 'output': 'y'}], "has a line '##' in its caption"),
     (

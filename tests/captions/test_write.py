@@ -137,7 +137,7 @@ def test_the_column_can_be_named(tmp_path):
     ('some.jsonl', '{"caption": "a"}\n{', 'line 2: cannot be read'),
     ('some.jsonl', '{"caption": \n{"caption": "a"', 'line 1: cannot be read'),
     ('some.csv', 'caption,caption\na,b', "two columns 'caption'"),
-    ('some.txt', '\n\n', 'has no caption that could be used'),
+    ('some.txt', '\n\n', 'has no usable caption'),
     ('some.txt', b'\xff\xfe', 'is not UTF-8'),
     ('none.txt', None, 'No such file'),
     ('none.csv', None, 'no such file'),
@@ -400,7 +400,7 @@ def test_a_caption_that_the_model_does_not_take_is_never_asked_for_again(tmp_pat
   assert write_all(MINE, tmp_path, complete, WRITING, IDENTITY)
   found, again = answers.read_yield(tmp_path), Model()
   assert found.hopeless == {answers.UNWELCOME_CAPTION: 1} and found.captions == 60
-  assert 'captions that the model would not take: 1 of 60 (1.7%)' in answers.describe(found)
+  assert 'captions refused by the model: 1 of 60 (1.7%)' in answers.describe(found)
   assert write_all(MINE, tmp_path, again, WRITING, IDENTITY) and not again.asked
 
 
