@@ -118,7 +118,7 @@ SETTINGS = [
   ),
   (
     {'resize': 'squash', 'largest_resize': 32},
-    dict.fromkeys(LAYOUTS, 'so there is one way to cut'),
+    dict.fromkeys(LAYOUTS, 'so there is only one crop'),
   ),
   ({'workers': 3}, {'latents': f'{NO_EFFECT}: data.workers 3'}),
   ({'resolution': 36}, {}),

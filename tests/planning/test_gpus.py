@@ -72,7 +72,7 @@ def test_gpus_are_known_by_name_and_number(name, count, gib, tera):
 
 @pytest.mark.parametrize('name', ['h100x0', 'h100x17', 'h100-8', 'h100x', 'h1000', 'a100-40:2x2'])
 def test_gpus_that_are_not_of_one_host_are_one_sentence(name):
-  with pytest.raises(InputError, match=r'use a100-40.*or as many of one host, such as h100x8'):
+  with pytest.raises(InputError, match=r'use a100-40.*or several on one host, such as h100x8'):
     describe(name)
 
 
@@ -128,11 +128,11 @@ def told(gibibytes):
 
 def test_a_report_says_which_share_of_the_memory_jax_has_to_take():
   text = told(29)
-  assert text.startswith('a100-40: fits\n') and '29.00 GiB, 74%; JAX takes 75% if not' in text
+  assert text.startswith('a100-40: fits\n') and '29.00 GiB, 74%; JAX takes 75% by default' in text
   assert '1603 ms, by FLOPs or bytes' in text  # 500 T at 312 T/s
   assert '1 __cublas$lt$matmul, 1 __cudnn$fmhaSoftmax' in text
   assert 'scheduled' not in text and ' compiled,' not in text
-  assert 'set XLA_PYTHON_CLIENT_MEM_FRACTION=0.92, for JAX takes 75%' in told(32)
+  assert 'set XLA_PYTHON_CLIENT_MEM_FRACTION=0.92, since JAX takes 75%' in told(32)
   assert 'Tight' in told(36) and 'Tight' not in told(32)
 
 

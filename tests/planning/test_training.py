@@ -189,7 +189,7 @@ def test_a_report_says_what_to_do_where_it_does_not_fit():
 
 def test_a_quick_report_has_no_time_of_a_program_that_will_not_run():
   text = told(is_quick=True, cycles=0.0, bytes_accessed=0.0)
-  assert text.count('not told by --quick') == 2 and 'by FLOPs or bytes' not in text
+  assert text.count('unknown with --quick') == 2 and 'by FLOPs or bytes' not in text
   assert '15.00 GiB, 94%' in text
 
 
@@ -315,7 +315,7 @@ def test_the_tpu_compiler_compiles_the_step(networks):
   quick = training.plan_training(settings(), networks, 'v5e-4', is_quick=True)
   assert quick.compiled.collectives and quick.compiled.seconds < compiled.seconds
   assert quick.compiled.argument_bytes == compiled.argument_bytes
-  assert 'time as scheduled         not told by --quick' in training.training_report(
+  assert 'time as scheduled         unknown with --quick' in training.training_report(
     quick, settings()
   )
 

@@ -49,9 +49,9 @@ def test_a_loss_that_grows_slowly_is_found_too():
      '150, 161 from W to go on from step 50'),
     (Course(0.2, 0.2, 50), [50, 161], 'state before it is saved; go on .* fails at once again.*'
      'remove 161 from W to go on from step 50'),
-    (Course(0.2, 7.0, None), [161], 'are spoilt: begin again in a new workdir'),
-    (Course(), [1], 'fails at once again, .* begin again in a new workdir'),
-    (Course(0.2, 7.0, 50), [161], 'begin again in a new workdir'),  # somebody removed it
+    (Course(0.2, 7.0, None), [161], 'are spoilt: start again in a new workdir'),
+    (Course(), [1], 'fails at once again, .* start again in a new workdir'),
+    (Course(0.2, 7.0, 50), [161], 'start again in a new workdir'),  # somebody removed it
   ],
 )  # fmt: skip
 def test_people_are_told_what_to_remove(course, checkpoints, message):
