@@ -99,7 +99,7 @@ def differ(one, other):
 
 
 NO_COLUMNS = 'has no columns to choose from'
-NO_EFFECT = 'holds latents, on which this has no effect'
+NO_EFFECT = 'holds latents, on which a setting has no effect'
 # A setting, and what the layouts say that it cannot act on; it must act on the others.
 SETTINGS = [
   (
@@ -122,7 +122,7 @@ SETTINGS = [
   ),
   ({'workers': 3}, {'latents': f'{NO_EFFECT}: data.workers 3'}),
   ({'resolution': 36}, {}),
-  ({'resolution': 64}, {'shards': 'packed for 32 px, and resolution 64 would scale'}),
+  ({'resolution': 64}, {'shards': 'packed for 32 px, and resolution 64 would enlarge'}),
 ]
 
 
@@ -163,7 +163,7 @@ OPTIONS = [
   (('--dtype', 'bfloat16'), dict.fromkeys(LAYOUTS, f'--dtype {ONLY_LATENTS}')),
   (('--batch-size', '4'), dict.fromkeys(LAYOUTS, f'--batch-size {ONLY_LATENTS}')),
   (('--ckpt', 'checkpoint'), dict.fromkeys(LAYOUTS, f'--ckpt {ONLY_LATENTS}')),
-  (('--size', '64'), {'shards': 'packed for 32 px, and --size 64 would scale them up'}),
+  (('--size', '64'), {'shards': 'packed for 32 px, and --size 64 would enlarge them up'}),
   (('--holdout', '0.25'), {}),
   (('--columns', 'input=src_img'), dict.fromkeys(('original', 'shards', 'latents'), NO_COLUMNS)),
   (('--columns', 'image=edit'), dict.fromkeys(('metadata', 'parquet'), 'is of no use for edit')),
