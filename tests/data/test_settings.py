@@ -163,7 +163,7 @@ OPTIONS = [
   (('--dtype', 'bfloat16'), dict.fromkeys(LAYOUTS, f'--dtype {ONLY_LATENTS}')),
   (('--batch-size', '4'), dict.fromkeys(LAYOUTS, f'--batch-size {ONLY_LATENTS}')),
   (('--ckpt', 'checkpoint'), dict.fromkeys(LAYOUTS, f'--ckpt {ONLY_LATENTS}')),
-  (('--size', '64'), {'shards': 'packed for 32 px, and --size 64 would enlarge them up'}),
+  (('--size', '64'), {'shards': 'packed for 32 px, and --size 64 would scale them up'}),
   (('--holdout', '0.25'), {}),
   (('--columns', 'input=src_img'), dict.fromkeys(('original', 'shards', 'latents'), NO_COLUMNS)),
   (('--columns', 'image=edit'), dict.fromkeys(('metadata', 'parquet'), 'is of no use for edit')),
