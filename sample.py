@@ -1,4 +1,4 @@
-"""Edits an image by an instruction; the same as `ip2p edit`.
+"""Edits an image by an instruction, like `ip2p edit`.
 
 python sample.py --ckpt CKPT --input photo.jpg --edit "make it winter" --output winter.png
 python sample.py --input scene.png --edit "make the circle red" --output red.png  # miniature

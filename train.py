@@ -5,7 +5,7 @@
   python train.py --config=configs/finetune.py --workdir=W --config.checkpoint=instruct-pix2pix \\
     --config.data.path=my-pairs --config.optimizer.learning_rate=3e-5
 
-Run the same command again to resume. Every setting is explained in ip2p_jax/config.py.
+Run the same command again to resume. ip2p_jax/config.py explains every setting.
 """
 
 from absl import app, flags
@@ -16,9 +16,9 @@ from ip2p_jax.cli import train
 config_flags.DEFINE_config_file('config', None, 'A file of configs/.')
 flags.DEFINE_string('workdir', None, 'Folder for checkpoints, metrics and previews; may be gs://.')
 flags.DEFINE_bool('multihost', False, 'Whether this is one process of several, as on a TPU pod.')
-flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0, where it cannot be found out.')
-flags.DEFINE_integer('num_processes', None, 'With --coordinator: how many processes there are.')
-flags.DEFINE_integer('process_id', None, 'With --coordinator: which of them this is, from 0.')
+flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0, if JAX cannot detect it.')
+flags.DEFINE_integer('num_processes', None, 'With --coordinator: the number of processes.')
+flags.DEFINE_integer('process_id', None, 'With --coordinator: the number of this process, from 0.')
 
 if __name__ == '__main__':
   app.run(train.train, flags_parser=train.parse)

@@ -1,9 +1,9 @@
-"""Text-to-image: Stable Diffusion's own objective, by the same step without the input image.
+"""Text-to-image training: Stable Diffusion's own objective, in the same step without input image.
 
   python train.py --config=configs/base.py --workdir=W \
     --config.checkpoint=stable-diffusion-v1-5 --config.data.path=images-with-captions
 
-Takes any data set with an image and a caption; of edit data sets, edited images and their captions.
+Takes any data set of images with captions; from edit data sets, the edited images and captions.
 """
 
 from ip2p_jax.config import OptimizerConfig, TrainConfig

@@ -1,11 +1,11 @@
-"""Fine-tunes an editor on images of your own, or on MagicBrush, as its authors did.
+"""Fine-tunes an editor on your own images, or on MagicBrush, as its authors did.
 
   python train.py --config=configs/finetune.py --workdir=W \
     --config.checkpoint=instruct-pix2pix --config.data.path=my-pairs
 
 Starts from any 8-channel checkpoint. The learning rate is MagicBrush's, 5e-5. For a few hundred
-pairs 500 to 2000 steps do; look at W/previews. With --config.lora.rank=16 it trains adapters of a
-few MB instead (then --config.optimizer.learning_rate=1e-4 or more).
+pairs, 500 to 2000 steps are enough; look at W/previews. With --config.lora.rank=16 it trains
+adapters of a few MB instead; then set --config.optimizer.learning_rate=1e-4 or more.
 """
 
 from ip2p_jax.config import DataConfig, LogConfig, OptimizerConfig, TrainConfig

@@ -1,8 +1,8 @@
-"""The miniature's editor: four more input channels on the base, trained on exact pairs.
+"""The miniature's editor: its base with four more input channels, trained on exact pairs.
 
   python train.py --config=configs/mini.py --workdir=out/miniature/run
 
-`python examples/miniature/make.py` makes the base and the latents that it starts from.
+`python examples/miniature/make.py` makes the base and the latents for it.
 """
 
 from ip2p_jax.config import DataConfig, LogConfig, OptimizerConfig, TrainConfig

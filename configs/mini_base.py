@@ -2,7 +2,7 @@
 
   python train.py --config=configs/mini_base.py --workdir=out/miniature/base-run
 
-`python examples/miniature/make.py` makes the checkpoint and the latents that it starts from.
+`python examples/miniature/make.py` makes the first checkpoint and the latents for it.
 """
 
 from ip2p_jax.config import DataConfig, LogConfig, OptimizerConfig, TrainConfig

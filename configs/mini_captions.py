@@ -1,8 +1,9 @@
-"""The miniature's caption writer: learns the drawn world's sentences, and to edit them.
+"""The miniature's caption writer: learns the sentences of the drawn world, and how to edit them.
 
   ip2p captions train --config configs/mini_captions.py --workdir out/miniature/writer-run
 
-`python examples/miniature/start_writer.py out/miniature/writer-start` makes what it starts from.
+`python examples/miniature/start_writer.py out/miniature/writer-start` makes its starting model and
+triplets.
 """
 
 from ip2p_jax.config import LanguageConfig, LanguageLogConfig, OptimizerConfig, TripletsConfig

@@ -1,4 +1,4 @@
-"""A run that ends in a minute on a laptop, to see that everything works (it learns nothing much).
+"""A run of a minute on a laptop, to see that everything works (it learns almost nothing).
 
   python examples/random_checkpoint.py out/tiny
   python train.py --config=configs/tiny.py --workdir=out/run \

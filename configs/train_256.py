@@ -4,7 +4,7 @@
     --config.checkpoint=stable-diffusion-v1-5 --config.data.path=clip-filtered-latents
 
 Expect 5.5 EFLOP with precomputed latents (`ip2p pack --latents`), 11.3 from images. The paper
-took 25.5 hours on 8 A100. On smaller devices raise `accumulation`, on 16 GB set `mesh.fsdp` too.
+took 25.5 hours on 8 A100. On smaller devices raise `accumulation`; with 16 GB set `mesh.fsdp`, too.
 """
 
 from ip2p_jax.config import TrainConfig

@@ -1,9 +1,9 @@
-"""The paper's recipe at 512 px, going on from a 256 px editor (or from Stable Diffusion itself).
+"""The paper's recipe at 512 px, continued from a 256 px editor (or from Stable Diffusion itself).
 
   python train.py --config=configs/train_512.py --workdir=W \
     --config.checkpoint=instruct-pix2pix --config.data.path=clip-filtered-latents-512
 
-Resolution is one number; nothing else knows it. A step costs 4.5 times that at 256 px.
+Only `resolution` changes the size of the images. A step costs 4.5 times that at 256 px.
 """
 
 from ip2p_jax.config import OptimizerConfig, TrainConfig

@@ -1,4 +1,4 @@
-"""What the workers of a folder were answered, a line each, and what it came to."""
+"""The answers that the workers of a folder got, one per line, and their counts."""
 
 import collections
 import contextlib
@@ -14,15 +14,15 @@ from ip2p_jax.captions.judge import REASONS, Writing
 from ip2p_jax.captions.read import Caption
 from ip2p_jax.errors import InputError
 
-SYNC = 1.0  # seconds of answers that may be lost with the machine
-# Why a caption gets no (other) answer.
+SYNC = 1.0  # seconds between writes to disk: answers since the last may be lost with the machine
+# Why a caption gets no answer, or no other answer.
 FLAGGED_CAPTION, UNWELCOME_CAPTION = 'flagged caption', 'unwelcome caption'
 HOPELESS = {
   FLAGGED_CAPTION: 'flagged by moderation',
-  UNWELCOME_CAPTION: 'that the model would not take',
+  UNWELCOME_CAPTION: 'refused by the model',
 }
 
-Task = tuple[Caption, int]  # a caption, and which attempt at it is next
+Task = tuple[Caption, int]  # a caption, and the number of its next attempt
 
 
 def answers_file(folder: Path, shard: tuple[int, int]) -> Path:
@@ -30,7 +30,7 @@ def answers_file(folder: Path, shard: tuple[int, int]) -> Path:
 
 
 def read_answers(file: Path) -> Iterator[dict[str, Any]]:
-  """Lines of a file of answers, but for a last one that was cut short; none if there is no file."""
+  """Yields the lines of a file of answers without an incomplete last one; none without a file."""
   if not file.exists():
     return
   with file.open('rb') as opened:
@@ -38,34 +38,34 @@ def read_answers(file: Path) -> Iterator[dict[str, Any]]:
       if not line.endswith(b'\n'):
         return
       try:
-        found = json.loads(line)
-        is_sound = type(found['row']) is int and type(found['attempt']) is int
-        texts = ('refused',) if 'refused' in found else ('edit', 'output')
-        is_sound = is_sound and all(isinstance(found[name], str) for name in texts)
+        answer = json.loads(line)
+        is_valid = type(answer['row']) is int and type(answer['attempt']) is int
+        texts = ('refused',) if 'refused' in answer else ('edit', 'output')
+        is_valid = is_valid and all(isinstance(answer[name], str) for name in texts)
       except (ValueError, KeyError, TypeError, RecursionError):
-        is_sound = False
-      if not is_sound:
+        is_valid = False
+      if not is_valid:
         raise InputError(
-          f'{file}: line {number} is damaged; delete it, and that answer is asked for again.'
+          f'{file}: line {number} is damaged; delete it, and the next run asks for it again.'
         ) from None
-      yield found
+      yield answer
 
 
 @contextlib.contextmanager
 def journal(file: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-  """A function that adds a line to the file at once; no other process can at the same time."""
+  """Gives a function that adds a line to the file at once; locks the file for other processes."""
   with storage.one_writer(file, 'give it another --shard'), file.open('a+b') as opened:
     opened.seek(0)
-    whole = 0
+    size = 0  # bytes of complete lines
     for line in opened:
-      whole += len(line) if line.endswith(b'\n') else 0
-    opened.truncate(whole)
+      size += len(line) if line.endswith(b'\n') else 0
+    opened.truncate(size)
     synced = time.monotonic()
 
     def record(line):
       nonlocal synced
       opened.write(json.dumps(line).encode() + b'\n')
-      opened.flush()  # from here on it outlives the process
+      opened.flush()  # now the line stays even if the process dies
       if time.monotonic() > synced + SYNC:
         os.fsync(opened.fileno())
         synced = time.monotonic()
@@ -77,28 +77,28 @@ def journal(file: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
 def remaining(
   folder: str | Path, captions: Sequence[Caption], writing: Writing, shard: tuple[int, int]
 ) -> list[Task]:
-  """What is still to be asked for: a caption without a kept answer, and its next attempt."""
-  made, done = collections.Counter(), set()
+  """The tasks left: captions without a kept answer, and the number of their next attempt."""
+  attempts, done = collections.Counter(), set()
   for line in read_answers(answers_file(Path(folder), shard)):
-    made[line['row']] = max(made[line['row']], line['attempt'] + 1)
+    attempts[line['row']] = max(attempts[line['row']], line['attempt'] + 1)
     if line.get('refused') is None or line['refused'] in HOPELESS:
       done.add(line['row'])
   mine = captions[shard[0] :: shard[1]]
   return [
-    (caption, made[caption.row])
+    (caption, attempts[caption.row])
     for caption in mine
-    if caption.row not in done and made[caption.row] < writing.attempts
+    if caption.row not in done and attempts[caption.row] < writing.attempts
   ]
 
 
 class Yield(NamedTuple):
-  """What the workers of a folder were answered so far."""
+  """Counts of the answers that the workers of a folder got so far."""
 
-  captions: int  # asked for, or flagged
+  captions: int  # that have an answer or were flagged
   answers: int
   refused: dict[str, int]  # answers, by reason
   hopeless: dict[str, int]  # captions that got no answer, by reason
-  instructions: list[str]  # that were kept
+  instructions: list[str]  # of the answers that were kept
 
 
 def read_yield(folder: str | Path) -> Yield:
@@ -115,13 +115,13 @@ def read_yield(folder: str | Path) -> Yield:
   return Yield(len(rows), answers, dict(refused), hopeless, instructions)
 
 
-def describe(found: Yield) -> Iterator[str]:
-  """Lines for people."""
-  part = lambda count, whole: f'{count:,} of {whole:,} ({100 * count / max(whole, 1):.1f}%)'
-  kept = len(found.instructions)
-  yield f'captions with an edit: {part(kept, found.captions)}'
-  yield f'answers kept: {part(kept, found.answers)}'
-  for reason, count in sorted(found.refused.items(), key=lambda item: -item[1]):
-    yield f'answers refused, {REASONS.get(reason, reason)}: {part(count, found.answers)}'
-  for reason, count in found.hopeless.items():
-    yield f'captions {HOPELESS[reason]}: {part(count, found.captions)}'
+def describe(result: Yield) -> Iterator[str]:
+  """Yields the counts as lines of text."""
+  part = lambda count, total: f'{count:,} of {total:,} ({100 * count / max(total, 1):.1f}%)'
+  kept = len(result.instructions)
+  yield f'captions with an edit: {part(kept, result.captions)}'
+  yield f'answers kept: {part(kept, result.answers)}'
+  for reason, count in sorted(result.refused.items(), key=lambda item: -item[1]):
+    yield f'answers refused, {REASONS.get(reason, reason)}: {part(count, result.answers)}'
+  for reason, count in result.hopeless.items():
+    yield f'captions {HOPELESS[reason]}: {part(count, result.captions)}'

@@ -1,4 +1,4 @@
-"""What is wrong with a file of triplets, row by row, and how varied its instructions are."""
+"""Checks a file of triplets row by row, and measures how varied its instructions are."""
 
 import collections
 import math
@@ -11,23 +11,23 @@ from ip2p_jax.captions.triplets import Triplet
 from ip2p_jax.errors import InputError
 from ip2p_jax.progress import Progress
 
-NEAR = 0.8  # Jaccard index of the words of two captions that are nearly the same
-RECENT = 500  # captions with a word, that another with it is compared with
+NEAR = 0.8  # two captions with this Jaccard index of their words, or more, are nearly the same
+RECENT = 500  # for each rare word, a caption is compared with at most so many others
 SHOWN_VERBS = 12
-LENGTHS = (3, 6, 9, 12, 16, 25)  # words: last of each bar of the histogram
+LENGTHS = (3, 6, 9, 12, 16, 25)  # words: the upper ends of the bars of the histogram
 
 
 def check_triplets(
   path: Path, report: Callable[[str], None], progress: Progress
 ) -> tuple[list[Triplet], int]:
-  """Reports a line per finding, 'FILE: line 7: what'. Returns (rows that can be read, findings).
+  """Reports a line per finding, 'FILE: line 7: what'. Returns (readable rows, number of findings).
 
-  Finds texts that are missing or that the formats cannot hold, the same caption twice or nearly so,
-  edits that change nothing or everything, texts that are too long, and edits that the method cannot
-  do: of places, of numbers, of the camera. InputError for a file that cannot be opened.
+  It finds texts that are missing or that the formats cannot hold, captions that are the same or
+  nearly so, edits that change nothing or everything, texts that are too long, and edits that the
+  method cannot do: of places, of numbers, of the camera. InputError if the file cannot be opened.
   """
   rows = triplets.TripletRows(path)
-  places, read, findings = [], [], 0
+  places, readable, findings = [], [], 0
   for i in range(len(rows)):
     try:
       place, triplet = rows.read(i)
@@ -36,52 +36,52 @@ def check_triplets(
       findings += 1
     else:
       places.append(place)
-      read.append(triplet)
+      readable.append(triplet)
       for problem in problems(triplet):
         report(f'{place}: {problem.text}')
         findings += 1
     progress(i + 1, len(rows))
-  for later, earlier, is_same in repeated([triplet.caption for triplet in read]):
-    what = 'the same caption as' if is_same else 'nearly the caption of'
+  for later, earlier, is_same in repeated([triplet.caption for triplet in readable]):
+    what = 'the same caption as' if is_same else 'nearly the same caption as'
     report(f'{places[later]}: {what} {places[earlier].removeprefix(f"{path}: ")}')
     findings += 1
-  return read, findings
+  return readable, findings
 
 
 def repeated(captions: Sequence[str]) -> Iterator[tuple[int, int, bool]]:
-  """(later, earlier, whether they are the same) of every caption that was there before.
+  """Yields (index, earlier index, whether they are the same) of captions that repeat earlier ones.
 
-  Nearly the same is a Jaccard index of words of NEAR or more. Two such sets share one of the rarest
-  few words of either, so that only few are compared (Chaudhuri et al. 2006, prefix filtering); of a
-  word that is in very many captions, the last RECENT of them.
+  Two captions are nearly the same if the Jaccard index of their words is NEAR or more. They then
+  share one of the few rarest words of each, so only captions that share one are compared (prefix
+  filtering, Chaudhuri et al. 2006). If very many captions have a word, the last RECENT of them are.
   """
   sets = [words(caption) for caption in captions]
-  counts = collections.Counter(word for found in sets for word in found)
+  counts = collections.Counter(word for word_set in sets for word in word_set)
   same: dict[str, int] = {}
   by_word: Mapping[str, list[int]] = collections.defaultdict(list)
-  for i, (caption, own) in enumerate(zip(captions, sets, strict=True)):
+  for i, (caption, word_set) in enumerate(zip(captions, sets, strict=True)):
     earlier = same.setdefault(plain(caption), i) if caption.strip() else i
     if earlier != i:
       yield i, earlier, True
       continue
-    if not own:
+    if not word_set:
       continue
-    rarest = sorted(own, key=lambda word: (counts[word], word))
-    rarest = rarest[: len(own) - math.ceil(NEAR * len(own) - 1e-9) + 1]
-    near = (j for word in rarest for j in by_word[word][-RECENT:])
-    found = next((j for j in near if jaccard(own, sets[j]) >= NEAR), None)
-    if found is not None:
-      yield i, found, False
+    rarest = sorted(word_set, key=lambda word: (counts[word], word))
+    rarest = rarest[: len(word_set) - math.ceil(NEAR * len(word_set) - 1e-9) + 1]
+    candidates = (j for word in rarest for j in by_word[word][-RECENT:])
+    match = next((j for j in candidates if jaccard(word_set, sets[j]) >= NEAR), None)
+    if match is not None:
+      yield i, match, False
     for word in rarest:
       by_word[word].append(i)
 
 
-def jaccard(one: frozenset, other: frozenset) -> float:
-  return len(one & other) / max(len(one | other), 1)
+def jaccard(a: frozenset, b: frozenset) -> float:
+  return len(a & b) / max(len(a | b), 1)
 
 
 def diversity(instructions: Sequence[str]) -> Iterator[str]:
-  """Lines for people: different instructions, their first words, their lengths."""
+  """Yields lines of text: how many instructions differ, their first words, their lengths."""
   total = max(len(instructions), 1)
   percent = lambda count: f'{100 * count / total:.0f}%'
   different = len({plain(text) for text in instructions})

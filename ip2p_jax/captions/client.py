@@ -1,8 +1,8 @@
 """Requests to a server that writes captions: many at a time, each with a time limit and retries.
 
-Requests that fail are sent again, later and later. A mistake in the request stops the run; a
-request for another caption shows whether the request or its caption is to blame. The key goes into
-the header of the requests and nowhere else: no text and no message repeats it.
+Requests that fail are sent again, with growing waits. A mistake in the request stops the run; a
+request for another caption shows whether the request or its caption is to blame. The key goes only
+into the header of the requests: no text and no message repeats it.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ from ip2p_jax.captions.write import Complete
 from ip2p_jax.errors import InputError
 
 TRANSIENT = (408, 409, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529)
-# A filter of the server dislikes the caption, or the caption is too long.
+# A filter of the server refuses the caption, or the caption is too long.
 UNWELCOME = (400, 413, 422, 451)
 MOST_LOST = 7  # captions in a row without an answer, before PROBE shows whether they are to blame
 PROBE = 'a cat on a mat'
@@ -38,12 +38,12 @@ THOUGHTS = re.compile(r'\s*<think>.*?</think>\s*', re.DOTALL)
 WAITS = 1.0, 60.0  # seconds: the first wait between two tries, and the longest
 LONGEST_WAIT = 600.0  # seconds, whatever Retry-After says
 LARGEST_ANSWER = 2**23  # bytes
-LONGEST_MESSAGE = 300  # characters of a server's own words
+LONGEST_MESSAGE = 300  # characters of a server's message
 HEADERS = {
   'Content-Type': 'application/json',
   'User-Agent': 'ip2p-jax',
   'Accept-Encoding': 'identity',
-  # Each request has its own connection: one that a server closes meanwhile looks like a failure.
+  # Each request has its own connection: if a server closes an idle one, it looks like a failure.
   'Connection': 'close',
 }
 
@@ -58,11 +58,11 @@ class Lost(NamedTuple):
 class Answer(NamedTuple):
   index: int  # of the request
   text: str | Lost
-  counts: Any  # of tokens, as the server has them
+  counts: Any  # of tokens, by the server
 
 
 class Trouble(Exception):
-  """It may pass; `wait` has the seconds until then, if the server says them."""
+  """A failure that may pass; `wait` has the seconds until then, if the server gives them."""
 
   def __init__(self, message: str, wait: float = 0.0):
     super().__init__(message)
@@ -75,7 +75,7 @@ def server_backend(
   usage: Usage | None = None,
   say: Callable[[str], None] = lambda line: None,
 ) -> Complete:
-  """Asks the server for each caption. `say` gets a line for each trouble."""
+  """Asks the server for each caption. `say` gets a line for each failure."""
   usage = usage or Usage()
 
   def check_another(problem):
@@ -86,7 +86,7 @@ def server_backend(
 
   def complete(captions: Sequence[str], seeds: Sequence[int]) -> Iterator[tuple[int, str | None]]:
     requests = (request(server, writing, *task) for task in zip(captions, seeds, strict=True))
-    lost = []  # none is refused before another caption is answered
+    lost = []  # they are refused only after another caption got an answer
     with contextlib.closing(ask(server, requests, say)) as answers:
       for index, text, counts in answers:
         is_lost = isinstance(text, Lost)
@@ -113,11 +113,11 @@ def ask(
   requests: Iterable[Mapping[str, Any]],
   say: Callable[[str], None] = lambda line: None,
 ) -> Iterator[Answer]:
-  """The answers, as they come; InputError for a problem that is not the caption's.
+  """Yields answers as they come; InputError for a problem that is not the caption's.
 
-  An answer is paid for, and it is lost with the process until someone takes it. So no more than
-  twice `server.concurrency` requests go ahead of the answers that are taken. The requests run in an
-  event loop in a thread, so that answers come in while others are written down.
+  Answers cost money, and those that the caller has not taken are lost if the process dies. So at
+  most twice `server.concurrency` requests are ahead of the answers that the caller took. The
+  requests run in an event loop in a thread, so that answers come in while the caller writes others.
   """
   answers: queue.SimpleQueue[Answer | BaseException | None] = queue.SimpleQueue()
   loop, room = asyncio.new_event_loop(), asyncio.Semaphore(2 * server.concurrency)
@@ -128,13 +128,13 @@ def ask(
     try:
       loop.run_until_complete(asking)
     except BaseExceptionGroup as group:
-      end = group.exceptions[0]  # it has cancelled the others
+      end = group.exceptions[0]  # it has cancelled the other tasks
     except BaseException as error:
       end = error
     loop.run_until_complete(loop.shutdown_asyncgens())
     answers.put(end)
 
-  # A daemon, since nobody may close this generator before Python ends.
+  # A daemon: Python may end before this generator is closed.
   thread = threading.Thread(target=run, daemon=True)
   thread.start()
   try:
@@ -144,7 +144,7 @@ def ask(
     if answer is not None:
       raise answer
   finally:
-    if not sys.is_finalizing():  # at Python's end the thread stands still
+    if not sys.is_finalizing():  # while Python ends, the thread does not run
       loop.call_soon_threadsafe(asking.cancel)
       thread.join()
       loop.close()
@@ -165,7 +165,7 @@ async def _ask_each(server, requests, say, room, put):
 
 
 def _http(server) -> httpx2.AsyncClient:
-  """It follows no redirect, which would carry the key elsewhere. `Client` keeps the time."""
+  """Follows no redirect, which would send the key elsewhere. `Client` has the time limit."""
   key = {'Authorization': f'Bearer {server.key}'} if server.key else {}
   limits = httpx2.Limits(max_connections=None, max_keepalive_connections=0)
   try:
@@ -173,7 +173,7 @@ def _http(server) -> httpx2.AsyncClient:
   except (ValueError, ImportError, httpx2.InvalidURL) as error:
     raise InputError(
       'HTTP_PROXY, HTTPS_PROXY or ALL_PROXY in the environment names a proxy that cannot be used'
-      f' ({type(error).__name__}); mend it, or unset it.'
+      f' ({type(error).__name__}); correct it, or unset it.'
     ) from None
 
 
@@ -198,8 +198,8 @@ class Client(NamedTuple):
       return await retrying(self._try, json.dumps(body).encode())
     except Trouble as trouble:
       problem = (
-        f'{address}: {trouble}, {tries} times in a row; what was written stays, so run the same'
-        ' command later to go on.'
+        f'{address}: {trouble}, {tries} times in a row; the answers so far are saved, so run the'
+        ' same command later to go on.'
       )
       return Lost(problem, is_final=False), None
 
@@ -208,7 +208,7 @@ class Client(NamedTuple):
     return self._read(content) if response.is_success else (self._refused(response, content), None)
 
   async def _send(self, content: bytes) -> tuple[httpx2.Response, bytes]:
-    """The response and its content, of which an error status needs only what came in time."""
+    """The response and its content. Of an error response, the part that came in time is enough."""
     response, received, trouble = None, b'', None
     sending = self.http.stream('POST', self.server.address, content=content)
     try:
@@ -227,22 +227,22 @@ class Client(NamedTuple):
     return response, received
 
   def _refused(self, response: httpx2.Response, content: bytes) -> Lost:
-    """Why the server refuses the caption; Trouble or InputError if that is not the caption's."""
+    """Why the server refuses the caption; Trouble or InputError if the caption is not to blame."""
     status, server = response.status_code, self.server
     if status in TRANSIENT:
       raise Trouble(f'status {status}', retry_after(response.headers.get('Retry-After')))
     if status in (401, 403) and not server.key:
       raise InputError(
-        f'{server.address}: wants a key (status {status}); export it, and give the name of the'
-        ' environment variable by --key-variable.'
+        f'{server.address}: needs a key (status {status}); export it, and give the name of the'
+        ' environment variable with --key-variable.'
       )
     if status in (401, 403):
       raise InputError(
-        f'{server.address}: refuses the key (status {status}); give the name of the environment'
-        ' variable that holds the right one by --key-variable.'
+        f'{server.address}: refuses the key (status {status}); with --key-variable, give the name'
+        ' of the environment variable that holds the right key.'
       )
     if 300 <= status < 400:
-      raise InputError(f'{server.address}: redirects to somewhere else; give the URL it ends at.')
+      raise InputError(f'{server.address}: redirects to another URL; give that URL.')
     message = self._message(content)
     problem = (
       f'{server.address}: refuses the request for model {server.model!r} (status {status}'
@@ -250,7 +250,7 @@ class Client(NamedTuple):
     )
     if status not in UNWELCOME:
       raise InputError(f'{problem}.')
-    self.say(f'{problem}; its caption goes without')
+    self.say(f'{problem}; its caption gets no answer')
     return Lost(f'{problem}.', is_final=True)
 
   def _read(self, content: bytes) -> tuple[str, Any]:
@@ -265,7 +265,7 @@ class Client(NamedTuple):
       if not isinstance(text, str | None):
         raise TypeError
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-      raise Trouble('an answer that is not as the protocol has it') from None
+      raise Trouble('an answer that does not follow the protocol') from None
     text = triplets.clean(text or '')
     if thoughts := THOUGHTS.match(text):
       text = text[thoughts.end() :]
@@ -274,7 +274,7 @@ class Client(NamedTuple):
     return self._without_key(text), answer.get('usage')
 
   def _message(self, content: bytes) -> str:
-    """The server's own words in the body of an error, on one line."""
+    """The server's message in the body of an error, on one line."""
     try:
       error = json.loads(content)
       error = error.get('error', error)
@@ -288,11 +288,11 @@ class Client(NamedTuple):
 
 
 def seconds_before_next(state: tenacity.RetryCallState) -> float:
-  """Longer and longer, or as the server says."""
+  """A wait that grows with the tries, or the server's if that is longer."""
   first, longest = WAITS
   growing = tenacity.wait_exponential(multiplier=first, max=longest)(state)
-  said = min(state.outcome.exception().wait, LONGEST_WAIT)
-  return max(growing * random.uniform(0.5, 1), said)
+  requested = min(state.outcome.exception().wait, LONGEST_WAIT)
+  return max(growing * random.uniform(0.5, 1), requested)
 
 
 def what_failed(error: Exception, response: httpx2.Response | None) -> str:
@@ -301,7 +301,7 @@ def what_failed(error: Exception, response: httpx2.Response | None) -> str:
     is_counted = 'Content-Length' in response.headers
     return 'half an answer' if is_counted else 'the connection failed (IncompleteRead)'
   reason, cause = type(error).__name__, error
-  while cause is not None:  # the words of the system lie at the end of the chain
+  while cause is not None:  # the system's message is at the end of the chain
     reason = getattr(cause, 'strerror', None) or reason
     several = getattr(cause, 'exceptions', None)
     cause = several[0] if several else cause.__cause__ or cause.__context__
@@ -309,7 +309,7 @@ def what_failed(error: Exception, response: httpx2.Response | None) -> str:
 
 
 def retry_after(header: str | None) -> float:
-  """Seconds; the header has those, or a date. 0 for none."""
+  """Seconds of the header, which has seconds or a date; 0 without a header."""
   try:
     seconds = float(header or 0)
   except ValueError:

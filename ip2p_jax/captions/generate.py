@@ -1,11 +1,11 @@
-"""Texts from a language model: many rows at once, each continuing a prompt of its own.
+"""Texts from a language model: many rows at once, each continues its own prompt.
 
-A batch has a fixed number of slots. A row that ends leaves its slot to the next prompt while its
-neighbours go on, so that the weights, which every step has to read whole, always serve a full
-batch. S slots, R prompts read at once, P tokens of a prompt, V vocabulary, M places of the cache.
+A batch has a fixed number of slots. When a row ends, the next prompt takes its slot while the other
+rows go on. Every step has to read all weights, and so the batch stays full. S slots, R prompts read
+at once, P tokens of a prompt, V vocabulary, M places of the cache.
 
 Slots are split over `data` of the mesh, weights over `fsdp`. Groups of devices that share the
-weights never talk to another.
+weights do not communicate with other groups.
 """
 
 import itertools
@@ -33,18 +33,19 @@ from ip2p_jax.xla_alarms import quietly
 
 SLOTS = 64  # for each copy of the weights
 READ_AT_ONCE = 8  # prompts, by each group of devices
-LEAST_PROMPT = 16  # lengths of prompts are filled up to powers of two, ...
-CACHE_BLOCK = 64  # ... and those of the cache to multiples of this: one program for each
+# One program for each length of prompts and of the cache, so these are rounded up.
+LEAST_PROMPT = 16  # tokens; lengths of prompts are powers of two from this on
+CACHE_BLOCK = 64  # tokens; lengths of the cache are multiples of this
 
 
 class Completion(NamedTuple):
-  """What followed a prompt.
+  """The text that continues a prompt.
 
   Attributes:
     index: of the prompt.
     text: without the stop.
-    tokens: up to the one that completed the stop or ended the text, which is included.
-    is_finished: whether it came to the stop or an end; else it ran out of tokens.
+    tokens: up to and including the one that completed the stop or ended the text.
+    is_finished: whether it reached the stop or an end token; else it ran out of tokens.
   """
 
   index: int
@@ -69,11 +70,11 @@ class Language(NamedTuple):
 
     Args:
       path: the folder.
-      dtype: the weights' and so the arithmetic's.
-      split: how many devices share one copy of the weights; None takes as few as keep half of
-        their memory free.
+      dtype: of the weights and of the arithmetic.
+      split: how many devices share one copy of the weights; None takes the fewest that leave half
+        of their memory free.
 
-    Raises InputError naming the file, key or tensor that is amiss.
+    Raises InputError that names the file, key or tensor that is wrong.
     """
     return cls.of(read_language(path), dtype, split)
 
@@ -96,13 +97,13 @@ class Language(NamedTuple):
 
 
 def placed(mesh: Mesh, shapes: Params) -> Params:
-  """Shapes of weights, as they lie on a mesh."""
+  """Shapes of weights, with their shardings on a mesh."""
   of = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
   return jax.tree.map(of, shapes, sharding.of_language(mesh, shapes))
 
 
 def tokenizer_of(checkpoint: LanguageCheckpoint) -> Tokenizer:
-  """Raises InputError if tokenizer.json is damaged, or knows tokens that the model does not."""
+  """Raises InputError if tokenizer.json is damaged, or has more tokens than the model."""
   where = f'{checkpoint.source}/tokenizer.json'
   try:
     tokenizer = Tokenizer.from_str(checkpoint.tokenizer.decode())
@@ -110,10 +111,10 @@ def tokenizer_of(checkpoint: LanguageCheckpoint) -> Tokenizer:
     raise InputError(f'{where}: cannot be read ({error}); fetch the file again.') from None
   tokenizer.no_truncation()
   tokenizer.no_padding()
-  size, known = checkpoint.config.get('vocab_size', 0), tokenizer.get_vocab_size()
-  if known > size:
-    raise InputError(f'{where}: has {known} tokens where the model knows {size}; take the '
-                     'tokenizer that belongs to it.')  # fmt: skip
+  size, count = checkpoint.config.get('vocab_size', 0), tokenizer.get_vocab_size()
+  if count > size:
+    raise InputError(f'{where}: has {count} tokens, but the model has {size}; use the tokenizer '
+                     'of the model.')  # fmt: skip
   return tokenizer
 
 
@@ -129,22 +130,22 @@ def write(
   max_tokens: int = 256,
   slots: int | None = None,
 ) -> Iterator[Completion]:
-  """Continues every prompt; yields as rows end, in whatever order.
+  """Continues every prompt; yields completions as rows end, in any order.
 
-  A text depends on its prompt and its seed, not on the other prompts, their order or `slots` (but
-  for rounding, should two tokens be equally likely to the last digit).
+  A text depends on its prompt and its seed, not on the other prompts, their order or `slots`
+  (except by rounding, if two tokens are equally likely to the last digit).
 
   Args:
     language: the model.
-    prompts: any number; texts as the model was trained with, no chat template is applied.
+    prompts: any number; texts in the format of the model's training, without a chat template.
     seeds: one per prompt, 0 to 2 ** 64 - 1.
     temperature: the logits are divided by it; 0 always takes the likeliest token.
-    top_p: only the likeliest tokens that together have this probability are drawn from.
-    frequency_penalty: taken off a token's logit for each time that the row has it already.
+    top_p: tokens are drawn from the likeliest ones that together have this probability.
+    frequency_penalty: subtracted from a token's logit for each time that the row has the token.
     stop: a text ends before it; None for no stop.
-    max_tokens: a text has no more; nor more than the model's context has room for.
-    slots: rows at a time, on all devices together; more of them are faster in all and take more
-      memory. None takes SLOTS for each copy of the weights.
+    max_tokens: the most tokens of a text; the model's context limits it, too.
+    slots: rows at a time, on all devices together; more are faster in total and take more memory.
+      None takes SLOTS for each copy of the weights.
 
   Raises:
     InputError: an argument is out of range, or a prompt is empty or too long for the model.
@@ -159,20 +160,20 @@ def write(
   if any(not 0 <= seed < 2**64 for seed in seeds):
     raise InputError('seeds: each has to be a whole number from 0 to 2 ** 64 - 1.')
   if stop == '':
-    raise InputError('stop is empty, so that every text would be; give None for no stop.')
+    raise InputError('stop is empty, so every text would be empty; give None for no stop.')
   tokens = _encoded(language, prompts)
   slots = Slots(language, min(slots, _power_of_two(len(prompts))), max_tokens)
   return _write(slots, list(zip(tokens, map(int, seeds), strict=True)), knobs, stop)
 
 
 def has_room(language: Language, prompts: Sequence[str]) -> list[bool]:
-  """Whether each prompt leaves room in the model's context for a token or more."""
+  """Whether each prompt leaves room for at least one token in the model's context."""
   most = language.config.max_position_embeddings
   return [len(tokens) < most for tokens in _tokens(language, prompts)]
 
 
 class Slots:
-  """A batch of rows: their caches on the devices, where they are at on the host."""
+  """A batch of rows: caches on the devices, states of the rows on the host."""
 
   def __init__(self, language: Language, count: int, max_tokens: int):
     self.language, self.max_tokens = language, max_tokens
@@ -185,27 +186,27 @@ class Slots:
     self.rows = TextRows(*np.full((3, count), -1, np.int32), np.zeros((count, 2), np.uint32))
 
   def room(self, taken: Collection[int]) -> list[int]:
-    """Free slots for prompts to be read at once, of all groups in turn."""
+    """Free slots for prompts that are read at once, from all groups in turn."""
     slots = np.arange(len(self.rows.token)).reshape(self.groups, -1)
     free = ([slot for slot in group if slot not in taken][:READ_AT_ONCE] for group in slots)
     return [slot for turn in itertools.zip_longest(*free) for slot in turn if slot is not None]
 
   def fill(self, prompts: Mapping[int, tuple[np.ndarray, int]]):
-    """Begins rows: slot -> prompt's tokens and seed; slots are of one `room`."""
+    """Begins rows: slot -> prompt's tokens and seed; the slots come from one call of `room`."""
     longest = max(len(tokens) for tokens, _ in prompts.values())
     shape = self.groups, READ_AT_ONCE, max(LEAST_PROMPT, _power_of_two(longest))
     slots = np.full(shape[:2], self.each, np.int32)  # no slot at all
     tokens, positions = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
     filled = [0] * self.groups
     for slot, (prompt, seed) in prompts.items():
-      group, known = slot // self.each, len(prompt) - 1
+      group, read = slot // self.each, len(prompt) - 1
       place, filled[group] = (group, filled[group]), filled[group] + 1
       slots[place] = slot % self.each
-      tokens[place][:known], positions[place][:known] = prompt[:-1], np.arange(known)
+      tokens[place][:read], positions[place][:read] = prompt[:-1], np.arange(read)
       # The last token is read when the row goes on.
       room = min(self.max_tokens, self.language.config.max_position_embeddings - len(prompt))
-      self.rows.token[slot], self.rows.position[slot] = prompt[-1], known
-      self.rows.last[slot], self.rows.seeds[slot] = known + room, divmod(seed, 2**32)
+      self.rows.token[slot], self.rows.position[slot] = prompt[-1], read
+      self.rows.last[slot], self.rows.seeds[slot] = read + room, divmod(seed, 2**32)
     self._make_room()
     flat = (x.reshape(-1, *x.shape[2:]) for x in (slots, tokens, positions))
     self.cache, self.counts = quietly(
@@ -213,7 +214,7 @@ class Slots:
     )
 
   def go_on(self, knobs: Knobs) -> np.ndarray:
-    """STEPS more tokens of each row, int32 [S, STEPS]; -1 once a row is at its end."""
+    """STEPS more tokens of each row, int32 [S, STEPS]; -1 after the end of a row."""
     rows = self.rows
     busy = rows.position >= 0
     self._make_room()
@@ -259,24 +260,24 @@ def _write(slots, prompts, knobs, stop):
       if slot not in texts:
         continue
       index, tokens = texts[slot]
-      known = len(tokens)
+      count = len(tokens)
       tokens.extend(new[new >= 0].tolist())
-      found = _ended(tokenizer, tokens, known, stop, ends)
-      if found is None and slots.is_full(slot):
-        found = tokenizer.decode(tokens), len(tokens), False
-      if found is not None:
-        text, length, is_finished = found
+      result = _ended(tokenizer, tokens, count, stop, ends)
+      if result is None and slots.is_full(slot):
+        result = tokenizer.decode(tokens), len(tokens), False
+      if result is not None:
+        text, length, is_finished = result
         slots.free(slot)
         del texts[slot]
         yield Completion(index, text, tuple(tokens[:length]), is_finished)
 
 
-def _ended(tokenizer, tokens, known, stop, ends):
-  """(text, number of tokens, True) if one of tokens[known:] ended the row; None if it goes on."""
+def _ended(tokenizer, tokens, count, stop, ends):
+  """(text, number of tokens, True) if one of tokens[count:] ended the row; None if it goes on."""
   text = tokenizer.decode(tokens)
   at = text.find(stop) if stop else -1
   if at >= 0:
-    lengths = range(known + 1, len(tokens))
+    lengths = range(count + 1, len(tokens))
     length = next((n for n in lengths if stop in tokenizer.decode(tokens[:n])), len(tokens))
     return text[:at], length, True
   if tokens[-1] in ends:
@@ -302,18 +303,18 @@ def _encoded(language, prompts) -> list[np.ndarray]:
   room, encoded = language.config.max_position_embeddings, []
   for i, tokens in enumerate(_tokens(language, prompts)):
     if not 0 < len(tokens) < room:
-      wrong = f'has {len(tokens)} tokens, and the model reads fewer than {room}'
-      raise InputError(f'prompt {i} {wrong if tokens else "is empty"}: {prompts[i][:60]!r}.')
+      fault = f'has {len(tokens)} tokens, and the model reads fewer than {room}'
+      raise InputError(f'prompt {i} {fault if tokens else "is empty"}: {prompts[i][:60]!r}.')
     encoded.append(np.array(tokens, np.int32))
   return encoded
 
 
 def _tokens(language, prompts) -> Iterator[list[int]]:
-  for begin in range(0, len(prompts), 1024):  # what the library returns is large
-    for found in language.tokenizer.encode_batch(list(prompts[begin : begin + 1024])):
-      yield found.ids
+  for begin in range(0, len(prompts), 1024):  # the library's results are large
+    for encoding in language.tokenizer.encode_batch(list(prompts[begin : begin + 1024])):
+      yield encoding.ids
 
 
 def _on_devices(view, leaf):
-  # Waits, so that no more than one array is in memory twice.
+  # Waits, so that at most one array is in memory twice.
   return jax.block_until_ready(sharding.put(view, leaf.sharding))

@@ -1,4 +1,4 @@
-"""How edits of captions are written, and which answers of a model are kept."""
+"""Settings for writing edits of captions, and the rules for which answers are kept."""
 
 import dataclasses
 import hashlib
@@ -12,12 +12,12 @@ from ip2p_jax.errors import InputError
 # Why an answer is refused.
 REASONS = {
   'empty': 'no answer',
-  'unfinished': 'not written to the end',
+  'unfinished': 'incomplete',
   'parts': 'not an instruction and a caption',
   'unchanged': 'the caption unchanged',
   'long': 'too long',
   'unrelated': 'the caption of something else',
-  'undrawable': 'of places, numbers or the camera',
+  'undrawable': 'about places, numbers or the camera',
   'flagged': 'flagged by moderation',
 }
 
@@ -26,11 +26,11 @@ Moderate = Callable[[str], bool]  # whether a text must not be used
 
 @dataclasses.dataclass(frozen=True)
 class Writing:
-  """How texts are written; the defaults are the original's.
+  """Settings for writing texts; the defaults are the original's.
 
   Attributes:
     seed: of the whole run.
-    attempts: answers to ask for, each with another seed, until one is kept.
+    attempts: the most answers to ask for until one is kept, each with another seed.
     max_tokens: of an answer.
     max_words: of an instruction. Captions and instructions must fit into CLIP's 77 tokens, too.
   """
@@ -48,13 +48,13 @@ class Writing:
       if not 1 <= getattr(self, name) <= MOST_TOKENS:
         raise InputError(f'{name} is {getattr(self, name)}; use 1 to {MOST_TOKENS}.')
     if self.top_p == 0:
-      raise InputError('top_p is 0, which leaves no token; use more, or a temperature of 0.')
+      raise InputError('top_p is 0, which leaves no token; use a larger one, or temperature 0.')
     for name, low, high in (('temperature', 0, 2), ('top_p', 0, 1), ('frequency_penalty', -2, 2)):
       if not low <= getattr(self, name) <= high:
         raise InputError(f'{name} is {getattr(self, name)}; use {low} to {high}.')
 
   def seed_of(self, caption: str, attempt: int) -> int:
-    """31 bits, by a hash, so that no answer depends on what else was asked for."""
+    """31 bits of a hash, so that no answer depends on the other captions."""
     digest = hashlib.blake2b(f'{self.seed} {attempt} {caption}'.encode(), digest_size=4).digest()
     return int.from_bytes(digest, 'little') >> 1
 
@@ -62,7 +62,7 @@ class Writing:
 def judge(
   caption: str, answer: str, writing: Writing, is_flagged: Moderate | None
 ) -> tuple[str, tuple[str, str] | None]:
-  """Why an answer is refused, of REASONS, and None; or '' and (instruction, edited caption)."""
+  """(key of REASONS, None) for a refused answer, else ('', (instruction, edited caption))."""
   if not answer:
     return 'empty', None
   if triplets.STOP not in answer:

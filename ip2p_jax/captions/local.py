@@ -1,4 +1,4 @@
-"""Captions by a language model on the devices of this machine."""
+"""Captions from a language model on the devices of this machine."""
 
 from ip2p_jax.captions import generate, triplets
 from ip2p_jax.captions.judge import Writing
@@ -6,7 +6,7 @@ from ip2p_jax.captions.write import Complete
 
 
 def local_backend(model: generate.Language, writing: Writing, slots: int | None = None) -> Complete:
-  """Asks a model on the devices of this machine; `slots` as of `generate.write`."""
+  """Asks a model on the devices of this machine; `slots` as in `generate.write`."""
 
   def complete(captions, seeds):
     prompts = [triplets.prompt(caption) for caption in captions]

@@ -1,4 +1,4 @@
-"""One file of the triplets of several, each caption once."""
+"""Merges several files of triplets into one, each caption once."""
 
 import json
 import math
@@ -12,22 +12,23 @@ from ip2p_jax.errors import InputError
 
 
 def merge_answers(files: Sequence[str | Path], out: str | Path) -> tuple[int, int]:
-  """Writes the triplets of all files that were not there before: (lines written, duplicates).
+  """Writes the triplets of all files, without duplicates; returns (lines written, duplicates).
 
-  Columns are called as in the prompts of `write_all`; others come along, if JSON has their values.
-  Duplicates have the same caption, but for case, white space and a last stop, or the same URL.
+  Columns get the names in the prompts of `write_all`. Other columns stay if JSON can hold their
+  values. Duplicates have the same URL, or captions that differ only in case, white space and
+  punctuation at the end.
   """
   out = Path(storage.local_path(out)).expanduser()
-  taken = InputError(f'{out}: exists, or does not end in .jsonl; give a new file that does.')
+  refusal = InputError(f'{out}: exists, or does not end in .jsonl; give a new file that does.')
   if out.exists() or out.suffix.lower() != '.jsonl':
-    raise taken
+    raise refusal
   seen, lines, duplicates = set(), [], 0
   for file in files:
     rows = triplets.TripletRows(storage.local_path(file))
     for i in range(len(rows)):
       place, triplet, others = rows.read_whole(i)
       if fault := triplets.fault(triplet):
-        raise InputError(f'{place} {fault}; mend it or take it out.')
+        raise InputError(f'{place} {fault}; fix it or remove it.')
       url = triplets.text(others.get('url'))
       keys = {plain(triplet.caption)} | ({f'url {url}'} if url else set())
       if keys & seen:
@@ -40,10 +41,10 @@ def merge_answers(files: Sequence[str | Path], out: str | Path) -> tuple[int, in
   try:
     storage.create(storage.folder(out), ''.join(lines).encode())
   except FileExistsError:  # another merge came first
-    raise taken from None
+    raise refusal from None
   return len(lines), duplicates
 
 
 def _is_plain(value) -> bool:
-  """Whether JSON has it."""
+  """Whether JSON can hold the value."""
   return isinstance(value, str | int | None) or (isinstance(value, float) and math.isfinite(value))

@@ -1,7 +1,8 @@
-"""Writing many rows at once, as jitted programs over a mesh.
+"""Jitted programs over a mesh that write many rows at once.
 
 S slots, R prompts read at once, P tokens of a prompt, V vocabulary, M places of the cache. Slots
-are split over `data`, weights over `fsdp`: devices that share the weights never talk to others.
+are split over `data`, weights over `fsdp`. Devices that share the weights do not communicate with
+others.
 """
 
 import functools
@@ -22,11 +23,11 @@ from ip2p_jax.models.layers import abstract
 from ip2p_jax.models.llama import Llama
 from ip2p_jax.models.llama_config import LlamaConfig
 
-STEPS = 8  # between two looks of the host; a row that ended waits for half of them
+STEPS = 8  # until the host looks again; a row that ends waits for half of them on average
 
 
 class Knobs(NamedTuple):
-  """Scalars, traced: other values run the same program."""
+  """Traced scalars: other values run the same program."""
 
   temperature: np.float32
   top_p: np.float32
@@ -34,12 +35,12 @@ class Knobs(NamedTuple):
 
 
 class TextRows(NamedTuple):
-  """What each slot is at, int32 [S] but for `seeds`.
+  """The state of each slot, int32 [S] except `seeds`.
 
   Attributes:
     token: the last one, which the model has not read.
     position: its place in the row; -1 in a free slot.
-    last: the place of the last token that the row may have.
+    last: the last place that the row may fill.
     seeds: uint32 [S, 2], high and low half.
   """
 
@@ -50,7 +51,7 @@ class TextRows(NamedTuple):
 
 
 class Programs(NamedTuple):
-  """What `Slots` runs, jitted; cache and counts are donated."""
+  """The jitted programs of `Slots`; cache and counts are donated."""
 
   begin: Callable
   read: Callable
@@ -60,37 +61,37 @@ class Programs(NamedTuple):
 
 @functools.lru_cache(maxsize=4)
 def text_programs(definition: nnx.GraphDef, config: LlamaConfig, mesh: Mesh) -> Programs:
-  """For a model whose weights and rows are split over a mesh."""
+  """The programs for a model whose weights and rows are split over a mesh."""
   is_split = mesh.shape['fsdp'] > 1
-  of_head = P(None, 'fsdp') if config.vocab_size % mesh.shape['fsdp'] == 0 else P()
+  head_spec = P(None, 'fsdp') if config.vocab_size % mesh.shape['fsdp'] == 0 else P()
 
   begin = functools.partial(_begin, config)
   read = functools.partial(_read, definition)
-  step = functools.partial(_step, definition, config, of_head if is_split else None)
-  whole, rows = sharding.replicated(mesh), NamedSharding(mesh, P('data'))
+  step = functools.partial(_step, definition, config, head_spec if is_split else None)
+  replicated, rows = sharding.replicated(mesh), NamedSharding(mesh, P('data'))
   heads = config.num_key_value_heads % mesh.shape['fsdp'] == 0
   cache = NamedSharding(mesh, P('data', 'fsdp') if heads else P('data'))
   counts = sharding.of_batch(mesh)
   weights = sharding.of_language(mesh, abstract(lambda keys: Llama(config, rngs=keys))[1])
-  each, all_of = P('data'), P()
+  split, shared = P('data'), P()
 
-  def apart(f, in_specs, out_specs):
+  def per_group(f, in_specs, out_specs):
     return jax.shard_map(
       f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names={'data'}, check_vma=False
     )
 
-  held = weights, cache, counts
+  inputs = weights, cache, counts
   return Programs(
     jax.jit(begin, static_argnums=(0, 1, 2), out_shardings=(cache, counts)),
     jax.jit(
-      apart(read, (all_of, *[each] * 5), (each, each)),
-      in_shardings=(*held, rows, rows, rows),
+      per_group(read, (shared, *[split] * 5), (split, split)),
+      in_shardings=(*inputs, rows, rows, rows),
       out_shardings=(cache, counts),
       donate_argnums=(1, 2),
     ),
     jax.jit(
-      apart(step, (all_of, each, each, each, all_of, all_of), (each, each, each)),
-      in_shardings=(*held, rows, whole, whole),
+      per_group(step, (shared, split, split, split, shared, shared), (split, split, split)),
+      in_shardings=(*inputs, rows, replicated, replicated),
       out_shardings=(cache, counts, rows),
       donate_argnums=(1, 2),
     ),
@@ -99,7 +100,7 @@ def text_programs(definition: nnx.GraphDef, config: LlamaConfig, mesh: Mesh) -> 
 
 
 def _begin(config, count, length, dtype):
-  """An empty cache, and how often each row has each token, int16 [S, V]: never."""
+  """An empty cache, and counts of each row's tokens, int16 [S, V], all 0."""
   cache = llama.empty_cache(config, count, length, dtype)
   return cache, jnp.zeros((count, config.vocab_size), jnp.int16)
 
@@ -112,10 +113,10 @@ def _read(definition, params, cache, counts, slots, tokens, positions):
   return jax.tree.map(put, cache, part), counts.at[slots].set(0, mode='drop')
 
 
-def _step(definition, config, of_head, params, cache, counts, rows, steps, knobs):
+def _step(definition, config, head_spec, params, cache, counts, rows, steps, knobs):
   """`steps` tokens of each row, fewer at its end -> cache, counts, int32 [S, STEPS].
 
-  `of_head` is how the head's products lie where weights are split, else None.
+  `head_spec` is the sharding of the head's products if weights are split, else None.
   """
   model = nnx.merge(definition, params)
   seeds = jax.random.wrap_key_data(rows.seeds, impl='threefry2x32')
@@ -125,10 +126,10 @@ def _step(definition, config, of_head, params, cache, counts, rows, steps, knobs
     cache, counts, token, position, new = state
     states, cache = model.model(token[:, None], position[:, None], cache)
     logits = model.logits(states)[:, 0]
-    if of_head is not None:
-      # Parts of the vocabulary, which the head's parts give, become parts of the rows, which choose
-      # alone. Not told of the first, XLA would put the head together in every step.
-      logits = jax.lax.with_sharding_constraint(logits, of_head)
+    if head_spec is not None:
+      # The head's parts give parts of the vocabulary. Each device then chooses for a part of the
+      # rows. Without the first constraint, XLA would gather the head in every step.
+      logits = jax.lax.with_sharding_constraint(logits, head_spec)
       logits = jax.lax.with_sharding_constraint(logits, P('fsdp'))
     token = choose(logits, counts, jax.vmap(jax.random.fold_in)(seeds, position), knobs)
     is_row = position >= 0
@@ -139,7 +140,7 @@ def _step(definition, config, of_head, params, cache, counts, rows, steps, knobs
 
   new = jnp.full((len(rows.token), STEPS), -1, jnp.int32)
   state = cache, counts, rows.token, rows.position, new
-  state = jax.lax.fori_loop(0, steps, go_on, state)  # as often for every group of devices
+  state = jax.lax.fori_loop(0, steps, go_on, state)  # as many for every group of devices
   return state[0], state[1], state[4]
 
 
@@ -148,7 +149,7 @@ def choose(logits: Array, counts: Array, keys: Array, knobs: Knobs) -> Array:
 
   Args:
     logits: float32 [S, V].
-    counts: int [S, V], how often each row has each token already.
+    counts: int [S, V], how often each row has each token so far.
     keys: [S].
     knobs: float32 scalars.
   """
@@ -156,15 +157,15 @@ def choose(logits: Array, counts: Array, keys: Array, knobs: Knobs) -> Array:
 
   def sample():
     scaled = logits / knobs.temperature
-    kept = jax.lax.cond(knobs.top_p < 1, nucleus, lambda logits, _: logits, scaled, knobs.top_p)
-    return draw(kept, jax.vmap(jax.random.uniform)(keys))
+    likely = jax.lax.cond(knobs.top_p < 1, nucleus, lambda logits, _: logits, scaled, knobs.top_p)
+    return draw(likely, jax.vmap(jax.random.uniform)(keys))
 
   greedy = lambda: logits.argmax(-1).astype(jnp.int32)
   return jax.lax.cond(knobs.temperature > 0, sample, greedy)
 
 
 def nucleus(logits: Array, top_p: Array) -> Array:
-  """[S, V] with -inf for all but the fewest likeliest that have `top_p` (Holtzman et al. 2020)."""
+  """Logits [S, V], -inf outside the smallest set that has `top_p` (Holtzman et al. 2020)."""
   probabilities = jax.nn.softmax(logits)
   falling = -jnp.sort(-probabilities)
   is_kept = falling.cumsum(-1) - falling < top_p
@@ -175,8 +176,8 @@ def nucleus(logits: Array, top_p: Array) -> Array:
 def draw(logits: Array, uniform: Array) -> Array:
   """Indices int32 [S] with the probabilities softmax(logits) [S, V]; `uniform` [S] is in [0, 1).
 
-  Finds where the sum of probabilities passes that number. jax.random.categorical would need V
-  numbers for each row, which can take longer than all the rest of a small model.
+  Finds where the sum of probabilities passes `uniform`. jax.random.categorical would need V random
+  numbers for each row, which can take longer than the rest of a small model.
   """
   S, V = logits.shape
   weights = jnp.exp(logits - logits.max(-1, keepdims=True))
@@ -189,6 +190,6 @@ def draw(logits: Array, uniform: Array) -> Array:
   before = jnp.where(block > 0, passed[rows, block - 1], 0)
   inside = blocks[rows, block]
   is_past = before[:, None] + inside.cumsum(-1) > target[:, None]
-  # A sum in another order may end just short of the target.
+  # This sum has another order, and rounding may keep it just below the target.
   place = jnp.where(is_past.any(-1), is_past.argmax(-1), inside.argmax(-1))
   return (128 * block + place).astype(jnp.int32)

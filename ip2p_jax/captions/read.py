@@ -1,4 +1,4 @@
-"""Captions to write edits for, out of tables and texts."""
+"""Reads the captions to write edits for from tables and text files."""
 
 import collections
 from collections.abc import Iterator
@@ -21,17 +21,17 @@ class Caption(NamedTuple):
 
 
 class Captions(NamedTuple):
-  """Those to write for, and how many more there were."""
+  """The captions to write edits for, and the numbers of those left out."""
 
   kept: list[Caption]
   left_out: dict[str, int]  # by reason: 'empty', 'duplicate', 'long', 'garbled', ...
 
 
 def read_captions(path: Path, column: str = '') -> Captions:
-  """Captions of a .jsonl, .csv or .parquet file, a folder of .parquet, or one per line of a text.
+  """Captions of a .jsonl, .csv or .parquet file, a folder of .parquet, or a text, one per line.
 
-  Of captions that are the same but for case, white space and a last stop, or that have the same
-  URL, the first stays. InputError for a file or row that cannot be read.
+  Only the first of the captions with one URL is kept, and of those that differ only in case, white
+  space and punctuation at the end. InputError for a file or row that cannot be read.
   """
   left_out, kept, seen = collections.Counter(), [], set()
   for row, (text, url) in enumerate(_texts(path, column)):
@@ -51,7 +51,7 @@ def read_captions(path: Path, column: str = '') -> Captions:
       kept.append(Caption(row, text, url))
       seen |= keys
   if not kept:
-    raise InputError(f'{path}: has no caption that could be used.')
+    raise InputError(f'{path}: has no usable caption.')
   return Captions(kept, dict(left_out))
 
 
@@ -59,15 +59,15 @@ def _texts(path: Path, column: str) -> Iterator[tuple[str, str]]:
   """(caption, URL or '') of every row."""
   if path.suffix.lower() in LINES and not path.is_dir():
     if column:
-      raise InputError(f'{path}: is a text without columns; leave out --column {column}.')
+      raise InputError(f'{path}: is a text file without columns; leave out --column {column}.')
     try:
       if path.exists() and not path.is_file():
         raise InputError(f'{path}: is no file.')
       content = path.read_bytes().decode('utf-8-sig')
-      lines = content.removesuffix('\n').split('\n')  # no other sign ends a line
+      lines = content.removesuffix('\n').split('\n')  # no other character ends a line
     except (OSError, UnicodeDecodeError) as error:
       reason = getattr(error, 'strerror', None) or 'is not UTF-8'
-      raise InputError(f'{path}: cannot be read as a text ({reason}).') from None
+      raise InputError(f'{path}: cannot be read as text ({reason}).') from None
     yield from ((line, '') for line in lines)
     return
   reader = triplets.open_table(path)
@@ -76,8 +76,8 @@ def _texts(path: Path, column: str) -> Iterator[tuple[str, str]]:
   )  # fmt: skip
   if name is None:
     raise InputError(
-      f'{path}: has no column {column or "caption"}; the columns are {", ".join(reader.names)}; say'
-      ' which by --column.'
+      f'{path}: has no column {column or "caption"}; the columns are {", ".join(reader.names)};'
+      ' give one with --column.'
     )
   url = triplets.pick(reader.names, (('url', 'image_url'),))
   wanted = tuple(filter(None, (name, url)))

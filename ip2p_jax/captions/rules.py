@@ -1,4 +1,4 @@
-"""What is wrong with a triplet by itself: one rule for what people write and models answer."""
+"""What is wrong with one triplet. The same rules hold for texts of people and of models."""
 
 import functools
 import re
@@ -10,14 +10,14 @@ from ip2p_jax.captions.triplets import Triplet
 from ip2p_jax.models.tokenizer import ClipTokenizer
 from ip2p_jax.weights import clip_tokenizer
 
-RELATED = 0.2  # least part of the caption's words, or of the edited one's, that the other has too
+RELATED = 0.2  # least share of the words of the shorter caption that the longer one has, too
 MOST_WORDS = 25  # of an instruction
 WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 SMALL_WORDS = frozenset(
   'a an and are as at be by for from has have in into is it its of on or that the their this to'
   ' was were with'.split()
 )
-# What pairs of pictures that share attention cannot show. Words, and what they ask for.
+# Changes that pairs of images with shared attention cannot show, and the words that ask for them.
 SPATIAL = {
   'the camera': r"""(?:move|turn|tilt|lower|raise|change)\ the\ camera|zoom(?:s|ed|ing)?\b
     |close-?\s?up|wide[- ](?:angle|shot)|(?:low|high|bird['’]?s)[- ](?:angle|eye)|bird['’]s[- ]eye
@@ -51,9 +51,9 @@ class Problem(NamedTuple):
 
 
 def problems(triplet: Triplet, most_words: int = MOST_WORDS) -> Iterator[Problem]:
-  """What the formats, CLIP, or pairs of pictures cannot hold; nothing for a good triplet.
+  """What the formats, CLIP, or pairs of images cannot hold; nothing for a good triplet.
 
-  `most_words` is of the instruction.
+  `most_words` is the limit for the instruction.
   """
   if fault := triplets.fault(triplet):
     yield Problem('parts', fault)
@@ -64,7 +64,7 @@ def problems(triplet: Triplet, most_words: int = MOST_WORDS) -> Iterator[Problem
     if '\n' in text:
       yield Problem('parts', f'the {name} has more than one line')
     if triplets.is_garbled(text):
-      what = 'control characters, or signs that stand for broken ones'
+      what = 'control characters, or characters that stand for broken bytes'
       yield Problem('parts', f'the {name} has {what}')
   if plain(instruction) in (plain(caption), plain(edited)):
     yield Problem('parts', 'the instruction is one of the captions')
@@ -79,13 +79,13 @@ def problems(triplet: Triplet, most_words: int = MOST_WORDS) -> Iterator[Problem
     what = f'the edited caption {edited!r} has little to do with the caption {caption!r}'
     yield Problem('unrelated', what)
   for what, pattern in PATTERNS.items():
-    if found := pattern.search(instruction):
-      asked = f'the instruction asks for a change of {what} ({found[0]!r})'
-      yield Problem('undrawable', f'{asked}, which pairs cannot show')
+    if match := pattern.search(instruction):
+      change = f'the instruction asks for a change of {what} ({match[0]!r})'
+      yield Problem('undrawable', f'{change}, which pairs cannot show')
 
 
 def fits(text: str) -> bool:
-  """Whether the 77 tokens that CLIP reads hold all of it."""
+  """Whether the whole text fits into the 77 tokens that CLIP reads."""
   return not _clip_tokenizer().cut_off(text)
 
 
@@ -95,17 +95,18 @@ def _clip_tokenizer() -> ClipTokenizer:
 
 
 def plain(text: str) -> str:
-  """What makes two captions the same: not case, white space, or a stop at the end."""
+  """A caption without what makes no difference: case, white space, punctuation at the end."""
   text = ' '.join(text.split()).lower()
   return text.rstrip(' .!?') or text
 
 
 def is_unrelated(caption: str, edited: str) -> bool:
-  """Whether two captions share next to no words that mean something."""
-  one, other = words(caption) - SMALL_WORDS, words(edited) - SMALL_WORDS
-  if min(len(one), len(other)) < 2:  # one thing may become another; or of other writing systems
+  """Whether two captions share almost no words, small words aside."""
+  before, after = words(caption) - SMALL_WORDS, words(edited) - SMALL_WORDS
+  # One thing may become another. Some writing systems have no spaces between words.
+  if min(len(before), len(after)) < 2:
     return False
-  return len(one & other) < RELATED * min(len(one), len(other))
+  return len(before & after) < RELATED * min(len(before), len(after))
 
 
 def words(text: str) -> frozenset[str]:

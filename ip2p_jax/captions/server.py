@@ -1,6 +1,6 @@
-"""A server that speaks OpenAI's protocol (vLLM, llama.cpp, a hosted one) as a writer of captions.
+"""A server with OpenAI's protocol (vLLM, llama.cpp, a hosted one) that writes captions.
 
-A model that was not trained on triplets is shown some of them with every request, drawn by the
+If a model was not trained on triplets, every request shows it some as examples, drawn by the
 request's seed. `client` sends the requests.
 """
 
@@ -25,28 +25,28 @@ TASK = (
   ' times; never move, count, mirror or zoom. Nothing offensive. No explanations.'
 )
 CHARACTERS = 4  # of English text per token, about
-SAMPLE = 200  # captions that an estimate is made from, at most
+SAMPLE = 200  # an estimate reads at most so many captions
 LONGEST_TIME = 86_400.0  # seconds for an answer
-FIXED = ('model', 'messages', 'prompt', 'stream', 'n', 'stop')  # of a request
-# Of a request, too: written into every line of the prompts. They may be taken out, not changed.
+FIXED = ('model', 'messages', 'prompt', 'stream', 'n', 'stop')  # keys of a request
+# Keys of a request that every line of the prompts records. They may be removed, not changed.
 RECORDED = ('temperature', 'top_p', 'frequency_penalty', 'max_tokens', 'seed')
 
 
 @dataclasses.dataclass(frozen=True)
 class Server:
-  """Where to ask, and how.
+  """The address of a server, and how to ask it.
 
   Attributes:
     url: up to the version: 'http://localhost:8000/v1'.
-    model: its name there.
+    model: its name on the server.
     api: 'chat', or 'completions' for models that were not trained to chat.
     key: sent as a bearer token; see `read_key`.
-    examples: drawn from for each request.
+    examples: the triplets that each request draws from.
     shown: how many examples a request shows; 0 for a model that was trained on triplets.
-    body: more keys of the request, but for FIXED and RECORDED; None takes one out.
+    body: more keys of the request, except FIXED and RECORDED; None removes a key.
     concurrency: requests at the same time.
     timeout: seconds that an answer may take.
-    retries: of a request that failed, before its caption goes without.
+    retries: of a request that failed, before its caption gets no answer.
   """
 
   url: str
@@ -71,17 +71,17 @@ class Server:
       raise InputError('the URL of the server must be like http://localhost:8000/v1.')
     if '@' in parts.netloc or parts.query or parts.fragment:
       raise InputError(
-        'the URL of the server may hold no name, password or parameters; a key goes into an'
+        'the URL of the server may not hold a name, password or parameters; put the key into an'
         ' environment variable.'
       )
     check_choice('the api', self.api, APIS)
     if not 0 < self.timeout <= LONGEST_TIME:
       raise InputError(f'the timeout is {self.timeout} s; use up to {LONGEST_TIME:.0f}.')
     if fixed := [name for name in FIXED if name in self.body]:
-      raise InputError(f'the body may not hold {fixed[0]!r}, which is written for each request.')
-    if told := [name for name in RECORDED if self.body.get(name) is not None]:
+      raise InputError(f'the body may not hold {fixed[0]!r}, which each request sets itself.')
+    if changed := [name for name in RECORDED if self.body.get(name) is not None]:
       raise InputError(
-        f'the body may not change {told[0]!r}, which has an option of its own; null takes it out.'
+        f'the body may not change {changed[0]!r}, which has its own option; null removes it.'
       )
     if self.shown > len(self.examples):
       raise InputError(
@@ -90,7 +90,7 @@ class Server:
 
   @property
   def taken_out(self) -> list[str]:
-    """Of RECORDED, what the server is not told, and decides itself."""
+    """The keys of RECORDED that no request has; the server chooses their values."""
     return [name for name in RECORDED if name in self.body]
 
   @property
@@ -99,7 +99,7 @@ class Server:
 
 
 class Estimate(NamedTuple):
-  """Of a run, if every first answer is good; tokens are guessed from characters."""
+  """The size of a run if every first answer is kept; tokens are estimated from characters."""
 
   requests: int
   prompt_tokens: int
@@ -119,15 +119,15 @@ class Usage:
 
 
 def read_key(variable: str) -> str:
-  """The key in an environment variable. No message repeats it, nor a name that may be a key."""
+  """The key in an environment variable. No message repeats the key, or a name that may be one."""
   key = os.environ.get(variable, '').strip()
   if not key:
     raise InputError(
       '--key-variable names no environment variable that is set; give its name, not the key, and'
-      ' export the key under that name.'
+      ' export the key with that name.'
     )
   if not (key.isascii() and key.isprintable()) or ' ' in key:
-    raise InputError(f'the key in {variable} has spaces or odd signs in it; export it again.')
+    raise InputError(f'the key in {variable} has spaces or odd characters; export it again.')
   return key
 
 
@@ -141,14 +141,14 @@ def request(server: Server, writing: Writing, caption: str, seed: int) -> dict[s
       messages.append({'role': 'user', 'content': example.caption})
       messages.append({'role': 'assistant', 'content': answer})
     last = caption if shown else triplets.prompt(caption)
-    asked = {'messages': [*messages, {'role': 'user', 'content': last}]}
+    content = {'messages': [*messages, {'role': 'user', 'content': last}]}
   else:
     before = ''.join(
       triplets.prompt(example.caption) + triplets.completion(example) + '\n\n' for example in shown
     )
-    asked = {'prompt': before + triplets.prompt(caption)}
+    content = {'prompt': before + triplets.prompt(caption)}
   body = {
-    'model': server.model, **asked, 'temperature': writing.temperature, 'top_p': writing.top_p,
+    'model': server.model, **content, 'temperature': writing.temperature, 'top_p': writing.top_p,
     'frequency_penalty': writing.frequency_penalty, 'max_tokens': writing.max_tokens,
     'stop': [triplets.STOP], 'seed': seed, **server.body,
   }  # fmt: skip
@@ -156,13 +156,15 @@ def request(server: Server, writing: Writing, caption: str, seed: int) -> dict[s
 
 
 def estimate(server: Server, writing: Writing, captions: Sequence[str]) -> Estimate:
-  """What a first answer to each of the captions takes, from the requests of some of them."""
+  """The tokens of a first answer to each caption, estimated from requests for some of them."""
   if not captions:
     return Estimate(0, 0, 0)
-  some = captions[:: -(-len(captions) // SAMPLE)]
-  lengths = [_length(request(server, writing, caption, seed)) for seed, caption in enumerate(some)]
+  sample = captions[:: -(-len(captions) // SAMPLE)]
+  lengths = [
+    _length(request(server, writing, caption, seed)) for seed, caption in enumerate(sample)
+  ]
   answers = [len(triplets.completion(example)) for example in server.examples]
-  answer = sum(answers) / len(answers) if answers else 2 * sum(map(len, some)) / len(some)
+  answer = sum(answers) / len(answers) if answers else 2 * sum(map(len, sample)) / len(sample)
   tokens = lambda characters: round(characters / CHARACTERS * len(captions))
   return Estimate(len(captions), tokens(sum(lengths) / len(lengths)), tokens(answer))
 
@@ -173,7 +175,7 @@ def _length(body) -> int:
 
 
 def _draw(examples, count, seed) -> list[Triplet]:
-  """By `random.random` alone, of which Python promises that it will not change."""
+  """Draws with `random.random` only: Python promises that its numbers stay the same."""
   numbers = random.Random(seed)
   order = sorted((numbers.random(), i) for i in range(len(examples)))
   return [examples[i] for _, i in order[:count]]

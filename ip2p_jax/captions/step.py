@@ -1,12 +1,12 @@
 """One optimizer step of a language model that learns to complete prompts.
 
-The state is that of `train_step`, and so is the update; here are the loss and its gradients.
-`params` is the whole network or adapters, `frozen` the rest: {dotted name: array}. Of B rows with N
-tokens a batch has:
+State and update are those of `training.step`; this module has the loss and its gradients. `params`
+is the whole network or adapters, `frozen` the rest: {dotted name: array}. A batch of B rows with N
+tokens has:
 
   tokens     int32 [B, N]
   positions  int32 [B, N]  places in the row, -1 for padding
-  weight     float32 [B, N]  1 where a token is to be predicted from those before it, else 0
+  weight     float32 [B, N]  1 for a token that the model learns to predict, else 0
 """
 
 from typing import NamedTuple
@@ -28,7 +28,7 @@ Flat = dict[str, Array]
 
 
 class Recipe(NamedTuple):
-  """What a step needs to know and jit need not trace."""
+  """The inputs of a step that jit does not trace."""
 
   model_def: nnx.GraphDef
   config: LanguageConfig
@@ -38,11 +38,11 @@ class Recipe(NamedTuple):
 def language_step(
   recipe: Recipe, shardings: State, state: State, frozen: Flat, batch: Flat
 ) -> tuple[State, Flat]:
-  """As `train_step.train_step`: the mean loss over the batch's predicted tokens, and one update."""
+  """Like `training.step.train_step`: one update by the mean loss over the predicted tokens."""
   config = recipe.config
   count = batch['weight'][:, 1:].sum()
   total = jnp.maximum(count, 1.0)
-  # Adapters stay in float32; a whole network travels in the type of arithmetic.
+  # Adapters stay in float32; devices exchange a whole network in the type of arithmetic.
   is_whole = not config.lora.rank
   copy = step.cast(state['params'], config.dtype) if is_whole else state['params']
 
@@ -51,7 +51,7 @@ def language_step(
 
   loss, grads = step.sum_gradients(loss_of, copy, batch, config.accumulation, shardings)
   new, metrics = step.updated(recipe, shardings, state, loss, grads, count)
-  del metrics['skipped']  # triplets are in memory, and whole
+  del metrics['skipped']  # triplets are in memory, and none is damaged
   return new, metrics
 
 
@@ -69,10 +69,10 @@ def summed_loss(recipe: Recipe, params: Flat, frozen: Flat, batch: Flat) -> Arra
 
 
 def network(recipe: Recipe, params: Flat, frozen: Flat) -> Llama:
-  """The network in the type of arithmetic, adapters beside its layers."""
+  """The network in the type of arithmetic, with adapters beside its layers."""
   config = recipe.config
-  whole = frozen if config.lora.rank else {**frozen, **params}
-  model = nnx.merge(recipe.model_def, parameters.unflatten(step.cast(whole, config.dtype)))
+  weights = frozen if config.lora.rank else {**frozen, **params}
+  model = nnx.merge(recipe.model_def, parameters.unflatten(step.cast(weights, config.dtype)))
   if config.lora.rank:
     lora.attach(model, params, config.lora)
   return model

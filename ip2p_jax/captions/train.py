@@ -1,7 +1,7 @@
 """Fine-tuning a language model on triplets: the paper's first stage.
 
-Of each triplet the model sees the caption and learns the rest: the loss is over the completion's
-tokens alone. Triplets are few, so all are tokenized once, to one length, and stay in memory.
+The model reads the caption of each triplet and learns the rest: only the completion's tokens are in
+the loss. Triplets are few, so all are tokenized once, to one length, and stay in memory.
 """
 
 import functools
@@ -29,17 +29,17 @@ from ip2p_jax.training import flops, run
 from ip2p_jax.training.run import Kind, Run, Task
 from ip2p_jax.weights.language_folder import LanguageCheckpoint, read_language
 
-ROUND = 32  # lengths are multiples of it, so that few programs serve all data sets
+ROUND = 32  # lengths are multiples of it, so that few programs are compiled for all data sets
 
 TokenRows = dict[str, np.ndarray]  # a batch of `language_step`, or a whole data set like one
 
 
 def train_language(config: LanguageConfig, workdir: str) -> int:
-  """Trains until `config.steps`, or until a signal; called again, goes on where it was.
+  """Trains until `config.steps`, or until a signal; a second call continues from the checkpoint.
 
-  Returns the exit status: 0 when done, 143 when stopped by a signal (a checkpoint is written
-  first). Raises InputError for anything wrong with config, triplets, checkpoint or workdir, and for
-  a loss that is not finite.
+  Returns the exit status: 0 when done, 143 when stopped by a signal, after writing a checkpoint.
+  Raises InputError for mistakes in config, triplets, checkpoint or workdir, and for a loss that is
+  not finite.
   """
   check_language(config)
   parts = split(triplets.read(config.data.path), config.data.holdout)
@@ -87,21 +87,21 @@ def _describe(
 
 
 def split(rows: Sequence[Triplet], holdout: float) -> tuple[list[Triplet], list[Triplet]]:
-  """Those to learn and those to hold out, a part `holdout` of them at most, spread evenly.
+  """(rows to learn, held-out rows): at most a share `holdout` is held out, spread evenly.
 
-  Triplets that share a caption, before or after the edit, are together on one side.
+  Triplets that share a caption, before or after the edit, stay together.
   """
   group = groups((row.caption, row.edited) for row in rows)
-  of_group: dict[int, list[int]] = {}
+  members_by_group: dict[int, list[int]] = {}
   for i, first in enumerate(group):
-    of_group.setdefault(first, []).append(i)
-  seen, held = 0, set()
-  for members in of_group.values():
+    members_by_group.setdefault(first, []).append(i)
+  seen, held_out = 0, set()
+  for members in members_by_group.values():
     seen += len(members)
     # Rounded, since 100 * 0.29 is 28.999999999999996.
-    if len(held) + len(members) <= int(round(seen * holdout, 6)):
-      held |= {*members}
-  pick = lambda is_held: [row for i, row in enumerate(rows) if (i in held) == is_held]
+    if len(held_out) + len(members) <= int(round(seen * holdout, 6)):
+      held_out |= {*members}
+  pick = lambda is_held_out: [row for i, row in enumerate(rows) if (i in held_out) == is_held_out]
   return pick(False), pick(True)
 
 
@@ -110,8 +110,8 @@ def tokenized(
 ) -> TokenRows:
   """All triplets as one batch of `language_step`, padded to a multiple of 32 tokens.
 
-  Prompt and completion are tokenized apart, as a prompt is when the model writes.
-  InputError for a triplet that is longer than the model, or the config, allows.
+  Prompt and completion are tokenized separately, like prompts when the model writes.
+  InputError for a triplet that is longer than the model or the config allows.
   """
   tokenizer = tokenizer_of(checkpoint)
   room = checkpoint.config['max_position_embeddings']
@@ -124,28 +124,28 @@ def tokenized(
     if count > limit:
       raise InputError(
         f'{config.data.path}: the triplet of {row.caption[:40]!r} takes {count} tokens, more than'
-        f' {limit}; shorten it, or raise data.max_tokens (the model has room for {room}).'
+        f' {limit}; shorten it, or raise data.max_tokens (the model allows {room}).'
       )
   longest = max(len(a) + len(b) for a, b in zip(prompts, completions, strict=True))
   shape = len(rows), -(-longest // ROUND) * ROUND
-  found = {
+  batch = {
     'tokens': np.zeros(shape, np.int32),
     'positions': np.full(shape, -1, np.int32),
     'weight': np.zeros(shape, np.float32),
   }
   for i, (first, second) in enumerate(zip(prompts, completions, strict=True)):
     end = len(first) + len(second)
-    found['tokens'][i, :end] = first + second
-    found['positions'][i, :end] = np.arange(end)
-    found['weight'][i, len(first) : end] = 1
-  return found
+    batch['tokens'][i, :end] = first + second
+    batch['positions'][i, :end] = np.arange(end)
+    batch['weight'][i, len(first) : end] = 1
+  return batch
 
 
 def batches(rows: TokenRows, config: LanguageConfig, mesh: Mesh, start: int) -> Iterator[dict]:
-  """The batch of every step from `start` on, on the devices.
+  """Yields the batch of every step from `start` on, on the devices.
 
-  What stands at place step x batch_size + row follows from the seed: all rows once, in an order of
-  their own for each epoch, and again.
+  The seed decides which row is at place step x batch_size + row. Each epoch has all rows once, in
+  its own order.
   """
   order = loader.order([len(rows['tokens'])], [1.0], config.seed)
   local = sharding.local_rows(mesh, config.batch_size)
@@ -162,21 +162,21 @@ def _frozen(
   mesh: Mesh,
   trained: Collection[str],
 ) -> dict[str, jax.Array]:
-  """What does not learn, on the devices, in the dtype of arithmetic."""
+  """The weights that are not trained, on the devices, in the dtype of arithmetic."""
   frozen = {}
   fixed = {name: shapes[name] for name in shapes if name not in trained}
   for name, value in read_parameters(checkpoint, fixed).items():
-    where = sharding.split(mesh, value.shape, ('fsdp',))
-    frozen[name] = sharding.put(value.astype(config.dtype), where)
+    placement = sharding.split(mesh, value.shape, ('fsdp',))
+    frozen[name] = sharding.put(value.astype(config.dtype), placement)
   return frozen
 
 
 def _validation(rows: TokenRows, run: Run) -> Callable[[], Iterator[dict]] | None:
-  """`batches()` of all held-out triplets; None without any."""
+  """`batches()` of all held-out triplets; None if there are none."""
   size, count = run.microbatch * run.mesh.size, len(rows['tokens'])
   if not count:
     return None
-  # The last batch is filled up with the first row, at no weight.
+  # The first rows fill the last batch, with weight 0.
   filled = {
     name: array[np.arange(-(-count // size) * size) % count] for name, array in rows.items()
   }
@@ -192,9 +192,9 @@ def _validation(rows: TokenRows, run: Run) -> Callable[[], Iterator[dict]] | Non
 
 
 def _flops(shapes: dict[str, jax.ShapeDtypeStruct], length: int, run: Run) -> float:
-  """FLOPs of one row: forward, and backward through what learns."""
-  whole = sum(x.size for x in shapes.values())
+  """FLOPs of one row: forward, and backward through the trained weights."""
+  total = sum(x.size for x in shapes.values())
   fixed = sum(x.size for x in run.frozen.values())
   tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
   forward = lambda params, tokens: nnx.merge(run.recipe.model_def, params)(tokens)
-  return flops.count(forward, parameters.unflatten(shapes), tokens) * (3 - fixed / whole)
+  return flops.count(forward, parameters.unflatten(shapes), tokens) * (3 - fixed / total)

@@ -1,6 +1,6 @@
 """Triplets of texts that teach the caption writer: a caption, an instruction, the edited caption.
 
-A language model is trained on, and asked by, the formats of the original:
+The training texts and the prompts have the formats of the original:
 
   prompt      a cat on a mat⏎##⏎
   completion  make it a lion⏎%%⏎a lion on a mat⏎END
@@ -17,7 +17,7 @@ from ip2p_jax.data.columns import ALIASES, texts
 from ip2p_jax.errors import InputError
 
 AFTER_CAPTION, AFTER_INSTRUCTION, STOP = '\n##\n', '\n%%\n', '\nEND'
-# By field: names in groups, of which a later one counts where none of an earlier one is there.
+# Groups of column names by field. A group counts only if no column has a name of an earlier group.
 NAMES = {
   'caption': (*ALIASES['caption'], ('original_caption', 'text')),
   'instruction': ALIASES['instruction'],
@@ -40,64 +40,64 @@ def completion(triplet: Triplet) -> str:
 
 
 def parse(completion: str) -> tuple[str, str] | None:
-  """(instruction, edited caption) of what a model wrote; None if these are not its two parts."""
+  """(instruction, edited caption) of a model's answer; None if it does not have these two parts."""
   completion = completion.replace('\r\n', '\n').partition(STOP)[0]
   parts = [part.strip() for part in completion.split(AFTER_INSTRUCTION)]
   return (parts[0], parts[1]) if len(parts) == 2 and all(parts) else None
 
 
 def fault(triplet: Triplet) -> str | None:
-  """Why the formats cannot hold it, as the end of a sentence that begins with its place."""
+  """Why the formats cannot hold a triplet, as the end of a sentence that begins with its place."""
   for name, text in by_name(triplet).items():
     if not text:
       return f'has no {name}'
     if line := mark_in(text):
-      return f'has a line {line} in its {name}, which the formats need for themselves'
+      return f'has a line {line} in its {name}, which the formats reserve'
   return None
 
 
 def by_name(triplet: Triplet) -> dict[str, str]:
-  """Its texts by what people call them."""
+  """{name: text}, with the names that messages use."""
   return dict(zip(('caption', 'instruction', 'edited caption'), triplet, strict=True))
 
 
 def mark_in(text: str) -> str | None:
-  """What line of a text the formats would take for one of their marks, as words; None if none."""
-  found = (mark for mark in (AFTER_CAPTION, AFTER_INSTRUCTION, STOP) if mark in f'\n{text}\n')
+  """The line of a text that the formats would take for a mark, in words; None if there is none."""
+  marks = (mark for mark in (AFTER_CAPTION, AFTER_INSTRUCTION, STOP) if mark in f'\n{text}\n')
   return next(
-    (f'that begins with {mark.strip()}' if mark == STOP else repr(mark.strip()) for mark in found),
+    (f'that begins with {mark.strip()}' if mark == STOP else repr(mark.strip()) for mark in marks),
     None,
   )
 
 
 def is_garbled(text: str) -> bool:
-  """Whether it has signs that no one writes, or that stand for bytes that are no text.
+  """Whether a text has control characters, or characters that stand for broken bytes.
 
-  Line breaks and tabs are none of them.
+  Line breaks and tabs are allowed.
   """
-  signs = set(text) - {'\t', '\n', '\r'}
-  return '\ufffd' in signs or any(unicodedata.category(sign) == 'Cc' for sign in signs)
+  characters = set(text) - {'\t', '\n', '\r'}
+  return '\ufffd' in characters or any(unicodedata.category(c) == 'Cc' for c in characters)
 
 
 def read(path: str | Path) -> list[Triplet]:
-  """Every row of a .jsonl, .csv or .parquet file, or of a folder of .parquet files.
+  """Reads every row of a .jsonl, .csv or .parquet file, or of a folder of .parquet files.
 
   Columns are called as in the original ('input', 'edit', 'output'), as in the files that `ip2p
   captions write` makes ('caption', 'edit', 'output'), or as in any data set that `ip2p pack` knows.
-  InputError that names the first row that is wrong.
+  InputError names the first row that is wrong.
   """
-  rows = TripletRows(path)
-  found = []
-  for i in range(len(rows)):
-    place, triplet = rows.read(i)
+  table = TripletRows(path)
+  rows = []
+  for i in range(len(table)):
+    place, triplet = table.read(i)
     if problem := fault(triplet):
-      raise InputError(f'{place} {problem}; mend it or take it out.')
-    found.append(triplet)
-  return found
+      raise InputError(f'{place} {problem}; fix it or remove it.')
+    rows.append(triplet)
+  return rows
 
 
 class TripletRows:
-  """A file of triplets, row by row, with what is wrong in it."""
+  """A file of triplets, which is read row by row."""
 
   def __init__(self, path: str | Path):
     self._reader = open_table(path)
@@ -107,7 +107,7 @@ class TripletRows:
       if column is None:
         what = 'edited caption' if field == 'edited' else field
         raise InputError(
-          f'{path}: no column has a name known for the {what}; the columns are '
+          f'{path}: no column has a known name for the {what}; the columns are '
           f'{", ".join(self._reader.names)}; call them input, edit and output.'
         )
       self._columns.append(column)
@@ -116,11 +116,11 @@ class TripletRows:
     return len(self._reader)
 
   def read(self, i: int) -> tuple[str, Triplet]:
-    """Its place, 'FILE: line 7', and texts, '' for one that is missing; InputError if damaged."""
+    """(place like 'FILE: line 7', triplet), a missing text as ''; InputError if damaged."""
     return self._read(i, tuple(self._columns))[:2]
 
   def read_whole(self, i: int) -> tuple[str, Triplet, dict[str, Any]]:
-    """The same, and the values of all other columns."""
+    """The same as `read`, and the values of all other columns."""
     place, triplet, values = self._read(i, tuple(self._reader.names))
     others = {name: value for name, value in values.items() if name not in self._columns}
     return place, triplet, others
@@ -131,16 +131,16 @@ class TripletRows:
 
 
 def bundled_file() -> Path:
-  """The triplets that come along; InputError if they did not."""
+  """The triplets that come with the package; InputError if they are missing."""
   files = [folder.parent / 'triplets.jsonl' for folder in bundled.FOLDERS]
-  found = next((file for file in files if file.is_file()), None)
-  if found is None:
+  file = next((path for path in files if path.is_file()), None)
+  if file is None:
     raise InputError('the triplets of this project are not installed; give your own (--triplets).')
-  return found
+  return file
 
 
 def open_table(path: str | Path) -> tables.JsonLines | tables.Csv | tables.Parquet:
-  """A table of texts; InputError if it is none, or has no row."""
+  """Opens a table of texts; InputError if it is no table, or has no rows."""
   path = Path(path).expanduser()
   kind = path.suffix.lower()
   if path.is_dir():
@@ -156,7 +156,8 @@ def open_table(path: str | Path) -> tables.JsonLines | tables.Csv | tables.Parqu
     reader = (tables.JsonLines if kind == '.jsonl' else tables.Csv)(str(path))
   else:
     raise InputError(
-      f'{path}: of unknown kind; give .jsonl, .csv or .parquet (of captions also .txt, one a line).'
+      f'{path}: is of unknown kind; give .jsonl, .csv or .parquet (for captions also .txt, one per'
+      ' line).'
     )
   if not len(reader):
     raise InputError(f'{path}: is empty.')
@@ -164,7 +165,7 @@ def open_table(path: str | Path) -> tables.JsonLines | tables.Csv | tables.Parqu
 
 
 def pick(names: Sequence[str], groups: Sequence[Sequence[str]]) -> str | None:
-  """The first of the names that is in a group, the earlier groups first."""
+  """The first name that is in a group; earlier groups are tried first."""
   return next((name for group in groups for name in names if name.lower() in group), None)
 
 
@@ -174,5 +175,5 @@ def text(cell: Any) -> str:
 
 
 def clean(text: str) -> str:
-  """Without halves of UTF-16 pairs, which JSON can hold and UTF-8 cannot."""
+  """Replaces lone halves of UTF-16 pairs, which JSON can hold and UTF-8 cannot."""
   return text.encode(errors='replace').decode()

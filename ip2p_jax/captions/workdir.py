@@ -1,8 +1,8 @@
-"""What a run of a language model keeps beside its checkpoints, and the model to take out of it.
+"""Files of a language model's run beside its checkpoints, and export of its model.
 
-  base/language.json      config.json of the model; written last: with it, a base is complete
-  base/model.safetensors  the weights that are not trained, in the type they came in
-  base/...                the tokenizer and what else the model's folder had
+  base/language.json      config.json of the model; written last, so with it a base is complete
+  base/model.safetensors  the weights that are not trained, in their original type
+  base/...                the tokenizer and the other files of the model's folder
 
 The rest of the workdir is as in `checkpoints`.
 """
@@ -44,17 +44,17 @@ def shapes_of(checkpoint: LanguageCheckpoint) -> tuple[nnx.GraphDef, dict[str, A
 
 
 def read_parameters(checkpoint: LanguageCheckpoint, shapes: dict[str, Any]) -> Tensors:
-  """{dotted name: array} of those parameters, typed as `shapes`; each is made when asked for.
+  """{dotted name: array} of the parameters in `shapes`, typed as there; read when accessed.
 
-  Raises InputError naming tensors that are missing, and when asked for, misshapen or not finite.
+  Raises InputError that names missing tensors, and on access, misshapen or non-finite ones.
   """
   tensors, wanted = checkpoint.tensors, {tensor_name(name): name for name in shapes}
 
   def read(tensor):
     name = wanted[tensor]
-    alone = Tensors({tensor: lambda: tensors[tensor]})
+    single = Tensors({tensor: lambda: tensors[tensor]})
     shape = parameters.unflatten({name: shapes[name]})
-    tree = names.to_params(alone, shape, 'language', source=checkpoint.source)
+    tree = names.to_params(single, shape, 'language', source=checkpoint.source)
     return parameters.flatten(tree)[name]
 
   missing = [tensor for tensor in wanted if tensor not in tensors]
@@ -64,14 +64,14 @@ def read_parameters(checkpoint: LanguageCheckpoint, shapes: dict[str, Any]) -> T
 
 
 def save_base(workdir: Workdir, checkpoint: LanguageCheckpoint, trained: Collection[str]) -> None:
-  """Keeps what training does not change, so that a run needs its starting point only once.
+  """Saves what training does not change, so that a run reads its starting point only once.
 
   Does nothing if the workdir has a base and a training checkpoint. Every process must call it.
 
   Args:
-    trained: dotted names of the parameters that lie in the state instead.
+    trained: dotted names of the parameters that are in the state instead.
 
-  Raises OSError if the disk refuses it, InputError if a weight is not finite.
+  Raises OSError if writing fails, InputError if a weight is not finite.
   """
   folder = storage.folder(workdir)
   is_there = is_language_run(workdir) and saved_steps(workdir)
@@ -81,13 +81,13 @@ def save_base(workdir: Workdir, checkpoint: LanguageCheckpoint, trained: Collect
 
 
 def load_base(workdir: Workdir) -> LanguageCheckpoint | None:
-  """What `save_base` kept, its tensors read lazily. None if there is none."""
+  """Reads what `save_base` saved, tensors lazily; None if there is nothing."""
   if not is_language_run(workdir):
     return None
   folder = storage.folder(workdir) / BASE
   texts = {file.name: file.read_bytes() for file in folder.iterdir() if file.name not in _OURS}
   tensors = Tensors({})
-  if (folder / TENSORS).exists():  # not if all is trained
+  if (folder / TENSORS).exists():  # there is none if all weights are trained
     with storage.fetched(folder / TENSORS) as file:
       tensors = weights.read_tensors(file)[0]
   config, tokenizer = storage.read_json(folder / MODEL), texts.pop(TOKENIZER)
@@ -95,17 +95,17 @@ def load_base(workdir: Workdir) -> LanguageCheckpoint | None:
 
 
 def read(workdir: Workdir, ema: bool = True, step: int | None = None) -> LanguageCheckpoint:
-  """A run's model, adapters merged in float32. The run may be going on.
+  """A run's model, adapters merged in float32. The run may still be training.
 
   Args:
-    ema: the moving average, or the weights that are being trained.
+    ema: whether to read the moving average or the trained weights.
     step: None takes the latest checkpoint.
 
-  Raises InputError if there is none, or if something of it is missing or damaged.
+  Raises InputError if there is no checkpoint, or if a part of it is missing or damaged.
   """
   base = load_base(workdir)
   if base is None:
-    raise InputError(f'{workdir}: is no run of a language model; give the workdir of one.')
+    raise InputError(f'{workdir}: is not the workdir of a language model; give one that is.')
   step, trained = read_part(workdir, 'ema' if ema else 'params', step)
   config = lora_config(workdir)
   fixed = {name: lambda name=name: base.tensors[name] for name in base.tensors}
@@ -121,9 +121,9 @@ def export_language(
   use_ema: bool = True,
   overwrite: bool = False,
 ) -> str:
-  """Writes a run's model as a folder of transformers; returns what it was: 'W (step 63)'.
+  """Writes a run's model as a folder of transformers; returns its source: 'W (step 63)'.
 
-  Raises InputError for anything wrong with the workdir or the destination.
+  Raises InputError for mistakes in the workdir or the destination.
   """
   with storage.one_writer(dst):
     checkpoint = read(workdir, use_ema)
@@ -135,7 +135,7 @@ _OURS = (MODEL, TENSORS)
 
 
 def _merged(base, adapters, config) -> Tensors:
-  """{kernel: float32} of the kernels that have adapters, each made when asked for."""
+  """{kernel: float32} of the kernels that have adapters; each is computed when accessed."""
   shapes = shapes_of(base)[1]
   halves = {}
   for name, array in adapters.items():
@@ -154,10 +154,10 @@ def _write_base(folder, checkpoint, trained):
   for name, content in {TOKENIZER: checkpoint.tokenizer, **checkpoint.others}.items():
     storage.write_bytes(folder / name, content)
   tensors = checkpoint.tensors
-  kept = Tensors({name: lambda name=name: tensors[name] for name in tensors if name not in trained})
+  base = Tensors({name: lambda name=name: tensors[name] for name in tensors if name not in trained})
   (folder / TENSORS).unlink(missing_ok=True)
-  if kept:
-    kinds = {str(kept[name].dtype) for name in kept}
+  if base:
+    kinds = {str(base[name].dtype) for name in base}
     with storage.sent(folder / TENSORS) as file:
-      weights.write_safetensors(file, kept, kinds.pop() if len(kinds) == 1 else 'float32')
+      weights.write_safetensors(file, base, kinds.pop() if len(kinds) == 1 else 'float32')
   storage.write_json(folder / MODEL, checkpoint.config)

@@ -1,12 +1,12 @@
 """Writes an instruction and an edited caption for each of many captions, by a language model.
 
-  OUT/captions.json                  the settings; another run with others is refused
-  OUT/answers-00000-of-00001.jsonl   all that this worker was answered, in the order it came
-  OUT/prompts.jsonl                  what was kept, in the order of the captions, once all workers
-                                     are done: `ip2p pairs` reads it
+  OUT/captions.json                  the settings; a run with others is refused
+  OUT/answers-00000-of-00001.jsonl   all answers to this worker, in the order they came
+  OUT/prompts.jsonl                  the kept answers in the order of the captions, written when all
+                                     workers are done: `ip2p pairs` reads it
 
-Answers are on disk as they come. Killed at any time and started again, a run
-asks only for what is missing, and ends with the very same prompts.
+Answers are on disk as they come. A run that was killed and is started again asks only for what is
+missing, and ends with the same prompts.
 """
 
 import collections
@@ -35,11 +35,11 @@ from ip2p_jax.errors import InputError
 from ip2p_jax.progress import Progress, unwatched
 
 SETTINGS, PROMPTS = 'captions.json', 'prompts.jsonl'
-CHUNK = 4096  # captions per call of a backend, which runs half empty at the end of each
+CHUNK = 4096  # captions per call of a backend; at the end of a call, its batch is half empty
 SAMPLING = ('temperature', 'top_p', 'frequency_penalty', 'max_tokens')  # in every line of prompts
-# (captions, seeds) -> (index, text) of each, in any order. The text is what follows
-# `triplets.prompt(caption)`, with `triplets.STOP` if it was written to its end; None if the model
-# does not take this caption at all.
+# (captions, seeds) -> (index, text) of each, in any order. The text continues
+# `triplets.prompt(caption)`; it has `triplets.STOP` if it is complete. None if the model refuses
+# the caption.
 Complete = Callable[[Sequence[str], Sequence[int]], Iterator[tuple[int, str | None]]]
 
 
@@ -55,13 +55,13 @@ def write_all(
   progress: Progress = unwatched,
   confirm: Callable[[Sequence[str]], None] = lambda texts: None,
 ) -> bool:
-  """Writes for all captions of this worker, from where an earlier try stopped.
+  """Writes for all captions of this worker, continuing where an earlier run stopped.
 
-  `identity` tells models apart, so that no run goes on with another; its 'model' stands in every
-  line, and what of the sampling is 'taken_out', of which the model was told nothing, is null there.
-  `shard` (i, n) is worker i of n, which has every n-th caption. `limit` is of captions, the
-  first; a later run may have more. `confirm` is called with the captions to ask for, before
-  anything is written, and may raise. Returns whether all workers are done, and the prompts written.
+  `identity` tells models apart, so that no run continues with another model. Every line has its
+  'model'; settings of the sampling in its 'taken_out', which the model did not get, are null there.
+  `shard` (i, n) is worker i of n, which has every n-th caption. `limit` takes only the first
+  captions; a later run may take more. `confirm` gets the captions to ask for, before anything is
+  written, and may raise. Returns whether all workers are done and the prompts are written.
   """
   folder, wanted = storage.local_folder(out), captions[:limit]
   settings = _settings(captions, writing, identity, shard)
@@ -71,8 +71,8 @@ def write_all(
   if is_new:
     _check_same(folder / SETTINGS, storage.claim(folder / SETTINGS, settings), settings)
   with journal(answers_file(folder, shard)) as record:
-    todo = remaining(folder, wanted, writing, shard)  # nobody else writes now
-    if todo:  # else what is there is of fewer captions, and looks whole
+    todo = remaining(folder, wanted, writing, shard)  # no other process writes now
+    if todo:  # an older file has fewer captions and would look complete
       (folder / PROMPTS).unlink(missing_ok=True)
     total = len(wanted[shard[0] :: shard[1]])
     for left in _write(todo, complete, writing, is_flagged, record):
@@ -84,17 +84,17 @@ def write_all(
 
 
 def _settings(captions, writing, identity, shard) -> dict[str, Any]:
-  """What may not change while a folder is filled."""
+  """The settings that may not change between runs in one folder."""
   digest = hashlib.blake2b(json.dumps(captions).encode(), digest_size=8).hexdigest()
   settings = dataclasses.asdict(writing) | dict(identity)
-  settings.pop('taken_out', None)  # the request tells
-  if 'weights' in settings:  # tell more than the name of a folder
+  settings.pop('taken_out', None)  # the settings of the request show it
+  if 'weights' in settings:  # they identify the model better than a folder's name
     del settings['model']
   return settings | {'captions': digest, 'shards': shard[1]}
 
 
 def _write(todo, complete, writing, is_flagged, record) -> Iterator[int]:
-  """Records an answer to each task, and to what was refused again; gives how many are left."""
+  """Records an answer to each task, asks again for refused ones; yields how many are left."""
   todo, left = collections.deque(todo), len(todo)
   yield left
   while todo:
@@ -115,7 +115,7 @@ def _write(todo, complete, writing, is_flagged, record) -> Iterator[int]:
       else:
         left -= 1
         yield left
-    todo.extendleft(reversed(again))  # so that the next call is full, and the last one short
+    todo.extendleft(reversed(again))  # so that every call but the last is full
 
 
 def _judged(caption, answer, writing, is_flagged) -> dict[str, str | None]:
@@ -133,16 +133,16 @@ def _answers(complete, asked, writing) -> Iterator[tuple[Task, str]]:
   seeds = [writing.seed_of(caption.text, attempt) for caption, attempt in asked]
   missing = set(range(len(asked)))
   for index, answer in complete([caption.text for caption, _ in asked], seeds):
-    missing.remove(index)  # a KeyError if a backend answers twice
+    missing.remove(index)  # KeyError if a backend answers twice
     yield asked[index], answer
   if missing:
     raise RuntimeError(f'the backend left out {len(missing)} of {len(asked)} captions')
 
 
 def _gather(folder, captions, least, writing, about, shard) -> bool:
-  """Writes the prompts of the first captions, up to one that a worker has still to do.
+  """Writes the prompts of the first captions, until one that is not done.
 
-  Writes nothing if these are not `least`.
+  Writes nothing if these are fewer than `least`.
   """
   workers = [(i, shard[1]) for i in range(shard[1])]
   missing = {
@@ -171,31 +171,30 @@ def _check_settings(folder, settings) -> bool:
   file = folder / SETTINGS
   if folder.exists() and not folder.is_dir():
     raise InputError(f'{folder}: is a file; give a folder.')
-  has_answers = any(folder.glob('answers-*.jsonl'))  # first: another worker may begin right now
+  has_answers = any(folder.glob('answers-*.jsonl'))  # first, since another worker may begin now
   if not file.exists():
     if has_answers:
       raise InputError(
-        f'{folder}: has answers, but no {SETTINGS} that tells how they were written; use another'
-        ' folder.'
+        f'{folder}: has answers, but no {SETTINGS} with their settings; use another folder.'
       )
     return True
   _check_same(file, storage.read_json(file), settings)
   return False
 
 
-def _check_same(file, known, settings) -> None:
+def _check_same(file, saved, settings) -> None:
   """InputError if a run was begun with other settings."""
-  if not isinstance(known, dict):
+  if not isinstance(saved, dict):
     raise InputError(f'{file}: holds no settings; use another folder.')
-  for name in storage.differing(known, json.loads(json.dumps(settings))):
-    if name == 'bytes' and name not in known:  # older versions did not write it
+  for name in storage.differing(saved, json.loads(json.dumps(settings))):
+    if name == 'bytes' and name not in saved:  # older versions did not write it
       continue
     if name == 'captions':
       raise InputError(
         f'{file.parent}: was begun with other captions, or another column; use another folder, and'
-        ' `ip2p captions merge` in the end.'
+        ' then `ip2p captions merge`.'
       )
     raise InputError(
-      f'{file.parent}: was begun with {name} {known.get(name)!r}, not {settings.get(name)!r}; use'
+      f'{file.parent}: was begun with {name} {saved.get(name)!r}, not {settings.get(name)!r}; use'
       ' another folder, or the same settings.'
     )

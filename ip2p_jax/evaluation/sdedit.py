@@ -1,7 +1,7 @@
-"""Editing without having learned to edit (SDEdit, Meng et al. 2022), to compare with.
+"""Editing by a model that was not trained to edit (SDEdit, Meng et al. 2022), for comparison.
 
-A text-to-image checkpoint gets the image's latents with noise added up to a part of the way, and
-denoises them with the caption of what should be seen.
+A text-to-image checkpoint gets the image's latents with noise of an intermediate level, and
+denoises them with the caption of the edited image.
 """
 
 from collections.abc import Sequence
@@ -25,10 +25,10 @@ def edit(
   seed: int = 0,
   indices: Sequence[int] | None = None,
 ) -> np.ndarray:
-  """Edits uint8 [B, H, W, 3] to what the captions say.
+  """Edits images uint8 [B, H, W, 3] so that they show what the captions say.
 
-  `strength` of the steps are done, as `text_to_image.first_step` says; 0 gives back the image as
-  the autoencoder sees it. `seed` and `indices` decide the noise, as in `Editor.edit`.
+  `strength` is the fraction of the steps that run, as in `text_to_image.first_step`; 0 returns the
+  autoencoder's reconstruction. `seed` and `indices` decide the noise, as in `Editor.edit`.
   """
   drawn = model.draw_arrays(
     captions, Sampling(steps, SAMPLER), images=images, strength=strength,

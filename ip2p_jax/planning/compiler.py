@@ -1,4 +1,4 @@
-"""The real compilers of TPUs and GPUs, and what they say of a program; nothing runs."""
+"""Runs the real compilers of TPUs and GPUs, and reads their analyses; no program runs."""
 
 import re
 import time
@@ -20,20 +20,20 @@ from ip2p_jax.planning.program_text import (
 )
 from ip2p_jax.xla_alarms import quietly
 
-# Less of the compiler's time and memory, for a slower program that needs about as much memory.
+# The compiler takes less time and memory; the program is slower, and needs about as much memory.
 QUICK = {'exec_time_optimization_effort': -1.0}
 
 
 class Compiled(NamedTuple):
-  """What the compiler says of one program. Bytes, FLOPs and cycles are of one device.
+  """The compiler's analysis of one program. Bytes, FLOPs and cycles are of one device.
 
-  Bytes moved and cycles are 0 of a program compiled quickly, which is not the one that will run.
-  Cycles are 0, too, if jax could not read the program; then collectives are not known, either.
-  FLOPs and cycles are a TPU's alone, kernels a GPU's.
+  A quickly compiled program is not the one that will run, so its bytes moved and cycles are 0. If
+  jax could not read the program, its cycles are 0 and its collectives are unknown. Only TPUs have
+  FLOPs and cycles, only GPUs have kernels.
 
-  `fits` is whether the memory is enough. A TPU's compiler stops if not, and then nothing else is
-  known; a GPU's does not look at it. What is in a loop counts once in FLOPs, a TPU's bytes and
-  kernels, and as often as it runs in a GPU's bytes, cycles and collectives.
+  `fits` is whether the memory is enough. If not, a TPU's compiler stops, and nothing else is known;
+  a GPU's compiler does not check. Operations in a loop count once in FLOPs, kernels and a TPU's
+  bytes, and as often as they run in cycles, collectives and a GPU's bytes.
   """
 
   fits: bool
@@ -41,7 +41,7 @@ class Compiled(NamedTuple):
   argument_bytes: int = 0
   alias_bytes: int = 0
   temporary_bytes: int = 0
-  result_bytes: int = 0  # besides those that take the place of arguments
+  result_bytes: int = 0  # without those that reuse the memory of arguments
   flops: float = 0.0
   bytes_accessed: float = 0.0
   cycles: float = 0.0
@@ -56,9 +56,9 @@ class Compiled(NamedTuple):
 
 
 def compiled_for(topology: str, lowered: jax.stages.Lowered, is_quick: bool = False) -> Compiled:
-  """Compiles, which may take many minutes; too little memory is a finding, not an error.
+  """Compiles, which may take many minutes; too little memory is a result, not an error.
 
-  `is_quick`, of TPUs: with little effort; then it is not told how long the program takes.
+  `is_quick`, for TPUs: with little effort; then the time of the program stays unknown.
   """
   if gpus.is_gpu(topology):
     return compiled_for_gpu(lowered, chip_of(topology).memory)
@@ -70,17 +70,17 @@ def compiled_for_tpu(lowered: jax.stages.Lowered, is_quick: bool = False) -> Com
   try:
     compiled = _compile(lowered, QUICK if is_quick else None)
   except Exception as error:
-    found = re.search(r'Used ([\d.]+)([MG]) of ([\d.]+)([MG]) hbm', str(error))
-    if found is None and 'RESOURCE_EXHAUSTED' not in str(error):
+    match = re.search(r'Used ([\d.]+)([MG]) of ([\d.]+)([MG]) hbm', str(error))
+    if match is None and 'RESOURCE_EXHAUSTED' not in str(error):
       raise _refused('TPU', error) from error
     problem = 'needs more memory than there is'
-    if found:
-      problem = f'needs {found[1]} {found[2]}iB of {found[3]} {found[4]}iB'
+    if match:
+      problem = f'needs {match[1]} {match[2]}iB of {match[3]} {match[4]}iB'
     return Compiled(False, problem, seconds=time.time() - began, is_quick=is_quick)
   cost = compiled.cost_analysis() or {}
   try:
     program = compiled.as_text()
-  except Exception:  # of a compiler that knows operations which this jaxlib does not
+  except Exception:  # this jaxlib does not know all operations of a newer compiler
     program = ''
   return Compiled(
     fits=True,
@@ -95,14 +95,14 @@ def compiled_for_tpu(lowered: jax.stages.Lowered, is_quick: bool = False) -> Com
 
 
 def compiled_for_gpu(lowered: jax.stages.Lowered, memory: float) -> Compiled:
-  """For a GPU with so many bytes."""
+  """Compiles for a GPU with `memory` bytes."""
   began = time.time()
   try:
     compiled = _compile(lowered, gpus.OPTIONS)
   except Exception as error:
     raise _refused('GPU', error) from error
   program = compiled.as_text()
-  found = Compiled(
+  result = Compiled(
     fits=True,
     **_memory(compiled),
     bytes_accessed=bytes_moved(program),
@@ -110,26 +110,26 @@ def compiled_for_gpu(lowered: jax.stages.Lowered, memory: float) -> Compiled:
     kernels=kernels_of(program),
     seconds=time.time() - began,
   )
-  if found.needed_bytes <= gpus.LARGEST_SHARE * memory:
-    return found
-  return found._replace(fits=False, problem=f'needs {gib(found.needed_bytes)} of {gib(memory)}')
+  if result.needed_bytes <= gpus.LARGEST_SHARE * memory:
+    return result
+  return result._replace(fits=False, problem=f'needs {gib(result.needed_bytes)} of {gib(memory)}')
 
 
 def _compile(lowered: jax.stages.Lowered, options: dict[str, Any] | None) -> jax.stages.Compiled:
-  """In a thread of its own, so that Ctrl-C is heard meanwhile."""
+  """Compiles in another thread, so that Ctrl-C still works."""
   return ThreadPoolExecutor(1).submit(quietly, lowered.compile, options).result()
 
 
-def _refused(whose: str, error: Exception) -> InputError:
-  said = str(error).splitlines()[0][:300]
-  return InputError(f'the {whose} compiler refuses this program: {said}')
+def _refused(kind: str, error: Exception) -> InputError:
+  message = str(error).splitlines()[0][:300]
+  return InputError(f'the {kind} compiler refuses this program: {message}')
 
 
 def _memory(compiled: jax.stages.Compiled) -> dict[str, int]:
-  found = compiled.memory_analysis()
+  memory = compiled.memory_analysis()
   return {
-    'argument_bytes': found.argument_size_in_bytes,
-    'alias_bytes': found.alias_size_in_bytes,
-    'temporary_bytes': found.temp_size_in_bytes,
-    'result_bytes': max(found.output_size_in_bytes - found.alias_size_in_bytes, 0),
+    'argument_bytes': memory.argument_size_in_bytes,
+    'alias_bytes': memory.alias_size_in_bytes,
+    'temporary_bytes': memory.temp_size_in_bytes,
+    'result_bytes': max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0),
   }

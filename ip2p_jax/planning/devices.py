@@ -1,4 +1,4 @@
-"""TPUs and GPUs that need not be there: their names, their data, and devices to compile for."""
+"""TPUs and GPUs that need not be present: names, data, and devices to compile for."""
 
 import importlib.util
 import math
@@ -17,10 +17,10 @@ GIB = 1 << 30
 
 
 class Chip(NamedTuple):
-  """Of one JAX device: memory in bytes, bandwidth in bytes/s, clock in Hz.
+  """One JAX device: memory in bytes, bandwidth in bytes/s, clock in Hz.
 
-  TPUs' are of Google's system pages. Their clock turns the compiler's cycles into time, and is an
-  assumption. `kind` is the device's name, by which `flops` knows its peak.
+  Values for TPUs are from Google's system pages, except the clock, which is an assumption; it turns
+  the compiler's cycles into time. `kind` is the device's name in `flops.PEAKS`.
   """
 
   memory: float
@@ -36,7 +36,7 @@ CHIPS = {
   'v5p': Chip(95 * GIB, 2765e9, 1.75e9, 'TPU v5p'),
   'v6e': Chip(32 * GIB, 1640e9, 1.75e9, 'TPU v6e'),
 }
-# A slice is sold by its number of cores (v3, v4, v5p: two to a chip) or of chips (v5e, v6e).
+# Names of slices have the number of cores (v3, v4, v5p: two per chip) or of chips (v5e, v6e).
 SLICES = {
   'v3-8': 'v3:2x2', 'v3-32': 'v3:4x4', 'v3-128': 'v3:8x8',
   'v4-8': 'v4:2x2x1', 'v4-16': 'v4:2x2x2', 'v4-32': 'v4:2x2x4', 'v4-64': 'v4:2x4x4',
@@ -46,8 +46,8 @@ SLICES = {
   'v6e-1': 'v6e:1x1', 'v6e-4': 'v6e:2x2', 'v6e-8': 'v6e:2x4', 'v6e-16': 'v6e:4x4',
   'v6e-32': 'v6e:4x8', 'v6e-64': 'v6e:8x8', 'v6e-256': 'v6e:16x16',
 }  # fmt: skip
-# Else libtpu asks Google's network who it is, complains of having no answer, and a second process
-# may not load it. Programs are the same.
+# Without these, libtpu asks Google's network for its identity and warns that there is no answer,
+# and a second process may not load it. Programs are the same.
 ALONE = {
   'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
   'TPU_WORKER_HOSTNAMES': 'localhost', 'TPU_ACCELERATOR_TYPE': 'v5litepod-8',
@@ -55,11 +55,11 @@ ALONE = {
 
 
 def describe(topology: str) -> list[Any]:
-  """Devices that need not exist, of a slice ('v5e-16'), a shape ('v5e:4x4') or GPUs ('h100x8').
+  """Devices of a slice ('v5e-16'), a shape ('v5e:4x4') or GPUs ('h100x8'), which need not exist.
 
-  InputError for a name that is unknown, or where the compiler is not installed.
+  InputError for an unknown name, or if the compiler is not installed.
   """
-  jax.config.update('jax_platforms', 'cpu')  # whatever is there is not wanted
+  jax.config.update('jax_platforms', 'cpu')  # the devices that are present are not used
   if gpus.is_gpu(topology):
     return gpus.describe(topology)
   name = SLICES.get(topology, topology)
@@ -73,21 +73,21 @@ def describe(topology: str) -> list[Any]:
   for key, value in ALONE.items():
     os.environ.setdefault(key, value)
   try:
-    # Both cores of a v4 are one device, as they are where JAX runs; the compiler has to be told.
+    # Both cores of a v4 are one device, as when JAX runs; the compiler needs the option for that.
     options = {'chip_config_name': 'megacore'} if generation(name) == 'v4' else {}
     sides = [int(side) for side in name.split(':')[1].split('x')]
     if generation(name) in ('v5e', 'v6e') and math.prod(sides) <= 8:  # all on one host
       options['chips_per_host_bounds'] = (*sides, 1)
-    found = topologies.get_topology_desc(platform='tpu', topology_name=name, **options)
-    return list(found.devices)
+    description = topologies.get_topology_desc(platform='tpu', topology_name=name, **options)
+    return list(description.devices)
   except Exception as error:
     if importlib.util.find_spec('libtpu') is None:
       raise InputError(
-        "the TPU compiler is missing: pip install 'jax[tpu]', which brings the libtpu that belongs"
+        "the TPU compiler is missing: pip install 'jax[tpu]', which brings the right libtpu."
       ) from None
     raise InputError(
-      f'the TPU compiler knows no {topology!r} ({str(error).splitlines()[0][:120]}); use a shape'
-      f' that is sold, such as v5e:4x4, or a slice: {", ".join(SLICES)}.'
+      f'the TPU compiler does not know {topology!r} ({str(error).splitlines()[0][:120]}); use an'
+      f' existing shape, such as v5e:4x4, or a slice: {", ".join(SLICES)}.'
     ) from None
 
 
@@ -97,7 +97,7 @@ def generation(topology: str) -> str:
 
 
 def chip_of(topology: str) -> Chip:
-  """InputError for GPUs that are not known."""
+  """The data of a topology's devices; InputError for unknown GPUs."""
   if gpus.is_gpu(topology):
     gpu, _ = gpus.parse(topology)
     return Chip(gpu.memory, gpu.bandwidth, 1e9 * gpu.clock, gpu.kind)

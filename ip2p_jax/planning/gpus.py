@@ -1,4 +1,4 @@
-"""NVIDIA GPUs that need not be there: what the GPU compiler has to know of each.
+"""NVIDIA GPUs that need not be present: the data that the GPU compiler needs.
 
 The compiler comes with `pip install 'jax[cuda13]'` and needs no GPU.
 """
@@ -16,10 +16,10 @@ from ip2p_jax.errors import InputError
 
 
 class Gpu(NamedTuple):
-  """As OpenXLA describes it: counts of one GPU, bytes, bytes/s, GHz.
+  """OpenXLA's description of one GPU: counts, bytes, bytes/s, GHz.
 
-  `fpus` and `threads` are of a core (streaming multiprocessor); `shared` is the memory that its
-  threads share, `shared_of_block` the most of it that one block of threads may ask for.
+  `fpus` and `threads` are per core (streaming multiprocessor); `shared` is the memory that its
+  threads share, `shared_of_block` the most of it that one block of threads may use.
   """
 
   kind: str
@@ -49,12 +49,12 @@ GPUS = {
   'b200': Gpu('NVIDIA B200', (10, 0), 148, 128, 2048,
               191514411008, 7672e9, 1.965, 132644864, 233472, 232448),
 }  # fmt: skip
-MOST = 16  # GPUs that one host has
-# What JAX takes of the memory if it is not told, and as much as it should be told to take: the rest
-# is for CUDA itself and for the exchanges of NCCL.
+MOST = 16  # GPUs of one host
+# JAX's share of the memory by default, and the largest share to set: the rest is for CUDA itself
+# and for NCCL.
 SHARE, LARGEST_SHARE = 0.75, 0.92
 SETTING = 'XLA_PYTHON_CLIENT_MEM_FRACTION'
-# Choosing between kernels by trying them needs a GPU; without it some of Triton's cannot be made.
+# To choose kernels by trying them needs a GPU; without that, some Triton kernels cannot be built.
 OPTIONS = {'xla_gpu_autotune_level': 0, 'xla_gpu_enable_triton_gemm': False}
 
 # XLA's GpuTargetConfig in the text form of protocol buffers.
@@ -76,66 +76,66 @@ device_description_str: "{gpu.kind}"
 
 
 def is_gpu(topology: str) -> bool:
-  """Whether 'h100', 'h100x8' or the like is meant; a TPU's never starts as a GPU's name."""
+  """Whether a name is like 'h100' or 'h100x8'; no TPU's name starts with a GPU's."""
   return topology.startswith(tuple(GPUS))
 
 
 def parse(topology: str) -> tuple[Gpu, int]:
-  """The GPU and how many of one host: of 'h100' one, of 'h100x8' eight; else InputError."""
-  found = re.fullmatch(rf'({"|".join(GPUS)})(?:x(\d+))?', topology)
-  count = int(found[2] or 1) if found else 0
+  """The GPU and the number on one host: one for 'h100', eight for 'h100x8'; else InputError."""
+  match = re.fullmatch(rf'({"|".join(GPUS)})(?:x(\d+))?', topology)
+  count = int(match[2] or 1) if match else 0
   if not 1 <= count <= MOST:
     raise InputError(
-      f'topology is {topology!r}; use {", ".join(GPUS)}, or as many of one host, such as h100x8'
+      f'topology is {topology!r}; use {", ".join(GPUS)}, or several on one host, such as h100x8'
       f' (1 to {MOST}; several hosts of GPUs cannot be planned).'
     )
-  return GPUS[found[1]], count
+  return GPUS[match[1]], count
 
 
 def describe(topology: str) -> list[Any]:
-  """Devices that need not exist; InputError where the compiler is not installed."""
+  """Devices that need not exist; InputError if the compiler is not installed."""
   gpu, count = parse(topology)
   if not any(importlib.util.find_spec(f'jax_cuda{major}_plugin') for major in (13, 12)):
     raise InputError(
-      "the GPU compiler is missing: pip install 'jax[cuda13]', of the version that jax has; it"
-      ' needs no GPU, and 3 GB on the disk.'
+      "the GPU compiler is missing: pip install 'jax[cuda13]', with the same version as jax; it"
+      ' needs 3 GB on the disk, and no GPU.'
     )
-  jax.devices()  # finds the plugin, without which the next call fails
+  jax.devices()  # loads the plugin, which the next call needs
   try:
-    found = topologies.get_topology_desc(
+    description = topologies.get_topology_desc(
       topology_name='', platform='cuda', target_config=_TARGET.format(gpu=gpu),
       topology=f'1x1x{count}',  # slices, hosts of each, GPUs of a host
     )  # fmt: skip
   except Exception as error:
     raise InputError(
       f'the GPU compiler does not start ({str(error).splitlines()[0][:200]}); install jax and'
-      ' jax[cuda13] of one version, and set JAX_PLATFORMS=cpu where there is no GPU.'
+      ' jax[cuda13] of the same version, and set JAX_PLATFORMS=cpu if there is no GPU.'
     ) from None
-  return list(found.devices)
+  return list(description.devices)
 
 
 @contextlib.contextmanager
 def lowering_for(device: Any) -> Iterator[None]:
-  """While a program for a described GPU is lowered.
+  """Context for lowering a program for a described GPU.
 
-  jax asks the GPUs that are there what cuDNN's attention can do; here it is told of the one
-  described.
+  jax asks the GPUs that are present what cuDNN's attention can do. Inside the context, it gets the
+  answers for the described GPU.
   """
   if device.platform not in ('gpu', 'cuda'):
     yield
     return
   from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-  of = lambda text: tuple(int(part) for part in text.split('.'))
-  has = of(device.compute_capability)
-  told = {
-    'check_compute_capability': lambda wanted: has >= of(wanted),
-    'is_cuda_compute_capability_equal': lambda wanted: has == of(wanted),
+  version = lambda text: tuple(int(part) for part in text.split('.'))
+  capability = version(device.compute_capability)
+  checks = {
+    'check_compute_capability': lambda wanted: capability >= version(wanted),
+    'is_cuda_compute_capability_equal': lambda wanted: capability == version(wanted),
   }
-  before = {name: getattr(cudnn, name) for name in told if hasattr(cudnn, name)}
+  before = {name: getattr(cudnn, name) for name in checks if hasattr(cudnn, name)}
   try:
     for name in before:
-      setattr(cudnn, name, told[name])
+      setattr(cudnn, name, checks[name])
     yield
   finally:
     for name, check in before.items():

@@ -1,7 +1,7 @@
-"""What edits, or the drawing of pairs, cost on a host's TPUs or GPUs, told by their compiler alone.
+"""The cost of edits, or of drawing pairs, on a host's TPUs or GPUs, by their compiler alone.
 
-Compiled is the very program that `Editor` or `ip2p pairs` runs on all devices of one host. As in
-`plan`, nothing is timed.
+The compiled program is the one that `Editor` or `ip2p pairs` runs on all devices of one host. As in
+`planning.training`, nothing is timed.
 """
 
 from collections.abc import Callable
@@ -35,12 +35,12 @@ BOTH = (guidance.TEXT_AND_IMAGE, guidance.IMAGE, guidance.UNCONDITIONAL)
 
 
 class Work(NamedTuple):
-  """What one call of a program does.
+  """The work of one call of a program.
 
   Attributes:
     made: 'edits' or 'pairs'.
-    size: of the pictures, pixels.
-    batch: how many edits, or pairs, in one call, on all devices together.
+    size: of the images, pixels.
+    batch: the number of edits or pairs in one call, on all devices together.
   """
 
   made: str
@@ -50,7 +50,7 @@ class Work(NamedTuple):
 
 
 class SamplingPlan(NamedTuple):
-  """Of one call; bytes and FLOPs are of one device. Weights are in bfloat16."""
+  """The plan of one call; bytes and FLOPs are of one device. Weights are in bfloat16."""
 
   topology: str
   devices: int
@@ -66,7 +66,7 @@ class Call(NamedTuple):
   Attributes:
     program: jitted; takes a static plan, and the inputs.
     inputs: parameters first.
-    specs: of how devices share each input.
+    specs: how devices share each input.
   """
 
   program: Callable
@@ -76,7 +76,7 @@ class Call(NamedTuple):
 
 
 def host_mesh(topology: str) -> Mesh:
-  """The devices of one host of a topology, all that one process of edits or pairs runs on."""
+  """The devices of one host of a topology; one process of edits or pairs runs on all of them."""
   devices = describe(topology)
   return sharding.make_mesh(
     devices=[device for device in devices if device.process_index == devices[0].process_index]
@@ -84,19 +84,18 @@ def host_mesh(topology: str) -> Mesh:
 
 
 def work_on(topology: str, made: str, size: int, batch: int | None, steps: int) -> Work:
-  """`batch` None is 8 on each device; InputError for one that a host's devices cannot share."""
+  """Work for a topology; `batch` None is 8 per device. InputError if devices cannot share it."""
   devices = host_mesh(topology).size
   batch = 8 * devices if batch is None else batch
   if batch % devices:
     raise InputError(
-      f'--batch-size is {batch}; use a multiple of the {devices} devices that a host of {topology}'
-      ' has.'
+      f'--batch-size is {batch}; use a multiple of the {devices} devices of a {topology} host.'
     )
   return Work(made, size, batch, steps)
 
 
 def lower_call(networks: Networks, work: Work, mesh: Mesh) -> tuple[jax.stages.Lowered, Call]:
-  """The program that the devices of a mesh would run, with all that it depends on."""
+  """The program that the devices of a mesh would run, and its call."""
   networks = networks._replace(attention=attention.dispatch(mesh=mesh))
   call = _CALLS[work.made](networks, work, mesh)
   placed = sharding.placed(mesh, call.specs, call.inputs)
@@ -120,14 +119,14 @@ def plan_sampling(
   share = work.batch // mesh.size
   say(f'{topology}: {mesh.size} devices, {share} {work.made} of {work.size} px each; compiling')
   compiled = compiler.compiled_for(topology, lowered, is_quick)
-  # Kernels hide their products, so those of one device's program without any are counted.
-  alone = sharding.make_mesh(devices=jax.devices()[:1])
+  # Kernels hide their products, so FLOPs are counted in a program of one device without kernels.
+  single = sharding.make_mesh(devices=jax.devices()[:1])
   plain = _CALLS[work.made](
-    networks._replace(attention=attention.attend), work._replace(batch=share), alone
+    networks._replace(attention=attention.attend), work._replace(batch=share), single
   )
-  counted = flops.count(lambda *inputs: plain.program(plain.settings, *inputs), *plain.inputs)
+  operations = flops.count(lambda *inputs: plain.program(plain.settings, *inputs), *plain.inputs)
   weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(call.inputs[0]))
-  return SamplingPlan(topology, mesh.size, work, weights, float(counted), compiled)
+  return SamplingPlan(topology, mesh.size, work, weights, float(operations), compiled)
 
 
 def _edits(networks: Networks, work: Work, mesh: Mesh) -> Call:
@@ -145,12 +144,12 @@ def _edits(networks: Networks, work: Work, mesh: Mesh) -> Call:
     guided_sigmas=_array(jnp.float32, 2),
   )
   inputs = _bfloat16(networks.shapes), request
-  whole = program.compiled(KIND, networks, mesh).whole
-  return Call(whole, settings, inputs, (sharding.WHOLE, program.SPLIT))
+  jitted = program.compiled(KIND, networks, mesh).whole
+  return Call(jitted, settings, inputs, (sharding.WHOLE, program.SPLIT))
 
 
 def _pairs(networks: Networks, work: Work, mesh: Mesh) -> Call:
-  """As the paper's: shared self-attention, and CLIP ViT-L/14 to score."""
+  """Pairs like the paper's: shared self-attention, and CLIP ViT-L/14 for scores."""
   side = work.size // networks.vae_config.factor
   settings = PairSpec('euler_ancestral', side, side)
   P, length = work.batch, networks.text_config.max_position_embeddings
@@ -174,35 +173,35 @@ def _pairs(networks: Networks, work: Work, mesh: Mesh) -> Call:
 _CALLS = {'edits': _edits, 'pairs': _pairs}
 
 
-def sampling_report(found: SamplingPlan) -> str:
-  """A table of one plan, and what to do."""
-  chip, compiled, work = chip_of(found.topology), found.compiled, found.work
+def sampling_report(plan: SamplingPlan) -> str:
+  """A table of one plan, with advice."""
+  chip, compiled, work = chip_of(plan.topology), plan.compiled, plan.work
   rows = [
-    ('devices', f'{found.devices} of {gib(chip.memory)}, of one host'),
+    ('devices', f'{plan.devices} of {gib(chip.memory)}, of one host'),
     (
       f'{work.made} in a call',
-      f'{work.batch} of {work.size} px, {work.batch // found.devices} on a device,'
+      f'{work.batch} of {work.size} px, {work.batch // plan.devices} on a device,'
       f' {work.steps} steps',
     ),
-    ('weights on a device', gib(found.weight_bytes)),
+    ('weights on a device', gib(plan.weight_bytes)),
   ]
   if compiled.needed_bytes:
-    is_gpu = gpus.is_gpu(found.topology)  # a TPU's compiler counts bytes of a loop but once
+    is_gpu = gpus.is_gpu(plan.topology)  # a TPU's compiler counts the bytes of a loop only once
     moved = compiled.bytes_accessed if is_gpu else 0.0
-    at_best = best_time(found.topology, found.analytic_flops, moved)
+    at_best = best_time(plan.topology, plan.analytic_flops, moved)
     seconds = scheduled(compiled, chip)
     hourly = 3600 * work.batch / max(seconds, at_best)
     rows += [
-      *memory_rows(found.topology, compiled),
-      ('FLOPs', f'{found.analytic_flops / 1e12:.1f} T asked for'),
+      *memory_rows(plan.topology, compiled),
+      ('FLOPs', f'{plan.analytic_flops / 1e12:.1f} T asked for'),
       *([('bytes moved', f'{moved / 1e9:,.1f} GB')] if is_gpu else []),
       ('time at best', f'{at_best:.2f} s, by FLOPs{" or bytes" * is_gpu}'),
-      *program_rows(found.topology, compiled),
+      *program_rows(plan.topology, compiled),
       (f'{work.made} an hour', f'{hourly:,.0f} {"as scheduled" if seconds else "at best"}'),
     ]
-  is_more = work.batch > found.devices
-  told = ['Try fewer at a time with --batch-size.'] if not compiled.fits and is_more else []
-  return table(found.topology, compiled, rows, told)
+  is_more = work.batch > plan.devices
+  advice = ['Try fewer at a time with --batch-size.'] if not compiled.fits and is_more else []
+  return table(plan.topology, compiled, rows, advice)
 
 
 def _array(dtype, *shape) -> jax.ShapeDtypeStruct:

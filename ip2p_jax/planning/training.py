@@ -1,9 +1,9 @@
-"""What a training run will cost on TPUs or GPUs, told by their real compiler without having them.
+"""The cost of a training run on TPUs or GPUs, by their real compiler, without the devices.
 
-The compilers come with `pip install 'jax[tpu]'` and `'jax[cuda13]'`. They are given the very step
-that `train.py` runs, on the shapes of the config, for described devices; memory is what will be
-allocated; of a TPU, FLOPs, bytes and cycles are the compiler's own cost model. Collectives, and of
-a GPU kernels and bytes, are read from the program. Nothing is timed.
+The compilers come with `pip install 'jax[tpu]'` and `'jax[cuda13]'`. They compile the step that
+`train.py` runs, on the shapes of the config, for described devices. Memory is what a run allocates.
+For a TPU, FLOPs, bytes and cycles come from the compiler's cost model. Collectives, and for a GPU
+kernels and bytes, are read from the program. Nothing is timed.
 """
 
 import dataclasses
@@ -27,14 +27,14 @@ from ip2p_jax.pipeline.networks import Networks, networks_of_configs
 from ip2p_jax.planning import gpus
 from ip2p_jax.planning.compiler import Compiled, compiled_for
 from ip2p_jax.planning.devices import chip_of, describe, gib
-from ip2p_jax.planning.table import NOT_TOLD, best_time, memory_rows, program_rows, table
+from ip2p_jax.planning.table import UNKNOWN, best_time, memory_rows, program_rows, table
 from ip2p_jax.training import flops
 from ip2p_jax.training.run import learning
 from ip2p_jax.training.step import Recipe, jitted
 
 
 class TrainingPlan(NamedTuple):
-  """What one training step needs; bytes and FLOPs are of one device."""
+  """The needs of one training step; bytes and FLOPs are of one device."""
 
   topology: str
   devices: int
@@ -47,9 +47,9 @@ class TrainingPlan(NamedTuple):
 
 
 def settled(config: TrainConfig, topology: str, device_batch: int | None = None) -> TrainConfig:
-  """The config for a topology: accumulating as often as leaves `device_batch` examples at a time.
+  """The config for a topology; `device_batch` examples at a time decide its `accumulation`.
 
-  InputError if a setting makes no sense, or the devices cannot share a batch evenly.
+  InputError if a setting makes no sense, or if the devices cannot share a batch evenly.
   """
   check_values(config)
   mesh = sharding.make_mesh(config.mesh.fsdp, describe(topology))
@@ -58,8 +58,8 @@ def settled(config: TrainConfig, topology: str, device_batch: int | None = None)
   if device_batch is not None:
     if device_batch < 1 or config.batch_size % (mesh.size * device_batch):
       raise InputError(
-        f'--device-batch is {device_batch}, which {mesh.size} devices of {topology} cannot repeat'
-        f' to batch_size={config.batch_size}; {advised}.'
+        f'--device-batch is {device_batch}, but batch_size={config.batch_size} is no multiple of'
+        f' that on {mesh.size} devices of {topology}; {advised}.'
       )
     accumulation = config.batch_size // (mesh.size * device_batch)
     config = dataclasses.replace(config, accumulation=accumulation)
@@ -68,7 +68,7 @@ def settled(config: TrainConfig, topology: str, device_batch: int | None = None)
 
 
 def stable_diffusion(is_editor: bool) -> Networks:
-  """Stable Diffusion 1.5, with four more input channels if it is to edit."""
+  """Stable Diffusion 1.5, for an editor with four more input channels."""
   unet = UNetConfig(in_channels=8 if is_editor else 4)
   return networks_of_configs(unet, VAEConfig(), TextConfig(), Schedule())
 
@@ -77,9 +77,9 @@ def lower_step(config: TrainConfig, networks: Networks, mesh: Mesh, from_latents
   """The training step of a config on shapes alone: (lowered, state, shardings, frozen)."""
   networks = networks._replace(attention=attention.dispatch(config.attention, mesh))
   shapes = parameters.flatten(networks.shapes['unet'])
-  learnt = learning(config, shapes, functools.partial(Recipe, networks, config), mesh)
-  placed = lambda x, where, dtype=None: jax.ShapeDtypeStruct(
-    x.shape, dtype or x.dtype, sharding=where
+  learner = learning(config, shapes, functools.partial(Recipe, networks, config), mesh)
+  placed = lambda x, placement, dtype=None: jax.ShapeDtypeStruct(
+    x.shape, dtype or x.dtype, sharding=placement
   )
   everywhere, rows = sharding.replicated(mesh), sharding.of_batch(mesh)
   length = networks.text_config.max_position_embeddings
@@ -91,25 +91,27 @@ def lower_step(config: TrainConfig, networks: Networks, mesh: Mesh, from_latents
   frozen['unet'] = {
     name: placed(x, sharding.split(mesh, x.shape, ('fsdp',)), config.dtype)
     for name, x in shapes.items()
-    if name not in learnt.trained
+    if name not in learner.trained
   }
-  of = lambda shape, dtype: jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=rows)
-  batch = {'token_ids': of((length,), jnp.int32), 'weight': of((), jnp.float32)}
-  batch['index'] = of((), jnp.int32)
-  edits = ('edited_', 'input_') if config.task == 'edit' else ('edited_',)
+  array = lambda shape, dtype: jax.ShapeDtypeStruct(
+    (config.batch_size, *shape), dtype, sharding=rows
+  )
+  batch = {'token_ids': array((length,), jnp.int32), 'weight': array((), jnp.float32)}
+  batch['index'] = array((), jnp.int32)
+  roles = ('edited', 'input') if config.task == 'edit' else ('edited',)
   if from_latents:
     side = config.resolution // networks.vae_config.factor
     latents = (side, side, networks.vae_config.latent_channels)
-    batch |= {f'{of_one}mean': of(latents, jnp.float16) for of_one in edits}
-    batch['edited_log_variance'] = of(latents, jnp.float16)
+    batch |= {f'{role}_mean': array(latents, jnp.float16) for role in roles}
+    batch['edited_log_variance'] = array(latents, jnp.float16)
   else:
     pixels = (config.resolution, config.resolution, 3)
-    batch |= {f'{of_one}image': of(pixels, jnp.uint8) for of_one in edits}
-  state = jax.tree.map(placed, learnt.state, learnt.shardings)
-  step = jitted(learnt.recipe, mesh, learnt.shardings)
+    batch |= {f'{role}_image': array(pixels, jnp.uint8) for role in roles}
+  state = jax.tree.map(placed, learner.state, learner.shardings)
+  step = jitted(learner.recipe, mesh, learner.shardings)
   with gpus.lowering_for(mesh.devices.flat[0]):
     lowered = step.lower(state, frozen, batch)
-  return lowered, state, learnt.shardings, frozen
+  return lowered, state, learner.shardings, frozen
 
 
 def plan_training(
@@ -134,7 +136,7 @@ def plan_training(
     networks, config.resolution, latents=from_latents,
     trained_fraction=flops.trained_fraction(networks, frozen['unet']),
   )  # fmt: skip
-  known = {
+  numbers = {
     'topology': topology,
     'devices': len(devices),
     'device_batch': device_batch,
@@ -144,53 +146,53 @@ def plan_training(
     'analytic_flops': per_example * config.batch_size / len(devices),
   }
   say(f'{topology}: {len(devices)} devices, {device_batch} examples at a time each; compiling')
-  return TrainingPlan(**known, compiled=compiled_for(topology, lowered, is_quick))
+  return TrainingPlan(**numbers, compiled=compiled_for(topology, lowered, is_quick))
 
 
-def training_report(found: TrainingPlan, config: TrainConfig) -> str:
-  """A table of one plan, and what to do."""
-  chip, compiled = chip_of(found.topology), found.compiled
+def training_report(plan: TrainingPlan, config: TrainConfig) -> str:
+  """A table of one plan, with advice."""
+  chip, compiled = chip_of(plan.topology), plan.compiled
   rows = [
-    ('devices', f'{found.devices} of {gib(chip.memory)}'),
+    ('devices', f'{plan.devices} of {gib(chip.memory)}'),
     (
       'examples',
-      f'{config.batch_size} a step, {found.device_batch} at a time on a device'
+      f'{config.batch_size} a step, {plan.device_batch} at a time on a device'
       f' (accumulation {config.accumulation})',
     ),
-    ('parameters learnt', f'{found.parameters:,}'),
-    ('state on a device', gib(found.state_bytes)),
-    ('frozen on a device', gib(found.frozen_bytes)),
+    ('parameters learnt', f'{plan.parameters:,}'),
+    ('state on a device', gib(plan.state_bytes)),
+    ('frozen on a device', gib(plan.frozen_bytes)),
   ]
   if compiled.needed_bytes:
-    is_gpu = gpus.is_gpu(found.topology)
+    is_gpu = gpus.is_gpu(plan.topology)
     rounds = config.accumulation  # nearly all of a step is in that loop
     moved = compiled.bytes_accessed * (1 if is_gpu else rounds)
-    at_best = best_time(found.topology, found.analytic_flops, moved)
+    at_best = best_time(plan.topology, plan.analytic_flops, moved)
     counted = '' if is_gpu else f'{rounds * compiled.flops / 1e12:.2f} T compiled, '
     rows += [
-      *memory_rows(found.topology, compiled),
+      *memory_rows(plan.topology, compiled),
       ('reused for the new state', gib(compiled.alias_bytes)),
-      ('FLOPs', f'{counted}{found.analytic_flops / 1e12:.2f} T asked for'),
-      ('bytes moved', f'{moved / 1e9:.1f} GB' if moved else NOT_TOLD),
+      ('FLOPs', f'{counted}{plan.analytic_flops / 1e12:.2f} T asked for'),
+      ('bytes moved', f'{moved / 1e9:.1f} GB' if moved else UNKNOWN),
       ('time at best', f'{1e3 * at_best:.0f} ms, by FLOPs{" or bytes" * bool(moved)}'),
-      *program_rows(found.topology, compiled),
+      *program_rows(plan.topology, compiled),
     ]
-  return table(found.topology, compiled, rows, advice(found, config))
+  return table(plan.topology, compiled, rows, advice(plan, config))
 
 
-def advice(found: TrainingPlan, config: TrainConfig) -> list[str]:
-  """What to change, most effective first; nothing if it fits with room."""
-  compiled, memory = found.compiled, chip_of(found.topology).memory
+def advice(plan: TrainingPlan, config: TrainConfig) -> list[str]:
+  """Changes to try, most effective first; none if it fits with room."""
+  compiled, memory = plan.compiled, chip_of(plan.topology).memory
   if compiled.fits:
-    most = gpus.LARGEST_SHARE if gpus.is_gpu(found.topology) else 1.0
+    most = gpus.LARGEST_SHARE if gpus.is_gpu(plan.topology) else 1.0
     is_tight = compiled.needed_bytes > 0.95 * most * memory
     return ['Tight: accumulate more if it fails.'] if is_tight else []
-  told = []
-  if found.device_batch > 1:
-    told.append(f'Try --config.accumulation={2 * config.accumulation}: half as many at a time.')
-  if found.state_bytes > 0.5 * memory and found.devices > config.mesh.fsdp:
-    ways = min(found.devices, max(4, 2 * config.mesh.fsdp))
-    told.append(f'Try --config.mesh.fsdp={ways}: weights split over {ways} devices.')
+  lines = []
+  if plan.device_batch > 1:
+    lines.append(f'Try --config.accumulation={2 * config.accumulation}: half as many at a time.')
+  if plan.state_bytes > 0.5 * memory and plan.devices > config.mesh.fsdp:
+    ways = min(plan.devices, max(4, 2 * config.mesh.fsdp))
+    lines.append(f'Try --config.mesh.fsdp={ways}: weights split over {ways} devices.')
   if config.remat != 'full':
-    told.append('Try --config.remat=full: more is computed twice.')
-  return told or ['It will not fit on these devices; use larger ones, or more.']
+    lines.append('Try --config.remat=full: more is computed twice.')
+  return lines or ['It will not fit on these devices; use larger ones, or more.']

@@ -1,8 +1,8 @@
-"""How many floating point operations a function takes, and how many a device could do.
+"""Counts the floating point operations of a function, and lists the peak rates of devices.
 
-A multiplication and the addition after it are two operations; only matrix products and convolutions
-count, and everything in them does, zeros of padding and what a causal mask hides included (as in
-torch.utils.flop_counter and the papers). Nothing here runs: functions are traced on shapes.
+A multiplication and the addition after it are two operations. Only matrix products and convolutions
+count, but with all their operations: padding zeros and values that a causal mask hides count, too
+(as in torch.utils.flop_counter and the papers). Nothing runs: functions are traced on shapes.
 """
 
 import math
@@ -17,10 +17,10 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from ip2p_jax.pipeline.networks import Networks, is_editor
 
-# Dense bfloat16 products with float32 sums (float16 where there is no bfloat16), in TFLOP/s, by
-# `device_kind`; from the data sheets of NVIDIA and the system pages of Google Cloud TPU. A name
-# that no pattern matches to the end (laptops, slices of a GPU) is an unknown device.
-# A TPU's device is a core, half a chip, in v2, v3 and v7x, and else a chip.
+# TFLOP/s by `device_kind`, for dense bfloat16 products with float32 sums (float16 on devices
+# without bfloat16); from the data sheets of NVIDIA and the system pages of Google Cloud TPU. A name
+# that no pattern matches fully (laptops, slices of a GPU) is an unknown device.
+# A device of TPU v2, v3 and v7x is a core, half a chip; of other TPUs, a chip.
 PEAKS = (
   (r'TPU v2', 23),
   (r'TPU v3', 61.5),
@@ -45,7 +45,7 @@ PEAKS = (
   (r'(Tesla )?V100-PCIE-(16|32)GB', 112),  # float16
   (r'(Tesla )?T4', 65),  # float16
 )
-# Operations that hide what is in them, by how their names start; shard_map tells one device's part.
+# How names of operations with unknown contents start; shard_map shows only one device's part.
 OPAQUE = ('pallas_call', 'ffi_call', 'custom_partitioning', 'ragged_dot', 'dot_product_attention')
 OPAQUE += ('shard_map',)
 
@@ -53,9 +53,9 @@ OPAQUE += ('shard_map',)
 def count(f: Callable, *args: Any) -> int:
   """Operations of one call `f(*args)`; arguments are arrays or ShapeDtypeStructs.
 
-  Counts what is written down: what remat computes twice counts twice, all steps of a scan, the
-  largest branch of a cond. Code that differs by platform (`jax.lax.platform_dependent`) counts as
-  its default. ValueError where it cannot be known: products in a while loop, kernels, shard_map.
+  Counts the traced program: operations that remat repeats count twice; of a scan all steps count,
+  of a cond the largest branch, of `jax.lax.platform_dependent` the default. ValueError if the count
+  is unknown: for products in a while loop, kernels, shard_map.
   """
   return _jaxpr(jax.make_jaxpr(f)(*args))
 
@@ -63,17 +63,17 @@ def count(f: Callable, *args: Any) -> int:
 def training_flops(
   networks: Networks, resolution: int, *, latents: bool, trained_fraction: float = 1.0
 ) -> float:
-  """Operations that one training example asks for, however they are carried out.
+  """Operations that one training example requires, however they are carried out.
 
   The UNet three times (forward, gradient of the activations, gradient of the weights), the text
-  encoder, and for pixels one VAE encoding each of the image to edit, if any, and of the target.
-  What is computed twice to save memory does not count.
+  encoder, and for pixels one VAE encoding each of the input image, if any, and of the target.
+  Operations that are repeated to save memory count once.
 
   Args:
     resolution: side of the square images, pixels.
-    latents: whether examples come encoded, so that the VAE is not needed.
-    trained_fraction: of the UNet's weights, 0 to 1; for LoRA almost 0. Takes frozen and trained
-      weights to be used equally often.
+    latents: whether examples are latents, so that the VAE is not needed.
+    trained_fraction: of the UNet's weights, 0 to 1; for LoRA almost 0. Assumes that frozen and
+      trained weights are used equally often.
   """
   side = resolution // networks.vae_config.factor
   total = (2 + trained_fraction) * unet_flops(networks, (side, side)) + text_flops(networks)
@@ -83,13 +83,13 @@ def training_flops(
 
 
 def trained_fraction(networks: Networks, fixed: Mapping[str, Any]) -> float:
-  """Of the UNet's weights, where those in `fixed` are not trained; 0 for LoRA."""
-  whole = sum(math.prod(x.shape) for x in jax.tree.leaves(networks.shapes['unet']))
-  return 1 - sum(math.prod(x.shape) for x in fixed.values()) / whole
+  """The trained fraction of the UNet's weights; `fixed` are not trained. 0 for LoRA."""
+  total = sum(math.prod(x.shape) for x in jax.tree.leaves(networks.shapes['unet']))
+  return 1 - sum(math.prod(x.shape) for x in fixed.values()) / total
 
 
 def unet_flops(networks: Networks, size: tuple[int, int]) -> int:
-  """Of one prediction; `size` is that of the latents."""
+  """FLOPs of one prediction; `size` is that of the latents."""
   text = networks.text_config
   latents = _array(1, *size, networks.unet_config.in_channels)
   context = _array(1, text.max_position_embeddings, networks.unet_config.cross_attention_dim)
@@ -98,20 +98,20 @@ def unet_flops(networks: Networks, size: tuple[int, int]) -> int:
 
 
 def encode_flops(networks: Networks, resolution: int) -> int:
-  """Of the VAE's encoder, one square image."""
+  """FLOPs of the VAE's encoder for one square image."""
   encode = lambda params, images: nnx.merge(networks.vae_def, params).encode(images)
   return count(encode, networks.shapes['vae'], _array(1, resolution, resolution, 3))
 
 
 def text_flops(networks: Networks) -> int:
-  """Of the text encoder, one text."""
+  """FLOPs of the text encoder for one text."""
   token_ids = _array(1, networks.text_config.max_position_embeddings, dtype=jnp.int32)
   encoder = lambda params, ids: nnx.merge(networks.text_encoder_def, params)(ids)
   return count(encoder, networks.shapes['text_encoder'], token_ids)
 
 
 def peak(device: jax.Device) -> float | None:
-  """What the device could do at best, FLOP/s with bfloat16 products; None if it is not known."""
+  """Peak FLOP/s of the device with bfloat16 products; None for an unknown device."""
   return peak_of_kind(device.device_kind)
 
 
@@ -140,8 +140,8 @@ def _dot(eqn) -> int:
 def _conv(eqn) -> int:
   kernel, out = eqn.invars[1].aval.shape, eqn.outvars[0].aval.shape
   out_channels = kernel[eqn.params['dimension_numbers'].rhs_spec[0]]
-  # Of groups the kernel has only its own input channels. Zeros between pixels, which the gradient
-  # of a strided convolution puts there, are not worked on.
+  # With groups, the kernel has only the input channels of its group. The gradient of a strided
+  # convolution puts zeros between pixels; these do not count.
   window = math.prod(kernel) // out_channels
   return 2 * math.prod(out) * window // math.prod(eqn.params['lhs_dilation'])
 
@@ -152,7 +152,7 @@ def _scan(eqn) -> int:
 
 def _while(eqn) -> int:
   if _jaxpr(eqn.params['body_jaxpr']) or _jaxpr(eqn.params['cond_jaxpr']):
-    raise ValueError('matrix products in a while loop: how often it runs is not known; use scan.')
+    raise ValueError('matrix products in a while loop: its number of steps is unknown; use scan.')
   return 0
 
 
@@ -165,9 +165,9 @@ def _cond(eqn) -> int:
 
 
 def _calls(eqn) -> int:
-  """Any other operation: what it calls, once each (jit, remat, custom derivatives)."""
+  """Any other operation: everything that it calls, once each (jit, remat, custom derivatives)."""
   if eqn.primitive.name.startswith(OPAQUE):
-    raise ValueError(f'the operations in {eqn.primitive.name} are not known; count without it.')
+    raise ValueError(f'the operations in {eqn.primitive.name} are unknown; count without it.')
   values = jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr)
   return sum(_jaxpr(value) for value in values if _is_jaxpr(value))
 

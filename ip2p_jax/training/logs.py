@@ -1,13 +1,13 @@
-"""What a run tells people: numbers, images and texts in its workdir, and one line on the screen.
+"""Logs of a run: numbers, images and texts in its workdir, and progress lines on the screen.
 
   metrics.jsonl   one line per log: {"step": 50, "time": 1764000000.123, "loss": 0.0412, ...}
   tensorboard/    the same for TensorBoard, with images and texts
   previews/       the images as files
   loss.png        loss and validation loss by step
 
-A workdir may be remote (gs://...). Such files cannot be appended to, so lines and events gather in
-a temporary folder, and are uploaded whole, at most once a minute and at the end; a crash loses the
-last minute.
+A workdir may be remote (gs://...). Remote files cannot be appended to, so lines and events are
+collected in a temporary folder. Complete files are uploaded at most once a minute and at the end; a
+crash loses the last minute.
 """
 
 import contextlib
@@ -40,30 +40,30 @@ class Writer:
   """Writes into a workdir from process 0; in other processes its methods do nothing."""
 
   def __init__(self, workdir: str | os.PathLike, start_step: int = 0):
-    """Continues after `start_step`: what an interrupted run wrote of later steps is dropped.
+    """Continues after `start_step`; drops the lines of later steps, from an interrupted run.
 
     InputError if the workdir cannot be written.
     """
     self._writes = jax.process_index() == 0
     if not self._writes:
       return
-    from tensorboardX import SummaryWriter  # imports torch where there is one, which takes seconds
+    from tensorboardX import SummaryWriter  # imports torch if installed, which takes seconds
 
-    workdir = os.path.expanduser(workdir)  # shells leave the ~ of --workdir=~/run alone
+    workdir = os.path.expanduser(workdir)  # shells do not expand the ~ of --workdir=~/run
     self._workdir = epath.Path(workdir)
     is_remote = '://' in workdir
     self._local = Path(tempfile.mkdtemp(prefix='ip2p-')) if is_remote else Path(workdir)
     self._is_remote, self._uploaded = is_remote, time.monotonic()
     try:
       self._workdir.mkdir(parents=True, exist_ok=True)
-      kept = _kept_lines(self._workdir / LINES, start_step)
-      storage.write_bytes(epath.Path(self._local) / LINES, kept.encode())
+      lines = _lines_until(self._workdir / LINES, start_step)
+      storage.write_bytes(epath.Path(self._local) / LINES, lines.encode())
       self._lines = open(self._local / LINES, 'a')
       self._events = SummaryWriter(
         str(self._local / EVENTS),
         purge_step=start_step + 1,
         flush_secs=UPLOAD_EVERY // 2,
-        # Names have the second they were made in, and a file of equal name would be lost.
+        # Names have the time in seconds only; this keeps two files from having the same name.
         filename_suffix=f'.{start_step:08d}',
       )
     except OSError as error:
@@ -73,9 +73,10 @@ class Writer:
       ) from None
 
   def scalars(self, step: int, values: Mapping[str, float]) -> None:
-    """Numbers of one step, to seven digits; those that are not finite become 'nan', 'inf', '-inf'.
+    """Writes the numbers of one step, with seven digits.
 
-    Strings, because JSON has no such numbers.
+    Numbers that are not finite become the strings 'nan', 'inf', '-inf', since JSON cannot hold
+    them.
     """
     if not self._writes:
       return
@@ -89,7 +90,7 @@ class Writer:
       self._upload()
 
   def image(self, step: int, name: str, image: Image.Image) -> None:
-    """An image, also as previews/NAME_STEP.png, which appears whole or not at all."""
+    """Writes an image, also as previews/NAME_STEP.png, which is never incomplete."""
     if not self._writes:
       return
     png = io.BytesIO()
@@ -98,14 +99,14 @@ class Writer:
     self._events.add_image(name, np.asarray(image.convert('RGB')), step, dataformats='HWC')
 
   def text(self, step: int, name: str, text: str) -> None:
-    """A text for TensorBoard, shown as it is, in a fixed-width font."""
+    """Writes a text for TensorBoard, which shows it unchanged in a fixed-width font."""
     if not self._writes:
       return
-    code = ''.join(f'    {line}\n' for line in text.splitlines())  # Markdown's way to say so
+    code = ''.join(f'    {line}\n' for line in text.splitlines())  # a code block in Markdown
     self._events.add_text(name, code, step)
 
   def curve(self) -> None:
-    """Draws the losses so far as loss.png, which appears whole or not at all."""
+    """Draws the losses so far as loss.png, which is never incomplete."""
     if not self._writes:
       return
     lines = (json.loads(line) for line in (self._local / LINES).read_text().splitlines())
@@ -113,7 +114,7 @@ class Writer:
       storage.write_bytes(self._workdir / CURVE, png)
 
   def close(self) -> None:
-    """Writes and uploads all that is left. May be called again."""
+    """Writes and uploads the rest. May be called again."""
     if not self._writes:
       return
     self._writes = False
@@ -138,11 +139,11 @@ class Writer:
 
 
 class Meter:
-  """How fast training goes, not counting compilation, checkpoints, validation and previews.
+  """Measures the speed of training without compilation, checkpoints, validation and previews.
 
-  meter.start(step)              # after the first step, which compiles, has come out
+  meter.start(step)              # after the first step, which compiles, is done
   values |= meter.read(step)     # when logging: the mean since the last read or start
-  with meter.paused(state): ...  # around all that is not training
+  with meter.paused(state): ...  # around everything that is not training
   """
 
   def __init__(
@@ -153,25 +154,25 @@ class Meter:
     peak: float | None,
     clock: Callable[[], float] = time.perf_counter,
   ):
-    """`examples_per_step` is over all devices; `peak` of one in FLOP/s, None if not known."""
+    """`examples_per_step` is for all devices; `peak` for one, FLOP/s, None if unknown."""
     self._examples, self._flops = examples_per_step, flops_per_example
     self._devices, self._peak, self._clock = num_devices, peak, clock
     self._made = time.perf_counter()
     self._step, self._since = None, 0.0
 
   def age(self) -> float:
-    """Seconds since it was made; by the first step, what compiling and the first batch took."""
+    """Seconds since the meter was made; at the first step, the time for compiling and a batch."""
     return time.perf_counter() - self._made
 
   def start(self, step: int) -> None:
-    """Counts from here; `step` steps are done, and none is in flight."""
+    """Starts measuring; `step` steps are done, and none is running."""
     self._step, self._since = step, self._clock()
 
   def read(self, step: int) -> dict[str, float]:
-    """Means since the last call, now that `step` is done; {} before `start` or without a step.
+    """Means from the last call until `step`; {} before `start` or without a step since.
 
-    step_time (seconds), examples_per_second (over all devices), tflops_per_device (of the model, in
-    TFLOP/s), and where the peak is known mfu, the part of it that is used, 0 to 1.
+    step_time (seconds), examples_per_second (all devices), tflops_per_device (of the model, in
+    TFLOP/s), and if the peak is known, mfu, the fraction of it that is used, 0 to 1.
     """
     if self._step is None or step == self._step:
       return {}
@@ -190,8 +191,8 @@ class Meter:
   def paused(self, pending: Any = ()) -> Iterator[None]:
     """Does not count the time inside; waits for the arrays in `pending` first.
 
-    They should be the newest, or training in flight goes on uncounted; and what is started inside
-    must be awaited inside.
+    These should be the newest ones. Else the steps that still run are not counted. Whatever starts
+    inside must end inside.
     """
     jax.block_until_ready(pending)
     start = self._clock()
@@ -204,7 +205,7 @@ class Meter:
 def loss_curve(lines: Sequence[Mapping[str, Any]]) -> bytes | None:
   """A PNG of `loss` and `validation_loss` by `step`; None if no line has any.
 
-  The losses' axis is logarithmic, since a run's losses may be orders of magnitude apart.
+  The loss axis is logarithmic, since the losses of a run may differ by orders of magnitude.
   """
   from matplotlib import ticker  # takes half a second
   from matplotlib.figure import Figure
@@ -215,7 +216,7 @@ def loss_curve(lines: Sequence[Mapping[str, Any]]) -> bytes | None:
     points = [(x['step'], x[name]) for x in lines if isinstance(x.get(name), numbers.Real)]
     points = [(step, loss) for step, loss in points if loss > 0]  # others have no logarithm
     if points:
-      marker = 'o' if len(points) == 1 else marker  # a line of one point is not seen
+      marker = 'o' if len(points) == 1 else marker  # a line of one point is invisible
       label = name.replace('_', ' ')
       axes.plot(*zip(*points, strict=True), marker=marker, markersize=4, linewidth=1, label=label)
       is_empty = False
@@ -235,17 +236,17 @@ def loss_curve(lines: Sequence[Mapping[str, Any]]) -> bytes | None:
 
 
 def progress_line(step: int, steps: int, values: Mapping[str, float]) -> str:
-  """One line for people, of those values that are there.
+  """One line for the screen, with the values that are present.
 
-  As in 'step 1,200/10,000  loss 0.0412  577 examples/s  312 TFLOP/s per device (39 %)  4 h 10 min
-  left', which takes loss and the values of `Meter`.
+  With loss and the values of `Meter`: 'step 1,200/10,000  loss 0.0412  577 examples/s  312 TFLOP/s
+  per device (39 %)  4 h 10 min left'.
   """
   parts = [f'step {step:,}/{steps:,}']
   if 'loss' in values:
     parts.append(f'loss {shown_loss(values["loss"])}')
   if 'examples_per_second' in values:
     parts.append(f'{_three_digits(values["examples_per_second"])} examples/s')
-  if 'mfu' in values:  # without it the device is a CPU, or not known, and says little
+  if 'mfu' in values:  # without it, the device is a CPU or unknown
     rate = f'{_three_digits(values["tflops_per_device"])} TFLOP/s per device'
     parts.append(f'{rate} ({100 * values["mfu"]:.0f} %)')
   if 'step_time' in values and step < steps:
@@ -254,12 +255,12 @@ def progress_line(step: int, steps: int, values: Mapping[str, float]) -> str:
 
 
 def shown_loss(loss: float) -> str:
-  """Four decimals; of a loss so small that they would say little, three digits."""
+  """The loss with four decimals; a small one with three digits."""
   return f'{loss:.4f}' if not abs(loss) < 0.001 else f'{loss:.3g}'
 
 
 def memory() -> dict[str, int]:
-  """Bytes in use, now and at most, on each device of this process; {} where none can say (CPU)."""
+  """Bytes in use, now and at most, on each device of this process; {} if unknown (CPU)."""
   values = {}
   for device in jax.local_devices():
     stats = device.memory_stats() or {}
@@ -270,7 +271,7 @@ def memory() -> dict[str, int]:
 
 
 def overview(params: Mapping[str, Any]) -> str:
-  """A table of parameters by dotted name, and totals, in all and by the first part of the name.
+  """A table of parameters by dotted name, their total, and totals by the first part of the name.
 
   Values are arrays or ShapeDtypeStructs.
   """
@@ -282,16 +283,16 @@ def overview(params: Mapping[str, Any]) -> str:
   return '\n'.join([table, *(f'  {part}: {count:,}' for part, count in totals.items())])
 
 
-def _kept_lines(path: epath.Path, last_step: int) -> str:
-  """The lines of a metrics file up to a step, without a half-written one; '' without a file."""
+def _lines_until(path: epath.Path, last_step: int) -> str:
+  """The lines of a metrics file up to a step, without incomplete ones; '' without a file."""
   if not path.exists():
     return ''
-  kept = []
+  lines = []
   for line in path.read_text().splitlines():
     with contextlib.suppress(ValueError, KeyError, TypeError):
       if json.loads(line)['step'] <= last_step:
-        kept.append(line + '\n')
-  return ''.join(kept)
+        lines.append(line + '\n')
+  return ''.join(lines)
 
 
 def _plain(value):

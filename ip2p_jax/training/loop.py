@@ -1,4 +1,4 @@
-"""The loop that every training run goes through, and what a run says and heeds."""
+"""The loop of every training run, its progress messages, and its signals."""
 
 import collections
 import contextlib
@@ -22,22 +22,22 @@ from ip2p_jax.training import logs
 from ip2p_jax.training.loss_course import Course, advice, followed, mean_loss
 from ip2p_jax.training.step import State
 
-IN_FLIGHT = 2  # steps that the host may be ahead; more only cost the memory of their batches
-STOPPED = 143  # exit status, so that whoever watches the job knows to start it again
+IN_FLIGHT = 2  # steps that the host may be ahead; more take memory for batches, and gain nothing
+STOPPED = 143  # exit status that tells a job manager to start the run again
 
 
 class Job(NamedTuple):
-  """A run, as the loop sees it.
+  """The inputs of the loop.
 
   Attributes:
     config: anything with `steps` and `log`.
     step: (state, batch) -> (state, values), jitted; see `step.train_step`.
-    batches: of the steps to come; the loop closes them.
+    batches: of the next steps; the loop closes them.
     shardings: of the state.
     save: (step, state, course) writes a checkpoint.
     must_stop: step -> whether to stop after it.
-    look: (state, step) -> a sentence about the batch of the step after `step`, which was bad.
-    check: (step, values) -> why the run cannot go on, or None; asked after each log.
+    look: (state, step) -> a sentence about the batch of the bad step, which follows `step`.
+    check: (step, values) -> why the run cannot continue, or None; called after each log.
   """
 
   config: Any
@@ -54,7 +54,7 @@ class Job(NamedTuple):
   check: Callable[[int, dict[str, float]], str | None] = lambda step, values: None
 
 
-# (step, state) -> numbers to log with those of the step, or None.
+# (step, state) -> more numbers to log for the step, or None.
 Action = Callable[[int, State], dict[str, float] | None]
 
 
@@ -62,19 +62,19 @@ def loop(job: Job, actions: Sequence[tuple[int, Action]], state: State, course: 
   """Steps until `config.steps`, or until `must_stop`; returns the exit status, 0 or 143.
 
   Args:
-    actions: (every so many steps, action): done in this order, and after the last step. A run that
-      is stopped is saved, but does not take the time for them.
-    state: is donated, but on a CPU.
-    course: of the loss until here.
+    actions: (every so many steps, action), in this order; they also run after the last step. A run
+      that is stopped is saved without them.
+    state: is donated, except on a CPU.
+    course: of the loss so far.
   """
   log, steps, first = job.config.log, job.config.steps, int(state['step'])
   recent, since_log, compiling = collections.deque(), [], first_time()
   with contextlib.ExitStack() as stack:
     batches = stack.enter_context(contextlib.closing(job.batches))
     profile = stack.enter_context(_profiler(log.profile, first, job.workdir, job.meter))
-    for step in range(first + 1, steps + 1):  # steps are counted when taken
+    for step in range(first + 1, steps + 1):  # `step` steps are done after this one
       profile(step, recent)
-      batch = next(batches)  # first of all, since it may start processes
+      batch = next(batches)  # first, since it may start processes
       with compiling('step'), _ended_by_signals(step == first + 1, job.must_stop):
         state, values = job.step(state, batch)  # dispatched, not awaited
         if step == first + 1:
@@ -93,7 +93,7 @@ def loop(job: Job, actions: Sequence[tuple[int, Action]], state: State, course: 
           _say_progress(step, steps, _logged([jax.device_get(values)]), job.meter)
         continue
 
-      values, course = _looked_at(job, step, jax.device_get(since_log), state, course)
+      values, course = _evaluate(job, step, jax.device_get(since_log), state, course)
       since_log.clear()
       values |= job.meter.read(step) | logs.memory()
       _say_progress(step, steps, values, job.meter if step == first + 1 else None)
@@ -118,11 +118,11 @@ def loop(job: Job, actions: Sequence[tuple[int, Action]], state: State, course: 
   return 0
 
 
-def _looked_at(job, step, since_log, state, course):
-  """(what is logged of the steps since the last log, the course); raises after a bad step."""
+def _evaluate(job, step, since_log, state, course):
+  """(values to log for the steps since the last log, course); raises after a bad step."""
   newest = since_log[-1]
   is_bad = newest['bad_step'] >= 0
-  # A bad step, and those after it, say nothing of how the loss went.
+  # The course of the loss ends before a bad step.
   fine = since_log[: newest['bad_step'] - step + len(since_log)] if is_bad else since_log
   course = followed(course, mean_loss(fine), job.checkpoints.latest_step())
   if is_bad:
@@ -131,13 +131,13 @@ def _looked_at(job, step, since_log, state, course):
 
 
 def _stop_at_bad_step(job: Job, step: int, state: State, course: Course) -> None:
-  """Stops a run at a loss that is not finite, and says how it goes on.
+  """Stops a run at a loss that is not finite; the error says how to continue.
 
-  The state is still that before the step; it becomes a checkpoint, so that the run, started again,
-  takes that very step first.
+  The state is still that before the step. It is saved, so that the run repeats the step first when
+  it is started again.
   """
-  where = state['bad_step'].sharding
-  job.save(step, state | {'bad_step': jax.device_put(np.int32(-1), where)}, course)
+  placement = state['bad_step'].sharding
+  job.save(step, state | {'bad_step': jax.device_put(np.int32(-1), placement)}, course)
   sentence = job.look(state, step)
   raise InputError(
     f'step {step + 1}: the loss or a gradient is not finite.{sentence}'
@@ -146,7 +146,7 @@ def _stop_at_bad_step(job: Job, step: int, state: State, course: Course) -> None
 
 
 def _logged(steps):
-  """Numbers of the last of some steps, but the mean loss of all; none of what no example has."""
+  """Numbers of the last step, with the mean loss of all steps; no loss if no example counted."""
   values = {name: float(x) for name, x in steps[-1].items() if name not in ('weight', 'bad_step')}
   counted = [step for step in steps if step['weight'] > 0]
   if not counted:
@@ -155,13 +155,13 @@ def _logged(steps):
 
 
 def _say_progress(step, steps, values, meter):
-  """With `meter`, also when the run was ready."""
+  """Says the progress; with `meter`, also how long the start took."""
   ready = f'  ready after {meter.age():.0f} s' if meter else ''
   say(logs.progress_line(step, steps, values) + ready)
 
 
 def first_time() -> Callable[[str], contextlib.AbstractContextManager]:
-  """`compiling(what)`: tells how long it takes, the first time."""
+  """`compiling(what)`: shows how long the first call takes, and nothing later."""
   seen = set()
 
   def compiling(what):
@@ -175,7 +175,7 @@ def first_time() -> Callable[[str], contextlib.AbstractContextManager]:
 
 @contextlib.contextmanager
 def _ended_by_signals(is_first: bool, must_stop: Callable[[int], bool]) -> Iterator[None]:
-  """Lets signals end the process within the first step, which compiles: nothing is to be saved."""
+  """Lets signals end the process during the first step, which compiles; nothing is to be saved."""
   if not is_first:
     yield
     return
@@ -184,10 +184,10 @@ def _ended_by_signals(is_first: bool, must_stop: Callable[[int], bool]) -> Itera
     print('stopped before the first step; nothing is lost', file=sys.stderr, flush=True)
     os._exit(INTERRUPTED if number == signal.SIGINT else STOPPED)
 
-  ours = [n for n in (signal.SIGTERM, signal.SIGINT) if callable(signal.getsignal(n))]
-  before = {number: signal.signal(number, end) for number in ours}
+  handled = [n for n in (signal.SIGTERM, signal.SIGINT) if callable(signal.getsignal(n))]
+  before = {number: signal.signal(number, end) for number in handled}
   try:
-    if jax.process_count() == 1 and must_stop(0):  # one came since the run began
+    if jax.process_count() == 1 and must_stop(0):  # a signal came since the run began
       end(signal.SIGTERM)
     with interruptible(end):
       yield
@@ -198,8 +198,8 @@ def _ended_by_signals(is_first: bool, must_stop: Callable[[int], bool]) -> Itera
 
 @contextlib.contextmanager
 def signals() -> Iterator[Callable[[int], bool]]:
-  """`must_stop(step)`: whether a signal or a preemption notice has come; all processes agree."""
-  if jax.process_count() > 1:  # jax.distributed listens, and makes all processes agree on a step
+  """`must_stop(step)`: whether a signal or a preemption notice came; all processes agree."""
+  if jax.process_count() > 1:  # jax.distributed listens, and all processes agree on a step
     yield multihost_utils.reached_preemption_sync_point
     return
   received = []
@@ -208,7 +208,7 @@ def signals() -> Iterator[Callable[[int], bool]]:
     if received and number == signal.SIGINT:
       raise KeyboardInterrupt
     received.append(number)
-    print('stopping after this step, to save (Ctrl-C again: at once)', file=sys.stderr)
+    print('stopping after this step to save (press Ctrl-C again to stop now)', file=sys.stderr)
 
   before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
   try:
@@ -225,7 +225,7 @@ def say(text: str) -> None:
 
 @contextlib.contextmanager
 def _profiler(window, first, workdir, meter) -> Iterator[Callable]:
-  """`profile(step, pending)` before each step: records those of the window, once in a run."""
+  """`profile(step, pending)` runs before each step; records the window's steps, once in a run."""
   start, count = window
   begin = max(start, first + 2)  # the first step compiles
   is_due, is_on = count and first < start + count, []

@@ -1,10 +1,10 @@
-"""The training loss (paper, equation 2), and the random draws that go into it.
+"""The training loss (paper, equation 2) and its random draws.
 
 B examples, H W pixels, h w latents, L text tokens. A batch is a dict of arrays, either of images
 
   edited_image, input_image         uint8 [B, H, W, 3]
 
-or of what the VAE makes of them (posteriors of unscaled latents),
+or of the VAE's posteriors for them (of unscaled latents),
 
   edited_mean, edited_log_variance, input_mean      float16 [B, h, w, 4]
 
@@ -29,7 +29,7 @@ Batch = dict[str, Array]
 
 
 class Draws(NamedTuple):
-  """What chance decides for B examples.
+  """The random numbers of B examples.
 
   Attributes:
     posterior_noise, noise: standard normal [B, h, w, 4].
@@ -44,7 +44,7 @@ class Draws(NamedTuple):
 
 
 class Inputs(NamedTuple):
-  """What the UNet learns from: scaled latents, unscaled image latents (or None), text states."""
+  """Inputs of the UNet: scaled latents, unscaled image latents (or None), text states."""
 
   latents: Array
   image_latents: Array | None
@@ -54,14 +54,14 @@ class Inputs(NamedTuple):
 def draw(seed: int, step: Array, index: Array, shape: tuple[int, ...], schedule: Schedule) -> Draws:
   """The draws of the examples `index` [B] of a step; `shape` is (h, w, 4).
 
-  Each follows from (seed, step, index) alone, so that no two examples share any, on whatever
-  device they are, and another number of devices or accumulation steps changes nothing.
+  Each depends only on (seed, step, index). So no two examples share a draw, and other numbers of
+  devices or accumulation steps change nothing.
   """
-  # The generator is named, since TPU users like to change jax's default to one whose numbers
-  # depend on the batch.
+  # The generator is named, since TPU users often change jax's default to one whose numbers depend
+  # on the batch.
   key = jax.random.fold_in(jax.random.key(seed, impl='threefry2x32'), step)
 
-  def one(index):
+  def draw_example(index):
     posterior, noise, timestep, dropout = jax.random.split(jax.random.fold_in(key, index), 4)
     return Draws(
       jax.random.normal(posterior, shape),
@@ -70,7 +70,7 @@ def draw(seed: int, step: Array, index: Array, shape: tuple[int, ...], schedule:
       jax.random.uniform(dropout),
     )
 
-  return jax.vmap(one)(index)
+  return jax.vmap(draw_example)(index)
 
 
 def latents_shape(networks: Networks, batch: Batch) -> tuple[int, ...]:
@@ -90,17 +90,17 @@ def encode(
   Args:
     frozen: 'vae' and 'text_encoder' parameters, and 'null_ids' int32 [L], the empty text.
     rate: of the three kinds of dropout, by one draw r per example as in the original: the text is
-      empty where r < 2 rate, the image is zero where rate <= r < 3 rate.
+      empty if r < 2 rate, the image is zero if rate <= r < 3 rate.
   """
   posterior, image_latents = _posteriors(networks, frozen, batch)
-  # A sample of what is edited, scaled; the mode of what it is edited from, not scaled: what every
-  # released checkpoint was trained with.
+  # A scaled sample for the edited image, the unscaled mode for the input image: every released
+  # checkpoint was trained with these.
   latents = posterior.sample(draws.posterior_noise) * networks.vae_config.scaling_factor
   r = draws.dropout
   if image_latents is not None:
     is_dropped = (rate <= r) & (r < 3 * rate)
     image_latents = jnp.where(is_dropped[:, None, None, None], 0.0, image_latents)
-  # Dropped before the text encoder, which then need not run a second time for the empty text.
+  # Dropped before the text encoder, so that it need not run again for the empty text.
   token_ids = jnp.where((r < 2 * rate)[:, None], frozen['null_ids'][None], batch['token_ids'])
   text_encoder = nnx.merge(networks.text_encoder_def, frozen['text_encoder'])
   return jax.lax.stop_gradient(Inputs(latents, image_latents, text_encoder(token_ids)))

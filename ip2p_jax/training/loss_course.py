@@ -1,23 +1,23 @@
-"""How the loss of a run goes, and which checkpoint is good to go back to when it grew.
+"""Follows the loss of a run, and finds the checkpoint to return to if it grew.
 
-The loss of a step tells how good the weights before it were. So a checkpoint is good once the loss
-of the steps after it was near its running mean; of the newest one nothing is known yet.
+The loss of a step measures the weights before it. So a checkpoint is good if the loss of the steps
+after it was near its running mean; for the newest one, this is not known yet.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-KEPT = 0.9  # of the running mean, from one log to the next
-GROWN = 2.0  # times its running mean is a loss of spoilt weights
+DECAY = 0.9  # of the running mean, from one log to the next
+GROWN = 2.0  # times the running mean: a larger loss means spoilt weights
 
 
 class Course(NamedTuple):
-  """What is known at a log.
+  """The loss until a log.
 
   Attributes:
-    mean: running mean of the loss, over logs where it was near it.
-    last: mean loss since the log before.
-    good: step of the newest checkpoint that is good.
+    mean: running mean of the loss, over the logs that were near it.
+    last: mean loss since the previous log.
+    good: step of the newest good checkpoint.
   """
 
   mean: float | None = None
@@ -33,8 +33,8 @@ def followed(course: Course, loss: float | None, checkpoint: int | None) -> Cour
   """The course after a log.
 
   Args:
-    loss: mean of the steps since the log before; None if nothing counted.
-    checkpoint: step of the newest checkpoint that was there before those steps.
+    loss: mean of the steps since the previous log; None if no example counted.
+    checkpoint: step of the newest checkpoint from before those steps.
   """
   if loss is None:
     return course
@@ -42,13 +42,13 @@ def followed(course: Course, loss: float | None, checkpoint: int | None) -> Cour
   if course.is_grown:
     return course
   good = course.good if checkpoint is None else checkpoint
-  return course._replace(mean=KEPT * course.mean + (1 - KEPT) * loss, good=good)
+  return course._replace(mean=DECAY * course.mean + (1 - DECAY) * loss, good=good)
 
 
 def mean_loss(steps: Sequence[Mapping[str, Any]]) -> float | None:
-  """Mean of the `loss` of some steps over all that their `weight` counts; None if that is nothing.
+  """Mean of the `loss` of some steps, weighted by their `weight`; None if all weights are 0.
 
-  A step without a good example has weight 0, and its loss, which is 0, is no loss.
+  A step whose examples are all broken has weight 0, and its loss of 0 does not count.
   """
   counted = [step for step in steps if step['weight'] > 0]
   total = sum(float(step['weight']) for step in counted)
@@ -57,18 +57,18 @@ def mean_loss(steps: Sequence[Mapping[str, Any]]) -> float | None:
 
 
 def advice(course: Course, checkpoints: Sequence[int], folder: Any) -> str:
-  """For people: how a run whose loss is not finite goes on.
+  """How to continue a run whose loss is not finite, as text.
 
   Args:
-    checkpoints: steps of those that there are; the newest is of the state before that loss.
-    folder: where they lie.
+    checkpoints: their steps; the newest has the state before that loss.
+    folder: of the checkpoints.
   """
   newer = [step for step in checkpoints if course.good is not None and step > course.good]
-  back = 'begin again in a new workdir'
+  back = 'start again in a new workdir'
   if newer and course.good in checkpoints:
     back = (
       f'remove {", ".join(map(str, newer))} from {folder} to go on from step {course.good}, the'
-      ' last checkpoint after which the loss was as before'
+      ' last checkpoint after which the loss was normal'
     )
   how = 'a lower optimizer.learning_rate, or optimizer.clip_norm=1, or dtype=float32'
   if course.is_grown:
@@ -78,5 +78,5 @@ def advice(course: Course, checkpoints: Sequence[int], folder: Any) -> str:
     )
   return (
     f'The state before it is saved; go on with {how}, or another seed. If it fails at once again,'
-    f' the weights are spoilt already: then {back}.'
+    f' the weights are already spoilt: then {back}.'
   )

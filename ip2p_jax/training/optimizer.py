@@ -1,7 +1,7 @@
 """AdamW and the moving average, over a flat dict of parameters.
 
-`params`, gradients, moments and the average are {dotted name: float32 array}; which parameter is
-decayed and how fast it learns is a matter of its name (`config.OptimizerConfig`).
+`params`, gradients, moments and the average are {dotted name: float32 array}. A parameter's name
+decides its weight decay and its learning rate (`config.OptimizerConfig`).
 """
 
 import math
@@ -23,16 +23,16 @@ SCHEDULES = ('constant', 'cosine')
 def learning_rate(config: OptimizerConfig, steps: int) -> Callable[[Array | int], Array]:
   """The learning rate of each step, as a function of the steps taken before it (from 0).
 
-  Through a warm-up of w steps it is learning_rate * (step + 1) / w, so that no step is lost at
-  zero and the full rate comes at step w - 1. After it, 'cosine' goes from learning_rate at step w
-  to final_rate * learning_rate at `steps`, which is one step after the last (Loshchilov and Hutter
-  2017, equation 5). The function takes and gives scalars, also under jit; float32.
+  In a warm-up of w steps it is learning_rate * (step + 1) / w, so that no step has rate 0 and step
+  w - 1 has the full rate. After it, 'cosine' goes from learning_rate at step w to final_rate *
+  learning_rate at `steps`, one step after the last (Loshchilov and Hutter 2017, equation 5). The
+  function maps scalars to float32 scalars, also under jit.
 
   Args:
     steps: optimizer steps of the whole run.
 
   Raises:
-    InputError: naming the knob with a wrong value.
+    InputError: a setting has a wrong value.
   """
   check(config)
   warmup = config.warmup_steps
@@ -44,7 +44,7 @@ def learning_rate(config: OptimizerConfig, steps: int) -> Callable[[Array | int]
     )
   else:
     raise InputError(
-      f'optimizer.warmup_steps is {warmup}, which leaves nothing of {steps} steps for the cosine;'
+      f'optimizer.warmup_steps is {warmup}, which leaves none of {steps} steps for the cosine;'
       ' give fewer, or more steps.'
     )
 
@@ -61,18 +61,18 @@ def adamw(
 ) -> optax.GradientTransformation:
   """AdamW (Loshchilov and Hutter 2019, algorithm 2) over a flat dict, in float32.
 
-  Clips the gradient's global norm, if asked to; then Adam; adds the decay; scales by the learning
-  rate of the step and of the parameter. The decay is scaled by both rates too, as in PyTorch. The
-  state has the same structure whatever the config, so a run may resume with another.
+  Clips the gradient's global norm, if configured; then Adam; adds the decay; scales by the learning
+  rates of the step and of the parameter. Both rates scale the decay, too, as in PyTorch. The state
+  has the same structure for every config, so a run may resume with another.
 
   Args:
-    names: of all parameters, frozen ones too, so that a rule for those is not taken for a typo;
+    names: of all parameters, also of frozen ones, so that a rule for these is not an error;
       gradients and parameters may be any part of them.
     steps: optimizer steps of the whole run.
 
   Raises:
-    InputError: a knob has a wrong value, a rule is the first match of no name, or a name matches no
-      rule.
+    InputError: a setting has a wrong value, a rule is the first match of no name, or a name matches
+      no rule.
   """
   schedule = learning_rate(config, steps)
   check_rules(config.decays, names, 'optimizer.decays')
@@ -100,14 +100,15 @@ def adamw(
 
 
 def only_scheduled(old: optax.OptState, new: optax.OptState) -> optax.OptState:
-  """The state of `adamw` after a step without a gradient: moments as in `old`, the schedule's count
-  as in `new`, so that the run ends at the rate it is to end at.
+  """The state of `adamw` after a step without a gradient: `old` moments, `new` schedule count.
+
+  So the run still ends at its final rate.
   """
   return (*old[:-1], new[-1])
 
 
 def trainable(names: Collection[str], rates: Rules) -> set[str]:
-  """The names that learn; those whose rate is 0 are frozen, and belong outside `params`.
+  """The names that learn; names with rate 0 are frozen, and must not be in `params`.
 
   Raises:
     InputError: a rule is the first match of no name, a name matches no rule, a rate is negative, or
@@ -115,10 +116,10 @@ def trainable(names: Collection[str], rates: Rules) -> set[str]:
   """
   check_rules(rates, names, 'optimizer.rates')
   check_order(rates, names, 'optimizer.rates')
-  found = {name for name, rate in _values(rates, names, 'optimizer.rates').items() if rate}
-  if not found:
+  trained = {name for name, rate in _values(rates, names, 'optimizer.rates').items() if rate}
+  if not trained:
     raise InputError('optimizer.rates: every parameter has rate 0, so nothing would learn.')
-  return found
+  return trained
 
 
 def ema_decay(largest: float, step: Array | int) -> Array:
@@ -131,12 +132,12 @@ def ema_decay(largest: float, step: Array | int) -> Array:
 
 
 def ema_update(ema: Mapping, params: Mapping, decay: Array | float) -> dict:
-  """The moving average one step on: decay * ema + (1 - decay) * params, for trees of float32."""
+  """The next moving average: decay * ema + (1 - decay) * params, for trees of float32."""
   return jax.tree.map(lambda average, new: average - (1 - decay) * (average - new), ema, params)
 
 
 def check(config: OptimizerConfig) -> None:
-  """Raises an InputError that names the first knob with a value out of its range."""
+  """Raises an InputError that names the first setting with a value out of its range."""
   check_choice('optimizer.schedule', config.schedule, SCHEDULES)
   _check_range('learning_rate', config.learning_rate, 0)
   _check_range('warmup_steps', config.warmup_steps, 0)

@@ -1,4 +1,4 @@
-"""Images of a few validation examples, made at every checkpoint, to watch a run learn.
+"""Previews: images of a few validation examples, made at every checkpoint, to watch a run learn.
 
 B examples, R side of the images, h w latent sides, L text tokens. An example is a dict of
 'instruction' (or caption), 'edited' and, unless for text-to-image, 'input': uint8 [R, R, 3].
@@ -42,12 +42,11 @@ def make_preview(
 ) -> Callable[[Any], Image.Image]:
   """Returns `preview(params)`, an image with one row per example, under its instruction.
 
-  A row is input, target and edit; for a text-to-image model, which `image_guidance` does not
-  concern, target and sample. `params` has trees for 'unet', 'vae' and 'text_encoder', of any dtype,
-  which is that of the arithmetic. The first call compiles, later ones do not. Noise depends on
-  `seed` and the example's place only, so that previews of different steps can be compared. The
-  devices of `mesh`, where the parameters lie, share the examples. In a run of several processes all
-  of them must call it.
+  A row is input, target and edit; for a text-to-image model, which ignores `image_guidance`, it is
+  target and sample. `params` has trees for 'unet', 'vae' and 'text_encoder'; their dtype is that of
+  the arithmetic. Only the first call compiles. Noise depends on `seed` and the example's place
+  only, so previews of different steps can be compared. The devices of `mesh`, which hold the
+  parameters, share the examples. In a run of several processes, all must call it.
   """
   instructions = [example['instruction'] for example in examples]
   if is_editor(networks):
@@ -67,12 +66,12 @@ def make_preview(
     )
 
   def preview(params) -> Image.Image:
-    current = copy.copy(model)  # shares the compiled program, and lets go of the parameters
+    current = copy.copy(model)  # shares the compiled program, and does not keep the parameters
     current.params = params
-    made = _on_host(run(current).images)
+    results = _on_host(run(current).images)
     rows = [
       [Image.fromarray(image) for image in (*(example[column] for column in columns), result)]
-      for example, result in zip(examples, made, strict=True)
+      for example, result in zip(examples, results, strict=True)
     ]
     return _sheet(rows, instructions, labels)
 
@@ -82,9 +81,9 @@ def make_preview(
 def latent_examples(
   networks: Networks, vae_params: Any, tokenizer: ClipTokenizer, rows: Sequence[LatentRow]
 ) -> list[Example]:
-  """Examples from rows that hold no pixels: the first pair of each decoded, its first instruction.
+  """Examples from rows of latents: the decoded first pair of each row, and its first instruction.
 
-  Images are what the VAE makes of their latents, and instructions come back in lower case.
+  The VAE decodes the images; instructions come back in lower case.
   """
   means = [row.edited_mean[0, 0] for row in rows]
   means += [row.input_mean[0, 0] for row in rows if row.input_mean is not None]
@@ -115,7 +114,7 @@ def _on_host(array: Array) -> np.ndarray:
 
 
 def _sheet(rows, instructions, labels) -> Image.Image:
-  """All rows below each other; instructions above the rows, where they have room."""
+  """One image of all rows, one below the other, each under its instruction."""
   parts = [
     image_grid([row], [''], labels, instruction)
     for row, instruction in zip(rows, instructions, strict=True)

@@ -1,8 +1,7 @@
 """The driver of every training run: mesh, resume, signals, checkpoints, metrics, validation.
 
-What differs from one kind of training to another is a `Kind` (how a run begins) and a `Task` (what
-is trained, on which batches). `train.py` describes the training of an editor, and
-`captions/train.py` that of a language model.
+Each kind of training has its own `Kind` (how a run begins) and `Task` (what is trained, on which
+batches). `train.py` has those of an editor, `captions/train.py` those of a language model.
 """
 
 import contextlib
@@ -30,12 +29,12 @@ Arrays = Mapping[str, np.ndarray]
 
 
 class Kind(NamedTuple):
-  """A kind of training: how a run of it begins.
+  """A kind of training: how its runs begin.
 
   Attributes:
-    fixed: settings that give the saved weights their meaning.
+    fixed: settings that the saved weights depend on.
     read_start: config -> the checkpoint that a new run begins with.
-    load_start: workdir -> the same, of a run that is resumed; None where the workdir has none.
+    load_start: workdir -> the same for a resumed run; None if the workdir has none.
     describe: (config, checkpoint, mesh, workdir) -> Task.
   """
 
@@ -46,26 +45,26 @@ class Kind(NamedTuple):
 
 
 class Task(NamedTuple):
-  """What is trained, and on what.
+  """The trained parameters, the step and the data of a run.
 
   Attributes:
-    config: the run's, with what the checkpoint decides.
+    config: the run's, with the settings that the checkpoint decides.
     shapes: {name: shape} of all parameters that may learn.
-    recipe: optimizer -> what the step knows and jit need not trace.
-    step: as `step.train_step`.
+    recipe: optimizer -> the inputs of a step that jit does not trace.
+    step: like `step.train_step`.
     values: names -> {name: array} of the checkpoint.
-    frozen: names of what learns -> what a step uses and does not change, on the devices.
-    save_start: names of checkpoint parameters that learn -> None; keeps the rest in the workdir.
-    size: how large an example is, as in 'at 256 px'.
-    data: what there is to learn from, for people.
-    rows: how many rows there are; kept with each checkpoint.
+    frozen: names of trained parameters -> the inputs that a step does not change, on the devices.
+    save_start: names of trained checkpoint parameters -> None; saves the others in the workdir.
+    size: of an example, as in 'at 256 px'.
+    data: a description of the data, as text.
+    rows: the number of rows; saved with each checkpoint.
     batches: (run, place) -> the batches from that place on.
     flops: run -> FLOPs of one example, forward and backward.
     validation: run -> (() -> batches of validation examples); None without any.
     validation_loss: (recipe, ema, frozen, batch) -> sums of the losses and of their weights.
     preview: run -> (ema -> image); None without examples.
     look: (run, place, state, step) -> a sentence about a bad step's batch.
-    check: (run, place, values) -> why the run cannot go on, or None.
+    check: (run, place, values) -> why the run cannot continue, or None.
   """
 
   config: Any
@@ -88,11 +87,11 @@ class Task(NamedTuple):
 
 
 class Learning(NamedTuple):
-  """What learns, and where its state lies.
+  """The trained parameters, and the sharding of the state.
 
   Attributes:
     trained: {name: shape}.
-    adapters: {name: array} of new adapters, which no checkpoint has; None without LoRA.
+    adapters: {name: array} of new adapters, which are in no checkpoint; None without LoRA.
     state: shapes of the state.
     shardings: of the state.
   """
@@ -105,11 +104,11 @@ class Learning(NamedTuple):
 
 
 class Run(NamedTuple):
-  """What stays the same from step to step.
+  """The constants of a run's steps.
 
   Attributes:
     shardings: of the state.
-    frozen: what a step uses and does not change, on the devices.
+    frozen: the inputs that a step does not change, on the devices.
     microbatch: examples of one device and accumulation step.
   """
 
@@ -122,11 +121,11 @@ class Run(NamedTuple):
 
 
 def train(kind: Kind, config: Any, workdir: str) -> int:
-  """Trains until `config.steps`, or until a signal; called again, goes on where it was.
+  """Trains until `config.steps`, or until a signal; a second call continues from the checkpoint.
 
-  Returns the exit status: 0 when done, 143 when stopped by a signal (a checkpoint is written
-  first). Raises InputError for anything wrong with config, checkpoint or workdir, and for a loss
-  that is not finite.
+  Returns the exit status: 0 when done, 143 when stopped by a signal, after writing a checkpoint.
+  Raises InputError for mistakes in config, checkpoint or workdir, and for a loss that is not
+  finite.
   """
   workdir = str(storage.folder(workdir))
   mesh = sharding.make_mesh(config.mesh.fsdp)
@@ -144,12 +143,12 @@ def train(kind: Kind, config: Any, workdir: str) -> int:
     keep_config(config, workdir, step)
     course = course_before(extras, config)
     if extras['rows'] not in (None, task.rows):
-      say(f'the data had {extras["rows"]} rows, and now has {task.rows}: the order is another')
+      say(f'the data had {extras["rows"]} rows, and now has {task.rows}: their order has changed')
     writer = stack.enter_context(logs.Writer(workdir, step))
     say(f'data      {task.data}')
     describe_params(state, writer)
     must_stop = stack.enter_context(signals())
-    # Counted in batches of today's size, in case that has changed; no example comes twice.
+    # In batches of the present size, which may have changed, so that no example comes twice.
     ahead = -(-extras['examples'] // config.batch_size) - step
     job = _job(task, run, workdir, checkpoints, writer, must_stop, ahead, step)
     status = loop(job, _actions(task, run, writer), state, course)
@@ -163,7 +162,7 @@ def train(kind: Kind, config: Any, workdir: str) -> int:
 def learning(
   config: Any, shapes: Mapping[str, Any], recipe: Callable[[Any], Any], mesh: Mesh
 ) -> Learning:
-  """What learns of parameters of these shapes, its optimizer, and how devices share its state.
+  """The trained ones of parameters of these shapes, their optimizer, and the sharding of the state.
 
   InputError for settings of LoRA or rates that leave nothing to learn.
   """
@@ -180,7 +179,7 @@ def _prepare(
 ) -> tuple[Task, Run, State, dict[str, Any]]:
   """Starts or resumes: (task, run, state, {'examples': seen so far, 'rows': of then, or None}).
 
-  The run's config says what the run does: what it goes on from decides some of it.
+  The checkpoint decides some settings of the run's config.
   """
   microbatch = sharding.check_batch(mesh, config.batch_size, config.accumulation)
   is_resumed = checkpoints.latest_step() is not None
@@ -190,21 +189,21 @@ def _prepare(
   if start is None:
     raise InputError(f'{workdir}: has checkpoints of another kind of run; use a new workdir.')
   task = kind.describe(config, start, mesh, workdir)
-  learnt = learning(task.config, task.shapes, task.recipe, mesh)
+  learner = learning(task.config, task.shapes, task.recipe, mesh)
   if is_resumed:
-    checkpoints.check_fits(learnt.state)
-  frozen = task.frozen(learnt.trained)
-  run = Run(task.config, mesh, learnt.recipe, learnt.shardings, frozen, microbatch)
-  say(sizes(run, learnt.state, task.size))
+    checkpoints.check_fits(learner.state)
+  frozen = task.frozen(learner.trained)
+  run = Run(task.config, mesh, learner.recipe, learner.shardings, frozen, microbatch)
+  say(sizes(run, learner.state, task.size))
   if is_resumed:
-    return task, run, *_resumed(checkpoints, learnt)
-  task.save_start([name for name in learnt.trained if name in task.shapes])
-  values = learnt.adapters or task.values(learnt.trained)
-  return task, run, _started(learnt, values), {'examples': 0, 'rows': None}
+    return task, run, *_resumed(checkpoints, learner)
+  task.save_start([name for name in learner.trained if name in task.shapes])
+  values = learner.adapters or task.values(learner.trained)
+  return task, run, _started(learner, values), {'examples': 0, 'rows': None}
 
 
 def _job(task, run, workdir, checkpoints, writer, must_stop, ahead, first) -> Job:
-  """The batch of a step is that of place step + ahead; `first` steps are taken."""
+  """A step takes the batch of place step + ahead; `first` steps are done."""
   jitted = step.jitted(run.recipe, run.mesh, run.shardings, task.step)
 
   def save(step, state, course):
@@ -236,7 +235,7 @@ def _job(task, run, workdir, checkpoints, writer, must_stop, ahead, first) -> Jo
 
 
 def _actions(task: Task, run: Run, writer: logs.Writer) -> list[tuple[int, Action]]:
-  """What is done beside the steps: (every so many steps, action)."""
+  """Validation and previews as (every so many steps, action)."""
   log, compiling, actions = run.config.log, first_time(), []
   if log.validate_every and (validate := _validation(task, run)):
 
@@ -282,32 +281,32 @@ def _validation(task: Task, run: Run) -> Callable[[Any], float | None] | None:
 def trained_shapes(
   config: Any, shapes: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, np.ndarray] | None]:
-  """({name: shape} of what learns, {name: array} of adapters, which no checkpoint has yet)."""
+  """({name: shape} of trained parameters, {name: array} of new adapters or None)."""
   if config.lora.rank:
     rng = np.random.default_rng(config.seed)
     initial = lora.adapters(shapes, config.lora, rng)
-    found = {name: jax.ShapeDtypeStruct(x.shape, np.float32) for name, x in initial.items()}
-    if optimizer.trainable(found, config.optimizer.rates) != set(found):
+    adapters = {name: jax.ShapeDtypeStruct(x.shape, np.float32) for name, x in initial.items()}
+    if optimizer.trainable(adapters, config.optimizer.rates) != set(adapters):
       raise InputError('optimizer.rates freezes adapters; choose layers by lora.targets instead.')
-    return found, initial
-  kept = optimizer.trainable(shapes, config.optimizer.rates)
+    return adapters, initial
+  trained = optimizer.trainable(shapes, config.optimizer.rates)
   as_float32 = lambda name: jax.ShapeDtypeStruct(shapes[name].shape, np.float32)
-  return {name: as_float32(name) for name in shapes if name in kept}, None
+  return {name: as_float32(name) for name in shapes if name in trained}, None
 
 
-def _resumed(checkpoints: Checkpoints, learnt: Learning) -> tuple[State, dict[str, Any]]:
+def _resumed(checkpoints: Checkpoints, learner: Learning) -> tuple[State, dict[str, Any]]:
   """The latest checkpoint, on the devices."""
   target = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    learnt.state,
-    learnt.shardings,
+    learner.state,
+    learner.shardings,
   )
   return checkpoints.restore(target)
 
 
-def _started(learnt: Learning, values: Arrays) -> State:
+def _started(learner: Learning, values: Arrays) -> State:
   """The state before the first step, on the devices."""
-  places = learnt.shardings['params'].items()
-  params = {name: sharding.put(values[name], where) for name, where in places}
-  start = functools.partial(step.initial_state, learnt.recipe)
-  return quietly(jax.jit(start, out_shardings=learnt.shardings, donate_argnums=0), params)
+  placements = learner.shardings['params'].items()
+  params = {name: sharding.put(values[name], placement) for name, placement in placements}
+  start = functools.partial(step.initial_state, learner.recipe)
+  return quietly(jax.jit(start, out_shardings=learner.shardings, donate_argnums=0), params)

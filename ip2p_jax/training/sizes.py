@@ -1,4 +1,4 @@
-"""How large a run is, for people."""
+"""Messages about the size of a run."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from ip2p_jax.training.loop import say
 
 
 def describe_params(state: dict[str, Any], writer: logs.Writer) -> None:
-  """Says what is trained, by parts; all of it goes to TensorBoard."""
+  """Says how many parameters of each part are trained; TensorBoard gets the whole table."""
   table = logs.overview(state['params'])
   writer.text(int(state['step']), 'parameters', table)
   for line in table.splitlines()[-len({name.split('.')[0] for name in state['params']}) - 1 :]:
@@ -18,16 +18,16 @@ def describe_params(state: dict[str, Any], writer: logs.Writer) -> None:
 
 
 def sizes(run: Any, state: dict[str, Any], size: str) -> str:
-  """Lines for people: who computes what, and how many bytes each device holds.
+  """Lines of text: how the devices share the batch, and how many bytes each one holds.
 
   Args:
     run: a `run.Run`.
     state: shapes of its state.
-    size: as of a `run.Task`.
+    size: as in `run.Task`.
   """
   config, mesh = run.config, run.mesh
   kind = mesh.devices.flat[0].device_kind
-  held = lambda part: _bytes(sharding.bytes_per_device(state[part], run.shardings[part]))
+  memory = lambda part: _bytes(sharding.bytes_per_device(state[part], run.shardings[part]))
   frozen = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(run.frozen))
   trained = sum(x.size for x in jax.tree.leaves(state['params']))
   return '\n'.join([
@@ -36,8 +36,8 @@ def sizes(run: Any, state: dict[str, Any], size: str) -> str:
     f'batch     {config.batch_size} = {mesh.size} devices x {run.microbatch} examples'
     f' x {config.accumulation} accumulation steps, {size}',
     f'training  {trained:,} parameters in float32, arithmetic in {config.dtype}',
-    f'memory    on each device: parameters {held("params")}, optimizer {held("opt_state")},'
-    f' average {held("ema")}, frozen networks {_bytes(frozen)}',
+    f'memory    on each device: parameters {memory("params")}, optimizer {memory("opt_state")},'
+    f' average {memory("ema")}, frozen networks {_bytes(frozen)}',
   ])  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""How the training of an editor begins: its data, its checkpoint, and what does not learn."""
+"""The start of an editor's training: its data, its checkpoint, and the frozen parameters."""
 
 import dataclasses
 import functools
@@ -31,7 +31,7 @@ class Data(NamedTuple):
 
 
 def open_data(config: TrainConfig) -> Data:
-  """Opens every data set of the mixture; the first that has a validation split gives it."""
+  """Opens every data set of the mixture; the first validation split is the run's."""
   opened, mixture, validation = [], sources.mixture(config.data.path), ()
   _check_settings(config, [path for path, _ in mixture])
   kinds = []
@@ -50,7 +50,7 @@ def open_data(config: TrainConfig) -> Data:
 
 
 def framing_of(config: TrainConfig) -> Framing:
-  """How a config makes examples of images."""
+  """The settings that make examples from images."""
   data = config.data
   return Framing(
     config.resolution, config.task, data.resize, data.largest_resize, data.flip_rate,
@@ -59,27 +59,27 @@ def framing_of(config: TrainConfig) -> Framing:
 
 
 def check_latents(config: TrainConfig, checkpoint: Checkpoint, tokenizer: ClipTokenizer) -> None:
-  """Raises InputError if latents were made by another VAE, or at another size, than this run's."""
-  ours = None
+  """Raises InputError if latents were made with another VAE or at another size than this run's."""
+  expected = None
   for path, _ in sources.mixture(config.data.path):
     about = shards.describe(path) if shards.is_shards(path) else {'kind': 'pictures'}
     if about['kind'] != 'latents':
       continue
-    ours = ours or fingerprint(checkpoint, tokenizer)
-    if about['fingerprint'] != ours:
+    expected = expected or fingerprint(checkpoint, tokenizer)
+    if about['fingerprint'] != expected:
       raise InputError(
         f'{path}: these latents were made with another VAE or tokenizer than those of'
         f' {checkpoint.source}; pack them again with --ckpt of this checkpoint.'
       )
     if about['resolution'] != config.resolution:
       raise InputError(
-        f'{path}: these latents are of {about["resolution"]} px and resolution is'
+        f'{path}: these latents are of {about["resolution"]} px, but resolution is'
         f' {config.resolution}; set --config.resolution={about["resolution"]}, or pack them again.'
       )
 
 
 def starting_checkpoint(config: TrainConfig) -> Checkpoint:
-  """The checkpoint to start from; for editing, its UNet widened by input channels at zero."""
+  """The checkpoint to start from; for editing, its UNet gets input channels with zero weights."""
   checkpoint = weights.read(
     config.checkpoint,
     ema={'': None, 'average': True, 'live': False}[config.checkpoint_weights],
@@ -91,7 +91,7 @@ def starting_checkpoint(config: TrainConfig) -> Checkpoint:
     if networks.unet_config.in_channels != latents:
       raise InputError(
         f'{config.checkpoint}: the UNet takes {networks.unet_config.in_channels} channels, so it is'
-        " no text-to-image model; set task to 'edit'."
+        " not a text-to-image model; set task to 'edit'."
       )
     return checkpoint
   widened = weights.with_input_channels(checkpoint, 2 * latents)
@@ -99,22 +99,22 @@ def starting_checkpoint(config: TrainConfig) -> Checkpoint:
     rate = parameters.first_match(config.optimizer.rates, 'conv_in.kernel', 'optimizer.rates')
     if config.lora.rank or not rate:
       raise InputError(
-        f'{config.checkpoint}: is a text-to-image model, whose new input channels must learn; train'
-        ' all weights, or start LoRA and partial training from an editor.'
+        f'{config.checkpoint}: is a text-to-image model, so its new input channels must learn;'
+        ' train all weights, or start LoRA and partial training from an editor.'
       )
   check_is_editor(networks_of(widened), config.checkpoint)
   return widened
 
 
 def with_prediction_type(config: TrainConfig, networks: Networks, workdir: str) -> TrainConfig:
-  """The config, with what the network really predicts."""
-  known = networks.schedule.prediction_type
-  if config.prediction_type not in ('', known):
+  """The config with the network's prediction type."""
+  expected = networks.schedule.prediction_type
+  if config.prediction_type not in ('', expected):
     raise InputError(
-      f'prediction_type was {known!r} in {workdir}, which cannot change any more; set it so, or use'
-      ' a new workdir.'
+      f'prediction_type was {expected!r} in {workdir} and cannot change; set it to that, or use a'
+      ' new workdir.'
     )
-  return dataclasses.replace(config, prediction_type=known)
+  return dataclasses.replace(config, prediction_type=expected)
 
 
 def check_resolution(config: TrainConfig, networks: Networks) -> None:
@@ -135,19 +135,19 @@ def frozen_parts(
   mesh: Mesh,
   trained: Collection[str],
 ) -> dict[str, Any]:
-  """What a step uses and does not change, on the devices, in the dtype of arithmetic.
+  """The inputs that a step does not change, on the devices, in the dtype of arithmetic.
 
-  `trained` are the names of what learns. See `step.train_step` for the parts.
+  `trained` has the names of the trained parameters. See `step` for the parts.
   """
   everywhere, shapes = sharding.replicated(mesh), parameters.flatten(networks.shapes['unet'])
-  # A kernel that an adapter is added to keeps its digits until then.
+  # A kernel with an adapter stays in float32 until the adapter is added.
   adapted = {name.rpartition('.')[0] for name in trained if '.lora_' in name}
   frozen = {'unet': {}, 'null_ids': sharding.put(tokenizer([''])[0], everywhere)}
   fixed = read_unet(checkpoint, {name: shapes[name] for name in shapes if name not in trained})
   for name, value in fixed.items():
     dtype = np.float32 if name.rpartition('.')[0] in adapted else config.dtype
-    where = sharding.split(mesh, value.shape, ('fsdp',))
-    frozen['unet'][name] = sharding.put(value.astype(dtype), where)
+    placement = sharding.split(mesh, value.shape, ('fsdp',))
+    frozen['unet'][name] = sharding.put(value.astype(dtype), placement)
   for part in ('vae', 'text_encoder'):
     place = lambda x, _: sharding.put(np.asarray(x).astype(config.dtype), everywhere)
     frozen[part] = names.to_params(
@@ -157,21 +157,21 @@ def frozen_parts(
 
 
 def _check_settings(config: TrainConfig, paths: Sequence[str]) -> None:
-  """Raises InputError if a data setting of a run cannot act on one of its data sets.
+  """Raises InputError if a data setting has no effect on one of the run's data sets.
 
-  Packed images have no more pixels than they were packed with, and latents are of one size, cut
-  one way. What is left at its default is never refused.
+  Packed images cannot grow, and latents have one size and one crop. Default values are always
+  allowed.
   """
   data = config.data
   if data.flip_directions and not data.flip_rate:
     raise InputError(
-      'data.flip_directions has no effect, since data.flip_rate is 0 and nothing is mirrored; leave'
-      ' it out.'
+      'data.flip_directions has no effect, since data.flip_rate is 0 and no image is mirrored;'
+      ' leave it out.'
     )
   if data.resize == 'squash' and data.largest_resize == config.resolution:
     raise InputError(
-      f'data.largest_resize is {data.largest_resize}, as the resolution, and data.resize is squash,'
-      ' so there is one way to cut; raise it, or leave it out.'
+      f'data.largest_resize is {data.largest_resize}, like the resolution, and data.resize is'
+      ' squash, so there is only one crop; raise it, or leave it out.'
     )
   for path in filter(shards.is_shards, paths):
     about = shards.describe(path)
@@ -183,26 +183,26 @@ def _check_settings(config: TrainConfig, paths: Sequence[str]) -> None:
 
 def _check_pixels(config, path, size):
   most = None if size is None else largest(size)
-  asked = {'resolution': config.resolution, 'data.largest_resize': config.data.largest_resize}
-  for name, pixels in asked.items():
+  sizes = {'resolution': config.resolution, 'data.largest_resize': config.data.largest_resize}
+  for name, pixels in sizes.items():
     if most is not None and pixels > most:
       raise InputError(
-        f'{path}: was packed for {size} px, and {name} {pixels} would scale its images up; set'
+        f'{path}: was packed for {size} px, and {name} {pixels} would enlarge its images; set'
         f' --config.{name} to at most {most}, or pack again with a larger --size.'
       )
 
 
 def _check_packed_latents(config, path, about):
-  data, usual, packed = config.data, DataConfig(), about['settings']['resize']
+  data, default, packed = config.data, DataConfig(), about['settings']['resize']
   problem = None
   if data.largest_resize:
     problem = f'data.largest_resize {data.largest_resize}: latents cannot be cropped'
-  elif data.resize not in (usual.resize, packed):
+  elif data.resize not in (default.resize, packed):
     problem = f'data.resize {data.resize}: they were packed with --resize {packed}'
-  elif data.workers not in (usual.workers, 0):
-    problem = f'data.workers {data.workers}: there is nothing to decode, so threads read them'
+  elif data.workers not in (default.workers, 0):
+    problem = f'data.workers {data.workers}: threads read latents, as there is nothing to decode'
   if problem:
     raise InputError(
-      f'{path}: holds latents, on which this has no effect: {problem}; leave it out, or train from'
-      ' images.'
+      f'{path}: holds latents, on which a setting has no effect: {problem}; leave it out, or train'
+      ' from images.'
     )

@@ -1,10 +1,10 @@
-"""One optimizer step as one jitted program, and the state it turns over.
+"""One optimizer step as one jitted program, and its state.
 
   state = {'step', 'params', 'ema', 'opt_state', 'skipped', 'bad_step'}
 
-`params` and `ema` are {dotted name: float32}, and hold only what is trained: the UNet, the parts of
-it that the rules leave, or LoRA adapters. `frozen` is the rest: {'unet': {dotted name: array},
-'vae', 'text_encoder', 'null_ids'}. B examples of the global batch, A accumulation steps.
+`params` and `ema` are {dotted name: float32} of the trained parameters: the UNet, the parts of it
+that the rules train, or LoRA adapters. `frozen` is the rest: {'unet': {dotted name: array}, 'vae',
+'text_encoder', 'null_ids'}. B examples of the global batch, A accumulation steps.
 """
 
 import functools
@@ -29,7 +29,7 @@ State = dict[str, Any]
 
 
 class Recipe(NamedTuple):
-  """What a step needs to know and jit need not trace."""
+  """The inputs of a step that jit does not trace."""
 
   networks: Networks
   config: TrainConfig
@@ -49,7 +49,7 @@ def initial_state(recipe: Any, params: dict[str, Array]) -> State:
 
 
 def unet_params(recipe: Recipe, fixed: dict[str, Array], trained: dict[str, Array]) -> Params:
-  """The UNet's whole parameter tree in the dtype of arithmetic."""
+  """The UNet's complete parameter tree in the dtype of arithmetic."""
   rank = recipe.config.lora.rank
   flat = lora.merged(fixed, trained, recipe.config.lora) if rank else {**fixed, **trained}
   return parameters.unflatten(cast(flat, recipe.config.dtype))
@@ -60,17 +60,16 @@ def train_step(
 ) -> tuple[State, dict[str, Array]]:
   """One optimizer step on a global batch.
 
-  A step whose loss or gradients are not finite changes nothing but `bad_step`, and neither does any
-  step after it, so that the host may look some steps later and still find the state as it was. A
-  step whose examples are all broken learns nothing: weights, average and moments stay, and only the
-  steps taken, which the schedule follows, and the broken examples are counted.
+  A step whose loss or gradients are not finite changes only `bad_step`, and later steps change
+  nothing. So the host may look some steps later and still find the state from before the bad step.
+  A step whose examples are all broken keeps weights, average and moments; it only counts as a step
+  of the schedule, and counts the broken examples.
 
   Args:
-    shardings: of the state, since the update runs where the optimizer state lies.
+    shardings: of the state; the update is sharded like the optimizer state.
 
   Returns the new state and {'loss', 'weight', 'grad_norm', 'learning_rate', 'skipped', 'bad_step'};
-  `weight` is how many examples the mean is over, and where it is 0, `loss` and `grad_norm` are
-  means of nothing, and 0.
+  `weight` is the number of examples in the mean; if it is 0, `loss` and `grad_norm` are 0, too.
   """
   loss, grads = mean_gradients(recipe, shardings, state['params'], frozen, batch, state['step'])
   skipped = (batch['weight'] == 0).sum(dtype=jnp.int32)
@@ -78,7 +77,7 @@ def train_step(
 
 
 def jitted(recipe: Any, mesh: Mesh, shardings: State, step: Callable = train_step) -> Callable:
-  """`step(state, frozen, batch)`, compiled once; off CPUs it takes the memory of the old state."""
+  """`step(state, frozen, batch)`, compiled once; it donates the old state, except on CPUs."""
   return jax.jit(
     functools.partial(step, recipe, shardings),
     out_shardings=(shardings, sharding.replicated(mesh)),
@@ -87,7 +86,7 @@ def jitted(recipe: Any, mesh: Mesh, shardings: State, step: Callable = train_ste
 
 
 def is_donated(mesh: Mesh) -> bool:
-  """Not on CPUs: XLA for those first copies all that is to be overwritten, a third of the time."""
+  """Not on CPUs: there XLA first copies all donated arrays, which takes a third of the time."""
   return mesh.devices.flat[0].platform != 'cpu'
 
 
@@ -100,12 +99,12 @@ def updated(
   weight: Array,
   skipped: Array | int = 0,
 ) -> tuple[State, dict[str, Array]]:
-  """What `train_step` returns, once loss and gradients are known; `skipped` examples are added.
+  """The update of `train_step` by loss and gradients, and its results; adds `skipped` examples.
 
   Args:
     recipe: anything with `config.optimizer`, `config.steps` and `transform`.
-    grads: {dotted name: float32}, as the state's `params`.
-    weight: how much the mean loss is over, float32 []; with 0 there is nothing to learn from.
+    grads: {dotted name: float32}, like the state's `params`.
+    weight: total weight of the mean loss, float32 []; with 0 there is nothing to learn from.
   """
   config, step = recipe.config, state['step']
   # ZeRO: each device updates its part, then the parts are gathered.
@@ -124,7 +123,7 @@ def updated(
     'skipped': state['skipped'] + skipped,
     'bad_step': state['bad_step'],
   }
-  # Without examples the gradient is 0, on which decay and momentum would still move the weights.
+  # Without examples the gradient is 0, but decay and momentum would still change the weights.
   unlearnt = new | {
     'params': state['params'],
     'ema': state['ema'],
@@ -146,14 +145,14 @@ def updated(
 
 
 def losses_at(recipe: Recipe, state: State, frozen: Params, batch: Batch) -> tuple[Array, Draws]:
-  """The loss of every example [B] of the step that `state` stands before, and its draws."""
+  """The loss of every example [B] in the next step of `state`, and its draws."""
   unet = unet_params(recipe, frozen['unet'], state['params'])
 
-  def of_part(part):  # in parts, as the step itself, since more may not fit
+  def losses_of(part):  # in parts, like the step itself, since the whole batch may not fit
     draws = _draws(recipe, part, state['step'])
     return _losses(recipe, unet, frozen, part, draws, recipe.config.conditioning_dropout), draws
 
-  parts = jax.lax.map(of_part, _parts(batch, recipe.config.accumulation))
+  parts = jax.lax.map(losses_of, _parts(batch, recipe.config.accumulation))
   return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), parts)
 
 
@@ -162,9 +161,9 @@ def validation_loss(
 ) -> tuple[Array, Array]:
   """Sum of the losses of a batch, and of its weights.
 
-  Noise and timesteps are the same each time, so that differences are the model's; nothing is
-  dropped. The timesteps of consecutive examples step through the schedule by the golden ratio,
-  which spreads any number of them evenly.
+  Noise and timesteps are the same each time, so that differences come from the model; no condition
+  is dropped. The timesteps of consecutive examples advance by the golden ratio, which spreads any
+  number of them evenly over the schedule.
   """
   draws = draw(0, jnp.int32(-1), batch['index'], *_shape(recipe, batch))
   spread = jnp.mod((batch['index'] + 0.5) * 0.6180339887, 1.0)
@@ -182,8 +181,8 @@ def mean_gradients(recipe, shardings, params, frozen, batch, step):
   """
   config = recipe.config
   total = jnp.maximum(batch['weight'].sum(), 1.0)
-  # Cast once, and differentiated by the copy: then gradients travel in the smaller type, too.
-  # Adapters are few, and their product is formed in float32.
+  # Cast once, and differentiated by the copy, so devices exchange gradients in the smaller type,
+  # too. Adapters are small, and their product is computed in float32.
   copy = params if config.lora.rank else cast(params, config.dtype)
 
   def loss_of(params, part):
@@ -204,14 +203,14 @@ def sum_gradients(
 ) -> tuple[Array, Params]:
   """Sum of `loss_of(params, part)` over `count` parts of the batch, and its float32 gradients.
 
-  `shardings` are the state's; while they are summed, gradients lie as the average does.
+  `shardings` are the state's; the sums have the sharding of the average.
   """
-  where = shardings['ema']
+  sum_shardings = shardings['ema']
 
   def value_and_grad(params, part):
     loss, grads = jax.value_and_grad(loss_of)(params, part)
-    # Put together as the weights lie, then divided. Told of the division alone, XLA for TPU makes
-    # the products that give gradients in as many pieces as there are devices, in twice the time.
+    # Gathered as the weights, then split. With the split alone, XLA for TPU computes the gradients'
+    # products in as many pieces as there are devices, which takes twice the time.
     return loss, jax.lax.with_sharding_constraint(grads, shardings['params'])
 
   if count == 1:
@@ -222,15 +221,15 @@ def sum_gradients(
     loss, grads = sums
     more_loss, more_grads = value_and_grad(params, part)
     grads = jax.tree.map(lambda total, x: total + x.astype(jnp.float32), grads, more_grads)
-    return (loss + more_loss, jax.lax.with_sharding_constraint(grads, where)), None
+    return (loss + more_loss, jax.lax.with_sharding_constraint(grads, sum_shardings)), None
 
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
-  zeros = jnp.float32(0), jax.lax.with_sharding_constraint(zeros, where)
+  zeros = jnp.float32(0), jax.lax.with_sharding_constraint(zeros, sum_shardings)
   return jax.lax.scan(accumulate, zeros, _parts(batch, count))[0]
 
 
 def _parts(batch, count):
-  # Every count-th row, since each device holds neighbouring rows: then none has to move.
+  # Every count-th row: each device holds consecutive rows, so no row has to move.
   split = lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)  # [B, ...] -> [A, B / A, ...]
   return jax.tree.map(split, batch)
 

@@ -1,4 +1,4 @@
-"""Training an editor: which batches it learns from, and what is looked at on the way."""
+"""Training of an editor: its batches, validation, previews, and reports of bad batches."""
 
 import contextlib
 import functools
@@ -40,7 +40,7 @@ from ip2p_jax.xla_alarms import quietly
 
 
 class Editing(NamedTuple):
-  """What an editor's run has beside the weights."""
+  """Data, tokenizer and workdir of an editor's run."""
 
   data: Data
   tokenizer: ClipTokenizer
@@ -48,11 +48,11 @@ class Editing(NamedTuple):
 
 
 def train(config: TrainConfig, workdir: str) -> int:
-  """Trains until `config.steps`, or until a signal; called again, goes on where it was.
+  """Trains until `config.steps`, or until a signal; a second call continues from the checkpoint.
 
-  Returns the exit status: 0 when done, 143 when stopped by a signal (a checkpoint is written
-  first). Raises InputError for anything wrong with config, data, checkpoint or workdir; for a loss
-  that is not finite; and for more broken examples than `data.max_corrupt`.
+  Returns the exit status: 0 when done, 143 when stopped by a signal, after writing a checkpoint.
+  Raises InputError for mistakes in config, data, checkpoint or workdir; for a loss that is not
+  finite; and for more broken examples than `data.max_corrupt`.
   """
   check_config(config)
   data = open_data(config)
@@ -75,7 +75,7 @@ def _describe(
   tokenizer = tokenizer_of(checkpoint, networks)
   check_latents(config, checkpoint, tokenizer)
   shapes, editing = parameters.flatten(networks.shapes['unet']), Editing(data, tokenizer, workdir)
-  of_data = lambda function: functools.partial(function, editing)
+  bind = lambda function: functools.partial(function, editing)
   return Task(
     config=config,
     shapes=shapes,
@@ -87,13 +87,13 @@ def _describe(
     size=f'at {config.resolution} px',
     data=_about(data),
     rows=_rows(data),
-    batches=of_data(_batches),
-    flops=of_data(_flops),
-    validation=of_data(_validation),
+    batches=bind(_batches),
+    flops=bind(_flops),
+    validation=bind(_validation),
     validation_loss=validation_loss,
-    preview=of_data(_preview),
-    look=of_data(_keep_batch),
-    check=of_data(_check_skipped),
+    preview=bind(_preview),
+    look=bind(_save_batch),
+    check=bind(_check_skipped),
   )
 
 
@@ -118,17 +118,17 @@ def _batches(editing: Editing, run: Run, start: int) -> Iterator[dict[str, jax.A
     tokenizer=editing.tokenizer,
     workers=0 if data.is_latents else config.data.workers,  # nothing to decode: threads are faster
   )  # fmt: skip
-  where = sharding.of_batch(run.mesh)
-  return loader.to_device(host, where, config.batch_size, config.data.prefetch, _name_broken)
+  placement = sharding.of_batch(run.mesh)
+  return loader.to_device(host, placement, config.batch_size, config.data.prefetch, _report_broken)
 
 
-def _name_broken(errors: list[str]) -> None:
-  for error in errors:  # whichever process met it
+def _report_broken(errors: list[str]) -> None:
+  for error in errors:  # of all processes
     print(f'skipped a broken example: {error}', file=sys.stderr, flush=True)
 
 
 def _validation(editing: Editing, run: Run) -> Callable[[], Iterator[dict[str, jax.Array]]] | None:
-  """`batches()` of the first validation examples that are good; None without any."""
+  """`batches()` of the first good validation examples; None without any."""
   count, source = run.config.log.validation_examples, editing.data.validation
   if not (count and len(source)):
     return None
@@ -139,13 +139,13 @@ def _validation(editing: Editing, run: Run) -> Callable[[], Iterator[dict[str, j
       source, batch_size=size, examples=count, rows=sharding.local_rows(run.mesh, size),
       framing=framing_of(run.config), tokenizer=editing.tokenizer,
     )  # fmt: skip
-    return loader.to_device(host, sharding.of_batch(run.mesh), size, on_error=_name_broken)
+    return loader.to_device(host, sharding.of_batch(run.mesh), size, on_error=_report_broken)
 
   return batches
 
 
 def _preview(editing: Editing, run: Run) -> Callable[[Any], Any] | None:
-  """`preview(ema)`: an image of the first validation (or else training) examples, edited."""
+  """`preview(ema)`: an image of edits of the first validation (or else training) examples."""
   count, data, tokenizer = run.config.log.previews, editing.data, editing.tokenizer
   networks = run.recipe.networks
   source = data.validation if len(data.validation) else data.train[0]
@@ -153,13 +153,14 @@ def _preview(editing: Editing, run: Run) -> Callable[[Any], Any] | None:
   for i in range(min(len(source), 10 * count)):
     if len(shown) + len(latents) == count:
       break
-    with contextlib.suppress(InputError):  # training names broken rows; here they only do not show
+    with contextlib.suppress(InputError):  # training reports broken rows; previews leave them out
       row = source[i]
       if isinstance(row, LatentRow):
         latents.append(row)
         continue
-      made = examples.example(row, None, framing_of(run.config), tokenizer)
-      images = {key: made[f'{key}_image'] for key in ('input', 'edited') if f'{key}_image' in made}
+      example = examples.example(row, None, framing_of(run.config), tokenizer)
+      keys = [key for key in ('input', 'edited') if f'{key}_image' in example]
+      images = {key: example[f'{key}_image'] for key in keys}
       shown.append(images | {'instruction': row.instructions[0]})
   if latents:
     shown = previews.latent_examples(networks, run.frozen['vae'], tokenizer, latents)
@@ -188,10 +189,11 @@ def _flops(editing: Editing, run: Run) -> float:
   )  # fmt: skip
 
 
-def _keep_batch(editing: Editing, run: Run, place: int, state: Any, step: int) -> str:
-  """Writes the batch of the step after `step`, which `state` stands before; says where.
+def _save_batch(editing: Editing, run: Run, place: int, state: Any, step: int) -> str:
+  """Writes the batch of the step after `step` to W/failures, and returns a sentence that says so.
 
-  The batch, of that place, lies in W/failures, with each example's loss and draws.
+  The file has each example's loss and draws, too. `state` is that after `step`, and `place` that of
+  the batch.
   """
   config, data = run.config, editing.data
   rows = sharding.local_rows(run.mesh, config.batch_size)
@@ -206,33 +208,33 @@ def _keep_batch(editing: Editing, run: Run, place: int, state: Any, step: int) -
     return *losses_at(run.recipe, state, frozen, batch), batch['weight']
 
   everywhere = sharding.replicated(run.mesh)
-  found = quietly(jax.jit(look, out_shardings=everywhere), state, run.frozen, batch)
-  each, draws, weight = jax.device_get(found)
-  found = host | {'error': errors, 'rows': rows, 'losses': each} | draws._asdict()
+  results = quietly(jax.jit(look, out_shardings=everywhere), state, run.frozen, batch)
+  losses, draws, weight = jax.device_get(results)
+  arrays = host | {'error': errors, 'rows': rows, 'losses': losses} | draws._asdict()
   content = io.BytesIO()
-  np.savez_compressed(content, **found)
+  np.savez_compressed(content, **arrays)
   name = f'step_{step + 1:08d}_process_{jax.process_index()}.npz'
   file = epath.Path(editing.workdir) / 'failures' / name
   storage.write_bytes(file, content.getvalue())
-  badness = np.where(np.isfinite(each), each, np.inf)
+  badness = np.where(np.isfinite(losses), losses, np.inf)
   worst = int(np.argmax(np.where(weight > 0, badness, -np.inf)))  # broken rows do not count
-  return f' The batch with every example’s loss is in {file} (worst: row {worst}).'
+  return f' {file} has the batch and the loss of every example (worst: row {worst}).'
 
 
 def _check_skipped(editing: Editing, run: Run, place: int, values: dict[str, float]) -> str | None:
-  """What to do about too many broken examples. Each is met again in every pass of the data."""
+  """A sentence about too many broken examples, or None. Each pass of the data counts them again."""
   config, data, skipped = run.config, editing.data, values['skipped']
   passes = _passes(place * config.batch_size, _rows(data), data.weights)
   if skipped > config.data.max_corrupt * passes:
     return (
-      f'{int(skipped)} broken examples were met in {passes:.1f} passes of the data, more than'
-      f' data.max_corrupt ({config.data.max_corrupt}) in each; ip2p check names them all. Mend'
+      f'{passes:.1f} passes of the data had {int(skipped)} broken examples, more than'
+      f' data.max_corrupt ({config.data.max_corrupt}) in each; ip2p check lists them all. Repair'
       ' them, or raise the limit.'
     )
   return None
 
 
 def _passes(seen: int, rows: Sequence[int], weights: Sequence[float]) -> float:
-  """How often all rows of a mixture's data set were seen, of the one that comes most often."""
+  """Passes over the data set of a mixture that is seen most often."""
   each = zip(rows, weights, strict=True)
   return max(1.0, *(seen * weight / sum(weights) / count for count, weight in each))

@@ -1,4 +1,4 @@
-"""Folders of language models, and texts from them; tiny, random weights, against transformers."""
+"""Folders of tiny random language models, and texts from them, against transformers."""
 
 import dataclasses
 import json
@@ -46,7 +46,7 @@ def model(saved):
 
 @pytest.fixture(scope='module')
 def endless(model):
-  """Texts that go on as long as they may."""
+  """A model whose texts only end at the limit."""
   return model._replace(config=dataclasses.replace(model.config, eos_token_id=()))
 
 
@@ -58,7 +58,7 @@ def texts(model, prompts=PROMPTS, seeds=SEEDS, **settings):
 
 @pytest.fixture(scope='module')
 def next_logits(model):
-  """Logits [V] of the token after these, by the network alone, without cache."""
+  """A function: tokens -> logits [V] of the next token, by the network alone, without cache."""
   run = jax.jit(lambda params, *inputs: nnx.merge(model.definition, params)(*inputs))
 
   def after(tokens):
@@ -79,15 +79,15 @@ def test_shards_are_read_like_one_file(tmp_path, kind):
   theirs.save_pretrained(tmp_path, max_shard_size='30KB')
   tiny_llamas.tokenizer().save(str(tmp_path / 'tokenizer.json'))
   assert not (tmp_path / 'model.safetensors').exists()
-  found = reference.names.to_tensors(Language.load(tmp_path).params)
-  wanted = {name: value.detach().numpy() for name, value in theirs.named_parameters()}
-  assert found.keys() == wanted.keys()
-  for name, array in wanted.items():
-    np.testing.assert_array_equal(found[name], array)
+  result = reference.names.to_tensors(Language.load(tmp_path).params)
+  expected = {name: value.detach().numpy() for name, value in theirs.named_parameters()}
+  assert result.keys() == expected.keys()
+  for name, array in expected.items():
+    np.testing.assert_array_equal(result[name], array)
 
 
 @pytest.mark.parametrize('kind', list(tiny_llamas.CONFIGS))
-def test_what_is_written_is_the_same_model_in_transformers(tmp_path, kind, rng):
+def test_transformers_reads_what_is_written(tmp_path, kind, rng):
   theirs = tiny_llamas.build(kind)
   theirs.save_pretrained(tmp_path / 'a')
   tiny_llamas.tokenizer().save(str(tmp_path / 'a' / 'tokenizer.json'))
@@ -108,7 +108,7 @@ def test_half_precision_is_written_as_such(saved, tmp_path):
   assert again.dtype == torch.bfloat16
 
 
-def test_a_copy_of_the_embedding_and_old_buffers_are_left_out(tmp_path):
+def test_tied_heads_and_old_buffers_are_left_out(tmp_path):
   tiny_llamas.write(tmp_path, 'smollm2')
   tensors = load_file(tmp_path / 'model.safetensors')
   tensors['lm_head.weight'] = tensors['model.embed_tokens.weight']
@@ -166,7 +166,7 @@ def test_files_that_are_missing_or_damaged_are_named(tmp_path, file, content, me
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path):
   tiny_llamas.write(tmp_path, vocab_size=tiny_llamas.VOCABULARY - 1)
-  with pytest.raises(InputError, match=r'has 320 tokens where the model knows 319'):
+  with pytest.raises(InputError, match=r'has 320 tokens, but the model has 319'):
     Language.load(tmp_path)
 
 
@@ -189,9 +189,9 @@ def test_only_a_language_model_is_overwritten(saved, tmp_path):
 
 
 def test_temperature_0_is_greedy_search_of_transformers(saved, model):
-  found = texts(model, temperature=0, max_tokens=37, slots=2)
-  assert [completion.index for completion in found] == list(range(len(PROMPTS)))
-  for prompt, completion in zip(PROMPTS, found, strict=True):
+  result = texts(model, temperature=0, max_tokens=37, slots=2)
+  assert [completion.index for completion in result] == list(range(len(PROMPTS)))
+  for prompt, completion in zip(PROMPTS, result, strict=True):
     ids = torch.tensor([model.tokenizer.encode(prompt).ids])
     theirs = tiny_llamas.build('llama3').generate(
       ids, max_new_tokens=37, do_sample=False, pad_token_id=0
@@ -206,14 +206,14 @@ def test_a_text_depends_on_its_prompt_and_seed_only(model):
   expected = {c.index: c for c in texts(model)}
   assert len({c.tokens for c in expected.values()}) == len(PROMPTS)
   for order, slots in (([5, 3, 1, 0, 2, 4], 4), ([2, 4], 2), ([3], 1), (list(range(6)) * 3, 8)):
-    found = texts(model, [PROMPTS[i] for i in order], [SEEDS[i] for i in order], slots=slots)
-    for i, completion in zip(order, found, strict=True):
+    result = texts(model, [PROMPTS[i] for i in order], [SEEDS[i] for i in order], slots=slots)
+    for i, completion in zip(order, result, strict=True):
       assert completion[1:] == expected[i][1:]
 
 
 @pytest.mark.long
-@pytest.mark.parametrize('kind', ['qwen2', 'smollm2'])  # of smollm2, no heads can be split
-def test_texts_and_bytes_of_many_devices_are_those_of_one(kind, tmp_path, monkeypatch):
+@pytest.mark.parametrize('kind', ['qwen2', 'smollm2'])  # the heads of smollm2 cannot be split
+def test_many_devices_write_the_same_texts(kind, tmp_path, monkeypatch):
   changes = {'num_attention_heads': 8, 'num_key_value_heads': 4, 'hidden_size': 64}
   tiny_llamas.write(tmp_path, kind, **(changes if kind == 'qwen2' else {}))
   with monkeypatch.context() as patch:
@@ -224,15 +224,15 @@ def test_texts_and_bytes_of_many_devices_are_those_of_one(kind, tmp_path, monkey
   expected = texts(lone, prompts, seeds, **settings)
   assert lone.mesh.size == 1
   total = sum(leaf.nbytes for leaf in jax.tree.leaves(lone.params))
-  whole = sum(leaf.nbytes for leaf in jax.tree.leaves(lone.params) if leaf.ndim == 1)
+  full = sum(leaf.nbytes for leaf in jax.tree.leaves(lone.params) if leaf.ndim == 1)
   for split in (1, 4):
     model = Language.load(tmp_path, split=split)
     held = sharding.bytes_per_device(model.params, jax.tree.map(lambda x: x.sharding, model.params))
-    assert total / split <= held <= whole + (total - whole) / split
+    assert total / split <= held <= full + (total - full) / split
     assert texts(model, prompts, seeds, **settings) == expected
 
 
-def test_weights_are_split_over_as_few_devices_as_leave_room():
+def test_weights_use_the_fewest_devices_with_room():
   assert [sharding.fewest(15, memory, 8) for memory in (30, 29, 10, 7, 1)] == [1, 2, 4, 8, 8]
   assert sharding.fewest(15, float('inf'), 8) == 1
   with pytest.raises(InputError, match='over 3 of 8 devices; use a divisor of 8'):
@@ -252,7 +252,7 @@ def test_a_longer_limit_only_goes_on(model):
     assert many.tokens[: len(few.tokens)] == few.tokens
 
 
-def test_the_frequency_penalty_is_taken_off_for_each_time_a_token_was_written(model, next_logits):
+def test_the_frequency_penalty_counts_every_earlier_token(model, next_logits):
   prompt, penalty = PROMPTS[0], 1.5
   tokens = list(model.tokenizer.encode(prompt).ids)
   begin = len(tokens)
@@ -260,7 +260,7 @@ def test_the_frequency_penalty_is_taken_off_for_each_time_a_token_was_written(mo
     counts = np.bincount(tokens[begin:], minlength=tiny_llamas.VOCABULARY)
     tokens.append(int((next_logits(tokens) - penalty * counts).argmax()))
   # A slot that another row has used before.
-  found = texts(
+  result = texts(
     model,
     ['snow', prompt],
     [0, 0],
@@ -269,39 +269,39 @@ def test_the_frequency_penalty_is_taken_off_for_each_time_a_token_was_written(mo
     max_tokens=24,
     slots=1,
   )
-  wanted = tokens[begin:]
-  assert found[1].tokens == tuple(wanted[: wanted.index(0) + 1] if 0 in wanted else wanted)
+  expected = tokens[begin:]
+  assert result[1].tokens == tuple(expected[: expected.index(0) + 1] if 0 in expected else expected)
 
 
-def test_a_stop_is_found_in_the_text_however_its_tokens_split(endless):
-  whole = texts(endless, ['a rainbow'], [13], max_tokens=60)[0]
-  stops = [whole.text[begin : begin + 3] for begin in range(4, len(whole.text) - 3)]
+def test_a_stop_is_found_across_tokens(endless):
+  full = texts(endless, ['a rainbow'], [13], max_tokens=60)[0]
+  stops = [full.text[begin : begin + 3] for begin in range(4, len(full.text) - 3)]
   stops = [stop for stop in stops if '\ufffd' not in stop][::5]  # no halves of characters
   lengths = set()
   for stop in stops:
-    found = texts(endless, ['a rainbow'], [13], max_tokens=60, stop=stop)[0]
-    assert found.is_finished
-    assert found.text == whole.text[: whole.text.index(stop)]
-    assert found.tokens == whole.tokens[: len(found.tokens)]
-    assert stop in endless.tokenizer.decode(found.tokens)
-    assert stop not in endless.tokenizer.decode(found.tokens[:-1])
-    lengths.add(len(found.tokens))
+    result = texts(endless, ['a rainbow'], [13], max_tokens=60, stop=stop)[0]
+    assert result.is_finished
+    assert result.text == full.text[: full.text.index(stop)]
+    assert result.tokens == full.tokens[: len(result.tokens)]
+    assert stop in endless.tokenizer.decode(result.tokens)
+    assert stop not in endless.tokenizer.decode(result.tokens[:-1])
+    lengths.add(len(result.tokens))
   assert len(stops) >= 5
   assert len({length % generate.STEPS for length in lengths}) > 2  # anywhere in the host's steps
 
 
-def test_a_text_ends_at_any_end_of_the_config(model):
-  whole = texts(model, temperature=0, max_tokens=20)[0].tokens
-  end = whole[11]
+def test_a_text_ends_at_any_end_token(model):
+  full = texts(model, temperature=0, max_tokens=20)[0].tokens
+  end = full[11]
   ends = (tiny_llamas.VOCABULARY - 1, end)
   ending = model._replace(config=dataclasses.replace(model.config, eos_token_id=ends))
-  found = texts(ending, temperature=0, max_tokens=20)[0]
-  assert found.is_finished
-  assert found.tokens == whole[: whole.index(end) + 1]
-  assert found.text == model.tokenizer.decode(found.tokens[:-1])
+  result = texts(ending, temperature=0, max_tokens=20)[0]
+  assert result.is_finished
+  assert result.tokens == full[: full.index(end) + 1]
+  assert result.text == model.tokenizer.decode(result.tokens[:-1])
 
 
-def test_ends_of_the_generation_config_count_as_in_transformers(saved, tmp_path):
+def test_end_tokens_of_the_generation_config_count(saved, tmp_path):
   write_language(read_language(saved), tmp_path / 'chat')
   (tmp_path / 'chat' / 'generation_config.json').write_text('{"eos_token_id": [5, 7]}')
   assert generate.Language.load(tmp_path / 'chat').config.eos_token_id == (5, 7)
@@ -310,9 +310,9 @@ def test_ends_of_the_generation_config_count_as_in_transformers(saved, tmp_path)
 def test_a_text_ends_where_the_context_does(endless):
   prompt = 'snow' * 120
   read = len(endless.tokenizer.encode(prompt).ids)
-  found = texts(endless, [prompt], [0], max_tokens=1000)[0]
-  assert len(found.tokens) == endless.config.max_position_embeddings - read
-  assert not found.is_finished
+  result = texts(endless, [prompt], [0], max_tokens=1000)[0]
+  assert len(result.tokens) == endless.config.max_position_embeddings - read
+  assert not result.is_finished
 
 
 def test_other_settings_run_the_same_program(model, caplog):
@@ -329,18 +329,18 @@ def test_drawing_follows_the_probabilities(rng):
   scores = np.float32(3 * rng.standard_normal((1, 300)))
   scores[0, 7:140] = -np.inf  # more than a block of impossible ones
   uniform = ((np.arange(4096) + 0.5) / 4096).astype(np.float32)
-  found = program.draw(jnp.repeat(jnp.array(scores), 4096, 0), uniform)
+  result = program.draw(jnp.repeat(jnp.array(scores), 4096, 0), uniform)
   expected = np.exp(scores[0]) / np.exp(scores[0]).sum()
-  np.testing.assert_allclose(np.bincount(found, minlength=300) / 4096, expected, atol=2 / 4096)
-  assert np.all(np.diff(found) >= 0)
+  np.testing.assert_allclose(np.bincount(result, minlength=300) / 4096, expected, atol=2 / 4096)
+  assert np.all(np.diff(result) >= 0)
 
 
-def test_drawing_never_takes_what_is_impossible(rng):
+def test_impossible_tokens_are_never_drawn(rng):
   scores = np.full((4, 300), -np.inf, np.float32)
   scores[np.arange(4), [0, 127, 128, 299]] = [1, -50, 80, 0]
   for uniform in (0.0, 0.5, 1 - 2**-24):
-    found = program.draw(scores, np.full(4, uniform, np.float32))
-    np.testing.assert_array_equal(found, [0, 127, 128, 299])
+    result = program.draw(scores, np.full(4, uniform, np.float32))
+    np.testing.assert_array_equal(result, [0, 127, 128, 299])
 
 
 @pytest.mark.parametrize('top_p', [0.05, 0.5, 0.9, 0.999])
@@ -348,18 +348,18 @@ def test_top_p_keeps_the_tokens_that_transformers_keeps(rng, top_p):
   scores = np.float32(2 * rng.standard_normal((5, 200)))
   warper = transformers.TopPLogitsWarper(top_p)
   theirs = torch.isfinite(warper(None, torch.from_numpy(scores))).numpy()
-  found = np.asarray(program.nucleus(jnp.array(scores), jnp.float32(top_p)))
-  np.testing.assert_array_equal(np.isfinite(found), theirs)
-  np.testing.assert_array_equal(found[theirs], scores[theirs])
+  result = np.asarray(program.nucleus(jnp.array(scores), jnp.float32(top_p)))
+  np.testing.assert_array_equal(np.isfinite(result), theirs)
+  np.testing.assert_array_equal(result[theirs], scores[theirs])
 
 
 def test_temperature_divides_the_logits(model, next_logits):
   prompt, draws = 'snow', 2000
   ids = model.tokenizer.encode(prompt).ids
-  found = texts(model, [prompt] * draws, range(draws), temperature=0.6, max_tokens=1, slots=64)
+  result = texts(model, [prompt] * draws, range(draws), temperature=0.6, max_tokens=1, slots=64)
   expected = np.array(jax.nn.softmax(next_logits(ids) / 0.6), np.float64)
-  counts = np.bincount([c.tokens[0] for c in found], minlength=len(expected))
-  # Chi-squared over tokens that are expected at all often: about its number of them.
+  counts = np.bincount([c.tokens[0] for c in result], minlength=len(expected))
+  # Chi-squared over tokens that are expected more than 5 times; it is about their number.
   often = expected * draws > 5
   statistic = (np.square(counts - draws * expected) / (draws * expected))[often].sum()
   assert often.sum() > 10
@@ -385,7 +385,7 @@ def test_temperature_divides_the_logits(model, next_logits):
     ),
   ],
 )
-def test_a_mistake_is_a_sentence_before_anything_is_written(model, change, message):
+def test_wrong_arguments_are_refused_at_once(model, change, message):
   arguments = {'prompts': ['a', 'b'], 'seeds': [1, 2], **change}
   with pytest.raises(InputError, match=message):
     write(model, arguments.pop('prompts'), **arguments)

@@ -1,4 +1,4 @@
-"""Captions by HTTP: beside a server that fails in every way it can."""
+"""Captions by HTTP, from a fake server with every kind of failure."""
 
 import contextlib
 import email.utils
@@ -54,8 +54,8 @@ def ask(fake):
   def run(texts, seeds=None, say=lambda line: None, usage=None, **options):
     options = {'examples': EXAMPLES, 'shown': 2, 'timeout': 30.0} | options
     complete = server_backend(Server(fake.url, 'tiny', **options), WRITING, usage, say)
-    found = dict(complete(texts, seeds or range(len(texts))))
-    return [found[i] for i in range(len(texts))]
+    result = dict(complete(texts, seeds or range(len(texts))))
+    return [result[i] for i in range(len(texts))]
 
   return run
 
@@ -81,7 +81,7 @@ def test_completions_are_asked_in_the_format_of_training(fake, ask):
   assert rest == 'a cat\n##\n' and examples.count('\n%%\n') == 2
 
 
-def test_a_model_that_was_trained_on_triplets_is_shown_none(fake, ask):
+def test_a_trained_model_gets_no_examples(fake, ask):
   ask(['a cat'], api='completions', shown=0)
   assert fake.asked[0]['prompt'] == 'a cat\n##\n'
 
@@ -110,7 +110,7 @@ def test_requests_under_way_are_bounded(fake, ask):
   assert fake.most == 3
 
 
-def test_no_more_is_asked_for_than_is_soon_written_down(fake):
+def test_requests_stay_close_to_the_answers_taken(fake):
   server = Server(fake.url, 'tiny', examples=EXAMPLES, shown=2, concurrency=2)
   answers = server_backend(server, WRITING)([f'caption {i}' for i in range(40)], range(40))
   for taken in range(1, 6):
@@ -128,20 +128,20 @@ def test_the_servers_count_of_tokens_is_added_up(ask):
 
 def test_the_estimate_is_of_characters():
   server = Server('http://here', 'tiny', api='completions', examples=EXAMPLES[:10], shown=0)
-  found = estimate(server, WRITING, ['a' * 36] * 1000)
-  assert found == (1000, 10_000, round(len('edit 1\n%%\nedited 1\nEND') / 4 * 1000))
+  result = estimate(server, WRITING, ['a' * 36] * 1000)
+  assert result == (1000, 10_000, round(len('edit 1\n%%\nedited 1\nEND') / 4 * 1000))
 
 
-# Trouble.
+# Failures.
 
 
 @pytest.mark.parametrize('trouble', TROUBLES.values(), ids=TROUBLES)
-def test_trouble_that_passes_is_overcome(fake, ask, trouble):
+def test_a_failed_request_is_tried_again(fake, ask, trouble):
   fake.troubles.extend([trouble, trouble])
-  said = []
-  assert ask(['a cat'], [7], said.append) == [text_for('a cat', 7) + '\nEND']
+  messages = []
+  assert ask(['a cat'], [7], messages.append) == [text_for('a cat', 7) + '\nEND']
   assert len(fake.asked) == 3 and fake.asked[0] == fake.asked[2]
-  assert len(said) == 2 and all('trying again' in line for line in said)
+  assert len(messages) == 2 and all('trying again' in line for line in messages)
 
 
 @pytest.mark.parametrize(
@@ -150,26 +150,26 @@ def test_trouble_that_passes_is_overcome(fake, ask, trouble):
     (half, 'half an answer'),
     (half_in_chunks, 'the connection failed (IncompleteRead)'),
     (status(529), 'status 529'),
-    (status(200, b'{"error": 1}'), 'an answer that is not as the protocol has it'),
+    (status(200, b'{"error": 1}'), 'an answer that does not follow the protocol'),
   ],
 )
-def test_trouble_is_told_in_a_few_words(fake, ask, trouble, what):
+def test_failures_have_short_messages(fake, ask, trouble, what):
   fake.troubles.append(trouble)
-  said = []
-  ask(['a cat'], say=said.append)
-  assert said == [f'{fake.url}/chat/completions: {what}; trying again']
+  messages = []
+  ask(['a cat'], say=messages.append)
+  assert messages == [f'{fake.url}/chat/completions: {what}; trying again']
 
 
 @pytest.mark.parametrize('trouble', [hang, drip])
-def test_an_answer_has_its_time(fake, ask, trouble):
+def test_an_answer_has_a_time_limit(fake, ask, trouble):
   fake.troubles.append(trouble)
-  said = []
-  assert ask(['a cat'], [7], said.append, timeout=0.5) == [text_for('a cat', 7) + '\nEND']
-  assert len(fake.asked) >= 2 and 'no answer in 0.5 s; trying again' in said[0]
+  messages = []
+  assert ask(['a cat'], [7], messages.append, timeout=0.5) == [text_for('a cat', 7) + '\nEND']
+  assert len(fake.asked) >= 2 and 'no answer in 0.5 s; trying again' in messages[0]
 
 
 @pytest.mark.parametrize('kind', ['seconds', 'date'])
-def test_the_server_says_when_to_come_back(fake, ask, kind):
+def test_retry_after_is_respected(fake, ask, kind):
   after = '1' if kind == 'seconds' else email.utils.formatdate(time.time() + 2, usegmt=True)
   fake.troubles.append(status(429, Retry_After=after))
   ask(['a cat'])
@@ -180,20 +180,20 @@ LATE = 'Mon, 01 Jan 2026 00:00:00 +99999999999999999999'
 
 
 @pytest.mark.parametrize('after', ['soon', 'nan', '-3', 'inf', '', LATE])
-def test_a_strange_time_to_come_back_is_ignored(fake, ask, after, monkeypatch):
+def test_a_strange_retry_after_is_ignored(fake, ask, after, monkeypatch):
   monkeypatch.setattr('ip2p_jax.captions.client.LONGEST_WAIT', 0.05)
   fake.troubles.append(status(503, Retry_After=after))
   assert ask(['a cat'])
 
 
-def test_trouble_that_stays_stops_the_run_with_a_sentence(fake, ask):
+def test_lasting_failures_stop_the_run(fake, ask):
   fake.always = lambda body: status(500)
-  with pytest.raises(InputError, match=r'status 500, 3 times in a row; what was written stays'):
+  with pytest.raises(InputError, match=r'status 500, 3 times in a row; the answers so far'):
     ask(['a cat'], retries=2)
   assert len(fake.asked) == 3 + 1  # the last shows that the caption is not to blame
 
 
-def test_nobody_at_the_address_is_told(ask):
+def test_a_missing_server_is_reported(ask):
   complete = server_backend(Server('http://127.0.0.1:9/v1', 'tiny', shown=0, retries=1), WRITING)
   with pytest.raises(InputError, match='the connection failed'):
     list(complete(['a cat'], [1]))
@@ -209,36 +209,36 @@ def test_nobody_at_the_address_is_told(ask):
   ],
 )
 def test_a_mistake_stops_the_run_at_once(fake, ask, code, message):
-  said = json.dumps({'error': {'message': 'no such model'}}).encode()
-  fake.always = lambda body: status(code, said)
+  content = json.dumps({'error': {'message': 'no such model'}}).encode()
+  fake.always = lambda body: status(code, content)
   with pytest.raises(InputError, match=message):
     ask([f'caption {i}' for i in range(50)], concurrency=4, key=KEY)
   assert len(fake.asked) <= 8
 
 
 def test_a_redirect_is_not_followed_with_the_key(fake, ask):
-  with running() as other:
-    fake.always = lambda body: status(302, Location=other.url)
-    with pytest.raises(InputError, match='redirects to somewhere else'):
+  with running() as target:
+    fake.always = lambda body: status(302, Location=target.url)
+    with pytest.raises(InputError, match='redirects to another URL'):
       ask(['a cat'], key=KEY)
-    assert not other.asked
+    assert not target.asked
 
 
-def test_a_caption_that_the_server_will_not_take_goes_without(fake, ask):
+def test_a_refused_caption_gets_no_answer(fake, ask):
   fake.always = lambda body: status(400, b'{"error": "filtered"}') if body['seed'] == 1 else None
-  said = []
-  assert ask(['a', 'b', 'c'], say=said.append)[1] is None
-  assert len(said) == 1 and 'status 400: filtered' in said[0]
+  messages = []
+  assert ask(['a', 'b', 'c'], say=messages.append)[1] is None
+  assert len(messages) == 1 and 'status 400: filtered' in messages[0]
 
 
-def test_a_caption_that_always_fails_goes_without_for_now_if_another_does_not(fake, ask):
+def test_a_failing_caption_gets_no_answer_if_another_one_does(fake, ask):
   fake.always = lambda body: status(500) if body['seed'] == 1 else None
   assert ask(['a', 'b', 'c'], retries=1)[1] == ''
-  found = [(caption_of(body), body['seed']) for body in fake.asked]
-  assert found.count(('b', 1)) == 2
+  result = [(caption_of(body), body['seed']) for body in fake.asked]
+  assert result.count(('b', 1)) == 2
 
 
-def test_one_caption_alone_is_to_blame_if_another_is_taken(fake, ask):
+def test_a_caption_is_to_blame_if_another_is_accepted(fake, ask):
   fake.always = lambda body: status(400) if caption_of(body) == 'bad' else None
   assert ask(['bad', 'bad']) == [None, None]
   assert [caption_of(body) for body in fake.asked][-1] == PROBE
@@ -254,45 +254,43 @@ def test_many_captions_in_a_row_may_be_to_blame(fake, ask):
 def test_no_caption_is_lost_by_a_mistake_in_the_request(fake, count):
   fake.always = lambda body: status(400, b'{"error": "no such parameter"}')
   server = Server(fake.url, 'tiny', shown=0, concurrency=2)
-  told = []
+  answered = []
   with pytest.raises(InputError, match=r'status 400: no such parameter\)\.$'):
-    told.extend(
+    answered.extend(
       server_backend(server, WRITING)([f'caption {i}' for i in range(count)], range(count))
     )
-  assert told == []
+  assert answered == []
 
 
-def test_a_request_that_the_server_never_takes_stops_the_run(fake, ask):
+def test_a_request_that_is_always_refused_stops_the_run(fake, ask):
   fake.always = lambda body: status(422, f'unknown field, dear {KEY}'.encode())
   with pytest.raises(InputError, match=r'status 422: unknown field, dear \*\*\*'):
     ask([f'caption {i}' for i in range(50)], key=KEY)
 
 
-def test_an_answer_that_ran_out_of_tokens_has_no_end(fake, ask):
-  fake.troubles.append(lambda handler, body: handler.say(200, answer_to(body, 'make it', 'length')))
-  assert ask(['a cat']) == ['make it']
+@pytest.mark.parametrize(
+  ('text', 'ending', 'expected'),
+  [
+    *(
+      ('make it', ending, 'make it') for ending in ('length', 'content_filter', 'tool_calls', None)
+    ),
+    ('<think>\nA lion?\n</think>\n\nmake it\n%%\na lion', 'stop', 'make it\n%%\na lion\nEND'),
+    ('a \ud83d b', 'stop', 'a ? b\nEND'),  # half of a character
+  ],
+)
+def test_answers_are_cleaned_and_only_complete_ones_get_an_end(fake, ask, text, ending, expected):
+  fake.troubles.append(lambda handler, body: handler.say(200, answer_to(body, text, ending)))
+  assert ask(['a cat']) == [expected]
 
 
-@pytest.mark.parametrize('reason', ['content_filter', 'tool_calls', None])
-def test_an_answer_that_was_cut_short_has_no_end(fake, ask, reason):
-  fake.troubles.append(lambda handler, body: handler.say(200, answer_to(body, 'make it', reason)))
-  assert ask(['a cat']) == ['make it']
-
-
-def test_thoughts_are_no_part_of_an_answer(fake, ask):
-  thinking = '<think>\nA lion?\n</think>\n\nmake it a lion\n%%\na lion'
-  fake.troubles.append(lambda handler, body: handler.say(200, answer_to(body, thinking)))
-  assert ask(['a cat']) == ['make it a lion\n%%\na lion\nEND']
-
-
-def test_an_error_within_an_answer_is_told(fake, ask):
+def test_an_error_in_an_answer_is_reported(fake, ask):
   fake.troubles.append(status(200, b'{"error": {"message": "no credits"}}'))
-  said = []
-  ask(['a cat'], say=said.append)
-  assert said == [f'{fake.url}/chat/completions: an error (no credits); trying again']
+  messages = []
+  ask(['a cat'], say=messages.append)
+  assert messages == [f'{fake.url}/chat/completions: an error (no credits); trying again']
 
 
-def test_nothing_that_a_server_sends_back_tells_the_key(fake, ask):
+def test_no_response_reveals_the_key(fake, ask):
   long = json.dumps({'error': {'message': 'x' * 290 + KEY}}).encode()
   fake.always = lambda body: status(404, long)
   with pytest.raises(InputError) as stop:
@@ -309,7 +307,7 @@ def test_nothing_that_a_server_sends_back_tells_the_key(fake, ask):
 @pytest.mark.parametrize(
   'begin', [b'HTTP/1.1 200 OK', b'HTTP/1.1 400 Bad\r\nContent-Length: 900\r\n\r\n']
 )
-def test_a_server_that_never_comes_to_the_end_is_left(begin):
+def test_an_endless_response_times_out(begin):
   def drip():
     opened, _ = listener.accept()
     with opened, contextlib.suppress(OSError):
@@ -364,29 +362,24 @@ def test_python_ends_while_the_server_hangs(fake):
   assert 'Exception ignored' not in process.stderr
 
 
-def test_an_answer_that_waits_for_a_slow_disk_is_not_late(fake, ask):
+def test_waiting_for_a_slow_disk_is_no_timeout(fake, ask):
   server = Server(fake.url, 'tiny', shown=0, concurrency=2, timeout=0.4)
-  said = []
-  answers = server_backend(server, WRITING, say=said.append)(
+  messages = []
+  answers = server_backend(server, WRITING, say=messages.append)(
     [f'caption {i}' for i in range(6)], range(6)
   )
   for _ in range(6):
     next(answers)
     time.sleep(0.5)
-  assert len(fake.asked) == 6 and not said
+  assert len(fake.asked) == 6 and not messages
 
 
-def test_a_proxy_that_cannot_be_used_is_one_sentence(fake, ask, monkeypatch):
+def test_a_wrong_proxy_is_one_sentence(fake, ask, monkeypatch):
   monkeypatch.setenv('ALL_PROXY', f'socks5://me:{KEY}@127.0.0.1:1')
   monkeypatch.setenv('NO_PROXY', '')
   with pytest.raises(InputError, match='names a proxy that cannot be used') as stop:
     ask(['a cat'])
   assert KEY not in str(stop.value)
-
-
-def test_halves_of_characters_do_not_break_it(fake, ask):
-  fake.troubles.append(lambda handler, body: handler.say(200, answer_to(body, 'a \ud83d b')))
-  assert ask(['a cat']) == ['a ? b\nEND']
 
 
 # Mistakes.
@@ -397,19 +390,19 @@ def test_halves_of_characters_do_not_break_it(fake, ask):
   ['localhost:8000', 'ftp://here', 'http://', 'http://me:pw@here', 'http://here?key=1',
    'http://here:port', 'http://he re', 'http://here/é', 'http://a..b/v1', f'http://{"a" * 64}/v1'],
 )  # fmt: skip
-def test_a_url_that_is_none_or_holds_a_secret_is_refused(url):
+def test_a_url_that_is_wrong_or_has_secrets_is_refused(url):
   with pytest.raises(InputError, match='the URL of the server') as stop:
     Server(url, 'tiny')
   assert 'pw' not in str(stop.value)
 
 
 @pytest.mark.parametrize('name', ['temperature', 'seed'])
-def test_what_is_written_into_the_prompts_is_not_changed_behind_their_back(name):
-  with pytest.raises(InputError, match=f"may not change '{name}', which has an option"):
+def test_the_body_cannot_change_recorded_settings(name):
+  with pytest.raises(InputError, match=f"may not change '{name}', which has its own option"):
     Server('http://here', 'tiny', shown=0, body={name: 1})
 
 
-def test_the_key_is_named_and_never_told(monkeypatch):
+def test_the_key_is_never_repeated(monkeypatch):
   monkeypatch.setenv('SOME_KEY', KEY)
   assert read_key('SOME_KEY') == KEY
   assert KEY not in repr(Server('http://here', 'tiny', shown=0, key=KEY))
@@ -437,12 +430,12 @@ def contents(folder):
   return {file.name: file.read_bytes() for file in folder.iterdir() if 'answers' not in file.name}
 
 
-def test_a_run_that_failed_goes_on_where_it_was(fake, tmp_path):
+def test_a_failed_run_resumes(fake, tmp_path):
   assert run(fake, tmp_path / 'whole')
   fake.asked.clear()
   count = iter(range(1000))
   fake.always = lambda body: status(401) if next(count) >= 15 else None
-  with pytest.raises(InputError, match='wants a key'):
+  with pytest.raises(InputError, match='needs a key'):
     run(fake, tmp_path / 'parts')
   fake.always = lambda body: None
   assert run(fake, tmp_path / 'parts')
@@ -467,7 +460,7 @@ write_all(mine, sys.argv[2], server_backend(server, writing), writing, {'model':
 """
 
 
-def test_killed_at_any_time_and_started_again_nothing_is_lost_or_doubled(fake, tmp_path):
+def test_a_killed_run_loses_and_repeats_no_answer(fake, tmp_path):
   assert run(fake, tmp_path / 'whole')
   fake.asked.clear()
   fake.delay = 0.05
@@ -478,8 +471,8 @@ def test_killed_at_any_time_and_started_again_nothing_is_lost_or_doubled(fake, t
     with subprocess.Popen(words, stdout=subprocess.PIPE) as process:
       process.stdout.readline()
       if kills < 3:
-        known = len(answers.read_bytes()) if answers.exists() else 0
-        until = known + draw.randrange(100, 1200)  # bytes
+        size = len(answers.read_bytes()) if answers.exists() else 0
+        until = size + draw.randrange(100, 1200)  # bytes
         while process.poll() is None and (not answers.exists() or answers.stat().st_size < until):
           time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
@@ -487,6 +480,6 @@ def test_killed_at_any_time_and_started_again_nothing_is_lost_or_doubled(fake, t
       else:
         assert process.wait(120) == 0
   assert contents(tmp_path / 'parts') == contents(tmp_path / 'whole')
-  found = [(line['row'], line['attempt']) for line in read_answers(answers)]
-  assert len(found) == len(set(found)) == len(MINE)
+  result = [(line['row'], line['attempt']) for line in read_answers(answers)]
+  assert len(result) == len(set(result)) == len(MINE)
   assert len(fake.asked) < 2 * len(MINE)  # only what was under way is asked again

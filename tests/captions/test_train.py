@@ -1,4 +1,4 @@
-"""Fine-tuning a language model: PyTorch's numbers, whole runs, and what they leave behind."""
+"""Fine-tuning a language model: PyTorch's numbers, whole runs, and their files."""
 
 import dataclasses
 import functools
@@ -101,7 +101,7 @@ def start(settings, kind='llama3'):
 
 
 def a_batch(size=8, length=24, seed=0) -> dict[str, np.ndarray]:
-  """Rows of several lengths, of which the latter part is to be predicted."""
+  """Rows of several lengths; the model learns to predict their last part."""
   rng = np.random.default_rng(seed)
   tokens = rng.integers(1, tiny_llamas.VOCABULARY, (size, length), np.int32)
   ends = rng.integers(length // 2, length + 1, (size, 1))
@@ -115,7 +115,7 @@ def a_batch(size=8, length=24, seed=0) -> dict[str, np.ndarray]:
 
 
 def torch_loss(model, batch):
-  """As transformers computes it: what is not to be predicted has the label -100."""
+  """The loss of transformers: tokens that are not predicted have the label -100."""
   labels = np.where(batch['weight'] > 0, batch['tokens'], -100)
   as_torch = lambda x: torch.from_numpy(x.astype(np.int64))
   mask = as_torch(batch['positions'] >= 0)
@@ -123,7 +123,7 @@ def torch_loss(model, batch):
 
 
 def our_loss(recipe):
-  """Mean loss and its gradients by the trained parameters, as one function."""
+  """A function: the mean loss and its gradients by the trained parameters."""
 
   def loss(params, frozen, batch):
     total, count = validation_loss(recipe, params, frozen, batch)
@@ -133,7 +133,7 @@ def our_loss(recipe):
 
 
 def run(settings, steps=1, mesh=None, kind='llama3', batch=None):
-  """(state, metrics of every step); `mesh` spreads it over devices."""
+  """(state, metrics of every step); `mesh` has the devices."""
   mesh = mesh or devices(1)
   recipe, state, frozen = start(settings, kind)
   shardings = sharding.of_state(mesh, state, settings.mesh.zero1)
@@ -197,14 +197,14 @@ def test_three_steps_are_those_of_pytorchs_adamw():
 def test_only_the_completions_tokens_are_in_the_loss():
   recipe, state, frozen = start(a_config())
   batch = a_batch()
-  whole, _ = our_loss(recipe)(state['params'], frozen, batch)
+  mean, _ = our_loss(recipe)(state['params'], frozen, batch)
   with torch.no_grad():
     tokens = torch.from_numpy(batch['tokens']).long()
     mask = torch.from_numpy(batch['positions'] >= 0).long()
     logits = torch_model()(tokens, attention_mask=mask).logits.log_softmax(-1)
   each = -logits[:, :-1].gather(-1, tokens[:, 1:, None])[..., 0].numpy()
   is_completion = batch['weight'][:, 1:] > 0
-  assert float(whole) == pytest.approx(each[is_completion].mean(), rel=1e-5)
+  assert float(mean) == pytest.approx(each[is_completion].mean(), rel=1e-5)
   assert abs(each[is_completion].mean() / each.mean() - 1) > 1e-3  # else it would prove nothing
 
 
@@ -235,26 +235,26 @@ def test_padding_changes_nothing():
 )
 def test_devices_and_accumulation_change_nothing(settings, mesh, rank):
   _, expected = run(a_config(rank), steps=10)
-  _, found = run(a_config(rank, **settings), steps=10, mesh=mesh and devices(*mesh))
-  assert losses(found)[0] == pytest.approx(losses(expected)[0], rel=1e-6)
-  np.testing.assert_allclose(losses(found), losses(expected), rtol=1e-4)
+  _, result = run(a_config(rank, **settings), steps=10, mesh=mesh and devices(*mesh))
+  assert losses(result)[0] == pytest.approx(losses(expected)[0], rel=1e-6)
+  np.testing.assert_allclose(losses(result), losses(expected), rtol=1e-4)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize('remat', ['convdot', 'full'])
-def test_computing_twice_changes_nothing(remat):
+def test_remat_changes_nothing(remat):
   (state, _), (other, _) = (run(a_config(remat=kind)) for kind in ('none', remat))
   for name in state['params']:
     np.testing.assert_allclose(other['params'][name], state['params'][name], atol=1e-5)
 
 
-def test_the_update_keeps_every_array_where_it_was():
+def test_the_update_keeps_every_sharding():
   mesh = devices(8, 8)
   state, _ = run(a_config(), steps=2, mesh=mesh)
   sharding.check_placed(state, sharding.of_state(mesh, state, True))
 
 
-def test_adapters_beside_the_layers_are_adapters_merged():
+def test_adapters_beside_layers_equal_merged_adapters():
   settings = a_config(rank=3)
   recipe, state, frozen = start(settings)
   rng = np.random.default_rng(1)
@@ -264,10 +264,10 @@ def test_adapters_beside_the_layers_are_adapters_merged():
   batch = a_batch()
   apart = network(recipe, adapters, frozen)
   merged = lora.merged(frozen, adapters, settings.lora)
-  whole = nnx.merge(recipe.model_def, parameters.unflatten(merged))
+  merged_model = nnx.merge(recipe.model_def, parameters.unflatten(merged))
   logits = [
     np.asarray(model(jnp.asarray(batch['tokens']), jnp.asarray(batch['positions'])))
-    for model in (apart, whole)
+    for model in (apart, merged_model)
   ]
   is_token = batch['positions'] >= 0
   assert ref.relative_error(logits[0][is_token], logits[1][is_token]) <= 1e-5
@@ -276,7 +276,7 @@ def test_adapters_beside_the_layers_are_adapters_merged():
   assert ref.relative_error(moved[is_token], logits[1][is_token]) > 0.1
 
 
-def test_lora_starts_at_the_base_and_learns_by_its_adapters_alone():
+def test_lora_starts_at_the_base_and_trains_adapters_only():
   _, plain = run(a_config())
   state, history = run(a_config(rank=2, optim={'learning_rate': 1e-2}), steps=20)
   assert history[0]['loss'] == pytest.approx(plain[0]['loss'], rel=1e-6)
@@ -287,7 +287,7 @@ def test_lora_starts_at_the_base_and_learns_by_its_adapters_alone():
   assert all('.lora_' in name for name in state['ema'])
 
 
-def test_bfloat16_takes_nearly_the_same_step_and_keeps_float32_masters():
+def test_bfloat16_keeps_float32_masters_and_nearly_the_step():
   _, exact = run(a_config())
   state, history = run(a_config(dtype='bfloat16'))
   assert history[0]['loss'] == pytest.approx(exact[0]['loss'], rel=1e-2)
@@ -295,7 +295,7 @@ def test_bfloat16_takes_nearly_the_same_step_and_keeps_float32_masters():
   assert {str(x.dtype) for x in jax.tree.leaves([state['params'], state['ema']])} == {'float32'}
 
 
-def test_a_batch_without_a_token_to_predict_changes_nothing_but_the_steps():
+def test_a_batch_without_predicted_tokens_only_counts():
   recipe, state, frozen = start(a_config())
   mesh = devices(1)
   shardings = sharding.of_state(mesh, state, True)
@@ -323,7 +323,7 @@ def folder(tmp_path_factory):
 
 
 def a_run(folder, log=None, data=None, **settings) -> LanguageConfig:
-  """Of one step a pass: batches of the eight triplets."""
+  """The config of a run on the eight triplets, two steps a pass."""
   log = {'every': 2, 'checkpoint_every': 2, 'validate_every': 0} | (log or {})
   data = {'path': str(folder / 'triplets.jsonl'), 'holdout': 0.0} | (data or {})
   settings = {'checkpoint': str(folder / 'model'), 'batch_size': 4, 'steps': 4} | settings
@@ -360,7 +360,7 @@ def test_a_run_leaves_checkpoints_metrics_and_its_config(uninterrupted):
 
 @pytest.mark.long
 @pytest.mark.parametrize('rank', [0, 2], ids=['whole', 'lora'])
-def test_a_run_that_goes_on_ends_with_the_very_same_bits(folder, tmp_path, rank, visible):
+def test_a_resumed_run_ends_with_the_same_bits(folder, tmp_path, rank, visible):
   train(a_run(folder, rank=rank), tmp_path / 'whole')
   train(a_run(folder, rank=rank, steps=2), tmp_path / 'parts')
   elsewhere = a_run(folder, rank=rank, checkpoint='/no/longer/there')
@@ -386,7 +386,7 @@ def test_a_run_goes_on_on_other_devices(folder, uninterrupted, tmp_path, visible
     np.testing.assert_allclose(ours[name], theirs[name], atol=2e-4, err_msg=name)
 
 
-def test_every_step_of_a_run_has_its_own_triplets_and_every_pass_has_all(folder):
+def test_every_pass_has_all_triplets_in_a_new_order(folder):
   checkpoint = read_language(folder / 'model')
   settings = a_run(folder)
   rows = tokenized(triplets.read(settings.data.path), checkpoint, settings)
@@ -398,8 +398,8 @@ def test_every_step_of_a_run_has_its_own_triplets_and_every_pass_has_all(folder)
     return [np.asarray(next(made)['tokens']) for _ in range(count)]
 
   drawn = some(0, 4)
-  for both in (drawn[:2], drawn[2:]):  # a pass
-    assert {row.tobytes() for row in np.concatenate(both)} == {r.tobytes() for r in rows['tokens']}
+  for pair in (drawn[:2], drawn[2:]):  # a pass
+    assert {row.tobytes() for row in np.concatenate(pair)} == {r.tobytes() for r in rows['tokens']}
   np.testing.assert_array_equal(some(3, 1)[0], drawn[3])
   assert any((a != b).any() for a, b in zip(some(0, 4, seed=1), drawn, strict=True))
 
@@ -446,24 +446,24 @@ def test_held_out_triplets_are_spread_and_only_validated(folder, tmp_path, visib
   assert metrics(tmp_path)[4]['validation_loss'] == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_what_is_exported_is_what_transformers_computes(folder, uninterrupted, tmp_path):
-  told = []
-  convert_any(uninterrupted, tmp_path / 'out', say=told.append)
-  assert 'step 4' in told[-1]
+def test_transformers_reads_the_exported_model(folder, uninterrupted, tmp_path):
+  messages = []
+  convert_any(uninterrupted, tmp_path / 'out', say=messages.append)
+  assert 'step 4' in messages[-1]
   theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'out', dtype='float32')
   average = weights_of(uninterrupted, ema=True)
-  found = {name: p.detach().numpy() for name, p in theirs.named_parameters()}
-  assert_same(average, found)
-  assert any((x != found[name]).any() for name, x in weights_of(uninterrupted).items())
+  result = {name: p.detach().numpy() for name, p in theirs.named_parameters()}
+  assert_same(average, result)
+  assert any((x != result[name]).any() for name, x in weights_of(uninterrupted).items())
   tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / 'out')
   assert tokenizer.decode(tokenizer('a girl\n##\n')['input_ids']) == 'a girl\n##\n'
-  convert_any(uninterrupted, tmp_path / 'half', dtype='bfloat16', ema=False, say=told.append)
+  convert_any(uninterrupted, tmp_path / 'half', dtype='bfloat16', ema=False, say=messages.append)
   half = read_language(tmp_path / 'half').tensors
   live = weights_of(uninterrupted)
   assert_same({name: x.astype(jnp.bfloat16) for name, x in live.items()}, dict(half))
 
 
-def test_lora_keeps_the_rest_and_exports_itself_merged(folder, tmp_path, visible):
+def test_lora_exports_merged_weights(folder, tmp_path, visible):
   settings = a_run(folder, rank=2, optim={'learning_rate': 1e-2})
   train(settings, tmp_path / 'run')
   export_language(tmp_path / 'run', tmp_path / 'out', use_ema=False)
@@ -479,20 +479,20 @@ def test_lora_keeps_the_rest_and_exports_itself_merged(folder, tmp_path, visible
   )
 
 
-def test_a_base_in_bfloat16_is_kept_as_it_is(folder, tmp_path, visible):
+def test_a_base_in_bfloat16_is_saved_unchanged(folder, tmp_path, visible):
   model = transformers.AutoModelForCausalLM.from_pretrained(folder / 'model', dtype=torch.bfloat16)
   model.save_pretrained(tmp_path / 'model')
   tiny_llamas.tokenizer().save(str(tmp_path / 'model' / 'tokenizer.json'))
   half = a_run(folder, checkpoint=str(tmp_path / 'model'), rank=2, steps=1, dtype='bfloat16')
   train(half, tmp_path / 'run')
   start = read_language(tmp_path / 'model').tensors
-  kept = load_base(tmp_path / 'run').tensors
-  assert all(kept[name].dtype == jnp.bfloat16 for name in kept)
-  assert_same(dict(kept), dict(start))
+  saved = load_base(tmp_path / 'run').tensors
+  assert all(saved[name].dtype == jnp.bfloat16 for name in saved)
+  assert_same(dict(saved), dict(start))
 
 
 @pytest.mark.long
-def test_a_model_learns_its_triplets_by_heart_and_writes_them(folder, tmp_path, visible):
+def test_a_model_memorizes_its_triplets(folder, tmp_path, visible):
   torch.manual_seed(0)
   sizes = tiny_llamas.SIZES | {'hidden_size': 96, 'intermediate_size': 192}
   shape = transformers.AutoConfig.for_model(**sizes, **tiny_llamas.CONFIGS['qwen2'])
@@ -509,13 +509,11 @@ def test_a_model_learns_its_triplets_by_heart_and_writes_them(folder, tmp_path, 
   prompts = [triplets.prompt(caption) for caption, _, _ in ROWS]
   written = list(write(learnt, prompts, seeds=[0] * len(ROWS), temperature=0.0, max_tokens=120))
   assert all(completion.is_finished for completion in written)
-  found = {completion.index: triplets.parse(completion.text) for completion in written}
-  assert found == {i: (edit, output) for i, (_, edit, output) in enumerate(ROWS)}
+  result = {completion.index: triplets.parse(completion.text) for completion in written}
+  assert result == {i: (edit, output) for i, (_, edit, output) in enumerate(ROWS)}
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_state_before(
-  folder, tmp_path, visible
-):
+def test_a_non_finite_loss_stops_the_run_with_the_old_state(folder, tmp_path, visible):
   wild = a_run(folder, optim={'learning_rate': 1e38}, steps=10, log={'every': 10})
   with pytest.raises(InputError, match='the loss or a gradient is not finite'):
     train(wild, tmp_path)
@@ -525,7 +523,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_state_before(
     train(wild, tmp_path)
 
 
-def test_a_run_that_diverged_goes_on_from_the_last_good_checkpoint(folder, tmp_path, visible):
+def test_a_diverged_run_resumes_from_the_last_good_checkpoint(folder, tmp_path, visible):
   at_rate = lambda rate, steps: a_run(
     folder,
     optim={'learning_rate': rate},
@@ -536,7 +534,7 @@ def test_a_run_that_diverged_goes_on_from_the_last_good_checkpoint(folder, tmp_p
   with pytest.raises(InputError, match=r'remove 4 from .*/checkpoints to go on from step 3,'):
     train(at_rate(1e38, 10), tmp_path)
   assert saved_steps(tmp_path) == [3, 4]
-  with pytest.raises(InputError, match='remove 4 from'):  # a lower rate does not mend the weights
+  with pytest.raises(InputError, match='remove 4 from'):  # a lower rate does not repair the weights
     train(at_rate(1e-3, 5), tmp_path)
   shutil.rmtree(tmp_path / 'checkpoints' / '4')
   assert train(at_rate(1e-3, 5), tmp_path) == 0
@@ -567,7 +565,7 @@ def test_mistakes_are_one_sentence_and_leave_nothing_behind(
   assert not list((tmp_path / 'run').rglob('*.json*'))
 
 
-def test_settings_that_would_change_what_is_saved_are_refused(folder, tmp_path, visible):
+def test_settings_that_saved_weights_depend_on_are_fixed(folder, tmp_path, visible):
   train(a_run(folder, rank=2, steps=1), tmp_path)
   with pytest.raises(InputError, match=r'lora\.alpha was 3'):
     train(a_run(folder, rank=2, alpha=30.0, steps=2), tmp_path)
@@ -614,7 +612,7 @@ def test_sigterm_writes_a_checkpoint_and_the_run_goes_on(folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_a_run_ends_with_the_very_same_bits(folder, tmp_path):
+def test_a_killed_run_ends_with_the_same_bits(folder, tmp_path):
   settings = {'steps': 120, 'log.checkpoint_every': 4, 'log.keep': 2}
   argv = lambda name: command(folder, tmp_path / name, **settings)
   env = environment(folder, devices=2)

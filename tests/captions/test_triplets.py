@@ -1,4 +1,4 @@
-"""Files of triplets, the formats a language model is asked by, and what is wrong with a file."""
+"""Files of triplets, the formats of prompts and completions, and the check of a file."""
 
 import json
 
@@ -36,9 +36,9 @@ def test_formats_are_the_originals():
 
 
 def test_a_completion_is_parsed_with_its_end_or_without():
-  whole = triplets.completion(CAT)
-  assert triplets.parse(whole) == ('make it a lion', 'a lion on a mat')
-  assert triplets.parse(whole + ' and more') == triplets.parse(whole.removesuffix('\nEND'))
+  complete = triplets.completion(CAT)
+  assert triplets.parse(complete) == ('make it a lion', 'a lion on a mat')
+  assert triplets.parse(complete + ' and more') == triplets.parse(complete.removesuffix('\nEND'))
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_columns_may_be_called_as_in_known_data_sets(tmp_path, names):
   assert triplets.read(write(tmp_path / 'some.jsonl', row)) == [CAT]
 
 
-def test_csv_and_parquet_say_the_same(tmp_path):
+def test_csv_and_parquet_give_the_same_triplets(tmp_path):
   (tmp_path / 'some.csv').write_text(
     'edit,input,output\nmake it a lion,a cat on a mat,"a lion on a mat"'
   )
@@ -82,7 +82,7 @@ def test_csv_and_parquet_say_the_same(tmp_path):
   ('rows', 'message'),
   [
     ([{'input': 'a cat', 'edit': ' ', 'output': 'b'}], 'line 1 has no instruction'),
-    ([{'input': 'a cat', 'output': 'b'}], 'no column has a name known for the instruction'),
+    ([{'input': 'a cat', 'output': 'b'}], 'no column has a known name for the instruction'),
     ([CAT._asdict(), {'caption': 3, 'instruction': 'x', 'edited': 'y'}], 'line 2 has no caption'),
     ([{'input': 'a\n##\nb', 'edit': 'x', 'output': 'y'}], "has a line '##' in its caption"),
     (
@@ -92,7 +92,7 @@ def test_csv_and_parquet_say_the_same(tmp_path):
     ([{'input': 'a', 'edit': 'x', 'output': 'ENDless'}], 'has a line that begins with END in its'),
   ],
 )
-def test_a_bad_file_is_refused_and_the_place_is_named(tmp_path, rows, message):
+def test_a_bad_row_is_refused_with_its_place(tmp_path, rows, message):
   with pytest.raises(InputError, match=message):
     triplets.read(write(tmp_path / 'some.jsonl', *rows))
 
@@ -101,22 +101,22 @@ def test_a_bad_file_is_refused_and_the_place_is_named(tmp_path, rows, message):
   ('name', 'message'),
   [('none.jsonl', 'no such file'), ('odd.xml', 'of unknown kind'), ('empty.jsonl', 'is empty')],
 )
-def test_a_file_that_is_none_is_refused(tmp_path, name, message):
+def test_a_missing_odd_or_empty_file_is_refused(tmp_path, name, message):
   (tmp_path / 'odd.xml').touch()
   (tmp_path / 'empty.jsonl').touch()
   with pytest.raises(InputError, match=message):
     triplets.read(tmp_path / name)
 
 
-# What comes along.
+# The bundled triplets.
 
 
-def test_the_triplets_that_come_along_are_without_fault():
+def test_the_bundled_triplets_have_no_findings():
   read, lines = check(triplets.bundled_file())
   assert len(read) >= 120 and not lines
 
 
-def test_the_triplets_that_come_along_are_varied():
+def test_the_bundled_triplets_are_varied():
   read = triplets.read(triplets.bundled_file())
   firsts = {triplet.instruction.split()[0] for triplet in read}
   assert len(firsts) >= 50
@@ -158,7 +158,7 @@ def test_the_triplets_that_come_along_are_varied():
     (CAT._replace(instruction='a\n%%\nb'), "has a line '%%'"),
   ],
 )
-def test_a_finding_has_its_line(tmp_path, triplet, finding):
+def test_each_finding_names_its_line(tmp_path, triplet, finding):
   other = Triplet('tulips in a vase', 'make them roses', 'roses in a vase')
   file = write(tmp_path / 'some.jsonl', other._asdict(), triplet._asdict())
   _, lines = check(file)
@@ -178,7 +178,7 @@ def test_a_finding_has_its_line(tmp_path, triplet, finding):
     'a two-tone coat', 'give him a camera', 'make it bright red',
   ],
 )  # fmt: skip
-def test_what_the_method_can_do_is_no_finding(instruction):
+def test_possible_edits_are_no_finding(instruction):
   assert not list(rules.problems(CAT._replace(instruction=instruction)))
 
 
@@ -187,7 +187,7 @@ def test_one_thing_may_become_another():
   assert rules.is_unrelated('a dog on a mat', 'a stock market report')
 
 
-def test_a_row_that_cannot_be_read_is_a_finding_and_the_rest_is_read(tmp_path):
+def test_an_unreadable_row_is_a_finding(tmp_path):
   file = write(tmp_path / 'some.jsonl', CAT._asdict())
   file.write_text(file.read_text() + '{"caption": \n' + json.dumps(['a']) + '\n')
   read, lines = check(file)
@@ -208,7 +208,7 @@ def test_captions_without_a_word_are_repeated_too():
 
 
 def test_no_near_caption_is_missed(rng):
-  """Beside comparing each with each."""
+  """Against a comparison of all pairs."""
   captions = [
     ' '.join(f'w{j}' for j in rng.choice(9, rng.integers(3, 9), False)) for _ in range(200)
   ]

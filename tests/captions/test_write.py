@@ -1,4 +1,4 @@
-"""Edits for many captions: what is read, kept, refused and written, and how a run goes on."""
+"""Edits for many captions: reading, judging and writing, and resumed runs."""
 
 import collections
 import datetime
@@ -30,7 +30,7 @@ class Stop(Exception):
 
 
 class Model:
-  """A backend whose answers follow from caption and seed, in another order each time."""
+  """A backend: caption and seed decide an answer; each call has another order."""
 
   def __init__(self, stop_after: int | None = None):
     self.asked, self.left, self.calls = [], stop_after, []
@@ -64,13 +64,13 @@ def lines(file):
 
 
 def contents(folder):
-  """What must be the same however a run went."""
+  """The files that do not depend on how a run went."""
   return {file.name: file.read_bytes() for file in folder.iterdir()
           if not file.name.startswith(('.', 'answers'))}  # fmt: skip
 
 
 @pytest.fixture(scope='module')
-def whole(tmp_path_factory):
+def full_run(tmp_path_factory):
   """A run that nobody stopped."""
   folder = tmp_path_factory.mktemp('whole')
   assert write_all(MINE, folder, Model(), WRITING, IDENTITY)
@@ -96,18 +96,18 @@ def write_captions(file, rows):
 @pytest.mark.parametrize('kind', ['.txt', '.csv', '.jsonl', '.parquet'])
 def test_captions_are_read_from_any_table_or_text(tmp_path, kind):
   rows = [{'TEXT': f'a cat, {name}', 'URL': f'http://{name}'} for name in ('one', 'two')]
-  found = read_captions(write_captions(tmp_path / f'some{kind}', rows))
+  result = read_captions(write_captions(tmp_path / f'some{kind}', rows))
   url = lambda name: '' if kind == '.txt' else f'http://{name}'
-  assert found.kept == [Caption(0, 'a cat, one', url('one')), Caption(1, 'a cat, two', url('two'))]
+  assert result.kept == [Caption(0, 'a cat, one', url('one')), Caption(1, 'a cat, two', url('two'))]
   if kind == '.parquet':
-    assert read_captions(tmp_path).kept == found.kept  # a folder of them
+    assert read_captions(tmp_path).kept == result.kept  # a folder of them
 
 
 def test_a_caption_is_written_for_once(tmp_path):
   rows = [
     {'TEXT': 'A cat', 'URL': 'http://1'},
     {'TEXT': ' a  CAT. ', 'URL': 'http://2'},  # the same but for case, space and stop
-    {'TEXT': 'a dog', 'URL': 'http://1'},  # of the same picture
+    {'TEXT': 'a dog', 'URL': 'http://1'},  # of the same image
     {'TEXT': '', 'URL': 'http://4'},
     {'TEXT': None, 'URL': 'http://5'},
     {'TEXT': 'very ' * 80, 'URL': 'http://6'},
@@ -115,11 +115,11 @@ def test_a_caption_is_written_for_once(tmp_path):
     {'TEXT': 'a bird', 'URL': None},
   ]
   file = write_captions(tmp_path / 'some.parquet', rows)
-  found = read_captions(file)
-  assert [(caption.row, caption.text) for caption in found.kept] == [
+  result = read_captions(file)
+  assert [(caption.row, caption.text) for caption in result.kept] == [
     (0, 'A cat'), (6, 'a dog'), (7, 'a bird')
   ]  # fmt: skip
-  assert found.left_out == {'duplicate': 2, 'empty': 2, 'long': 1}
+  assert result.left_out == {'duplicate': 2, 'empty': 2, 'long': 1}
 
 
 def test_the_column_can_be_named(tmp_path):
@@ -137,7 +137,7 @@ def test_the_column_can_be_named(tmp_path):
     ('some.jsonl', '{"caption": "a"}\n{', 'line 2: cannot be read'),
     ('some.jsonl', '{"caption": \n{"caption": "a"', 'line 1: cannot be read'),
     ('some.csv', 'caption,caption\na,b', "two columns 'caption'"),
-    ('some.txt', '\n\n', 'has no caption that could be used'),
+    ('some.txt', '\n\n', 'has no usable caption'),
     ('some.txt', b'\xff\xfe', 'is not UTF-8'),
     ('none.txt', None, 'No such file'),
     ('none.csv', None, 'no such file'),
@@ -156,11 +156,11 @@ def test_a_text_may_begin_with_a_byte_order_mark(tmp_path):
   assert read_captions(tmp_path / 'some.txt').kept == [Caption(0, 'a cat')]
 
 
-def test_captions_like_a_mark_of_the_formats_are_left_out(tmp_path):
+def test_captions_with_marks_of_the_formats_are_left_out(tmp_path):
   (tmp_path / 'some.txt').write_text('ENDless summer\n##\nThe END\n')
-  found = read_captions(tmp_path / 'some.txt')
-  assert [caption.text for caption in found.kept] == ['The END']
-  assert found.left_out == {'like a mark of the formats': 2}
+  result = read_captions(tmp_path / 'some.txt')
+  assert [caption.text for caption in result.kept] == ['The END']
+  assert result.left_out == {'like a mark of the formats': 2}
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_captions_like_a_mark_of_the_formats_are_left_out(tmp_path):
     ('!!!', '???', False),
   ],
 )
-def test_captions_are_the_same_but_for_case_space_and_last_stop(one, other, is_same):
+def test_case_spaces_and_final_punctuation_make_no_difference(one, other, is_same):
   assert (rules.plain(one) == rules.plain(other)) == is_same
 
 
@@ -214,7 +214,7 @@ def test_an_answer_is_refused_for_a_reason(answer, reason):
   assert parts == (None if reason else ('make it red', 'a red cat'))
 
 
-def test_an_answer_is_kept_if_a_check_finds_nothing_in_it():
+def test_an_answer_without_findings_is_kept():
   caption = 'a cat on a mat'
   texts = (
     'make it a lion', 'a lion on a mat', 'A cat on a mat.', 'END', '%%', 'put it on the left',
@@ -224,19 +224,19 @@ def test_an_answer_is_kept_if_a_check_finds_nothing_in_it():
   for parts in itertools.product(texts, texts):
     refused, kept = judge(caption, f'{parts[0]}\n%%\n{parts[1]}\nEND', WRITING, None)
     clean = tuple(' '.join(part.split()) for part in parts)
-    found = list(rules.problems(triplets.Triplet(caption, *clean)))
-    assert bool(refused) == bool(found) and kept == (None if found else clean)
+    result = list(rules.problems(triplets.Triplet(caption, *clean)))
+    assert bool(refused) == bool(result) and kept == (None if result else clean)
     reasons[refused] += 1
   assert {*reasons} == {'', 'parts', 'unchanged', 'long', 'unrelated', 'undrawable'}
 
 
 def test_captions_that_a_check_refuses_are_not_asked_for(tmp_path):
   (tmp_path / 'some.txt').write_text('a caf\ufffd\na cat\x07\na dog\n')
-  found = read_captions(tmp_path / 'some.txt')
-  assert found.kept == [Caption(2, 'a dog')] and found.left_out == {'garbled': 2}
+  result = read_captions(tmp_path / 'some.txt')
+  assert result.kept == [Caption(2, 'a dog')] and result.left_out == {'garbled': 2}
 
 
-def test_settings_that_make_no_sense_are_refused():
+def test_wrong_settings_are_refused():
   for wrong in (
     {'attempts': 0}, {'temperature': -1}, {'top_p': 1.5}, {'top_p': 0.0}, {'max_words': 0},
     {'max_tokens': 2**15}, {'temperature': float('nan')},
@@ -248,17 +248,17 @@ def test_settings_that_make_no_sense_are_refused():
 # Writing.
 
 
-def test_what_is_written_is_what_pairs_are_drawn_from(whole):
-  found = prompts.read_prompts(whole / write.PROMPTS)
-  assert 40 < len(found) <= len(MINE)
-  for prompt, line in zip(found, lines(whole / write.PROMPTS), strict=True):
+def test_written_prompts_are_read_by_pairs(full_run):
+  result = prompts.read_prompts(full_run / write.PROMPTS)
+  assert 40 < len(result) <= len(MINE)
+  for prompt, line in zip(result, lines(full_run / write.PROMPTS), strict=True):
     assert prompt.edited_caption == f'{prompt.caption} in {line["seed"]}'
     assert line['edit'] == f'make it {line["seed"]}'
 
 
-def test_every_line_says_where_it_came_from(whole):
+def test_every_line_has_its_source(full_run):
   by_row = {caption.row: caption for caption in MINE}
-  for line in lines(whole / write.PROMPTS):
+  for line in lines(full_run / write.PROMPTS):
     caption = by_row[line['row']]
     assert (line['caption'], line['url']) == (caption.text, caption.url)
     assert line['seed'] == WRITING.seed_of(caption.text, line['attempt'])
@@ -284,27 +284,27 @@ def test_seeds_differ_between_captions_attempts_and_runs():
   assert len(seeds) == 1200 and max(seeds) < 2**31
 
 
-def test_calls_are_filled_up_with_what_was_refused(tmp_path, whole, monkeypatch):
+def test_refused_answers_fill_up_the_next_calls(tmp_path, full_run, monkeypatch):
   monkeypatch.setattr(write, 'CHUNK', 16)
   model = Model()
   write_all(MINE, tmp_path, model, WRITING, IDENTITY)
   assert set(model.calls[:4]) == {16}
-  assert contents(tmp_path) == contents(whole)
+  assert contents(tmp_path) == contents(full_run)
 
 
-def test_two_workers_write_what_one_does(tmp_path, whole):
+def test_two_workers_write_what_one_does(tmp_path, full_run):
   assert not write_all(MINE, tmp_path, Model(), WRITING, IDENTITY, (1, 2))
   assert not (tmp_path / write.PROMPTS).exists()
   assert write_all(MINE, tmp_path, Model(), WRITING, IDENTITY, (0, 2))
   name = write.PROMPTS
-  assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
+  assert (tmp_path / name).read_bytes() == (full_run / name).read_bytes()
   rows = [{line['row'] for line in read_answers(answers_file(tmp_path, (i, 2)))}
           for i in range(2)]  # fmt: skip
   assert rows == [{caption.row for caption in MINE[i::2]} for i in range(2)]
 
 
 @pytest.mark.parametrize('seed', range(4))
-def test_stopped_at_any_time_and_started_again_it_ends_the_same(tmp_path, whole, seed):
+def test_a_stopped_run_ends_with_the_same_prompts(tmp_path, full_run, seed):
   draw, asked = random.Random(seed), []
   file = answers_file(tmp_path, (0, 1))
   while True:
@@ -317,22 +317,22 @@ def test_stopped_at_any_time_and_started_again_it_ends_the_same(tmp_path, whole,
         file.write_bytes(file.read_bytes()[: -draw.randrange(1, 12)])
     finally:
       asked += model.asked
-  assert contents(tmp_path) == contents(whole)
-  found = [(line['row'], line['attempt']) for line in read_answers(file)]
-  assert len(found) == len(set(found))
-  assert set(asked) == {(c.text, WRITING.seed_of(c.text, attempt)) for row, attempt in found
+  assert contents(tmp_path) == contents(full_run)
+  result = [(line['row'], line['attempt']) for line in read_answers(file)]
+  assert len(result) == len(set(result))
+  assert set(asked) == {(c.text, WRITING.seed_of(c.text, attempt)) for row, attempt in result
                         for c in MINE if c.row == row}  # fmt: skip
 
 
-def test_a_run_that_is_done_asks_for_nothing(tmp_path, whole):
+def test_a_run_that_is_done_asks_for_nothing(tmp_path, full_run):
   write_all(MINE, tmp_path, Model(), WRITING, IDENTITY)
-  model, told = Model(), []
-  assert write_all(MINE, tmp_path, model, WRITING, IDENTITY, progress=lambda *n: told.append(n))
-  assert not model.asked and told == [(60, 60)]
-  assert contents(tmp_path) == contents(whole)
+  model, calls = Model(), []
+  assert write_all(MINE, tmp_path, model, WRITING, IDENTITY, progress=lambda *n: calls.append(n))
+  assert not model.asked and calls == [(60, 60)]
+  assert contents(tmp_path) == contents(full_run)
 
 
-def test_a_run_of_the_first_captions_can_go_on_with_more(tmp_path, whole):
+def test_a_limited_run_can_continue_with_more_captions(tmp_path, full_run):
   first, second = Model(), Model()
   assert write_all(MINE, tmp_path, first, WRITING, IDENTITY, limit=10)
   assert {text for text, _ in first.asked} == {caption.text for caption in MINE[:10]}
@@ -342,26 +342,26 @@ def test_a_run_of_the_first_captions_can_go_on_with_more(tmp_path, whole):
   assert not (tmp_path / write.PROMPTS).exists()  # which would look whole, and is not
   assert write_all(MINE, tmp_path, second, WRITING, IDENTITY)
   assert not {*first.asked} & {*second.asked}
-  assert contents(tmp_path) == contents(whole)
+  assert contents(tmp_path) == contents(full_run)
 
 
-def test_prompts_wait_for_all_that_any_worker_was_told_to_write(tmp_path, whole):
+def test_prompts_are_written_when_all_workers_are_done(tmp_path, full_run):
   assert not write_all(MINE, tmp_path, Model(), WRITING, IDENTITY, (0, 2), limit=10)
   assert write_all(MINE, tmp_path, Model(), WRITING, IDENTITY, (1, 2), limit=10)
   assert not write_all(MINE, tmp_path, Model(), WRITING, IDENTITY, (0, 2))
   assert not (tmp_path / write.PROMPTS).exists()  # worker 1 has done ten, and no more
   assert write_all(MINE, tmp_path, Model(), WRITING, IDENTITY, (1, 2))
   name = write.PROMPTS
-  assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
+  assert (tmp_path / name).read_bytes() == (full_run / name).read_bytes()
 
 
-def test_a_run_of_fewer_captions_leaves_what_is_there(tmp_path, whole):
+def test_a_run_of_fewer_captions_changes_nothing(tmp_path, full_run):
   write_all(MINE, tmp_path, Model(), WRITING, IDENTITY)
   assert write_all(MINE, tmp_path, Model(), WRITING, IDENTITY, limit=10)
-  assert contents(tmp_path) == contents(whole)
+  assert contents(tmp_path) == contents(full_run)
 
 
-def test_of_a_model_of_this_machine_the_weights_count_and_not_the_name(tmp_path):
+def test_a_local_model_is_identified_by_its_weights(tmp_path):
   here = {'model': 'writer', 'weights': '1'}
   write_all(MINE, tmp_path, Model(), WRITING, here)
   assert write_all(MINE, tmp_path, Model(), WRITING, here | {'model': 'renamed'})
@@ -369,13 +369,11 @@ def test_of_a_model_of_this_machine_the_weights_count_and_not_the_name(tmp_path)
     write_all(MINE, tmp_path, Model(), WRITING, here | {'weights': '2'})
 
 
-def test_prompts_are_of_all_captions_that_any_worker_was_told_to_write_and_that_are_done(
-  tmp_path, whole
-):
+def test_prompts_have_the_finished_captions_of_all_workers(tmp_path, full_run):
   run = lambda i, limit: write_all(MINE, tmp_path, Model(), WRITING, IDENTITY, (i, 2), limit=limit)
   assert not run(0, 21)
   assert run(1, 20)  # the 21st caption is of worker 0, which has done it
-  first = [line for line in lines(whole / write.PROMPTS) if line['row'] <= MINE[20].row]
+  first = [line for line in lines(full_run / write.PROMPTS) if line['row'] <= MINE[20].row]
   assert lines(tmp_path / write.PROMPTS) == first
   assert run(1, 21) and run(0, 21)
   assert not run(0, 60) and not run(0, 60)  # worker 1 has not
@@ -392,25 +390,25 @@ def test_a_run_is_confirmed_before_anything_is_written(tmp_path):
   assert not (tmp_path / 'new').exists()
 
 
-def test_a_caption_that_the_model_does_not_take_is_never_asked_for_again(tmp_path):
+def test_a_refused_caption_is_not_asked_for_again(tmp_path):
   def complete(texts, seeds):
     for i, answer in Model()(texts, seeds):
       yield i, None if 'mat 7' in texts[i] else answer
 
   assert write_all(MINE, tmp_path, complete, WRITING, IDENTITY)
-  found, again = answers.read_yield(tmp_path), Model()
-  assert found.hopeless == {answers.UNWELCOME_CAPTION: 1} and found.captions == 60
-  assert 'captions that the model would not take: 1 of 60 (1.7%)' in answers.describe(found)
+  result, again = answers.read_yield(tmp_path), Model()
+  assert result.hopeless == {answers.UNWELCOME_CAPTION: 1} and result.captions == 60
+  assert 'captions refused by the model: 1 of 60 (1.7%)' in answers.describe(result)
   assert write_all(MINE, tmp_path, again, WRITING, IDENTITY) and not again.asked
 
 
-def test_where_nothing_is_kept_there_are_no_prompts(tmp_path):
+def test_without_kept_answers_there_are_no_prompts(tmp_path):
   complete = lambda texts, seeds: ((i, '') for i in range(len(texts)))
   assert write_all(MINE, tmp_path, complete, WRITING, IDENTITY)
   assert not (tmp_path / write.PROMPTS).exists()
 
 
-def test_answers_without_their_settings_are_not_taken_over(tmp_path):
+def test_answers_without_settings_are_refused(tmp_path):
   write_all(MINE, tmp_path, Model(), WRITING, IDENTITY)
   (tmp_path / write.SETTINGS).write_text('[]')
   with pytest.raises(InputError, match=r'captions\.json: holds no settings'):
@@ -421,9 +419,9 @@ def test_answers_without_their_settings_are_not_taken_over(tmp_path):
 
 
 def test_progress_counts_captions(tmp_path):
-  told = []
-  write_all(MINE, tmp_path, Model(), WRITING, IDENTITY, progress=lambda *n: told.append(n))
-  assert [done for done, _ in told] == list(range(61)) and {total for _, total in told} == {60}
+  calls = []
+  write_all(MINE, tmp_path, Model(), WRITING, IDENTITY, progress=lambda *n: calls.append(n))
+  assert [done for done, _ in calls] == list(range(61)) and {total for _, total in calls} == {60}
 
 
 @pytest.mark.parametrize(
@@ -487,8 +485,8 @@ def test_a_flagged_caption_is_never_asked_for(tmp_path):
   model = Model()
   write_all(MINE, tmp_path, model, WRITING, IDENTITY, is_flagged=lambda text: 'mat 7' in text)
   assert len(model.asked) >= 59 and 'a cat on mat 7' not in {text for text, _ in model.asked}
-  found = answers.read_yield(tmp_path)
-  assert found.hopeless == {answers.FLAGGED_CAPTION: 1} and found.captions == 60
+  result = answers.read_yield(tmp_path)
+  assert result.hopeless == {answers.FLAGGED_CAPTION: 1} and result.captions == 60
   again = Model()
   write_all(MINE, tmp_path, again, WRITING, IDENTITY, is_flagged=lambda text: 'mat 7' in text)
   assert not again.asked
@@ -497,37 +495,37 @@ def test_a_flagged_caption_is_never_asked_for(tmp_path):
 def test_flagged_answers_are_asked_for_again(tmp_path):
   odd = lambda text: text.startswith('make it') and int(text.split()[-1]) % 16 < 8
   write_all(MINE, tmp_path, Model(), WRITING, IDENTITY, is_flagged=odd)
-  found = answers.read_yield(tmp_path)
-  assert found.refused['flagged'] > 0
+  result = answers.read_yield(tmp_path)
+  assert result.refused['flagged'] > 0
   assert all(not odd(line['edit']) for line in lines(tmp_path / write.PROMPTS))
 
 
-# What it came to.
+# Yield and merging.
 
 
-def test_the_yield_counts_what_was_kept_and_refused(whole):
+def test_the_yield_counts_what_was_kept_and_refused(full_run):
   model = Model()
-  found = answers.read_yield(whole)
-  count = len(list(read_answers(answers_file(whole, (0, 1)))))
-  assert found.captions == 60 and found.answers == count
-  assert set(found.refused) == {'parts', 'unchanged', 'unfinished', 'empty'}
-  kept = len(lines(whole / write.PROMPTS))
-  assert len(found.instructions) == kept == count - sum(found.refused.values())
-  said = list(answers.describe(found))
-  assert said[0] == f'captions with an edit: {kept} of 60 ({100 * kept / 60:.1f}%)'
-  assert any(line.startswith('answers refused, the caption unchanged: ') for line in said)
+  result = answers.read_yield(full_run)
+  count = len(list(read_answers(answers_file(full_run, (0, 1)))))
+  assert result.captions == 60 and result.answers == count
+  assert set(result.refused) == {'parts', 'unchanged', 'unfinished', 'empty'}
+  kept = len(lines(full_run / write.PROMPTS))
+  assert len(result.instructions) == kept == count - sum(result.refused.values())
+  texts = list(answers.describe(result))
+  assert texts[0] == f'captions with an edit: {kept} of 60 ({100 * kept / 60:.1f}%)'
+  assert any(line.startswith('answers refused, the caption unchanged: ') for line in texts)
   assert not model.asked
 
 
-def test_runs_are_merged_and_each_caption_is_there_once(tmp_path, whole):
+def test_merged_runs_have_each_caption_once(tmp_path, full_run):
   other = [Caption(0, 'A cat on mat 3.'), Caption(1, 'a bird'), Caption(2, 'x', MINE[5].url)]
   writing = Writing(seed=9, attempts=20)
   write_all(other, tmp_path / 'other', Model(), writing, IDENTITY)
-  sources = [whole / write.PROMPTS, tmp_path / 'other' / write.PROMPTS]
+  sources = [full_run / write.PROMPTS, tmp_path / 'other' / write.PROMPTS]
   count, duplicates = merge.merge_answers(sources, tmp_path / 'all.jsonl')
-  first = lines(whole / write.PROMPTS)
-  known = {line['caption'] for line in first} & {MINE[3].text, MINE[5].text}
-  assert duplicates == len(known) and count == len(first) + 3 - duplicates
+  first = lines(full_run / write.PROMPTS)
+  shared = {line['caption'] for line in first} & {MINE[3].text, MINE[5].text}
+  assert duplicates == len(shared) and count == len(first) + 3 - duplicates
   assert lines(tmp_path / 'all.jsonl')[: len(first)] == first
   assert len(prompts.read_prompts(tmp_path / 'all.jsonl')) == count
   for name in ('all.jsonl', 'new.csv', 'new'):
@@ -535,8 +533,8 @@ def test_runs_are_merged_and_each_caption_is_there_once(tmp_path, whole):
       merge.merge_answers(sources, tmp_path / name)
 
 
-def test_of_two_merges_into_one_file_the_later_is_refused(tmp_path, whole, monkeypatch):
-  source, out = whole / write.PROMPTS, tmp_path / 'all.jsonl'
+def test_the_later_of_two_merges_is_refused(tmp_path, full_run, monkeypatch):
+  source, out = full_run / write.PROMPTS, tmp_path / 'all.jsonl'
 
   def create(file, content, real=merge.storage.create):
     out.write_text('of another merge')
@@ -548,7 +546,7 @@ def test_of_two_merges_into_one_file_the_later_is_refused(tmp_path, whole, monke
   assert out.read_text() == 'of another merge'
 
 
-def test_merged_triplets_are_called_alike_whatever_they_were_called(tmp_path):
+def test_merged_triplets_have_the_same_column_names(tmp_path):
   one = {'input': 'a cat', 'edit': 'make it a dog', 'output': 'a dog', 'score': float('nan')}
   (tmp_path / 'one.jsonl').write_text(json.dumps(one) + '\n')
   when = datetime.datetime(2026, 1, 1)

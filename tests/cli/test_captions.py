@@ -163,7 +163,7 @@ def test_a_caption_too_long_for_the_model_is_skipped(ip2p, model, tmp_path):
   source.write_text(f'a cat\n{"word " * 60}\n')
   words = ('write', source, tmp_path / 'out', '--model', model)
   code, output = ip2p(*words)
-  assert code == 0 and 'captions that the model would not take: 1 of 2' in output
+  assert code == 0 and 'captions refused by the model: 1 of 2' in output
 
 
 # A server.
@@ -214,7 +214,7 @@ def test_a_wrong_key_is_one_line_and_status_2(ip2p, fake, source, tmp_path, monk
   monkeypatch.setenv('SOME_KEY', KEY)
   fake.always = lambda body: status(401, KEY.encode())
   words = asking(fake, source, tmp_path / 'edits', '--yes')
-  assert 'wants a key (status 401)' in ip2p(*words)[1]
+  assert 'needs a key (status 401)' in ip2p(*words)[1]
   code, output = ip2p(*words, '--key-variable', 'SOME_KEY')
   assert code == 2 and output.strip().splitlines()[-1].startswith('ip2p: error: http')
   assert 'refuses the key (status 401)' in output and 'Traceback' not in output
@@ -263,7 +263,7 @@ def test_captions_that_the_server_refuses_do_not_stop_a_run(ip2p, fake, source, 
   fake.always = lambda body: status(400) if caption_of(body) in bad else None
   words = asking(fake, source, tmp_path / 'edits', '--yes', '--concurrency', 2)
   code, output = ip2p(*words)
-  assert code == 0 and 'captions that the model would not take: 11 of 20 (55.0%)' in output
+  assert code == 0 and 'captions refused by the model: 11 of 20 (55.0%)' in output
   requests = len(fake.asked)
   assert 20 <= requests <= 22  # one or two more captions test whether the server works
   assert ip2p(*words)[0] == 0 and len(fake.asked) == requests
@@ -308,7 +308,7 @@ HERE = ('--server', 'http://here', '--server-model', 'm')
     ((*HERE, '--timeout', 'inf'), 'the timeout is inf s'),
     ((*HERE, '--timeout', 'nan'), '--timeout'),
     ((*HERE, '--prompt-price', 'inf'), '--prompt-price'),
-    (('--model', 'm', '--column', 'x'), 'a text without columns'),
+    (('--model', 'm', '--column', 'x'), 'a text file without columns'),
   ],
 )
 def test_a_mistake_is_one_line_and_status_2(ip2p, source, tmp_path, words, message):

@@ -99,7 +99,7 @@ def differ(a, b):
 
 
 NO_COLUMNS = 'has no columns to choose from'
-NO_EFFECT = 'holds latents, on which this has no effect'
+NO_EFFECT = 'holds latents, on which a setting has no effect'
 # A setting, and the messages of the layouts that refuse it. It must act on the others.
 SETTINGS = [
   (
@@ -118,11 +118,11 @@ SETTINGS = [
   ),
   (
     {'resize': 'squash', 'largest_resize': 32},
-    dict.fromkeys(LAYOUTS, 'so there is one way to cut'),
+    dict.fromkeys(LAYOUTS, 'so there is only one crop'),
   ),
   ({'workers': 3}, {'latents': f'{NO_EFFECT}: data.workers 3'}),
   ({'resolution': 36}, {}),
-  ({'resolution': 64}, {'shards': 'packed for 32 px, and resolution 64 would scale'}),
+  ({'resolution': 64}, {'shards': 'packed for 32 px, and resolution 64 would enlarge'}),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Editing by a text-to-image model that has not learned to edit."""
+"""Editing by a text-to-image model that was not trained to edit."""
 
 import numpy as np
 import pytest
@@ -23,12 +23,12 @@ def base():
 @pytest.fixture(scope='module')
 def scenes():
   examples = [world.example(seed, 'test') for seed in range(3)]
-  images = np.stack([world.picture(one.scene) for one in examples])
-  return images, [one.edited_caption for one in examples]
+  images = np.stack([world.picture(example.scene) for example in examples])
+  return images, [example.edited_caption for example in examples]
 
 
 @pytest.mark.long
-def test_no_strength_gives_the_image_as_the_autoencoder_sees_it(base, scenes):
+def test_strength_0_reconstructs_the_image(base, scenes):
   images, captions = scenes
   edits = sdedit.edit(base, images, captions, strength=0.0, text_guidance=4.0, steps=10)
   vae = reference.models_of(tiny_models.checkpoint())['vae']
@@ -38,46 +38,48 @@ def test_no_strength_gives_the_image_as_the_autoencoder_sees_it(base, scenes):
 
 
 @pytest.mark.long
-def test_the_more_strength_the_less_of_the_image_is_seen(base, scenes):
+def test_more_strength_keeps_less_of_the_image(base, scenes):
   images, captions = scenes
 
   def seen(strength):
     """How far apart the edits of an image and of its negative are."""
-    how = {'strength': strength, 'text_guidance': 4.0, 'steps': 10}
-    both = [sdedit.edit(base, some, captions, **how).astype(int) for some in (images, 255 - images)]
-    return np.abs(both[0] - both[1]).mean()
+    options = {'strength': strength, 'text_guidance': 4.0, 'steps': 10}
+    edits, negatives = (
+      sdedit.edit(base, some, captions, **options).astype(int) for some in (images, 255 - images)
+    )
+    return np.abs(edits - negatives).mean()
 
   assert seen(0.1) > 2 * seen(0.5) > 4 * seen(1.0)
 
 
 @pytest.mark.long
-def test_in_between_it_sees_the_image_the_caption_and_the_seed(base, scenes):
+def test_an_edit_depends_on_image_caption_and_seed(base, scenes):
   images, captions = scenes
-  how = {'strength': 0.5, 'text_guidance': 4.0, 'steps': 10, 'seed': 0}
-  edits = sdedit.edit(base, images, captions, **how)
+  options = {'strength': 0.5, 'text_guidance': 4.0, 'steps': 10, 'seed': 0}
+  edits = sdedit.edit(base, images, captions, **options)
   for other in (
-    sdedit.edit(base, 255 - images, captions, **how),
-    sdedit.edit(base, images, captions[::-1], **how),
-    sdedit.edit(base, images, captions, **how | {'seed': 1}),
-    sdedit.edit(base, images, captions, **how | {'text_guidance': 1.0}),
+    sdedit.edit(base, 255 - images, captions, **options),
+    sdedit.edit(base, images, captions[::-1], **options),
+    sdedit.edit(base, images, captions, **options | {'seed': 1}),
+    sdedit.edit(base, images, captions, **options | {'text_guidance': 1.0}),
   ):
     assert not np.array_equal(other[0], edits[0])
-  np.testing.assert_array_equal(sdedit.edit(base, images, captions, **how), edits)
+  np.testing.assert_array_equal(sdedit.edit(base, images, captions, **options), edits)
 
 
-def test_strength_is_the_part_of_the_steps_done_rounded_down(base, scenes):
-  how = {'text_guidance': 4.0, 'steps': 10}
-  edits = sdedit.edit(base, *scenes, strength=0.5, **how)
-  np.testing.assert_array_equal(sdedit.edit(base, *scenes, strength=0.59, **how), edits)
-  assert not np.array_equal(sdedit.edit(base, *scenes, strength=0.6, **how), edits)
+def test_strength_rounds_the_steps_down(base, scenes):
+  options = {'text_guidance': 4.0, 'steps': 10}
+  edits = sdedit.edit(base, *scenes, strength=0.5, **options)
+  np.testing.assert_array_equal(sdedit.edit(base, *scenes, strength=0.59, **options), edits)
+  assert not np.array_equal(sdedit.edit(base, *scenes, strength=0.6, **options), edits)
 
 
-def test_noise_belongs_to_the_example_not_to_its_batch(base, scenes):
+def test_noise_depends_on_the_example_not_on_the_batch(base, scenes):
   images, captions = scenes
-  how = {'strength': 0.5, 'text_guidance': 4.0, 'steps': 10}
-  whole = sdedit.edit(base, images, captions, **how)
-  turned = sdedit.edit(base, images[::-1], captions[::-1], indices=[2, 1, 0], **how)[::-1]
-  np.testing.assert_allclose(whole.astype(int), turned, atol=1)
+  options = {'strength': 0.5, 'text_guidance': 4.0, 'steps': 10}
+  edits = sdedit.edit(base, images, captions, **options)
+  turned = sdedit.edit(base, images[::-1], captions[::-1], indices=[2, 1, 0], **options)[::-1]
+  np.testing.assert_allclose(edits.astype(int), turned, atol=1)
 
 
 def test_a_strength_beyond_one_is_refused(base, scenes):

@@ -1,4 +1,4 @@
-"""Plans for NVIDIA GPUs: names, memory, what the program calls; and the GPU compiler itself."""
+"""Plans for NVIDIA GPUs: names, memory, kernels of a program; and the GPU compiler itself."""
 
 import collections
 import sys
@@ -42,11 +42,11 @@ ENTRY %main (p: f32[4]) -> f32[4] {
 
 
 def settings(**changes):
-  known = {'resolution': 68, 'batch_size': 16, 'data': DataConfig(path='x')}
-  return TrainConfig(checkpoint='x', **known | changes)
+  defaults = {'resolution': 68, 'batch_size': 16, 'data': DataConfig(path='x')}
+  return TrainConfig(checkpoint='x', **defaults | changes)
 
 
-def test_bytes_are_of_whole_kernels_as_often_as_they_run():
+def test_bytes_count_kernels_as_often_as_they_run():
   in_loop = (16 + 16) + (16 + 16 + 16)  # the fusion, and the call, of two arrays to one
   assert program_text.bytes_moved(PROGRAM) == 5 * in_loop + (16 + 16) + (16 + 16)
 
@@ -71,8 +71,8 @@ def test_gpus_are_known_by_name_and_number(name, count, gib, tera):
 
 
 @pytest.mark.parametrize('name', ['h100x0', 'h100x17', 'h100-8', 'h100x', 'h1000', 'a100-40:2x2'])
-def test_gpus_that_are_not_of_one_host_are_one_sentence(name):
-  with pytest.raises(InputError, match=r'use a100-40.*or as many of one host, such as h100x8'):
+def test_more_gpus_than_one_host_has_are_refused(name):
+  with pytest.raises(InputError, match=r'use a100-40.*or several on one host, such as h100x8'):
     describe(name)
 
 
@@ -82,13 +82,13 @@ def test_an_unknown_name_lists_the_gpus(name):
     describe(name)
 
 
-def test_a_compiler_that_is_missing_is_named(monkeypatch):
+def test_a_missing_gpu_compiler_is_named(monkeypatch):
   monkeypatch.setattr(gpus.importlib.util, 'find_spec', lambda name: None)
   with pytest.raises(InputError, match=r"GPU compiler is missing: pip install 'jax\[cuda13\]'"):
     describe('h100')
 
 
-def test_a_compiler_of_another_version_is_one_sentence(monkeypatch):
+def test_a_compiler_of_another_version_is_named(monkeypatch):
   monkeypatch.setattr(gpus.importlib.util, 'find_spec', lambda name: True)
   monkeypatch.setattr(
     gpus.topologies, 'get_topology_desc', lambda **_: (_ for _ in ()).throw(ValueError('no such'))
@@ -97,7 +97,7 @@ def test_a_compiler_of_another_version_is_one_sentence(monkeypatch):
     describe('h100')
 
 
-def test_what_only_a_tpu_compiler_knows_is_refused(monkeypatch, capsys):
+def test_quick_is_refused_for_gpus(monkeypatch, capsys):
   monkeypatch.setattr(sys, 'argv', ['ip2p', 'plan', '--quick', '--topology=h100x8'])
   with pytest.raises(SystemExit, match='2'):
     main.main()
@@ -105,7 +105,7 @@ def test_what_only_a_tpu_compiler_knows_is_refused(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize('major', [8, 9])
-def test_jax_is_told_what_cudnn_can_do_only_while_a_program_is_lowered(major):
+def test_cudnn_checks_are_patched_only_while_lowering(major):
   before = fused_attention_stablehlo.check_compute_capability
   with gpus.lowering_for(types.SimpleNamespace(platform='gpu', compute_capability=f'{major}.0')):
     check = fused_attention_stablehlo.check_compute_capability
@@ -113,7 +113,7 @@ def test_jax_is_told_what_cudnn_can_do_only_while_a_program_is_lowered(major):
   assert fused_attention_stablehlo.check_compute_capability is before
 
 
-def told(gibibytes):
+def report(gibibytes):
   """The report of a step that needs so much on an A100 of 39.4 GiB."""
   memory = types.SimpleNamespace(
     argument_size_in_bytes=13 * GIB, temp_size_in_bytes=(gibibytes - 14) * GIB,
@@ -122,22 +122,22 @@ def told(gibibytes):
   program = types.SimpleNamespace(memory_analysis=lambda: memory, as_text=lambda: PROGRAM)
   lowered = types.SimpleNamespace(compile=lambda options: program)
   compiled = compiler.compiled_for('a100-40', lowered)
-  found = training.TrainingPlan('a100-40', 1, 64, 10**9, 12 * GIB, GIB, 500e12, compiled)
-  return training.training_report(found, settings(batch_size=1024, accumulation=16))
+  plan = training.TrainingPlan('a100-40', 1, 64, 10**9, 12 * GIB, GIB, 500e12, compiled)
+  return training.training_report(plan, settings(batch_size=1024, accumulation=16))
 
 
-def test_a_report_says_which_share_of_the_memory_jax_has_to_take():
-  text = told(29)
-  assert text.startswith('a100-40: fits\n') and '29.00 GiB, 74%; JAX takes 75% if not' in text
+def test_a_report_names_the_memory_share_for_jax():
+  text = report(29)
+  assert text.startswith('a100-40: fits\n') and '29.00 GiB, 74%; JAX takes 75% by default' in text
   assert '1603 ms, by FLOPs or bytes' in text  # 500 T at 312 T/s
   assert '1 __cublas$lt$matmul, 1 __cudnn$fmhaSoftmax' in text
   assert 'scheduled' not in text and ' compiled,' not in text
-  assert 'set XLA_PYTHON_CLIENT_MEM_FRACTION=0.92, for JAX takes 75%' in told(32)
-  assert 'Tight' in told(36) and 'Tight' not in told(32)
+  assert 'set XLA_PYTHON_CLIENT_MEM_FRACTION=0.92, since JAX takes 75%' in report(32)
+  assert 'Tight' in report(36) and 'Tight' not in report(32)
 
 
-def test_a_report_says_what_is_missing_where_a_step_does_not_fit():
-  text = told(37)
+def test_a_report_compares_needed_and_available_memory():
+  text = report(37)
   assert text.startswith('a100-40: DOES NOT FIT: needs 37.00 GiB of 39.42 GiB')
   assert 'accumulation=32' in text and 'temporary' in text
 
@@ -153,29 +153,29 @@ def networks():
 @pytest.mark.slow
 @pytest.mark.parametrize('topology', ['a100-40', 'h100x2'])
 def test_the_gpu_compiler_compiles_a_step_with_odd_tokens(topology, networks, monkeypatch):
-  """17 x 17 tokens, 77 of text: gradients of cuDNN's attention want even numbers."""
+  """17 x 17 tokens, 77 of text: gradients of cuDNN's attention need even numbers."""
   pytest.importorskip('jax_cuda13_plugin', reason="pip install 'jax[cuda13]'")
   texts = []
   read = compiler.kernels_of
   monkeypatch.setattr(compiler, 'kernels_of', lambda text: texts.append(text) or read(text))
-  found = training.plan_training(settings(), networks, topology)
-  compiled, devices = found.compiled, found.devices
-  assert compiled.fits and compiled.alias_bytes == found.state_bytes
+  plan = training.plan_training(settings(), networks, topology)
+  compiled, devices = plan.compiled, plan.devices
+  assert compiled.fits and compiled.alias_bytes == plan.state_bytes
   kernels = compiled.kernels
   attentions = 6  # three blocks attend to themselves and to the text
   assert kernels['__cudnn$fmhaSoftmax'] == kernels['__cudnn$fmhaSoftmaxBackward'] == attentions
   assert f's32[{16 // devices}]' in texts[0] and 's32[16]{0}) custom-call' not in texts[0]
   moved = collections.Counter()
-  for one in compiled.collectives:
-    moved[one.kind] += one.bytes * one.times
+  for collective in compiled.collectives:
+    moved[collective.kind] += collective.bytes * collective.times
   if devices > 1:  # gradients, in bfloat16: whole, or to each device its part
     gradients = moved.pop('all-reduce') + devices * moved.pop('reduce-scatter')
-    assert gradients == pytest.approx(2 * found.parameters, rel=0.02)
-    assert moved.pop('all-gather') <= 4 * found.parameters and not moved  # weights
+    assert gradients == pytest.approx(2 * plan.parameters, rel=0.02)
+    assert moved.pop('all-gather') <= 4 * plan.parameters and not moved  # weights
   else:
     assert not compiled.collectives
   assert compiled.bytes_accessed > compiled.argument_bytes
-  assert f'{topology}: fits' in training.training_report(found, settings())
+  assert f'{topology}: fits' in training.training_report(plan, settings())
 
 
 @pytest.mark.slow
@@ -190,9 +190,9 @@ def test_the_gpu_compiler_compiles_edits_and_pairs(made, unet):
     networks, sampling.Work(made, 64, 2, steps), 'a6000x2'
   )
   # 64 px are 16 x 16 latents, whose attention is cuDNN's.
-  found, longer = plan_of(4), plan_of(8)
-  assert found.compiled.fits and not found.compiled.collectives
-  assert found.compiled.kernels['__cudnn$fmhaSoftmax'] and found.compiled.bytes_accessed
-  assert longer.compiled.bytes_accessed > 1.01 * found.compiled.bytes_accessed
-  text = sampling.sampling_report(found)
+  plan, longer = plan_of(4), plan_of(8)
+  assert plan.compiled.fits and not plan.compiled.collectives
+  assert plan.compiled.kernels['__cudnn$fmhaSoftmax'] and plan.compiled.bytes_accessed
+  assert longer.compiled.bytes_accessed > 1.01 * plan.compiled.bytes_accessed
+  text = sampling.sampling_report(plan)
   assert text.startswith('a6000x2: fits') and '2 of 47.54 GiB' in text and f'{made} an hour' in text

@@ -1,4 +1,4 @@
-"""The step as compiled: memory reused, types kept, what devices exchange; and how it is told."""
+"""The compiled step: reused memory, types, exchanges between devices; and the report."""
 
 import collections
 import dataclasses
@@ -74,7 +74,7 @@ def lowered(networks):
 
 
 @pytest.mark.long
-def test_the_new_state_takes_the_memory_of_the_old_one(networks, monkeypatch):
+def test_the_new_state_reuses_the_memory_of_the_old(networks, monkeypatch):
   monkeypatch.setattr('ip2p_jax.training.step.is_donated', lambda mesh: True)  # as on all but CPUs
   step, state, shardings, _ = lower(networks)
   memory = step.compile().memory_analysis()
@@ -83,20 +83,20 @@ def test_the_new_state_takes_the_memory_of_the_old_one(networks, monkeypatch):
 
 
 @pytest.mark.parametrize(('platform', 'donates'), [('tpu', True), ('gpu', True), ('cpu', False)])
-def test_the_state_is_given_away_but_on_a_cpu(platform, donates):
+def test_the_state_is_donated_except_on_a_cpu(platform, donates):
   device = types.SimpleNamespace(platform=platform)
   mesh = types.SimpleNamespace(devices=np.array([device]))
   assert is_donated(mesh) == donates
 
 
-def test_products_are_in_bfloat16_but_for_gradients_of_attention_scores(lowered):
-  """Scores are float32 for the softmax, and so is what comes back from it."""
-  found = re.findall(
+def test_products_except_gradients_of_scores_are_in_bfloat16(lowered):
+  """Scores are float32 for the softmax, and so are its gradients."""
+  plan = re.findall(
     r'stablehlo\.(convolution|dot_general).*: \(tensor<([^>]*)>, tensor<([^>]*)>\)',
     lowered[0].as_text(),
   )
-  assert len(found) > 100
-  wide = [one for one in found if one[1].endswith('xf32')]
+  assert len(plan) > 100
+  wide = [one for one in plan if one[1].endswith('xf32')]
   is_of_scores = lambda sides: sides.count('x') == 4 and sides.startswith('16x4x')  # batch, heads
   assert [one for one in wide if one[0] == 'convolution' or not is_of_scores(one[1])] == []
 
@@ -117,25 +117,25 @@ def test_collectives_and_cycles_are_read_with_their_loops():
     ('(f32[8], bf16[3]) all-reduce-start(', 32 + 6),
   ],
 )
-def test_what_is_started_counts_by_what_it_gives(started, size):
+def test_a_started_collective_counts_its_results(started, size):
   program = f'ENTRY %main (p: f32[4]) -> f32[4] {{\n  %x = {started}%p), channel_id=1\n}}\n'
   assert [one.bytes for one in program_text.collectives_of(program)] == [size]
 
 
-def test_a_report_tells_where_exchanges_come_from():
+def test_a_report_names_the_source_of_collectives():
   rows = table.collective_rows(program_text.collectives_of(PROGRAM))
   assert rows[1] == ('all-reduce', '0.0 MB a device, 100% of gradients')
 
 
 @pytest.mark.long
-def test_devices_exchange_gradients_and_weights_alone(networks):
+def test_devices_exchange_only_gradients_and_weights(networks):
   mesh = sharding.make_mesh(devices=jax.devices()[:4])
   config = settings(mesh=MeshConfig(zero1=True))
   step, state, *_ = training.lower_step(config, networks, mesh)
-  found = program_text.collectives_of(step.compile().as_text())
+  plan = program_text.collectives_of(step.compile().as_text())
   weights = sum(x.size * 4 for x in jax.tree.leaves(state['params']))
   bytes_by = collections.Counter()
-  for one in found:
+  for one in plan:
     bytes_by[one.kind] += one.bytes * one.times
   # Of every weight its gradient, and the few numbers of a report; activations would be kilobytes.
   assert weights <= bytes_by.pop('all-reduce') <= weights + 1024
@@ -143,8 +143,8 @@ def test_devices_exchange_gradients_and_weights_alone(networks):
   assert not bytes_by
 
 
-def told(**changes):
-  known = {
+def report(**changes):
+  numbers = {
     'topology': 'v5e-16', 'devices': 16, 'device_batch': 64, 'parameters': 10**9,
     'state_bytes': 13 * GIB, 'frozen_bytes': GIB, 'analytic_flops': 35e12,
   }  # fmt: skip
@@ -154,21 +154,21 @@ def told(**changes):
     'temporary_bytes': GIB,
   }
   compiled = compiler.Compiled(**compiled | {'bytes_accessed': 4e11} | changes)
-  return training.training_report(training.TrainingPlan(**known, compiled=compiled), settings())
+  return training.training_report(training.TrainingPlan(**numbers, compiled=compiled), settings())
 
 
-def test_a_report_says_whether_it_fits_and_how_long_it_takes_at_best():
-  text = told()
+def test_a_report_has_a_verdict_and_the_best_time():
+  text = report()
   assert text.startswith('v5e-16: fits') and '15.00 GiB, 94%' in text
   assert '488 ms' in text  # 4e11 bytes at 819 GB/s
 
 
-def test_a_report_says_how_long_it_takes_as_scheduled_if_jax_can_read_the_program():
-  assert '1,000 ms, by the compiler' in told(cycles=1.5e9)
-  assert 'unknown: libtpu is newer than this jax can read' in told(cycles=0.0)
+def test_a_report_has_the_scheduled_time_if_jax_can_read_it():
+  assert '1,000 ms, by the compiler' in report(cycles=1.5e9)
+  assert 'unknown: libtpu is newer than this jax can read' in report(cycles=0.0)
 
 
-def test_what_the_compiler_refuses_is_one_sentence():
+def test_a_refused_program_is_one_sentence():
   class Lowered:
     def compile(self, options=None):
       raise RuntimeError('INTERNAL: Mosaic failed to compile\nand so on')
@@ -179,21 +179,21 @@ def test_what_the_compiler_refuses_is_one_sentence():
     compiler.compiled_for_tpu(Lowered())
 
 
-def test_a_report_says_what_to_do_where_it_does_not_fit():
-  text = told(fits=False, problem='needs 20.0GiB of 15.7GiB')
+def test_a_report_gives_advice_if_a_step_does_not_fit():
+  text = report(fits=False, problem='needs 20.0GiB of 15.7GiB')
   assert 'DOES NOT FIT: needs 20.0GiB' in text
   assert 'accumulation=2' in text and 'mesh.fsdp=4' in text and 'remat=full' in text
   assert '--quick' not in text
-  assert 'less than that of --quick' in told(fits=False, problem='needs more', is_quick=True)
+  assert 'less than that of --quick' in report(fits=False, problem='needs more', is_quick=True)
 
 
-def test_a_quick_report_has_no_time_of_a_program_that_will_not_run():
-  text = told(is_quick=True, cycles=0.0, bytes_accessed=0.0)
-  assert text.count('not told by --quick') == 2 and 'by FLOPs or bytes' not in text
+def test_a_quick_report_has_no_time():
+  text = report(is_quick=True, cycles=0.0, bytes_accessed=0.0)
+  assert text.count('unknown with --quick') == 2 and 'by FLOPs or bytes' not in text
   assert '15.00 GiB, 94%' in text
 
 
-def test_a_compiler_that_is_missing_is_no_fault_of_the_topology(monkeypatch):
+def test_a_missing_tpu_compiler_is_named(monkeypatch):
   def not_installed(*_, **__):
     raise RuntimeError('JAX TPU support not installed; cannot generate TPU topology.')
 
@@ -203,7 +203,7 @@ def test_a_compiler_that_is_missing_is_no_fault_of_the_topology(monkeypatch):
     describe('v5e-8')
 
 
-def test_an_interrupt_is_heard_while_the_compiler_works():
+def test_an_interrupt_stops_the_compiler():
   class Lowered:
     def compile(self, options=None):
       threading.Timer(0.2, signal.raise_signal, [signal.SIGINT]).start()
@@ -222,19 +222,19 @@ def test_an_interrupt_is_heard_while_the_compiler_works():
   ('change', 'message'),
   [('remat=blah', 'remat is'), ('steps=0', 'steps is 0'), ('conditioning_dropout=3.0', 'dropout')],
 )
-def test_a_setting_that_makes_no_sense_is_refused_before_anything_is_compiled(change, message):
+def test_wrong_settings_are_refused_before_compiling(change, message):
   pytest.importorskip('libtpu')
   with pytest.raises(InputError, match=message):
     training.settled(load_config('configs/train_256.py', [change]), 'v5e-4')
 
 
-def test_a_resolution_that_the_vae_does_not_take_is_refused(networks):
+def test_a_resolution_must_fit_the_vae(networks):
   pytest.importorskip('libtpu')
   with pytest.raises(InputError, match='resolution is 30; use a multiple of 4'):
     training.plan_training(dataclasses.replace(settings(), resolution=30), networks, 'v5e-4')
 
 
-def test_what_a_device_takes_at_a_time_decides_how_often_to_accumulate():
+def test_the_device_batch_decides_the_accumulation():
   pytest.importorskip('libtpu')
   config = dataclasses.replace(settings(), batch_size=64)
   assert training.settled(config, 'v5e-4', 8).accumulation == 2
@@ -275,7 +275,7 @@ def test_an_unknown_topology_is_named(name):
   ('name', 'devices'),
   [('v5e-1', 1), ('v3-8', 8), ('v4-8', 4), ('v5e-16', 16), ('v5p-64', 32), ('v6e-8', 8)],
 )
-def test_a_slice_has_as_many_devices_as_jax_finds_there(name, devices):
+def test_a_slice_has_its_number_of_devices(name, devices):
   pytest.importorskip('libtpu')
   assert sharding.make_mesh(devices=describe(name)).size == devices
 
@@ -304,18 +304,18 @@ def test_a_config_is_read_with_changes(tmp_path):
 @pytest.mark.slow
 def test_the_tpu_compiler_compiles_the_step(networks):
   pytest.importorskip('libtpu')
-  found = training.plan_training(settings(), networks, 'v5e-4')
-  compiled = found.compiled
-  assert compiled.fits and found.devices == 4 and found.device_batch == 4
-  assert compiled.alias_bytes >= found.state_bytes  # narrow parts are rounded up to tiles
+  plan = training.plan_training(settings(), networks, 'v5e-4')
+  compiled = plan.compiled
+  assert compiled.fits and plan.devices == 4 and plan.device_batch == 4
+  assert compiled.alias_bytes >= plan.state_bytes  # narrow parts are rounded up to tiles
   reduced = sum(one.bytes * one.times for one in compiled.collectives if one.kind == 'all-reduce')
-  assert reduced == pytest.approx(2 * found.parameters, rel=0.01)  # gradients, in bfloat16
+  assert reduced == pytest.approx(2 * plan.parameters, rel=0.01)  # gradients, in bfloat16
   assert compiled.flops > 0 and compiled.cycles > 0 and compiled.collectives
   assert jnp.isfinite(compiled.bytes_accessed)
   quick = training.plan_training(settings(), networks, 'v5e-4', is_quick=True)
   assert quick.compiled.collectives and quick.compiled.seconds < compiled.seconds
   assert quick.compiled.argument_bytes == compiled.argument_bytes
-  assert 'time as scheduled         not told by --quick' in training.training_report(
+  assert 'time as scheduled         unknown with --quick' in training.training_report(
     quick, settings()
   )
 
@@ -331,14 +331,14 @@ def test_the_tpu_compiler_compiles_edits_and_pairs(made, unet, more):
   # 32 x 32 latents: the finest level has 1024 tokens, which get the kernel.
   work = sampling.Work(made, 128, 4, 4)
   with jax.default_matmul_precision('default'):  # no kernel takes the tests' 'highest'
-    found = sampling.plan_sampling(networks, work, 'v5e-4')
+    plan = sampling.plan_sampling(networks, work, 'v5e-4')
     longer = sampling.plan_sampling(networks, work._replace(steps=8), 'v5e-4')
-  assert found.compiled.fits and found.devices == 4 and not found.compiled.collectives
-  assert 0 < found.compiled.temporary_bytes < GIB
+  assert plan.compiled.fits and plan.devices == 4 and not plan.compiled.collectives
+  assert 0 < plan.compiled.temporary_bytes < GIB
   # Loops count as often as they go round.
-  assert longer.compiled.cycles > 1.2 * found.compiled.cycles
-  assert longer.analytic_flops > more * found.analytic_flops
-  text = sampling.sampling_report(found)
+  assert longer.compiled.cycles > 1.2 * plan.compiled.cycles
+  assert longer.analytic_flops > more * plan.analytic_flops
+  text = sampling.sampling_report(plan)
   assert text.startswith('v5e-4: fits') and f'{made} an hour' in text
 
 
@@ -346,7 +346,7 @@ def test_the_tpu_compiler_compiles_edits_and_pairs(made, unet, more):
   ('edits', tiny_models.TINY_UNET),
   pytest.param('pairs', tiny_models.TINY_UNET | {'in_channels': 4}, marks=pytest.mark.slow),
 ])  # fmt: skip
-def test_what_is_planned_is_what_several_devices_run_with_the_kernel(made, unet):
+def test_the_planned_program_has_the_kernel_on_several_devices(made, unet):
   """Lowered for a TPU's devices; jax refuses here what it would refuse there."""
   pytest.importorskip('libtpu')
   networks = networks_of(tiny_models.checkpoint(unet))

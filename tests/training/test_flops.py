@@ -70,7 +70,7 @@ def test_networks_cost_what_pytorch_counts(tiny):
   assert flops.text_flops(tiny) == count_in_torch(text_encoder, ids)
 
 
-def test_training_takes_the_unet_three_times_and_the_frozen_networks_once(full):
+def test_training_counts_the_unet_three_times(full):
   unet, text = flops.unet_flops(full, (32, 32)), flops.text_flops(full)
   encode = flops.encode_flops(full, 256)
   assert flops.training_flops(full, 256, latents=True) == 3 * unet + text
@@ -116,7 +116,7 @@ def test_batched_products_count_once_per_entry():
   assert flops.count(product, a, b) == 2 * 2 * 3 * 7 * 11 * 5
 
 
-def test_calls_are_looked_into():
+def test_operations_in_calls_count():
   @jax.custom_vjp
   def custom(x, w):
     return x @ w
@@ -127,7 +127,7 @@ def test_calls_are_looked_into():
   assert flops.count(lambda x, w: twice(x, w).sum(), X, W) == 2 * XW
 
 
-def test_what_remat_does_again_counts_again():
+def test_remat_counts_repeated_operations():
   f = lambda x, w: jnp.sin(jnp.sin(x @ w) @ w).sum()
   plain, again = (flops.count(jax.grad(g, (0, 1)), X, W) for g in (f, jax.checkpoint(f)))
   assert plain == 6 * XW
@@ -144,7 +144,7 @@ def test_a_cond_counts_as_its_largest_branch():
   assert flops.count(f, X, W) == 2 * XW
 
 
-def test_products_in_a_while_loop_are_refused_and_others_are_nothing():
+def test_products_in_a_while_loop_are_refused():
   loop = lambda body: (
     lambda x, w: jax.lax.while_loop(lambda x: x[0, 0] > 0, lambda x: body(x, w), x)
   )

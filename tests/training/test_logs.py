@@ -1,4 +1,4 @@
-"""What a run writes into its workdir, how fast it says it is, and its line on the screen."""
+"""Files that a run writes into its workdir, its measured speed, and its progress line."""
 
 import json
 import struct
@@ -23,14 +23,14 @@ def lines(workdir):
 
 def events(workdir):
   """All TensorBoard events of a workdir, in the order of their files."""
-  found = []
+  records = []
   for file in sorted((workdir / 'tensorboard').iterdir()):
     content = file.read_bytes()
     while content:  # length, checksum, event, checksum
       (length,) = struct.unpack('<Q', content[:8])
-      found.append(Event.FromString(content[12 : 12 + length]))
+      records.append(Event.FromString(content[12 : 12 + length]))
       content = content[16 + length :]
-  return found
+  return records
 
 
 def tags(workdir):
@@ -89,7 +89,7 @@ def test_a_preview_is_a_file_and_an_event(tmp_path):
   assert (image.height, image.width) == (4, 4)
 
 
-def test_the_losses_are_drawn_in_one_image_that_names_its_axes(tmp_path):
+def test_the_loss_curve_is_an_image(tmp_path):
   with logs.Writer(tmp_path) as writer:
     writer.curve()
     assert not (tmp_path / 'loss.png').exists()  # nothing to draw yet
@@ -127,7 +127,7 @@ def test_only_process_0_writes(tmp_path, monkeypatch):
   assert not (tmp_path / 'run').exists()
 
 
-def test_a_workdir_that_cannot_be_written_is_a_users_mistake(tmp_path):
+def test_an_unwritable_workdir_is_an_input_error(tmp_path):
   (tmp_path / 'file').touch()
   with pytest.raises(InputError, match=r'the workdir .*/file/run cannot be written'):
     logs.Writer(tmp_path / 'file' / 'run')
@@ -256,7 +256,7 @@ def test_the_time_that_is_left(seconds, text):
   assert line == f'step 1/2  {text} left'
 
 
-def test_memory_is_told_by_device_and_not_on_a_cpu(monkeypatch):
+def test_memory_is_logged_per_device_but_not_on_cpus(monkeypatch):
   assert logs.memory() == {}
   stats = {'bytes_in_use': 5, 'peak_bytes_in_use': 7, 'bytes_limit': 9}
   devices = [types.SimpleNamespace(id=i, memory_stats=lambda: stats) for i in (4, 5)]

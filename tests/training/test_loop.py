@@ -1,4 +1,4 @@
-"""What the loop logs, keeps and says, of steps that are made up, with no network to compile."""
+"""Logs, checkpoints and messages of the loop, with invented steps, so that nothing compiles."""
 
 import json
 import os
@@ -17,8 +17,8 @@ from ip2p_jax.training import logs, loop
 from ip2p_jax.training.loss_course import Course
 
 
-class Kept:
-  """Checkpoints in memory, of which the newest and the good one stay."""
+class MemoryCheckpoints:
+  """Checkpoints in memory; the newest and the good one stay."""
 
   folder = 'W/checkpoints'
 
@@ -42,14 +42,14 @@ class Kept:
 
 
 def run(
-  losses, workdir, weights=None, kept=None, first=0, course=None, actions=(),
+  losses, workdir, weights=None, stored=None, first=0, course=None, actions=(),
   must_stop=lambda step: False, **log,
 ):  # fmt: skip
-  """Goes through steps of these losses; (status, lines of metrics.jsonl, what was kept).
+  """Runs the loop on steps with these losses; (status, lines of metrics.jsonl, checkpoints).
 
-  A loss that is not finite is a bad step, after which the state stays as it is.
+  A loss that is not finite is a bad step, after which the state does not change.
   """
-  kept = kept or Kept()
+  stored = stored or MemoryCheckpoints()
   weights = weights or [4.0] * len(losses)
   where = sharding.replicated(sharding.make_mesh(devices=jax.devices()[:1]))
   placed = lambda x: jax.device_put(jnp.int32(x), where)
@@ -69,74 +69,74 @@ def run(
   with logs.Writer(workdir, first) as writer:
     job = loop.Job(
       config=config, workdir=str(workdir), step=step, batches=(i for i in range(len(losses))),
-      shardings=jax.tree.map(lambda _: where, state), checkpoints=kept, writer=writer,
-      meter=logs.Meter(4, 1e9, 1, None), save=kept.save, must_stop=must_stop,
+      shardings=jax.tree.map(lambda _: where, state), checkpoints=stored, writer=writer,
+      meter=logs.Meter(4, 1e9, 1, None), save=stored.save, must_stop=must_stop,
     )  # fmt: skip
     status = loop.loop(job, actions, state, course or Course())
   lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
-  return status, {line.pop('step'): line for line in lines}, kept
+  return status, {line.pop('step'): line for line in lines}, stored
 
 
 def test_the_logged_loss_is_the_mean_over_examples_that_count(tmp_path):
   losses, weights = [1.0, 3.0, 0.0, 5.0, 0.0, 0.0, 2.0, 0.0], [4, 2, 0, 4, 0, 0, 4, 0]
-  status, lines, kept = run(losses, tmp_path, [float(x) for x in weights])
+  status, lines, stored = run(losses, tmp_path, [float(x) for x in weights])
   assert status == 0
   assert lines[2]['loss'] == pytest.approx(10 / 6) and lines[4]['loss'] == 5
   assert not lines[6].keys() & {'loss', 'grad_norm'} and 'learning_rate' in lines[6]
   assert lines[8]['loss'] == 2 and lines[8]['grad_norm'] == 16  # of the step that had examples
-  assert kept.courses[8].last == 2
+  assert stored.courses[8].last == 2
   assert (tmp_path / 'loss.png').exists()
 
 
-def test_every_step_is_told_once(tmp_path, capsys):
+def test_every_step_is_printed_once(tmp_path, capsys):
   run([1.0] * 5, tmp_path / 'new')
   run([1.0], tmp_path / 'on', first=5)
   run([1.0, 1.0], tmp_path / 'too', first=4)
-  said = [line for line in capsys.readouterr().out.splitlines() if line.startswith('step ')]
-  assert [line.split()[1] for line in said] == ['1/5', '2/5', '4/5', '5/5', '6/6', '5/6', '6/6']
-  assert ['ready after' in line for line in said] == [True, False, False, False, True, True, False]
+  out = [line for line in capsys.readouterr().out.splitlines() if line.startswith('step ')]
+  assert [line.split()[1] for line in out] == ['1/5', '2/5', '4/5', '5/5', '6/6', '5/6', '6/6']
+  assert ['ready after' in line for line in out] == [True, False, False, False, True, True, False]
 
 
-def test_a_signal_before_the_first_step_waits_for_no_compiler(tmp_path, monkeypatch, capsys):
+def test_a_signal_before_the_first_step_ends_at_once(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(os, '_exit', sys.exit)
-  kept = Kept()
+  stored = MemoryCheckpoints()
   with pytest.raises(SystemExit) as stop:
-    run([1.0], tmp_path, kept=kept, must_stop=lambda _: True)
-  assert stop.value.code == loop.STOPPED and not kept.courses
+    run([1.0], tmp_path, stored=stored, must_stop=lambda _: True)
+  assert stop.value.code == loop.STOPPED and not stored.courses
   assert capsys.readouterr() == ('', 'stopped before the first step; nothing is lost\n')
 
 
-def test_a_run_that_diverges_keeps_its_last_good_checkpoint_and_says_what_to_remove(tmp_path):
+def test_a_diverged_run_keeps_its_last_good_checkpoint(tmp_path):
   losses = [0.2] * 13 + [1.0, 3.0] + [9.0] * 18 + [float('nan')] * 3
-  kept = Kept(keep=3)
+  stored = MemoryCheckpoints(keep=3)
   message = (
     r'step 34: the loss or a gradient is not finite\. The loss had grown from 0\.2 to 9, so the'
     r' weights are spoilt: remove 28, 32, 33 from W/checkpoints to go on from step 8,'
   )
   with pytest.raises(InputError, match=message):
-    run(losses, tmp_path, kept=kept)
-  assert kept.steps() == [8, 28, 32, 33]
-  assert kept.courses[33].is_grown and kept.courses[33].good == 8
+    run(losses, tmp_path, stored=stored)
+  assert stored.steps() == [8, 28, 32, 33]
+  assert stored.courses[33].is_grown and stored.courses[33].good == 8
   # Going on from what is left: the loss is near its mean again, and new checkpoints count.
-  left = Kept()
-  left.courses[8] = kept.courses[8]
-  _, lines, left = run([0.2] * 6, tmp_path, kept=left, first=8, course=kept.courses[8])
+  left = MemoryCheckpoints()
+  left.courses[8] = stored.courses[8]
+  _, lines, left = run([0.2] * 6, tmp_path, stored=left, first=8, course=stored.courses[8])
   assert left.courses[14].good == 12 and list(lines) == [2, 4, 6, 8, 10, 12, 14]
 
 
-def test_a_step_that_fails_without_a_sign_before_may_be_the_examples_fault(tmp_path):
+def test_a_sudden_bad_step_may_come_from_its_examples(tmp_path):
   with pytest.raises(InputError, match=r'step 6: .* The state before it is saved; go on') as stop:
-    run([0.2] * 5 + [float('inf')], tmp_path, kept=Kept(keep=2))
+    run([0.2] * 5 + [float('inf')], tmp_path, stored=MemoryCheckpoints(keep=2))
   assert 'remove 5 from W/checkpoints to go on from step 4' in str(stop.value)
 
 
 def test_actions_come_in_order_and_at_the_end(tmp_path):
   seen = []
   act = lambda name: lambda step, state: seen.append((name, step)) or {name: float(step)}
-  _, lines, kept = run([1.0] * 7, tmp_path, actions=[(3, act('a')), (6, act('b'))])
+  _, lines, stored = run([1.0] * 7, tmp_path, actions=[(3, act('a')), (6, act('b'))])
   assert seen == [('a', 3), ('a', 6), ('b', 6), ('a', 7), ('b', 7)]
   assert lines[6]['a'] == lines[6]['b'] == 6 and 'a' not in lines[4]
-  assert kept.steps()[-1] == 7
+  assert stored.steps()[-1] == 7
 
 
 def test_a_failed_action_loses_no_numbers(tmp_path):

@@ -1,4 +1,4 @@
-"""The loss and its gradients against PyTorch, and the laws that chance obeys."""
+"""The loss and its gradients against PyTorch, and the distributions of random draws."""
 
 import jax
 import jax.numpy as jnp
@@ -67,9 +67,9 @@ def make_batch():
 
 def make_draws():
   """Two examples of each kind: text dropped, both dropped, image dropped, nothing dropped."""
-  made = loss.draw(0, 3, jnp.arange(B), (LATENT_SIDE, LATENT_SIDE, 4), Schedule())
+  draws = loss.draw(0, 3, jnp.arange(B), (LATENT_SIDE, LATENT_SIDE, 4), Schedule())
   dropout = jnp.float32([0.0, 0.049, 0.05, 0.099, 0.10, 0.149, 0.15, 0.99])
-  return made._replace(dropout=dropout)
+  return draws._replace(dropout=dropout)
 
 
 def our_losses(networks, params, batch, draws, **options):

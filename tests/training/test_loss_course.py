@@ -1,4 +1,4 @@
-"""What a run knows of its loss: means over what counted, and the checkpoint to go back to."""
+"""The course of a loss: means over examples, and the checkpoint to return to."""
 
 import re
 
@@ -11,7 +11,7 @@ def step(loss, weight):
   return {'loss': loss, 'weight': weight}
 
 
-def test_a_mean_is_over_examples_and_steps_without_one_are_no_part_of_it():
+def test_the_mean_loss_is_weighted_by_examples():
   assert mean_loss([step(1.0, 4.0), step(0.0, 0.0), step(3.0, 1.0)]) == pytest.approx(7 / 5)
   assert mean_loss([step(0.0, 0.0), step(0.0, 0.0)]) is None
 
@@ -23,7 +23,7 @@ def course_of(*logs):
   return course
 
 
-def test_a_checkpoint_is_good_once_the_loss_after_it_was_near_its_mean():
+def test_a_checkpoint_is_good_after_a_normal_loss():
   assert course_of((0.2, None)).good is None
   assert course_of((0.2, None), (0.21, 50)).good == 50
   assert course_of((0.2, None), (0.3, 50), (0.05, 100)).good == 100
@@ -34,7 +34,7 @@ def test_a_checkpoint_is_good_once_the_loss_after_it_was_near_its_mean():
   assert followed(spoilt, None, 200) == spoilt  # nothing but broken examples
 
 
-def test_a_loss_that_grows_slowly_is_found_too():
+def test_a_slowly_growing_loss_is_detected():
   logs = [(0.2 * 1.15**i, 10 * i) for i in range(60)]
   course = course_of(*logs)
   assert course.is_grown and course.good < 300 and course.mean < 2.0
@@ -49,10 +49,10 @@ def test_a_loss_that_grows_slowly_is_found_too():
      '150, 161 from W to go on from step 50'),
     (Course(0.2, 0.2, 50), [50, 161], 'state before it is saved; go on .* fails at once again.*'
      'remove 161 from W to go on from step 50'),
-    (Course(0.2, 7.0, None), [161], 'are spoilt: begin again in a new workdir'),
-    (Course(), [1], 'fails at once again, .* begin again in a new workdir'),
-    (Course(0.2, 7.0, 50), [161], 'begin again in a new workdir'),  # somebody removed it
+    (Course(0.2, 7.0, None), [161], 'are spoilt: start again in a new workdir'),
+    (Course(), [1], 'fails at once again, .* start again in a new workdir'),
+    (Course(0.2, 7.0, 50), [161], 'start again in a new workdir'),  # somebody removed it
   ],
 )  # fmt: skip
-def test_people_are_told_what_to_remove(course, checkpoints, message):
+def test_advice_names_what_to_remove(course, checkpoints, message):
   assert re.search(message, advice(course, checkpoints, 'W'))

@@ -104,7 +104,7 @@ def moved(after, before):
 
 
 @pytest.mark.parametrize('clip_norm', [0.0, 0.5])
-def test_three_steps_and_the_moving_average_are_those_of_pytorch(clip_norm, rng):
+def test_three_steps_and_the_average_equal_pytorchs(clip_norm, rng):
   config = dataclasses.replace(CONFIG, clip_norm=clip_norm)
   params, gradients = normal(rng), [normal(rng, scale) for scale in (1.0, 0.01, 3.0)]
   ours, ema, _ = run(config, params, gradients)
@@ -138,13 +138,13 @@ def test_bfloat16_gradients_are_worked_with_in_float32(rng):
   gradient = {name: array.astype(jnp.bfloat16) for name, array in normal(rng).items()}
   exact = {name: array.astype(np.float32) for name, array in gradient.items()}
   params = normal(rng)
-  for ours, wanted in zip(
+  for ours, expected in zip(
     jax.tree.leaves(run(CONFIG, params, [gradient])),
     jax.tree.leaves(run(CONFIG, params, [exact])),
     strict=True,
   ):
-    assert ours.dtype == wanted.dtype != jnp.bfloat16
-    np.testing.assert_array_equal(ours, wanted)
+    assert ours.dtype == expected.dtype != jnp.bfloat16
+    np.testing.assert_array_equal(ours, expected)
 
 
 def test_any_part_of_the_parameters_may_be_trained(rng):
@@ -154,14 +154,14 @@ def test_any_part_of_the_parameters_may_be_trained(rng):
   assert ours.keys() == adam_state(state).mu.keys() == params.keys()
 
 
-def test_warm_up_starts_at_one_part_and_reaches_the_rate_with_its_last_step():
+def test_the_warm_up_ends_at_the_full_rate():
   rate = learning_rate(OptimizerConfig(learning_rate=2e-4, warmup_steps=4), 100)
   np.testing.assert_allclose(
     [rate(step) for step in (0, 1, 3, 4, 99)], [5e-5, 1e-4, 2e-4, 2e-4, 2e-4], rtol=1e-6
   )
 
 
-def test_without_warm_up_the_first_step_has_the_whole_rate():
+def test_without_warm_up_the_first_step_has_the_full_rate():
   for schedule in ('constant', 'cosine'):
     rate = learning_rate(OptimizerConfig(learning_rate=2e-4, schedule=schedule), 100)
     np.testing.assert_allclose(rate(0), 2e-4, rtol=1e-6)
@@ -172,25 +172,25 @@ def test_cosine_is_the_closed_form():
   rate = jax.jit(learning_rate(config, 60))
   for step in range(70):
     done = min(max(step - 10, 0), 50) / 50
-    wanted = 2e-5 + 1.8e-4 * (1 + math.cos(math.pi * done)) / 2
-    wanted *= min((step + 1) / 10, 1)
-    np.testing.assert_allclose(rate(jnp.int32(step)), wanted, rtol=2e-6)
+    expected = 2e-5 + 1.8e-4 * (1 + math.cos(math.pi * done)) / 2
+    expected *= min((step + 1) / 10, 1)
+    np.testing.assert_allclose(rate(jnp.int32(step)), expected, rtol=2e-6)
   assert rate(jnp.int32(3)).dtype == jnp.float32
 
 
-def test_the_moving_averages_decay_grows_from_two_elevenths_to_its_largest():
+def test_the_decay_grows_from_two_elevenths_to_its_maximum():
   decays = [ema_decay(0.9999, step) for step in (1, 90, 10**6)]
   np.testing.assert_allclose(decays, [2 / 11, 91 / 100, 0.9999], rtol=1e-6)
 
 
-def test_the_moving_average_of_what_does_not_change_stays_put(rng):
+def test_the_average_of_constant_parameters_is_constant(rng):
   params = normal(rng)
   ema = ema_update(params, params, ema_decay(0.9999, 7))
   for name in params:
     np.testing.assert_array_equal(ema[name], params[name])
 
 
-def test_the_state_is_arrays_alone_and_comes_back_from_orbax(tmp_path, rng):
+def test_orbax_restores_the_state(tmp_path, rng):
   params = normal(rng)
   state = run(CONFIG, params, [normal(rng)])[2]
   counts = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim == 0]
@@ -201,9 +201,9 @@ def test_the_state_is_arrays_alone_and_comes_back_from_orbax(tmp_path, rng):
     checkpointer.wait_until_finished()
     # A resumed run may clip where the first did not.
     transform = adamw(dataclasses.replace(CONFIG, clip_norm=1.0), SHAPES, STEPS)
-    found = checkpointer.restore(tmp_path / 'state', jax.eval_shape(transform.init, params))
-  assert jax.tree.structure(found) == jax.tree.structure(state)
-  jax.tree.map(np.testing.assert_array_equal, found, state)
+    restored = checkpointer.restore(tmp_path / 'state', jax.eval_shape(transform.init, params))
+  assert jax.tree.structure(restored) == jax.tree.structure(state)
+  jax.tree.map(np.testing.assert_array_equal, restored, state)
 
 
 def test_a_rate_of_zero_freezes():

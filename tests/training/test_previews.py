@@ -1,4 +1,4 @@
-"""Previews: what is in the image, against diffusers, and that they cost one compilation."""
+"""Previews: the contents of the image, against diffusers, and a single compilation."""
 
 import logging
 
@@ -37,8 +37,8 @@ def checkpoint(in_channels):
 
 
 def made_up(seed, instruction):
-  both = np.random.default_rng(seed).integers(0, 256, (2, 32, 32, 3), np.uint8)
-  return {'instruction': instruction, 'input': both[0], 'edited': both[1]}
+  images = np.random.default_rng(seed).integers(0, 256, (2, 32, 32, 3), np.uint8)
+  return {'instruction': instruction, 'input': images[0], 'edited': images[1]}
 
 
 EXAMPLES = [made_up(seed, instruction) for seed, instruction in enumerate(INSTRUCTIONS)]
@@ -92,7 +92,7 @@ def test_later_previews_show_other_weights_and_compile_nothing(editor, preview, 
 
 
 @pytest.mark.slow
-def test_parameters_may_lie_on_many_devices(editor, preview):
+def test_parameters_may_be_on_many_devices(editor, preview):
   mesh = jax.make_mesh((8,), ('fsdp',), axis_types=(jax.sharding.AxisType.Auto,))
   replicated, split = (
     jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(axis)) for axis in (None, 'fsdp')
@@ -135,7 +135,7 @@ def test_a_text_to_image_preview_agrees_with_diffusers(tmp_path):
 
 
 def crop(sheet, target):
-  """What is shown at the right of a target, at the next place that is not white."""
+  """The image to the right of a target: it begins at the next column that is not white."""
   sheet = np.asarray(sheet, np.float32)
   corners = np.argwhere((sheet == target[0, 0]).all(-1))
   y, x = next((y, x) for y, x in corners if np.array_equal(sheet[y : y + 32, x : x + 32], target))

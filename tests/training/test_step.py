@@ -1,4 +1,4 @@
-"""One optimizer step: PyTorch's numbers, on any number of devices, in any number of parts."""
+"""One optimizer step: PyTorch's numbers, for any number of devices and parts."""
 
 import functools
 import math
@@ -22,7 +22,7 @@ STEPS = {}
 
 
 def run(config, steps=1, mesh=None, batch=None):
-  """(state, metrics of every step); `mesh` spreads it over devices."""
+  """(state, metrics of every step); `mesh` has the devices."""
   mesh = mesh or devices(1)
   step, state, frozen = start(config, mesh)
   batch = jax.device_put(batch or tiny.batch(config.batch_size), sharding.of_batch(mesh))
@@ -35,7 +35,7 @@ def run(config, steps=1, mesh=None, batch=None):
 
 
 def start(config, mesh):
-  """The jitted step (one for each config and mesh), the state and the frozen rest on the mesh."""
+  """The jitted step (one per config and mesh), the state and the frozen parameters on the mesh."""
   recipe, state, frozen = tiny.start(config)
   shardings = sharding.of_state(mesh, state, config.mesh.zero1)
   key = repr(config), mesh
@@ -119,16 +119,16 @@ def test_devices_and_accumulation_change_nothing(one_device, settings, mesh):
   np.testing.assert_allclose(losses(history), losses(expected), rtol=1e-4)
 
 
-def test_the_state_is_spread_as_promised():
+def test_the_state_is_sharded_as_configured():
   def held(fsdp, zero1):
     mesh = devices(8, fsdp)
     _, state, _ = tiny.start(tiny.config())
     shardings = sharding.of_state(mesh, state, zero1)
     part = lambda name: sharding.bytes_per_device(state[name], shardings[name])
-    whole = sharding.bytes_per_device(
+    total = sharding.bytes_per_device(
       state['params'], jax.tree.map(lambda _: sharding.replicated(mesh), state['params'])
     )
-    return part('params') / whole, part('ema') / whole, part('opt_state') / whole
+    return part('params') / total, part('ema') / total, part('opt_state') / total
 
   eighth = pytest.approx(0.3, abs=0.01)  # not 0.125: small parameters, here a fifth, stay whole
   assert held(fsdp=1, zero1=False) == (1, 1, pytest.approx(2, abs=1e-3))
@@ -138,21 +138,21 @@ def test_the_state_is_spread_as_promised():
   assert params == eighth and ema == eighth and moments / 2 == eighth
 
 
-def test_the_update_keeps_every_array_where_it_was():
+def test_the_update_keeps_every_sharding():
   mesh = devices(8, 8)
   state, _ = run(tiny.config(), steps=2, mesh=mesh)
-  wanted = sharding.of_state(mesh, state, True)
+  expected = sharding.of_state(mesh, state, True)
   wrong = [
     jax.tree_util.keystr(path)
     for (path, leaf), want in zip(
-      jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(wanted), strict=True
+      jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(expected), strict=True
     )
     if not leaf.sharding.is_equivalent_to(want, leaf.ndim)
   ]
   assert not wrong
 
 
-def test_a_loss_that_is_not_finite_changes_nothing_and_names_its_step():
+def test_a_non_finite_loss_only_records_its_step():
   step, state, frozen = start(tiny.config(), devices(1))
   fine = jax.device_put(tiny.batch(), sharding.of_batch(devices(1)))
   state, _ = step(state, frozen, fine)
@@ -163,12 +163,12 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_names_its_step():
   assert metrics['bad_step'] == 1 and not np.isfinite(metrics['loss'])
   assert later['bad_step'] == 1 and later['step'] == 1
   for name in ('params', 'ema', 'opt_state'):
-    for kept, old in zip(jax.tree.leaves(later[name]), jax.tree.leaves(before[name]), strict=True):
-      np.testing.assert_array_equal(kept, old)
+    for new, old in zip(jax.tree.leaves(later[name]), jax.tree.leaves(before[name]), strict=True):
+      np.testing.assert_array_equal(new, old)
 
 
 @pytest.mark.long
-def test_a_batch_of_broken_examples_counts_the_step_and_them_and_changes_nothing_else():
+def test_a_batch_of_broken_examples_only_counts():
   config = tiny.config(optim={'warmup_steps': 10, 'decays': (('', 0.5),)})
   step, state, frozen = start(config, devices(1))
   fine = jax.device_put(tiny.batch(), sharding.of_batch(devices(1)))
@@ -210,7 +210,7 @@ def test_frozen_parameters_are_not_in_the_state():
 
 
 @pytest.mark.long
-def test_lora_starts_at_the_base_and_learns_by_its_adapters_alone():
+def test_lora_starts_at_the_base_and_trains_adapters_only():
   config = tiny.config(rank=2, optim={'learning_rate': 1e-2})
   _, plain = run(tiny.config())
   recipe, state, frozen = tiny.start(config)
@@ -224,18 +224,18 @@ def test_lora_starts_at_the_base_and_learns_by_its_adapters_alone():
 
 
 @pytest.mark.long
-def test_losses_are_looked_at_in_parts_as_they_were_made():
-  found = []
+def test_losses_in_parts_equal_losses_of_the_batch():
+  results = []
   for accumulation in (1, 2):
     recipe, state, frozen = tiny.start(tiny.config(accumulation=accumulation))
     look = jax.jit(functools.partial(losses_at, recipe))
-    found.append(look(state, frozen, tiny.batch()))
-  for one, other in zip(*map(jax.tree.leaves, found), strict=True):
+    results.append(look(state, frozen, tiny.batch()))
+  for one, other in zip(*map(jax.tree.leaves, results), strict=True):
     np.testing.assert_allclose(one, other, rtol=1e-5)
 
 
 @pytest.mark.long
-def test_bfloat16_takes_nearly_the_same_step_and_keeps_float32_masters():
+def test_bfloat16_keeps_float32_masters_and_nearly_the_step():
   _, exact = run(tiny.config())
   state, history = run(tiny.config(dtype='bfloat16'))
   assert history[0]['loss'] == pytest.approx(exact[0]['loss'], rel=1e-2)
@@ -245,7 +245,7 @@ def test_bfloat16_takes_nearly_the_same_step_and_keeps_float32_masters():
 
 @pytest.mark.long
 def test_it_learns():
-  """Twenty steps on the same images, at a rate that shows."""
+  """Twenty steps on the same images, at a high rate."""
   config = tiny.config(optim={'learning_rate': 3e-3})
   recipe, state, frozen = tiny.start(config)
   validate = jax.jit(functools.partial(validation_loss, recipe))
@@ -255,19 +255,19 @@ def test_it_learns():
   assert count == 8 and after < 0.8 * before
 
 
-def test_validation_is_the_same_every_time_and_however_it_is_batched():
+def test_validation_is_the_same_for_any_batches():
   recipe, state, frozen = tiny.start(tiny.config())
   loss_of = jax.jit(functools.partial(validation_loss, recipe))
   validate = functools.partial(loss_of, state['params'], frozen)
   batch = tiny.batch()
-  whole, count = map(float, validate(batch))
+  total, count = map(float, validate(batch))
   again, _ = map(float, validate(batch))
   halves = [
     validate({name: value[part] for name, value in batch.items()})
     for part in (slice(0, 4), slice(4, 8))
   ]
-  assert whole == again
-  assert sum(float(part) for part, _ in halves) == pytest.approx(whole, rel=1e-5)
+  assert total == again
+  assert sum(float(part) for part, _ in halves) == pytest.approx(total, rel=1e-5)
   assert sum(float(n) for _, n in halves) == count == 8
 
 

@@ -1,4 +1,4 @@
-"""Whole runs: what they leave behind, how they end, and how they go on."""
+"""Whole runs: their files, how they end, and how they resume."""
 
 import dataclasses
 import json
@@ -78,13 +78,13 @@ def test_a_run_leaves_checkpoints_metrics_and_its_config(uninterrupted):
   lines = metrics(uninterrupted)
   assert list(lines) == [2, 4]
   assert {'loss', 'grad_norm', 'learning_rate', 'examples_per_second'} <= lines[4].keys()
-  kept = read_config(uninterrupted)
-  assert kept['batch_size'] == 4 and OptimizerConfig(**kept['optimizer']).b2 == 0.999
+  saved = read_config(uninterrupted)
+  assert saved['batch_size'] == 4 and OptimizerConfig(**saved['optimizer']).b2 == 0.999
   assert not list(uninterrupted.rglob('*.tmp'))
 
 
 @pytest.mark.long
-def test_a_run_that_goes_on_ends_with_the_very_same_bits(folder, uninterrupted, tmp_path):
+def test_a_resumed_run_ends_with_the_same_bits(folder, uninterrupted, tmp_path):
   train.train(a_config(folder, steps=2), str(tmp_path))
   train.train(a_config(folder, steps=4), str(tmp_path))
   for ema in (False, True):
@@ -100,9 +100,7 @@ def test_a_finished_run_says_so_and_does_nothing(folder, uninterrupted, capsys):
 
 
 @pytest.mark.long
-def test_a_run_goes_on_without_its_starting_checkpoint_and_on_other_devices(
-  folder, uninterrupted, tmp_path, visible
-):
+def test_a_run_resumes_without_its_start_on_other_devices(folder, uninterrupted, tmp_path, visible):
   train.train(a_config(folder, steps=2), str(tmp_path))
   visible(4)
   elsewhere = a_config(folder, checkpoint='/no/longer/there', mesh=MeshConfig(fsdp=2))
@@ -114,21 +112,21 @@ def test_a_run_goes_on_without_its_starting_checkpoint_and_on_other_devices(
     np.testing.assert_allclose(ours[name], theirs[name], atol=2e-5, err_msg=name)
 
 
-def test_the_average_is_what_is_exported(uninterrupted):
+def test_the_average_is_exported(uninterrupted):
   average, live = weights_of(uninterrupted, ema=True), weights_of(uninterrupted)
   assert any((average[name] != live[name]).any() for name in live)
   assert averages.doubt(live, average) == ''  # what a real run makes is never taken for a merge
 
 
 @pytest.mark.long
-def test_changed_settings_are_told(folder, uninterrupted, capsys, tmp_path):
+def test_changed_settings_are_reported(folder, uninterrupted, capsys, tmp_path):
   train.train(a_config(folder, steps=2), str(tmp_path))
   capsys.readouterr()
   train.train(a_config(folder, steps=3, optim={'learning_rate': 1e-5}), str(tmp_path))
-  said = capsys.readouterr().out
-  assert 'optimizer.learning_rate: 0.0001 -> 1e-05' in said
+  output = capsys.readouterr().out
+  assert 'optimizer.learning_rate: 0.0001 -> 1e-05' in output
   # The first step of a start is also a log, and one line.
-  assert said.count('step 3/3') == 1 and re.search(r'step 3/3 .* ready after', said)
+  assert output.count('step 3/3') == 1 and re.search(r'step 3/3 .* ready after', output)
 
 
 @pytest.mark.long
@@ -140,21 +138,21 @@ def test_validation_and_previews_look_at_the_validation_split(folder, tmp_path):
   train.train(config, str(tmp_path / 'run'))
   for step in (1, 2):
     assert 0 < metrics(tmp_path / 'run')[step]['validation_loss'] < 10
-  (picture,) = (tmp_path / 'run' / 'previews').iterdir()
-  with Image.open(picture) as image:  # two rows of input, target and edit
+  (file,) = (tmp_path / 'run' / 'previews').iterdir()
+  with Image.open(file) as image:  # two rows of input, target and edit
     assert image.width > 3 * 32 and image.height > 2 * 32
 
 
 @pytest.mark.long
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_evidence(folder, tmp_path):
+def test_a_non_finite_loss_stops_the_run_and_saves_the_batch(folder, tmp_path):
   wild = a_config(folder, optim={'learning_rate': 1e30}, steps=10, log={'every': 10})
   with pytest.raises(InputError, match='step 2: the loss or a gradient is not finite') as stop:
     train.train(wild, str(tmp_path))
   (file,) = (tmp_path / 'failures').iterdir()
   assert str(file) in str(stop.value)
-  with np.load(file) as found:
-    assert len(found['losses']) == 4 and not np.isfinite(found['losses']).all()
-    assert found['input_image'].shape == (4, 32, 32, 3) and found['timesteps'].shape == (4,)
+  with np.load(file) as result:
+    assert len(result['losses']) == 4 and not np.isfinite(result['losses']).all()
+    assert result['input_image'].shape == (4, 32, 32, 3) and result['timesteps'].shape == (4,)
   assert saved_steps(tmp_path) == [1]
   # Started again, it takes that very step first.
   with pytest.raises(InputError, match='step 2: the loss'):
@@ -164,8 +162,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_evidence(folder, 
 @pytest.mark.long
 def test_broken_examples_are_named_skipped_and_limited(folder, tmp_path, capsys):
   tiny_pairs.write_metadata(tmp_path / 'data', 6)
-  pictures = sorted((tmp_path / 'data' / 'pictures').iterdir())
-  pictures[3].write_bytes(pictures[3].read_bytes()[:300])
+  files = sorted((tmp_path / 'data' / 'pictures').iterdir())
+  files[3].write_bytes(files[3].read_bytes()[:300])
   data = {'path': str(tmp_path / 'data'), 'max_corrupt': 1}
   # One broken row may be met once in every pass of the data.
   train.train(a_config(folder, data=data, steps=6, batch_size=3), str(tmp_path / 'run'))
@@ -174,8 +172,8 @@ def test_broken_examples_are_named_skipped_and_limited(folder, tmp_path, capsys)
   assert 'metadata.jsonl: line 2' in capsys.readouterr().err
 
   # Batches of nothing but broken examples, one in every pass, are in no mean.
-  for picture in pictures[:10]:
-    picture.write_bytes(b'no image')
+  for file in files[:10]:
+    file.write_bytes(b'no image')
   data = {'path': str(tmp_path / 'data'), 'max_corrupt': 100}
   log = {'every': 1, 'checkpoint_every': 1, 'keep': 9}
   train.train(a_config(folder, data=data, log=log, steps=4, batch_size=3), str(tmp_path / 'few'))
@@ -187,19 +185,19 @@ def test_broken_examples_are_named_skipped_and_limited(folder, tmp_path, capsys)
   assert_same(*(weights_of(tmp_path / 'few', step) for step in (empty, empty + 1)))
   data = {'path': str(tmp_path / 'data'), 'max_corrupt': 1}
 
-  with pytest.raises(InputError, match='broken examples were met'):
+  with pytest.raises(InputError, match='broken examples, more than'):
     train.train(a_config(folder, data=data, steps=20, batch_size=3), str(tmp_path / 'run'))
   assert saved_steps(tmp_path / 'run')[-1] > 6, 'the work so far should be saved'
 
 
-def test_passes_are_of_the_data_set_that_comes_most_often():
+def test_passes_count_the_most_frequent_data_set():
   assert train._passes(50, [100], [2.0]) == 1
   assert train._passes(300, [100], [2.0]) == 3
   assert train._passes(1000, [10, 10_000], [9.0, 1.0]) == 90
 
 
 @pytest.mark.long
-def test_a_run_that_diverged_goes_on_from_the_last_good_checkpoint(folder, tmp_path, capsys):
+def test_a_diverged_run_resumes_from_the_last_good_checkpoint(folder, tmp_path, capsys):
   workdir = str(tmp_path)
   at_rate = lambda rate, steps: a_config(
     folder, steps=steps, log={'every': 1, 'keep': 1}, optim={'learning_rate': rate}
@@ -210,7 +208,7 @@ def test_a_run_that_diverged_goes_on_from_the_last_good_checkpoint(folder, tmp_p
   assert saved_steps(tmp_path) == [4, 10], 'the good one should stay though one is kept'
   with pytest.raises(InputError, match='The loss had grown from') as stop:
     train.train(at_rate(1e30, 20), workdir)
-  assert 'after step 4 it was as before' in capsys.readouterr().out
+  assert 'after step 4 it was normal' in capsys.readouterr().out
   good, *spoilt = saved_steps(tmp_path)
   folder_name = tmp_path / 'checkpoints'
   remove = f'remove {", ".join(map(str, spoilt))} from {folder_name} to go on from step {good},'
@@ -229,8 +227,8 @@ def test_a_run_that_diverged_goes_on_from_the_last_good_checkpoint(folder, tmp_p
 def test_lora_trains_adapters_and_exports_the_merged_editor(folder, tmp_path):
   adapting = dataclasses.replace(a_config(folder, steps=2), lora=LoraConfig(rank=2, alpha=3))
   train.train(adapting, str(tmp_path))
-  adapters, found = read_adapters(tmp_path)
-  assert found == LoraConfig(rank=2, alpha=3) and all('.lora_' in name for name in adapters)
+  adapters, result = read_adapters(tmp_path)
+  assert result == LoraConfig(rank=2, alpha=3) and all('.lora_' in name for name in adapters)
   start = tiny.checkpoint().tensors['unet']
   trained = weights_of(tmp_path)
   moved = {name for name in start if (trained[name] != start[name]).any()}
@@ -243,7 +241,7 @@ def test_lora_trains_adapters_and_exports_the_merged_editor(folder, tmp_path):
 
 
 @pytest.mark.long
-def test_settings_that_would_change_what_is_saved_are_refused(folder, tmp_path):
+def test_settings_that_saved_weights_depend_on_are_fixed(folder, tmp_path):
   adapting = dataclasses.replace(a_config(folder, steps=1), lora=LoraConfig(rank=2))
   train.train(adapting, str(tmp_path))
   louder = dataclasses.replace(adapting, lora=LoraConfig(rank=2, alpha=40), steps=2)
@@ -257,10 +255,10 @@ def test_settings_that_would_change_what_is_saved_are_refused(folder, tmp_path):
   late = dataclasses.replace(
     adapting, steps=20, log=dataclasses.replace(adapting.log, profile=(1, 1))
   )
-  with pytest.raises(InputError, match=r'log\.profile is .1, 1., and this run is at step 1'):
+  with pytest.raises(InputError, match=r'profile is .1, 1., but this run is already at step 1'):
     train.train(late, str(tmp_path))
-  kept = read_config(tmp_path)
-  assert kept['lora']['alpha'] == 4 and kept['prediction_type'] == 'epsilon'
+  saved = read_config(tmp_path)
+  assert saved['lora']['alpha'] == 4 and saved['prediction_type'] == 'epsilon'
 
 
 def test_a_second_run_in_the_same_workdir_is_refused(folder, tmp_path):
@@ -268,7 +266,7 @@ def test_a_second_run_in_the_same_workdir_is_refused(folder, tmp_path):
     train.train(a_config(folder), str(tmp_path))
 
 
-def test_a_folder_of_something_else_is_no_workdir(folder, tmp_path):
+def test_a_folder_with_other_files_is_no_workdir(folder, tmp_path):
   (tmp_path / 'photo.jpg').touch()
   with pytest.raises(InputError, match=r'holds photo\.jpg'):
     train.train(a_config(folder), str(tmp_path))
@@ -277,7 +275,7 @@ def test_a_folder_of_something_else_is_no_workdir(folder, tmp_path):
   assert [file.name for file in tmp_path.iterdir()] == ['photo.jpg']
 
 
-def test_a_checkpoint_tells_the_settings_it_was_made_with(uninterrupted):
+def test_a_checkpoint_has_its_settings(uninterrupted):
   (file,) = (uninterrupted / 'checkpoints' / '4' / 'extras').glob('metadata')
   extras = json.loads(file.read_text())
   assert extras['examples'] == 16 and extras['config']['batch_size'] == 4
@@ -309,17 +307,17 @@ def test_the_profiler_records_its_window_once(folder, tmp_path):
 
 
 @pytest.mark.long
-def test_a_text_to_image_model_gets_channels_that_start_at_zero(folder, tmp_path):
+def test_a_text_to_image_model_gets_zero_input_channels(folder, tmp_path):
   four = tiny.ONE_LEVEL | {'in_channels': 4}
   tiny_models.write(tmp_path / 'base', four)
   base = str(tmp_path / 'base')
   still = a_config(folder, optim={'learning_rate': 0.0}, steps=1, checkpoint=base)
   train.train(still, str(tmp_path / 'run'))
   start = tiny_models.checkpoint(four).tensors['unet']
-  made = weights_of(tmp_path / 'run')
-  np.testing.assert_array_equal(made['conv_in.weight'][:, :4], start['conv_in.weight'])
-  np.testing.assert_array_equal(made['conv_in.bias'], start['conv_in.bias'])
-  assert not made['conv_in.weight'][:, 4:].any()
+  weights = weights_of(tmp_path / 'run')
+  np.testing.assert_array_equal(weights['conv_in.weight'][:, :4], start['conv_in.weight'])
+  np.testing.assert_array_equal(weights['conv_in.bias'], start['conv_in.bias'])
+  assert not weights['conv_in.weight'][:, 4:].any()
 
   text = a_config(folder, task='text_to_image', steps=1, checkpoint=base)
   train.train(text, str(tmp_path / 'text'))
@@ -335,7 +333,7 @@ def test_a_text_to_image_model_gets_channels_that_start_at_zero(folder, tmp_path
     ({'data': {'path': '/no/such'}}, '/no/such: no such data set'),
     ({'data': {'path': ''}}, 'data.path is empty'),
     ({'mesh': MeshConfig(fsdp=3)}, 'mesh.fsdp is 3'),
-    ({'task': 'text_to_image'}, 'is no text-to-image model'),
+    ({'task': 'text_to_image'}, 'is not a text-to-image model'),
     ({'remat': 'some'}, 'remat is .some.; use one of none, convdot, full'),
     ({'optim': {'rates': (('atn', 1.0), ('', 0.0))}}, 'optimizer.rates'),
     ({'steps': 0}, 'steps is 0; use 1 or more'),
@@ -395,7 +393,7 @@ def test_sigterm_writes_a_checkpoint_and_the_run_goes_on(folder, tmp_path):
 
 
 @pytest.mark.long
-def test_sigterm_to_the_whole_group_does_not_take_the_workers_first(folder, tmp_path):
+def test_sigterm_to_the_process_group_still_saves(folder, tmp_path):
   endless = {'steps': 100_000, 'log.every': 1, 'log.checkpoint_every': 10**6, 'data.workers': 2}
   argv = command(folder, tmp_path, **endless)
   pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
@@ -423,7 +421,7 @@ def test_a_typo_on_the_command_line_names_the_nearest_setting(folder, tmp_path, 
 
 
 @pytest.mark.slow
-def test_killed_at_ten_random_moments_a_run_ends_with_the_very_same_bits(folder, tmp_path):
+def test_a_killed_run_ends_with_the_same_bits(folder, tmp_path):
   settings = {'steps': 200, 'log.every': 1, 'log.checkpoint_every': 4, 'log.keep': 2}
   argv = lambda name: command(folder, tmp_path / name, **settings)
   devices = environment(folder, devices=2)
@@ -468,8 +466,8 @@ def test_several_processes_take_the_steps_of_one(folder, tmp_path, processes, fs
   np.testing.assert_allclose(two, one, rtol=1e-4)
   last = [metrics(tmp_path / name)[20]['validation_loss'] for name in ('one', 'two')]
   assert last[1] == pytest.approx(last[0], rel=1e-4)
-  pictures = [Image.open(next((tmp_path / name / 'previews').iterdir())) for name in ('one', 'two')]
-  difference = np.subtract(*(np.asarray(picture, int) for picture in pictures))
+  images = [Image.open(next((tmp_path / name / 'previews').iterdir())) for name in ('one', 'two')]
+  difference = np.subtract(*(np.asarray(image, int) for image in images))
   assert abs(difference).mean() < 1
 
 
@@ -500,10 +498,10 @@ def start_together(argv, folder, count=2):
 
 
 def run_together(argv, folder, count):
-  """What each of several processes says."""
+  """The output of each of several processes."""
   processes = start_together(argv, folder, count)
   outputs = [process.communicate(timeout=300 * count) for process in processes]  # all compile
   assert [process.returncode for process in processes] == [0] * count, outputs
-  # Gloo greets everyone.
+  # Gloo prints a greeting.
   without_gloo = lambda text: [line for line in text.splitlines() if not line.startswith('[Gloo]')]
   return ['\n'.join(without_gloo(out)) for out, _ in outputs]
