@@ -54,7 +54,8 @@ def judge(examples: Sequence[world.Example], edited: np.ndarray) -> list[oracle.
 def score(verdicts: Sequence[oracle.Verdict]) -> str:
   summary = oracle.summary(verdicts)
   low, high = summary['done_interval']
-  return f'{summary["done"]:4.0%} of {summary["count"]} edits done (95% interval {low:.0%} to {high:.0%})'
+  done, count = summary['done'], summary['count']
+  return f'{done:4.0%} of {count} edits done (95% interval {low:.0%} to {high:.0%})'
 
 
 def sheet(

@@ -7,8 +7,10 @@ import numpy as np
 import oracle
 import phrases
 import pytest
+import sunset
 import world
 
+from ip2p_jax.data.sources import open_source
 from ip2p_jax.errors import InputError
 
 EXAMPLES = [world.example(seed, 'test') for seed in range(200)]
@@ -72,6 +74,29 @@ def test_everything_the_world_has_occurs():
   assert {thing.place for thing in things} == set(world.PLACES)
   kinds = {world.kind_of(one) for one in EXAMPLES}
   assert kinds == {*world.KINDS, world.TWO_STEPS}
+
+
+def test_sunset_is_in_no_training_example_and_no_phrase():
+  assert 'sunset' not in world.BACKGROUNDS
+  phrasings = {**phrases.TRAINED, **phrases.NEW}
+  assert not [text for texts in phrasings.values() for text in texts if 'sun' in text.split()]
+  assert not set(sunset.INSTRUCTIONS) & {text for texts in phrasings.values() for text in texts}
+
+
+@pytest.mark.parametrize('seed', range(4))
+def test_the_oracle_judges_sunsets(seed):
+  one = sunset.example(seed, 'test')
+  assert is_done(one, world.picture(one.edited_scene))
+  assert not is_done(one, world.picture(one.scene))
+  for background in world.BACKGROUNDS:
+    assert not is_done(one, world.picture(one.scene._replace(background=background)))
+
+
+def test_pairs_of_sunsets_are_a_data_set(tmp_path):
+  sunset.write_pairs(tmp_path / 'pairs', 3)
+  source = open_source(str(tmp_path / 'pairs'))
+  expected = [(sunset.example(seed).instruction,) for seed in range(3)]
+  assert [tuple(row.instructions) for row in source] == expected
 
 
 def test_edges_are_smooth():
