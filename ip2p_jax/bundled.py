@@ -30,7 +30,7 @@ FOLDERS = (
 
 
 def path() -> Path:
-  """Its diffusers folder; InputError if it is not installed."""
+  """The diffusers folder of the miniature; InputError if it is not installed."""
   for folder in FOLDERS:
     if (folder / 'model_index.json').is_file():
       return folder

@@ -131,21 +131,21 @@ class TrainConfig:
   Attributes:
     checkpoint: diffusers folder or single file to start from.
     checkpoint_weights: 'average' or 'live', for a single file that holds both. '' takes the average
-      unless the file shows that its live weights were merged, or had an adapter added.
-    prediction_type: 'epsilon' or 'v_prediction', instead of what the checkpoint says; '' takes
-      that. Most single files do not say, and count as 'epsilon'; SD 2.x at 768 px is 'v_prediction'.
+      unless the live weights seem to be merged, or to have an adapter added.
+    prediction_type: 'epsilon' or 'v_prediction'; '' takes the checkpoint's. Most single files do
+      not say, and count as 'epsilon'; SD 2.x at 768 px is 'v_prediction'.
     task: 'edit' (a UNet of 4 input channels gets 4 more, at zero) or 'text_to_image'.
     resolution: side of the square training images, pixels.
     batch_size: examples per optimizer step, over all devices and accumulation steps.
-    accumulation: parts that a batch is split into, one after the other; gradients travel once for
-      each.
-    conditioning_dropout: rate at which text alone, both, and image alone are dropped.
+    accumulation: parts of a batch, computed one after the other; devices exchange gradients once
+      for each.
+    conditioning_dropout: rate of each of three cases: text, both, or image is dropped.
     min_snr_gamma: loss weights of Hang et al. 2023 (5 is theirs); 0 weighs all timesteps alike.
     dtype: of arithmetic, 'bfloat16' or 'float32'; master weights are float32.
-    remat: what is computed twice to save memory: 'none', 'convdot' (all except convolutions, matrix
-      products and attention), 'full'.
+    remat: operations that are computed twice to save memory: 'none', 'convdot' (all except
+      convolutions, matrix products and attention), 'full'.
     attention: 'auto' takes the fastest kernel for the devices, see `attention.KERNELS`; 'xla' takes
-      none; 'splash' (TPU) and 'cudnn' (NVIDIA) are used wherever they can run.
+      none; 'splash' (TPU) and 'cudnn' (NVIDIA) are used where they can run.
     seed: of order, noise, timesteps, dropout, flips.
   """
 
@@ -191,9 +191,9 @@ class LanguageLogConfig:
   """What is written, and how often, in steps.
 
   Attributes:
-    every, checkpoint_every, keep: as of `LogConfig`.
+    every, checkpoint_every, keep: as in `LogConfig`.
     validate_every: loss of the held-out triplets; 0 never.
-    profile: as of `LogConfig`.
+    profile: as in `LogConfig`.
   """
 
   every: int = 10
@@ -210,14 +210,14 @@ class LanguageConfig:
   Attributes:
     checkpoint: Hugging Face folder of a Llama, Qwen2 or Qwen3 to start from.
     batch_size: triplets per optimizer step, over all devices and accumulation steps.
-    accumulation: parts that a batch is split into, one after the other; gradients travel once for
-      each.
-    steps: optimizer steps; 700 triplets, 5 % of them held out, come once in 21 steps of 32.
+    accumulation: parts of a batch, computed one after the other; devices exchange gradients once
+      for each.
+    steps: optimizer steps; one pass of 700 triplets, 5 % of them held out, is 21 steps of 32.
     dtype: of arithmetic, 'bfloat16' or 'float32'; master weights are float32. With LoRA it is also
       the dtype of the frozen weights.
-    remat: what is computed twice to save memory: 'none', 'convdot' (all except matrix products
-      and attention), 'full' (all of a layer except its input).
-    seed: of the order, and of new adapters.
+    remat: operations that are computed twice to save memory: 'none', 'convdot' (all except matrix
+      products and attention), 'full' (all of a layer except its input).
+    seed: of the order, and of the weights of new adapters.
   """
 
   checkpoint: str = ''

@@ -1,4 +1,4 @@
-"""Checks of settings: each value alone, and beside the others."""
+"""Checks of settings: each value alone, and in combination."""
 
 import copy
 import math
@@ -63,7 +63,7 @@ def check_values(config: TrainConfig) -> None:
 def check_framing(
   resolution: int, task: str, resize: str, largest_resize: int, flip_rate: float
 ) -> None:
-  """Raises an InputError that names the first knob of a framing whose value makes no sense."""
+  """Raises an InputError that names the first setting of a framing with a wrong value."""
   check_choice('task', task, CHOICES['task'])
   check_choice('data.resize', resize, CHOICES['data.resize'])
   if resolution < MIN_SIDE:

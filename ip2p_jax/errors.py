@@ -12,12 +12,12 @@ class InputError(ValueError):
 
 
 def check_choice(name: str, value: str, choices: Collection[str]) -> None:
-  """InputError for a value that is none of the choices."""
+  """Raises InputError if `value` is none of the choices."""
   if value not in choices:
     raise InputError(f'{name} is {value!r}; use one of {", ".join(filter(None, choices))}.')
 
 
 def check_multiple(name: str, value: int, factor: int) -> None:
-  """InputError for a number of pixels that is no multiple of a VAE's factor."""
+  """Raises InputError if `value`, in pixels, is no multiple of a VAE's factor."""
   if value % factor:
     raise InputError(f'{name} is {value}; use a multiple of {factor}.')

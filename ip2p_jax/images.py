@@ -54,7 +54,7 @@ def read(path: str | Path) -> Image.Image:
   """The image in a file, as `with_metadata` returns it; the first frame of several."""
   with _opened(path) as image:
     _check_size(path, *image.size)
-    # Pillow rotates a TIFF when it loads it, and drops the tag; PNG may hold EXIF behind its pixels.
+    # Pillow rotates a TIFF as it loads it, and drops the tag; PNG may hold EXIF behind its pixels.
     kept = metadata.kept(image) if image.format == 'TIFF' else None
     result, problem = plain_and_problem(image)
     result.info |= metadata.kept(image) if kept is None else kept
@@ -67,7 +67,7 @@ def read(path: str | Path) -> Image.Image:
 
 
 def size_of(path: str | Path) -> tuple[int, int]:
-  """(width, height) of the picture that `read` gives, most often from the file's header alone."""
+  """(width, height) of the image that `read` returns; most often the file's header is enough."""
   with _opened(path) as image:
     _check_size(path, *image.size)
     # PNG may hold EXIF behind its pixels.
@@ -346,8 +346,8 @@ def _upright(image):
 
 
 def _orientation(image):
-  with contextlib.suppress(Exception):  # unreadable metadata is no reason to refuse the picture
-    return Image.Image.getexif(image).get(ExifTags.Base.Orientation)  # a PNG's own loads pixels
+  with contextlib.suppress(Exception):  # unreadable metadata is no reason to refuse the image
+    return Image.Image.getexif(image).get(ExifTags.Base.Orientation)  # PNG's `getexif` loads pixels
 
 
 def _eight_bits(image):
@@ -375,7 +375,7 @@ def _on(image, background):
 
 
 def _wrap(text, font, width, limit):
-  """At most `limit` lines of words, none wider than `width` pixels; '…' where text was left out."""
+  """At most `limit` lines of words, none wider than `width` pixels; '…' marks text that is cut."""
   lines = ['']
   for word in text.split():
     longer = f'{lines[-1]} {word}'.strip()
@@ -389,7 +389,7 @@ def _wrap(text, font, width, limit):
 
 
 def _cut(line, font, width):
-  line = line[: int(width) + 1]  # a character takes a pixel at the least
+  line = line[: int(width) + 1]  # a character is at least one pixel wide
   while len(line) > 1 and font.getlength(line) > width:
     line = line[:-2] + '…'
   return line

@@ -61,7 +61,7 @@ def interruptible(end: Callable[[int], None]) -> Iterator[None]:
 
 
 def _is_collecting(frame: FrameType | None) -> bool:
-  """Whether jax's callback of the garbage collector is at work, where Python drops exceptions."""
+  """Whether jax's callback of the garbage collector runs; Python drops exceptions in it."""
   while frame is not None:
     if frame.f_code.co_name == '_xla_gc_callback':
       return True

@@ -172,25 +172,25 @@ WIDE = ('Display P3', 'Adobe RGB', 'ProPhoto')
 
 
 def converted(
-  picture, source, target, mode, intent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
+  image, source, target, mode, intent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
   flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
 ):  # fmt: skip
   """By Pillow alone, relative colorimetric with black point compensation; None is sRGB."""
   open_ = lambda p: ImageCms.ImageCmsProfile(io.BytesIO(p)) if p else ImageCms.createProfile('sRGB')
   return ImageCms.profileToProfile(
-    picture, open_(source), open_(target), intent, mode, flags=flags
+    image, open_(source), open_(target), intent, mode, flags=flags
   )  # fmt: skip
 
 
-def tagged(picture, name):
-  """An sRGB picture in the colours of a profile, as a file of them is opened."""
+def tagged(image, name):
+  """An sRGB image in the colours of a profile, as a file of them is opened."""
   mode = {'grey': 'L', 'CMYK': 'CMYK'}.get(name, 'RGB')
-  result = converted(picture, None, ALL[name], mode)
+  result = converted(image, None, ALL[name], mode)
   result.info = {'icc_profile': ALL[name]}
   return result
 
 
-def as_seen(picture) -> Image.Image:
+def as_seen(image) -> Image.Image:
   """What a viewer shows that honours profiles: RGB of sRGB."""
-  profile = picture.info.get('icc_profile')
-  return converted(picture, profile, None, 'RGB') if profile else picture.convert('RGB')
+  profile = image.info.get('icc_profile')
+  return converted(image, profile, None, 'RGB') if profile else image.convert('RGB')

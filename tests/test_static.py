@@ -185,10 +185,10 @@ def test_fifty_steps_at_fifty_learning_rates_compile_one_program(folder, tmp_pat
 
 def test_another_instruction_scale_or_seed_compiles_nothing(folder):
   editor = Editor.load(folder / 'checkpoint')
-  picture = Image.linear_gradient('L').resize((32, 32)).convert('RGB')
+  image = Image.linear_gradient('L').resize((32, 32)).convert('RGB')
   options = {'steps': 2, 'text_guidance': 7.5, 'image_guidance': 1.5, 'seed': 0}
   with compilations() as compiled:
-    editor.edit(picture, 'make it winter', **options)
+    editor.edit(image, 'make it winter', **options)
   assert compiled
   with compilations() as compiled:
     for changed in (
@@ -198,5 +198,5 @@ def test_another_instruction_scale_or_seed_compiles_nothing(folder):
       {'negative': 'people'},
       {'steps': 2, 'indices': [7]},
     ):
-      editor.edit(picture, 'a longer instruction, with many more words', **options | changed)
+      editor.edit(image, 'a longer instruction, with many more words', **options | changed)
   assert compiled == []

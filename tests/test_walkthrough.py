@@ -58,10 +58,10 @@ def test_from_a_folder_of_pairs_to_an_edit_in_diffusers(place, latents):
   pipeline = diffusers.StableDiffusionInstructPix2PixPipeline.from_pretrained(
     place / exported, local_files_only=True
   )
-  picture = Image.open(place / 'my-pairs' / 'pictures' / '0_input.jpg').resize((64, 64))
+  image = Image.open(place / 'my-pairs' / 'pictures' / '0_input.jpg').resize((64, 64))
   edited = pipeline(
     tiny_pairs.instruction(0),
-    picture,
+    image,
     num_inference_steps=2,
     generator=torch.Generator().manual_seed(0),
   ).images[0]

@@ -38,7 +38,7 @@ def torch_losses(models, batch, draws, prediction_type='epsilon', gamma=0.0):
 
 
 def torch_posteriors(models, batch):
-  """Mean and deviation of the edited picture's latents, mode of the input's."""
+  """Mean and deviation of the edited image's latents, mode of the input's."""
   if 'edited_mean' in batch:
     as_float = lambda name: ref.nchw(batch[name].astype(np.float32))
     std = torch.exp(0.5 * as_float('edited_log_variance'))

@@ -195,7 +195,7 @@ def run_edit(pipeline, photo, instruction, init_noise, step_noise, **options):
   with torch.no_grad(), given_noise(step_noise):
     latents = pipeline(
       instruction,
-      image=[Image.fromarray(picture) for picture in photo],
+      image=[Image.fromarray(image) for image in photo],
       num_inference_steps=len(step_noise),
       latents=nchw(init_noise),
       output_type='latent',

@@ -82,7 +82,7 @@ def test_a_checkpoint_keeps_the_spacing_of_its_own_scheduler(tmp_path):
 def test_a_name_that_ends_in_safetensors_means_one_file(source, tmp_path):
   convert_checkpoint(source, tmp_path / 'x.safetensors', verify=False, say=lambda _: None)
   assert (tmp_path / 'x.safetensors').is_file()
-  with pytest.raises(InputError, match='diffusers wants a folder'):
+  with pytest.raises(InputError, match='diffusers needs a folder'):
     convert_checkpoint(source, tmp_path / 'y.safetensors', 'diffusers')
 
 

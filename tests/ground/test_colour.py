@@ -39,8 +39,8 @@ def half():
   return mask
 
 
-def pixels(picture):
-  return np.asarray(picture).astype(int)
+def pixels(image):
+  return np.asarray(image).astype(int)
 
 
 def opened(path):
@@ -55,11 +55,11 @@ def difference(one, other):
   return np.abs(pixels(one) - pixels(other)).mean()
 
 
-def write(picture, path, **options):
+def write(image, path, **options):
   """A file as other software writes it."""
   extra = {'lossless': True} if path.suffix == '.webp' else {'subsampling': 0, 'quality': 98}
   extra = {} if path.suffix in ('.png', '.tif') else extra
-  picture.save(path, icc_profile=picture.info.get('icc_profile'), **extra, **options)
+  image.save(path, icc_profile=image.info.get('icc_profile'), **extra, **options)
   return path
 
 
@@ -304,7 +304,7 @@ def test_a_soft_mask_mixes_between_the_images_own_numbers(photo):
 def test_a_profile_without_a_way_back_leads_to_srgb(tmp_path, photo):
   photo.info = {'icc_profile': profiles.scanner()}
   write(photo, tmp_path / 'scan.png')
-  with pytest.warns(UserWarning, match=r'scan\.png: its colour profile has no way back.*sRGB'):
+  with pytest.warns(UserWarning, match=r'scan\.png: its colour profile has no inverse.*sRGB'):
     original = images.read(tmp_path / 'scan.png')
   assert original.info == {}
   assert difference(original, profiles.as_seen(photo)) == 0
@@ -411,9 +411,9 @@ def test_only_jpegs_of_srgb_take_the_fast_way(photo):
     assert images.decode_jpeg(encode(name)) is None, name
 
 
-def jpeg(picture):
+def jpeg(image):
   file = io.BytesIO()
-  picture.save(file, 'JPEG', quality=98, subsampling=0, icc_profile=picture.info['icc_profile'])
+  image.save(file, 'JPEG', quality=98, subsampling=0, icc_profile=image.info['icc_profile'])
   return file.getvalue()
 
 

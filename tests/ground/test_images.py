@@ -76,9 +76,9 @@ def test_nothing_to_find_is_refused(tmp_path):
 def test_every_mode_becomes_rgb_or_rgba(tmp_path, mode, colour, extension, expected):
   path = tmp_path / f'image.{extension}'
   Image.new(mode, (8, 8), colour).save(path)
-  picture = images.read(path)
-  assert picture.mode == ('RGBA' if len(expected) == 4 else 'RGB')
-  assert picture.getpixel((3, 3)) == expected
+  image = images.read(path)
+  assert image.mode == ('RGBA' if len(expected) == 4 else 'RGB')
+  assert image.getpixel((3, 3)) == expected
 
 
 def test_a_palette_keeps_its_transparency(tmp_path):
@@ -96,9 +96,9 @@ def test_a_palette_keeps_its_transparency(tmp_path):
 
 
 def test_a_transparent_colour_becomes_alpha(tmp_path):
-  picture = Image.new('RGB', (8, 8), (1, 2, 3))
-  picture.putpixel((0, 0), (9, 9, 9))
-  picture.save(tmp_path / 'key.png', transparency=(1, 2, 3))
+  image = Image.new('RGB', (8, 8), (1, 2, 3))
+  image.putpixel((0, 0), (9, 9, 9))
+  image.save(tmp_path / 'key.png', transparency=(1, 2, 3))
   alpha = np.asarray(images.read(tmp_path / 'key.png'))[..., 3]
   assert alpha[0, 0] == 255 and alpha.sum() == 255
 
@@ -127,8 +127,8 @@ def test_sixteen_bits_are_rounded_to_eight(tmp_path, dtype, extension):
 )
 def test_integers_and_floats_of_32_bits_follow_the_stated_rule(tmp_path, values, expected):
   Image.fromarray(np.tile(np.repeat(values, 4), (8, 1))).save(tmp_path / 'deep.tif')
-  picture = np.asarray(images.read(tmp_path / 'deep.tif'))
-  np.testing.assert_array_equal(picture[0, ::4], np.repeat(expected, 3).reshape(3, 3))
+  image = np.asarray(images.read(tmp_path / 'deep.tif'))
+  np.testing.assert_array_equal(image[0, ::4], np.repeat(expected, 3).reshape(3, 3))
 
 
 def test_an_image_of_not_a_number_is_refused(tmp_path):
@@ -149,12 +149,12 @@ def test_the_first_frame_is_read(tmp_path, extension):
 @pytest.mark.parametrize('orientation', range(1, 9))
 @pytest.mark.parametrize('extension', ['png', 'tif', 'webp'])
 def test_exif_orientation_is_applied_once(tmp_path, rng, orientation, extension):
-  picture = noise_image(rng)
+  image = noise_image(rng)
   exif = Image.Exif()
   exif[ORIENTATION] = orientation
   path = tmp_path / f'turned.{extension}'
-  picture.save(path, exif=exif, **({'lossless': True} if extension == 'webp' else {}))
-  expected = picture.copy()
+  image.save(path, exif=exif, **({'lossless': True} if extension == 'webp' else {}))
+  expected = image.copy()
   expected.info['exif'] = exif.tobytes()
   upright = images.read(path)
   assert upright.tobytes() == ImageOps.exif_transpose(expected).tobytes()
@@ -342,11 +342,11 @@ def test_a_resolution_of_nothing_is_refused():
 
 
 def test_an_opaque_image_is_resized_by_lanczos(rng):
-  picture = noise_image(rng, 60, 40)
-  array = images.to_array(picture, (24, 16))
+  image = noise_image(rng, 60, 40)
+  array = images.to_array(image, (24, 16))
   assert array.shape == (16, 24, 3) and array.dtype == np.uint8 and array.flags.writeable
-  np.testing.assert_array_equal(array, picture.resize((24, 16), Image.Resampling.LANCZOS))
-  np.testing.assert_array_equal(images.to_array(picture, picture.size), picture)
+  np.testing.assert_array_equal(array, image.resize((24, 16), Image.Resampling.LANCZOS))
+  np.testing.assert_array_equal(images.to_array(image, image.size), image)
 
 
 def test_hidden_colours_do_not_bleed_and_transparency_is_white(rng):
@@ -372,11 +372,11 @@ def test_compositing_first_equals_resizing_premultiplied_colours():
 def test_an_edit_returns_at_the_original_size_with_its_alpha(rng):
   edited = rng.integers(0, 256, (16, 24, 3), np.uint8)
   original = noise_image(rng, 60, 40, 4)
-  picture = images.restore(edited, original)
-  assert (picture.size, picture.mode) == ((60, 40), 'RGBA')
-  assert picture.getchannel('A').tobytes() == original.getchannel('A').tobytes()
+  image = images.restore(edited, original)
+  assert (image.size, image.mode) == ((60, 40), 'RGBA')
+  assert image.getchannel('A').tobytes() == original.getchannel('A').tobytes()
   expected = Image.fromarray(edited).resize((60, 40), Image.Resampling.LANCZOS)
-  assert picture.convert('RGB').tobytes() == expected.tobytes()
+  assert image.convert('RGB').tobytes() == expected.tobytes()
   opaque = images.restore(edited, original.convert('RGB'))
   assert (opaque.mode, opaque.tobytes()) == ('RGB', expected.tobytes())
 
@@ -489,25 +489,25 @@ def test_settings_of_a_png_are_its_text_chunk(tmp_path, rng):
 
 
 def test_an_image_without_our_settings_has_none(tmp_path, rng):
-  picture = noise_image(rng)
+  image = noise_image(rng)
   for name in ('plain.png', 'plain.jpg', 'plain.gif'):
-    picture.save(tmp_path / name)
+    image.save(tmp_path / name)
     assert images.read_settings(tmp_path / name) is None
   for comment in (b'ASCII\0\0\0{"seed": 1}', b'{"seed": 1}', b'', 'a word'):
     exif = Image.Exif()
     exif.get_ifd(EXIF_IFD)[USER_COMMENT] = comment
-    picture.save(tmp_path / 'camera.jpg', exif=exif)
+    image.save(tmp_path / 'camera.jpg', exif=exif)
     assert images.read_settings(tmp_path / 'camera.jpg') is None
-  picture.save(tmp_path / 'ruins.jpg', exif=b'Exif\0\0garbage, no TIFF header at all')
+  image.save(tmp_path / 'ruins.jpg', exif=b'Exif\0\0garbage, no TIFF header at all')
   assert images.read_settings(tmp_path / 'ruins.jpg') is None
   with pytest.raises(InputError, match='not found'):
     images.read_settings(tmp_path / 'absent.png')
 
 
 def test_a_png_keeps_every_byte_and_a_jpeg_shows_transparency_on_white(tmp_path, rng):
-  picture = noise_image(rng, channels=4)
-  images.save(picture, tmp_path / 'edit.png', {})
-  assert images.read(tmp_path / 'edit.png').tobytes() == picture.tobytes()
+  image = noise_image(rng, channels=4)
+  images.save(image, tmp_path / 'edit.png', {})
+  assert images.read(tmp_path / 'edit.png').tobytes() == image.tobytes()
   images.save(Image.new('RGBA', (8, 8), (255, 0, 0, 0)), tmp_path / 'edit.jpg', {})
   assert images.read(tmp_path / 'edit.jpg').getpixel((3, 3)) == (255, 255, 255)
   images.save(Image.new('RGBA', (8, 8), (255, 0, 0, 0)), tmp_path / 'edit.webp', {})
@@ -568,7 +568,7 @@ def test_an_interrupt_while_saving_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_saved_is_said_in_one_sentence(tmp_path):
-  picture = Image.new('RGB', (8, 8))
+  image = Image.new('RGB', (8, 8))
   (tmp_path / 'folder.png').mkdir()
   for path, settings in [
     (tmp_path / 'absent' / 'edit.png', {}),
@@ -576,7 +576,7 @@ def test_what_cannot_be_saved_is_said_in_one_sentence(tmp_path):
     (tmp_path / 'long.jpg', {'instruction': 'x' * 70000}),  # EXIF holds 64 kB
   ]:
     with pytest.raises(InputError, match=f'{path.name} cannot be written') as caught:
-      images.save(picture, path, settings)
+      images.save(image, path, settings)
     assert '\n' not in str(caught.value)
   assert os.listdir(tmp_path) == ['folder.png']
 
@@ -609,9 +609,9 @@ def test_checking_refuses_what_saving_would(tmp_path, monkeypatch):
 # Grids
 
 
-def find(sheet, picture):
+def find(sheet, image):
   """Where an image of one colour lies in the sheet: its box."""
-  rows, columns = np.nonzero((np.asarray(sheet) == picture.getpixel((0, 0))[:3]).all(-1))
+  rows, columns = np.nonzero((np.asarray(sheet) == image.getpixel((0, 0))[:3]).all(-1))
   return columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
 
 
@@ -628,7 +628,7 @@ def test_a_grid_holds_every_image_whole_in_rows_and_columns(size):
   sheet = images.image_grid(
     rows, ['image 1.2', 'image 1.5'], ['text 3', 'text 5', 'text 7.5'], 'snow'
   )
-  boxes = np.array([[find(sheet, picture) for picture in row] for row in rows])
+  boxes = np.array([[find(sheet, image) for image in row] for row in rows])
   assert sheet.mode == 'RGB'
   assert (boxes[..., 2] - boxes[..., 0] == size[0]).all()
   assert (boxes[..., 3] - boxes[..., 1] == size[1]).all()
