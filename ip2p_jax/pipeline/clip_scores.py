@@ -31,7 +31,7 @@ STD = np.float32([[[(0.26862954, 0.26130258, 0.27577711)]]])
 CUBIC = -0.75  # of the kernel, as in torch; most other libraries have -0.5
 TOKENIZER_FILES = ('.json', '.txt')
 # The least length of a change, for embeddings of length 1. Measured with the miniature's CLIP:
-# equal inputs in other rows of a batch are up to 3e-7 apart (in bfloat16 4e-3, half of its epsilon);
+# equal inputs in other rows of a batch are up to 3e-7 apart (bfloat16: 4e-3, half of its epsilon);
 # images that differ by one level in every pixel are 1e-3 apart; captions with and without a full
 # stop 2e-2.
 LEAST_CHANGE = 1e-4
