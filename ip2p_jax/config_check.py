@@ -104,12 +104,12 @@ def _check_common(config):
 def _check_acting(config, values):
   """Refuses a setting that was changed and has no effect."""
   usual = dict(knobs(type(config)()))
-  for name, other in NEEDS:
+  for name, needed in NEEDS:
     is_set = name in values and values[name] and values[name] != usual[name]
-    if is_set and _is_off(values, other):
+    if is_set and _is_off(values, needed):
       raise InputError(
-        f'{name} is {values[name]!r}, which does nothing while {other} is {values[other]!r}; change'
-        f' {other}, or leave {name} at {usual[name]!r}.'
+        f'{name} is {values[name]!r}, which does nothing while {needed} is {values[needed]!r};'
+        f' change {needed}, or leave {name} at {usual[name]!r}.'
       )
   window = config.log.profile
   if len(window) != 2 or not all(isinstance(x, int) and x >= 0 for x in window):
@@ -136,8 +136,8 @@ def without_idle(config: Any, changed: Collection[str]) -> Any:
   """
   config = copy.deepcopy(config)
   usual, values = dict(knobs(type(config)())), dict(knobs(config))
-  for name, other in NEEDS:
-    if name in values and name not in changed and other in changed and _is_off(values, other):
+  for name, needed in NEEDS:
+    if name in values and name not in changed and needed in changed and _is_off(values, needed):
       set_knob(config, name, usual[name])
   return config
 

@@ -55,9 +55,9 @@ def read(path: str | Path) -> Image.Image:
   with _opened(path) as image:
     _check_size(path, *image.size)
     # Pillow rotates a TIFF as it loads it, and drops the tag; PNG may hold EXIF behind its pixels.
-    kept = metadata.kept(image) if image.format == 'TIFF' else None
+    info = metadata.kept(image) if image.format == 'TIFF' else None
     result, problem = plain_and_problem(image)
-    result.info |= metadata.kept(image) if kept is None else kept
+    result.info |= metadata.kept(image) if info is None else info
   if 'icc_profile' not in result.info:
     with open(path, 'rb') as file:
       problem = problem or colour.cicp_problem(file.read(4096))

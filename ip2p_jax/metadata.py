@@ -57,8 +57,8 @@ def options(info: dict[str, Any], settings: dict, format: str) -> dict[str, Any]
     own += [(None, B.XResolution, x), (None, B.YResolution, y), (None, B.ResolutionUnit, 2)]
   exif = _exif(own).tobytes()
   with contextlib.suppress(Exception):  # `info` of an image that `images.read` did not read
-    whole = _exif(own, info.get('exif', b'')).tobytes()
-    exif = exif if format == 'JPEG' and len(whole) > MAX_JPEG_EXIF else whole
+    full = _exif(own, info.get('exif', b'')).tobytes()
+    exif = exif if format == 'JPEG' and len(full) > MAX_JPEG_EXIF else full
   return result | {'exif': exif}
 
 

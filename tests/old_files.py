@@ -151,14 +151,14 @@ def go_on(name: str, code: Path, folder: Path, out: str) -> None:
   The folder is that of an unpacked archive.
   """
   with _started(JOBS[name].commands, code, folder, out) as process:
-    said = process.communicate()[0]
-  assert process.returncode == 0, said
+    output = process.communicate()[0]
+  assert process.returncode == 0, output
   begun, end = folder / 'begun' / name, folder / out / name
   if (begun / 'metrics.jsonl').exists():  # whose lines have times, too
     lines = map(json.loads, lines_of(begun / 'metrics.jsonl'))
-    kept = [{key: line[key] for key in NUMBERS if key in line} for line in lines]
+    numbers = [{key: line[key] for key in NUMBERS if key in line} for line in lines]
     end.mkdir(parents=True)
-    (end / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in kept))
+    (end / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in numbers))
   elif begun.exists():
     shutil.copytree(begun, end, ignore=shutil.ignore_patterns('*.jpg'))  # `filter` has them all
 
@@ -245,10 +245,10 @@ def _begin(name, code, folder) -> None:
       while process.poll() is None and not job.is_begun(place):
         time.sleep(1e-4)
       process.send_signal(job.signal)
-      said = process.communicate()[0]
+      output = process.communicate()[0]
     if process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143}[job.signal]:
       return
-    assert process.returncode == 0, said
+    assert process.returncode == 0, output
     shutil.rmtree(place)  # it was too fast
 
 

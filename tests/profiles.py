@@ -82,11 +82,11 @@ def cmyk(is_two_way=True):
   from_light = 1 - (1 - LEVELS) ** (1 / 1.6)
   c, m, y, k = np.indices((2, 2, 2, 2))
   light = np.stack([1 - c, 1 - m, 1 - y], -1) * (1 - k)[..., None]
-  whole = 32768 / 65535  # what stands for 1 in XYZ
-  tags = {b'A2B0': lut(np.eye(3), [to_light] * 4, light @ SRGB.T * whole, [LEVELS] * 3)}
+  one = 32768 / 65535  # what stands for 1 in XYZ
+  tags = {b'A2B0': lut(np.eye(3), [to_light] * 4, light @ SRGB.T * one, [LEVELS] * 3)}
   if is_two_way:
     inks = 1 - np.stack([*np.indices((2, 2, 2)), np.ones((2, 2, 2))], -1)
-    inverse = np.linalg.inv(SRGB) / whole
+    inverse = np.linalg.inv(SRGB) / one
     tags[b'B2A0'] = lut(inverse, [LEVELS] * 3, inks, [from_light] * 4)
   return profile(b'CMYK', tags, b'prtr')
 
@@ -98,7 +98,7 @@ def offset():
   """
   solids = (SOLIDS * D50 / SOLIDS[0]).reshape(2, 2, 2, 2, 3)  # relative to the paper
   to_area = 1 - (1 - LEVELS) ** 1.3  # dots grow in print
-  whole = 32768 / 65535  # what stands for 1 in XYZ
+  one = 32768 / 65535  # what stands for 1 in XYZ
   light = shown_by(solids, np.stack(np.meshgrid(*[np.linspace(0, 1, 9)] * 4, indexing='ij'), -1))
   numbers = np.stack(np.meshgrid(*[np.linspace(0, 1, 17)] * 3, indexing='ij'), -1)
   wanted = lab(np.interp(numbers, LEVELS, SRGB_LIGHT) @ SRGB.T).reshape(-1, 3)
@@ -119,8 +119,8 @@ def offset():
   to_numbers = np.interp(LEVELS, SRGB_LIGHT, LEVELS)
   from_area = np.interp(LEVELS, to_area, LEVELS)
   tags = {
-    b'A2B0': lut(np.eye(3), [to_area] * 4, light * whole, [LEVELS] * 3),
-    b'B2A0': lut(np.linalg.inv(SRGB) / whole, [to_numbers] * 3, inks, [from_area] * 4),
+    b'A2B0': lut(np.eye(3), [to_area] * 4, light * one, [LEVELS] * 3),
+    b'B2A0': lut(np.linalg.inv(SRGB) / one, [to_numbers] * 3, inks, [from_area] * 4),
   }
   return profile(b'CMYK', tags, b'prtr')
 

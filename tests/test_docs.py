@@ -25,7 +25,7 @@ PAGES = [ROOT / 'README.md', *sorted(ROOT.glob('docs/*.md')), *ROOT.glob('exampl
 
 def commands(text: str) -> list[list[str]]:
   """Words of every line of code that begins with a program of ours."""
-  found = []
+  result = []
   blocks = re.findall(r'^```(\w*)\n(.*?)^```$', text, re.DOTALL | re.M)
   for block in (code for language, code in blocks if language in ('', 'sh')):
     for line in re.sub(r'\\\n', ' ', block).splitlines():
@@ -38,8 +38,8 @@ def commands(text: str) -> list[list[str]]:
       ]
       for i in starts:
         end = next((j for j in range(i, len(words)) if words[j] in ENDS), len(words))
-        found.append(words[i:end])
-  return found
+        result.append(words[i:end])
+  return result
 
 
 def subcommand(words: list[str]):
@@ -61,12 +61,12 @@ def test_the_commands_of_a_page_have_options_that_exist(page):
       continue
     words = ['edit', *words[2:]] if words[1] == 'sample.py' else words[1:]
     command, rest = subcommand(words)
-    known = {name for option in command.params for name in (*option.opts, *option.secondary_opts)}
+    flags = {name for option in command.params for name in (*option.opts, *option.secondary_opts)}
     for word in rest:
       word = word.rstrip(',')
       flag = word.partition('=')[0]
       if re.match(r'--?[a-z]', word) and not word.startswith('--config.'):
-        assert flag in known | {'--help', '--config'}, f'{page.name}: {flag} of {shown}'
+        assert flag in flags | {'--help', '--config'}, f'{page.name}: {flag} of {shown}'
 
 
 def test_the_jobset_starts_train_py_as_it_wants_to_be_started(tmp_path):
@@ -81,10 +81,10 @@ def test_the_jobset_starts_train_py_as_it_wants_to_be_started(tmp_path):
   assert (program, script) == ('python', 'train.py') and '--multihost' in flags
   flags.remove('--multihost')  # here is one process
   flags = [flag.replace('gs://BUCKET', str(tmp_path)) for flag in flags]
-  told = subprocess.run(
+  message = subprocess.run(
     [sys.executable, script, *flags], cwd=ROOT, capture_output=True, text=True
   ).stderr
-  assert re.match('train.py: error: (CKPT|DATA)', told)  # that is all it finds wrong
+  assert re.match('train.py: error: (CKPT|DATA)', message)  # that is all it finds wrong
 
 
 def test_commands_for_a_slice_take_as_few_examples_at_a_time_as_were_planned():
@@ -114,4 +114,4 @@ def test_the_image_gets_all_that_is_installed():
   let_in = (ROOT / '.dockerignore').read_text().splitlines()
   assert len(files) > 5 and copied <= {line.removeprefix('!') for line in let_in if line[0] == '!'}
   for file in files:
-    assert any(file == one or file.startswith(f'{one}/') for one in copied), file
+    assert any(file == path or file.startswith(f'{path}/') for path in copied), file

@@ -44,9 +44,9 @@ def test_old_work_ends_as_it_did(name, old, is_exact):
   old_files.go_on(name, old_files.ROOT, old, 'ours')
   for file, text in records.items():
     assert file.read_text().startswith(text), f'{file}: was begun anew'
-  made = sorted((old / 'ours').iterdir())
-  assert made
-  for ours in made:
+  files = sorted((old / 'ours').iterdir())
+  assert files
+  for ours in files:
     assert_same(ours, old / 'done' / ours.name, is_exact)
 
 

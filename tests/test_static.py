@@ -48,14 +48,14 @@ def products(program):
   count leaves padding out and has element-wise operations in it, which are much of a narrow step.
   """
   shapes = {
-    found[1]: [int(side) for side in found[2].split(',') if side]
-    for found in re.finditer(r'%([\w.\-]+) = \w+\[([\d,]*)\]', program)
+    match[1]: [int(side) for side in match[2].split(',') if side]
+    for match in re.finditer(r'%([\w.\-]+) = \w+\[([\d,]*)\]', program)
   }
   total, count = 0, 0
-  for found in re.finditer(
+  for match in re.finditer(
     r'%([\w.\-]+) = \S+ (dot|convolution)\(%([\w.\-]+), %([\w.\-]+)\)(.*)', program
   ):
-    out, kind, lhs, rhs, options = found.groups()
+    out, kind, lhs, rhs, options = match.groups()
     if kind == 'dot':
       axes = re.search(r'lhs_contracting_dims=\{([\d,]*)\}', options)[1]
       terms = math.prod(shapes[lhs][int(axis)] for axis in axes.split(',') if axis)
@@ -105,8 +105,8 @@ def bytes_for_backward(remat, batch, side=32):
     ).mean()
     return jax.vjp(loss, params)[1]
 
-  kept = jax.eval_shape(backward, jax.tree.map(of, networks.shapes['unet']), inputs, draws)
-  return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(kept))
+  residuals = jax.eval_shape(backward, jax.tree.map(of, networks.shapes['unet']), inputs, draws)
+  return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(residuals))
 
 
 @pytest.mark.long
@@ -169,8 +169,8 @@ def test_every_compilation_is_noticed():
 @pytest.mark.long
 def test_fifty_steps_at_fifty_learning_rates_compile_one_program(folder, tmp_path, monkeypatch):
   """Nothing is compiled after the first step, neither by the step nor by reading its numbers."""
-  one = jax.devices()[:1]
-  monkeypatch.setattr(jax, 'devices', lambda *_: one)
+  device = jax.devices()[:1]
+  monkeypatch.setattr(jax, 'devices', lambda *_: device)
   config = TrainConfig(
     checkpoint=str(folder / 'checkpoint'), resolution=32, batch_size=2, steps=50, dtype='float32',
     mesh=MeshConfig(), data=DataConfig(path=str(folder / 'data'), workers=0),

@@ -43,14 +43,14 @@ def test_from_a_folder_of_pairs_to_an_edit_in_diffusers(place, latents):
   data, workdir, exported = (f'{name}-{latents}' for name in ('packed', 'run', 'exported'))
   assert '20 train rows' in run(place, *ip2p, 'check', 'my-pairs')
   options = ['--latents', '--ckpt', 'checkpoint'] if latents else []
-  made = run(place, *ip2p, 'pack', 'my-pairs', data, '--size', 32, '--holdout', 0.1, *options)
-  assert '18 train, 2 validation rows' in made
-  told = run(
+  packed = run(place, *ip2p, 'pack', 'my-pairs', data, '--size', 32, '--holdout', 0.1, *options)
+  assert '18 train, 2 validation rows' in packed
+  output = run(
     place, ROOT / 'train.py', f'--config={ROOT / "configs" / "tiny.py"}', f'--workdir={workdir}',
     '--config.checkpoint=checkpoint', f'--config.data.path={data}', '--config.resolution=32',
     '--config.steps=10',
   )  # fmt: skip
-  assert 'validation loss' in told and 'done: 10 steps' in told
+  assert 'validation loss' in output and 'done: 10 steps' in output
   assert list((place / workdir / 'previews').glob('*.png'))
   verdict = 'AGREES' if peers.HAS_TORCH else 'verify.py'
   assert verdict in run(place, *ip2p, 'convert', workdir, exported)

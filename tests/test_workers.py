@@ -24,22 +24,22 @@ WORKERS = 4
 
 def together(begin):
   """What WORKERS threads that begin at once are told: counts of 'accepted' and of errors' names."""
-  barrier, told = threading.Barrier(WORKERS), []
+  barrier, outcomes = threading.Barrier(WORKERS), []
 
   def work(i):
     barrier.wait()
     try:
       begin(i)
-      told.append('accepted')
+      outcomes.append('accepted')
     except Exception as error:
-      told.append(type(error).__name__)
+      outcomes.append(type(error).__name__)
 
   threads = [threading.Thread(target=work, args=(i,)) for i in range(WORKERS)]
   for thread in threads:
     thread.start()
   for thread in threads:
     thread.join()
-  return collections.Counter(told)
+  return collections.Counter(outcomes)
 
 
 def begin_pairs(folder, run, i):
@@ -49,10 +49,10 @@ def begin_pairs(folder, run, i):
 
 
 def begin_captions(folder, run, i):
-  one = Caption(0, 'a cat')
+  caption = Caption(0, 'a cat')
   complete = lambda texts, seeds: ((i, '') for i in range(len(texts)))
   writing = Writing(seed=run, attempts=1)
-  write.write_all([one], folder, complete, writing, {'model': 'm'}, (i, WORKERS))
+  write.write_all([caption], folder, complete, writing, {'model': 'm'}, (i, WORKERS))
 
 
 def plan_of_pack(run):
@@ -71,8 +71,8 @@ def test_of_runs_that_start_together_exactly_one_is_accepted(begin, tmp_path):
   for trial in range(100):
     same, mixed = tmp_path / f'same-{trial}', tmp_path / f'mixed-{trial}'
     assert together(lambda i, here=same: begin(here, 1, i)) == {'accepted': WORKERS}
-    found = together(lambda i, here=mixed: begin(here, i % 2 + 1, i))
-    assert found == {'accepted': WORKERS // 2, 'InputError': WORKERS // 2}
+    outcomes = together(lambda i, here=mixed: begin(here, i % 2 + 1, i))
+    assert outcomes == {'accepted': WORKERS // 2, 'InputError': WORKERS // 2}
 
 
 def test_of_runs_with_other_prompts_that_start_together_one_is_accepted(tmp_path):
@@ -88,8 +88,8 @@ def test_of_runs_with_other_prompts_that_start_together_one_is_accepted(tmp_path
       raise
 
   for trial in range(50):
-    found = together(lambda i, trial=trial: begin(tmp_path / str(trial), i % 2, i))
-    assert found == {'accepted': WORKERS // 2, 'InputError': WORKERS // 2}
+    outcomes = together(lambda i, trial=trial: begin(tmp_path / str(trial), i % 2, i))
+    assert outcomes == {'accepted': WORKERS // 2, 'InputError': WORKERS // 2}
 
 
 # A process that claims many files, one at a set time each, and prints what it finds in them.
@@ -107,21 +107,21 @@ for trial in range(150):
 
 
 def test_of_processes_that_claim_a_file_one_wins(tmp_path):
-  some = [
+  processes = [
     subprocess.Popen(
       [sys.executable, '-c', CLAIMS, tmp_path, str(own)],
       stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )
     for own in range(3)
   ]  # fmt: skip
-  assert all(process.stdout.readline() == 'ready\n' for process in some)
+  assert all(process.stdout.readline() == 'ready\n' for process in processes)
   begins = f'{time.time() + 0.2}\n'
-  for process in some:
+  for process in processes:
     process.stdin.write(begins)
     process.stdin.flush()
-  found = [process.communicate()[0].split() for process in some]
-  assert len(found[0]) == 150
-  assert all(len(set(of_file)) == 1 for of_file in zip(*found, strict=True))
+  claims = [process.communicate()[0].split() for process in processes]
+  assert len(claims[0]) == 150
+  assert all(len(set(of_file)) == 1 for of_file in zip(*claims, strict=True))
   assert {file.suffix for file in tmp_path.iterdir()} == {'.json'}
 
 
@@ -131,11 +131,11 @@ def test_on_a_disk_without_hard_links_one_wins_too(tmp_path, monkeypatch):
 
   monkeypatch.setattr(os, 'link', link)
   for trial in range(100):
-    file, found = storage.folder(tmp_path) / f'{trial}.json', []
-    assert together(lambda i, file=file, found=found: found.append(storage.claim(file, i))) == {
+    file, claims = storage.folder(tmp_path) / f'{trial}.json', []
+    assert together(lambda i, file=file, claims=claims: claims.append(storage.claim(file, i))) == {
       'accepted': WORKERS
     }
-    assert len(set(found)) == 1
+    assert len(set(claims)) == 1
 
 
 def test_in_a_bucket_the_store_lets_one_win():

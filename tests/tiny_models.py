@@ -94,9 +94,9 @@ def checkpoint(unet_config=TINY_UNET, schedule=Schedule(), vae_config=TINY_VAE) 
 
 def write(folder: Path, unet_config=TINY_UNET, **scheduler) -> Path:
   """A small InstructPix2Pix folder of diffusers; `scheduler` are keys of its scheduler config."""
-  made = checkpoint(unet_config)
-  made.configs['scheduler'] |= scheduler
-  weights.write(made, folder)
+  result = checkpoint(unet_config)
+  result.configs['scheduler'] |= scheduler
+  weights.write(result, folder)
   return folder
 
 

@@ -69,8 +69,8 @@ def start(config: TrainConfig):
   if config.lora.rank:
     trained = lora.adapters(unet, config.lora, np.random.default_rng(0))
   else:
-    kept = optimizer.trainable(unet, config.optimizer.rates)
-    trained = {name: unet[name] for name in unet if name in kept}
+    names = optimizer.trainable(unet, config.optimizer.rates)
+    trained = {name: unet[name] for name in unet if name in names}
   transform = optimizer.adamw(config.optimizer, trained, config.steps)
   recipe = step.Recipe(networks(), config, transform)
   frozen = {

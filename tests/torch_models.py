@@ -165,12 +165,12 @@ def scheduler(sampler, schedule=Schedule(), **options):
 
 def models_of(checkpoint):
   """The PyTorch models of a small checkpoint, by component."""
-  made = {
+  modules = {
     'unet': diffusers.UNet2DConditionModel(**checkpoint.configs['unet']),
     'vae': diffusers.AutoencoderKL(**checkpoint.configs['vae']),
     'text_encoder': transformers.CLIPTextModel(transformers.CLIPTextConfig(**TINY_TEXT)),
   }
-  return {name: loaded(model, checkpoint.tensors[name]) for name, model in made.items()}
+  return {name: loaded(model, checkpoint.tensors[name]) for name, model in modules.items()}
 
 
 def loaded(model, tensors):
@@ -178,16 +178,16 @@ def loaded(model, tensors):
   own = model.state_dict()
   by_name = {name if name in own else name.removeprefix('text_model.'): torch.from_numpy(value)
              for name, value in tensors.items()}  # fmt: skip
-  found = model.load_state_dict(by_name, strict=False)
-  assert not found.unexpected_keys
-  assert all('position_ids' in name for name in found.missing_keys)
+  result = model.load_state_dict(by_name, strict=False)
+  assert not result.unexpected_keys
+  assert all('position_ids' in name for name in result.missing_keys)
   return model.eval()
 
 
 def checkpoint(unet_config, schedule=Schedule()):
   """A small checkpoint of random weights, and the PyTorch models it is made of."""
-  made = tiny_models.checkpoint(unet_config, schedule)
-  return made, models_of(made)
+  result = tiny_models.checkpoint(unet_config, schedule)
+  return result, models_of(result)
 
 
 def run_edit(pipeline, photo, instruction, init_noise, step_noise, **options):

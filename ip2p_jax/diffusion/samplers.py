@@ -218,12 +218,12 @@ def noise_levels(
     spacing = schedule.timestep_spacing
   spacing = spacing or ('leading' if sampler == 'ddim' else 'linspace')
   timesteps = _timesteps(schedule, sampler, steps, spacing)
-  whole = np.arange(schedule.num_train_timesteps)
-  sigmas = np.interp(timesteps, whole, schedule.sigmas)
+  every = np.arange(schedule.num_train_timesteps)
+  sigmas = np.interp(timesteps, every, schedule.sigmas)
   if karras:
     ends = schedule.sigmas[[-1, 0]] if sampler == 'dpmpp_2m' else sigmas[[0, -1]]
     sigmas = _karras(*ends.astype(np.float64), steps)
-    timesteps = np.interp(sigmas, schedule.sigmas, whole)
+    timesteps = np.interp(sigmas, schedule.sigmas, every)
   last = _last_sigma(schedule, timesteps[-1], steps) if sampler == 'ddim' else 0.0
   unit_variance = sampler in ('ddim', 'dpmpp_2m', 'lcm') or spacing == 'leading'
   initial_scale = np.sqrt(sigmas[0] ** 2 + 1) if unit_variance else sigmas[0]

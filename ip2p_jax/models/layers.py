@@ -90,10 +90,10 @@ def _times_backward(inputs, grad):
 
 
 def _kernel_gradient(x, grad):
-  whole = lambda x, grad: jnp.einsum('...c,...d->cd', x, grad)
+  direct = lambda x, grad: jnp.einsum('...c,...d->cd', x, grad)
   # On a CPU, XLA is three times slower over several axes; on a TPU, flattening would copy data.
-  flat = lambda *both: whole(*(y.reshape(-1, y.shape[-1]) for y in both))
-  return jax.lax.platform_dependent(x, grad, cpu=flat, default=whole)
+  flat = lambda *both: direct(*(y.reshape(-1, y.shape[-1]) for y in both))
+  return jax.lax.platform_dependent(x, grad, cpu=flat, default=direct)
 
 
 _times.defvjp(_times_forward, _times_backward)

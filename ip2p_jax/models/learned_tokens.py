@@ -58,9 +58,9 @@ def learned_tokens(files: Mapping[str, bytes], source: str = 'tokenizer') -> lis
   taken = {number: content for content, number in vocabulary.items()}
   learned = [token for token in tokens.values() if token.content not in vocabulary]
   for token in learned:
-    other = taken.setdefault(token.id, token.content)
-    if other != token.content:
-      raise InputError(f'{source}: the tokens {other!r} and {token.content!r} have the same id, '
+    first = taken.setdefault(token.id, token.content)
+    if first != token.content:
+      raise InputError(f'{source}: the tokens {first!r} and {token.content!r} have the same id, '
                        f'{token.id}; save the tokenizer again.')  # fmt: skip
   return sorted(learned)
 

@@ -209,7 +209,7 @@ def _rope(config, name):
                      f'{", ".join(ROPE_TYPES)}.')  # fmt: skip
   _check_fixed(values, where)
   both = [config.get(key) or {} for key in ('rope_parameters', 'rope_scaling')]
-  if not all(isinstance(one, Mapping) for one in both):
+  if not all(isinstance(value, Mapping) for value in both):
     raise InputError(f'{name}: rope_parameters and rope_scaling have to be objects.')
   theta = (config.get('rope_parameters') or values).get('rope_theta') or config.get('rope_theta')
   rope = {

@@ -241,8 +241,8 @@ def from_open_clip(tensors: Mapping[str, np.ndarray], num_layers: int | None = N
   fused = [name for name in names if re.search(r'\.attn\.in_proj_(weight|bias)$', name)]
   places = {ldm: ours for ours, ldm in _open_clip_places(count).items()}
   rest = [name for name in names if name not in fused]
-  found = renamed(tensors, _translated(rest, places, 'text_encoder'))
-  makers = {name: lambda name=name: found[name] for name in found}
+  result = renamed(tensors, _translated(rest, places, 'text_encoder'))
+  makers = {name: lambda name=name: result[name] for name in result}
   for name in fused:
     head, kind = f'text_model.encoder.layers.{_resblock(name)}.self_attn', name.split('_')[-1]
     for i, part in enumerate('qkv'):
@@ -258,8 +258,8 @@ def to_open_clip(tensors: Mapping[str, np.ndarray]) -> Tensors:
   fused = {name: match for name in tensors if (match := query.fullmatch(name))}
   rest = [name for name in tensors if name not in fused]
   places = _open_clip_places(len(rest))  # more layers than there can be
-  found = renamed(tensors, _translated(rest, places, 'text_encoder'))
-  makers = {name: lambda name=name: found[name] for name in found}
+  result = renamed(tensors, _translated(rest, places, 'text_encoder'))
+  makers = {name: lambda name=name: result[name] for name in result}
 
   def joined(head, kind):
     return np.concatenate([tensors[f'{head}.{part}_proj.{kind}'] for part in 'qkv'])

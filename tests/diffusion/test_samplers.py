@@ -247,8 +247,8 @@ def test_karras_run_agrees_with_diffusers_asked_at_our_timesteps(rng, sampler):
 
 @pytest.mark.parametrize('sampler', SAMPLERS)
 def test_a_run_from_a_later_step_is_that_of_the_rest_of_the_grid(rng, sampler):
-  whole = noise_levels(Schedule(), sampler, 8)
-  rest = whole._replace(sigmas=whole.sigmas[3:], timesteps=whole.timesteps[3:])
+  full = noise_levels(Schedule(), sampler, 8)
+  rest = full._replace(sigmas=full.sigmas[3:], timesteps=full.timesteps[3:])
   latents, init = rng.standard_normal((2, *SHAPE), np.float32)
   noises = jnp.asarray(rng.standard_normal((8, *SHAPE), np.float32))
   denoise = denoiser(lambda x, t: network(x, t, jnp), Schedule())
@@ -258,9 +258,9 @@ def test_a_run_from_a_later_step_is_that_of_the_rest_of_the_grid(rng, sampler):
     step = SAMPLERS[sampler](denoise, grid)
     return samplers.walk(lambda state, i: step(state, i, noises[i]), grid, state)[0]
 
-  later = samplers.begin_at(whole, 3)
+  later = samplers.begin_at(full, 3)
   state = samplers.noisy_state(later, latents, init)
-  np.testing.assert_allclose(state[0], latents + whole.sigmas[3] * init, rtol=1e-6)
+  np.testing.assert_allclose(state[0], latents + full.sigmas[3] * init, rtol=1e-6)
   expected = np.asarray(run(rest, state, noises[3:]))
   assert_relative(np.asarray(run(later, state, noises)), expected, 1e-6)
   assert samplers.steps_of(later) == range(3, 8)

@@ -50,9 +50,9 @@ def opened(path):
   return image
 
 
-def difference(one, other):
+def difference(a, b):
   """In levels of 255, on average."""
-  return np.abs(pixels(one) - pixels(other)).mean()
+  return np.abs(pixels(a) - pixels(b)).mean()
 
 
 def write(image, path, **options):
@@ -199,8 +199,8 @@ def test_transparency_is_no_colour(tmp_path, photo):
 
 @pytest.mark.parametrize('profile', [None, 'sRGB'])
 def test_srgb_by_any_name_is_not_touched(tmp_path, photo, profile):
-  made = {'lcms': ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes()}
-  for content in (profiles.ALL['sRGB'], made['lcms']) if profile else (None,):
+  variants = {'lcms': ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes()}
+  for content in (profiles.ALL['sRGB'], variants['lcms']) if profile else (None,):
     photo.info = {'icc_profile': content} if content else {}
     original = images.read(write(photo, tmp_path / 'in.png'))
     assert original.info == photo.info
@@ -296,9 +296,9 @@ def test_cmyk_shows_an_edit_as_well_as_its_inks_can(tmp_path, photo, press):
 def test_a_soft_mask_mixes_between_the_images_own_numbers(photo):
   original = images.plain(profiles.tagged(photo, 'CMYK'))
   edited = negative(images.to_array(original, photo.size))
-  whole = pixels(images.restore(edited, original))
+  full = pixels(images.restore(edited, original))
   mixed = pixels(images.restore(edited, original, np.full((48, 64), 0.5, np.float32)))
-  assert np.abs(mixed - (whole + pixels(original)) / 2).max() <= 0.5
+  assert np.abs(mixed - (full + pixels(original)) / 2).max() <= 0.5
 
 
 def test_a_profile_without_a_way_back_leads_to_srgb(tmp_path, photo):
@@ -330,9 +330,9 @@ def test_a_profile_that_cannot_be_read_is_one_warning_that_names_the_file(tmp_pa
   own = photo.convert(mode)
   own.info = {'icc_profile': profile}
   write(own, tmp_path / 'odd.tif')
-  with warnings.catch_warnings(record=True, action='always') as heard:
+  with warnings.catch_warnings(record=True, action='always') as caught:
     original = images.read(tmp_path / 'odd.tif')
-  (warning,) = heard
+  (warning,) = caught
   assert str(warning.message).startswith(f'{tmp_path}/odd.tif: its colour profile ')
   assert str(warning.message).endswith('its colours are taken as sRGB')
   assert original.info == {} and original.tobytes() == own.convert('RGB').tobytes()
@@ -342,8 +342,8 @@ def test_a_profile_that_cannot_be_read_is_one_warning_that_names_the_file(tmp_pa
   expected = own.convert('RGB').resize((48, 48), Image.Resampling.LANCZOS)
   assert difference(examples.picture(encoded, 48, 'squash'), expected) == 0
   row = Row('row 3', ('go',), (Pair(encoded, encoded),), False)
-  found = check._pictures(row, type('Tokenizer', (), {'cut_off': lambda self, text: ''})())
-  assert sum('picture: its colour profile' in text for _, text in found.warnings) == 2
+  report = check._pictures(row, type('Tokenizer', (), {'cut_off': lambda self, text: ''})())
+  assert sum('picture: its colour profile' in text for _, text in report.warnings) == 2
 
 
 def test_adobe_rgb_of_a_cameras_exif_is_read_and_written_as_a_profile(tmp_path, photo):
@@ -381,7 +381,7 @@ SRGB_CHRM = struct.pack('>8I', 31270, 32900, 64000, 33000, 30000, 60000, 15000, 
 
 
 @pytest.mark.parametrize(
-  ('chunks', 'told'),
+  ('chunks', 'named'),
   [
     ({'gAMA': struct.pack('>I', 45455), 'cHRM': SRGB_CHRM}, None),
     ({'gAMA': struct.pack('>I', 100000), 'sRGB': b'\0'}, None),
@@ -392,13 +392,14 @@ SRGB_CHRM = struct.pack('>8I', 31270, 32900, 64000, 33000, 30000, 60000, 15000, 
   ],
   ids=str,
 )
-def test_colours_told_by_chunks_of_png_are_not_read_and_it_is_said(tmp_path, photo, chunks, told):
+def test_colours_told_by_chunks_of_png_are_not_read_and_it_is_said(tmp_path, photo, chunks, named):
   path = png_with(photo, tmp_path / 'chunks.png', **chunks)
-  with warnings.catch_warnings(record=True, action='always') as heard:
+  with warnings.catch_warnings(record=True, action='always') as caught:
     original = images.read(path)
   assert difference(original, photo) == 0 and original.info == {}
-  assert len(heard) == (told is not None)
-  assert all('chunks.png' in str(one.message) and told in str(one.message) for one in heard)
+  assert len(caught) == (named is not None)
+  messages = [str(warning.message) for warning in caught]
+  assert all('chunks.png' in message and named in message for message in messages)
 
 
 # Everything else that reads images.
@@ -432,8 +433,8 @@ def test_a_pair_is_compared_in_one_space_whatever_its_files_are(photo):
   files = jpeg(profiles.tagged(photo, 'sRGB')), jpeg(profiles.tagged(photo, 'CMYK'))
   framing = Framing(48, resize='squash')
   row = Row('row', ('keep it',), (Pair(*files),), False)
-  made = examples.example(row, None, framing, lambda texts: np.zeros((1, 1), np.int32))
-  assert difference(made['input_image'], made['edited_image']) < 1.5
+  example = examples.example(row, None, framing, lambda texts: np.zeros((1, 1), np.int32))
+  assert difference(example['input_image'], example['edited_image']) < 1.5
 
 
 def test_a_mask_counts_by_the_brightness_that_is_seen(tmp_path):
@@ -478,10 +479,10 @@ def test_exif_and_dpi_are_kept_and_the_turn_is_not_made_twice(tmp_path, photo, s
   result = images.restore(images.to_array(original, (48, 64)), original)
   images.save(result, tmp_path / f'out.{target}', {'seed': 1})
   with Image.open(tmp_path / f'out.{target}') as written:
-    found = written.getexif()
-    camera, place = found.get_ifd(IFD.Exif), found.get_ifd(IFD.GPSInfo)
-    assert (found[B.Make], found[B.Copyright]) == ('Camera', 'someone')
-    assert found.get(B.Orientation, 1) == 1
+    tags = written.getexif()
+    camera, place = tags.get_ifd(IFD.Exif), tags.get_ifd(IFD.GPSInfo)
+    assert (tags[B.Make], tags[B.Copyright]) == ('Camera', 'someone')
+    assert tags.get(B.Orientation, 1) == 1
     assert (camera[B.DateTimeOriginal], camera[B.ISOSpeedRatings]) == ('2026:01:02 03:04:05', 200)
     assert place[1] == 'N' and [float(part) for part in place[2]] == [48, 51, 30]
     assert not {B.MakerNote, B.ExifImageWidth} & set(camera)
@@ -528,8 +529,8 @@ def test_heic_is_named_and_what_to_do(tmp_path, brand):
 def test_the_miniatures_edits_are_the_same_in_all_colours_and_kept_outside_a_mask(tmp_path):
   import world
 
-  one = world.example(11, 'test')
-  scene = Image.fromarray(world.picture(one.scene))
+  example = world.example(11, 'test')
+  scene = Image.fromarray(world.picture(example.scene))
   mask = Image.new('L', scene.size)
   mask.paste(255, (0, 0, 64, 32))
   mask.save(tmp_path / 'mask.png')
@@ -539,7 +540,7 @@ def test_the_miniatures_edits_are_the_same_in_all_colours_and_kept_outside_a_mas
   for name, file in files.items():
     write(profiles.tagged(scene, name), file)
   editor = Editor.load(dtype='float32')
-  made = {}
+  results = {}
   for name, file in ({'plain': tmp_path / 'plain.png'} | files).items():
     jobs = plan_jobs(
       file, tmp_path / f'out-{name}{file.suffix}',
@@ -548,15 +549,15 @@ def test_the_miniatures_edits_are_the_same_in_all_colours_and_kept_outside_a_mas
     )  # fmt: skip
     options = {'steps': 8, 'sampler': bundled.SAMPLER}
     ((job, result),) = run_jobs(
-      editor, jobs, one.instruction, resolution=64, batch_size=1,
+      editor, jobs, example.instruction, resolution=64, batch_size=1,
       mask=tmp_path / 'mask.png', options=options,
     )  # fmt: skip
     images.save(result, job.output, {})
-    made[name] = opened(job.output)
-  assert difference(made['plain'], scene) > 1  # it is an edit
-  assert difference(made['sRGB'], made['plain']) == 0
+    results[name] = opened(job.output)
+  assert difference(results['plain'], scene) > 1  # it is an edit
+  assert difference(results['sRGB'], results['plain']) == 0
   for name, file in files.items():
-    assert difference(profiles.as_seen(made[name]), made['plain']) < 2, name
-    assert made[name].mode == opened(file).mode
-    assert (pixels(made[name])[32:] == pixels(opened(file))[32:]).all(), name
-    assert made[name].info['icc_profile'] == profiles.ALL[name]
+    assert difference(profiles.as_seen(results[name]), results['plain']) < 2, name
+    assert results[name].mode == opened(file).mode
+    assert (pixels(results[name])[32:] == pixels(opened(file))[32:]).all(), name
+    assert results[name].info['icc_profile'] == profiles.ALL[name]

@@ -40,7 +40,7 @@ def test_what_is_no_rule_is_one_sentence_that_shows_how(text):
 
 
 @pytest.mark.parametrize(
-  'name, text, known, value',
+  'name, text, current, value',
   [
     ('log.profile', '100,5', (0, 0), (100, 5)),
     ('log.profile', '(100, 5)', (0, 0), (100, 5)),
@@ -51,13 +51,13 @@ def test_what_is_no_rule_is_one_sentence_that_shows_how(text):
     ('data.path', 'a=3,b=1', '', 'a=3,b=1'),
   ],
 )
-def test_a_value_is_of_its_settings_type(name, text, known, value):
-  found = parse(name, text, known)
-  assert found == value and type(found) is type(value)
+def test_a_value_is_of_its_settings_type(name, text, current, value):
+  result = parse(name, text, current)
+  assert result == value and type(result) is type(value)
 
 
 @pytest.mark.parametrize(
-  'name, text, known',
+  'name, text, current',
   [
     ('log.profile', '100', (0, 0)),
     ('log.profile', '1,2,3', (0, 0)),
@@ -69,21 +69,21 @@ def test_a_value_is_of_its_settings_type(name, text, known, value):
     ('optimizer.learning_rate', 'True', 1e-4),
   ],
 )
-def test_a_value_of_another_type_names_the_setting(name, text, known):
+def test_a_value_of_another_type_names_the_setting(name, text, current):
   with pytest.raises(InputError, match=re.escape(f'{name} takes ')):
-    parse(name, text, known)
+    parse(name, text, current)
 
 
 def changed(kind, **values):
   """A config with settings changed; '__' stands for the dot."""
-  made = kind()
+  config = kind()
   for name, value in values.items():
     *sections, knob = name.split('__')
-    owner = made
+    owner = config
     for section in sections:
       owner = getattr(owner, section)
     setattr(owner, knob, value)
-  return made
+  return config
 
 
 BOTH = (TrainConfig, LanguageConfig)
@@ -109,13 +109,13 @@ INERT = [
 @pytest.mark.parametrize('kinds, values, message', INERT)
 def test_a_setting_that_cannot_act_is_refused(kinds, values, message):
   for kind in kinds if isinstance(kinds, tuple) else (kinds,):
-    made = changed(kind, **values)
+    config = changed(kind, **values)
     with pytest.raises(InputError, match=message):
       if kind is TrainConfig:
-        check_values(made)
+        check_values(config)
       else:
-        made.checkpoint = made.data.path = 'x'
-        check_language(made)
+        config.checkpoint = config.data.path = 'x'
+        check_language(config)
 
 
 def test_what_is_switched_off_as_a_whole_is_no_mistake():
@@ -136,32 +136,32 @@ SWITCHED = [  # (what a file sets, what was set for one run, what is left of the
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize('in_file, given, left', SWITCHED)
+@pytest.mark.parametrize('in_file, changes, left', SWITCHED)
 def test_what_a_file_sets_goes_with_what_was_switched_off_for_one_run(
-  in_file, given, left, tmp_path
+  in_file, changes, left, tmp_path
 ):
   file = tmp_path / 'config.py'
 
   def write(settings):
-    made = [f'  config.{name} = {value!r}' for name, value in settings.items()]
+    lines = [f'  config.{name} = {value!r}' for name, value in settings.items()]
     head = [
       'from ip2p_jax.config import TrainConfig',
       'def get_config():',
       '  config = TrainConfig()',
     ]
-    file.write_text('\n'.join([*head, *made, '  return config', '']))
+    file.write_text('\n'.join([*head, *lines, '  return config', '']))
 
   def loaded(settings):
     return load_config(file, [f'{name}={value}' for name, value in settings.items()])
 
   write(in_file)
-  found = loaded(given)
-  check_values(found)
-  assert dict(knobs(found)) == dict(knobs(TrainConfig())) | given | left
+  config = loaded(changes)
+  check_values(config)
+  assert dict(knobs(config)) == dict(knobs(TrainConfig())) | changes | left
   (name,) = left  # also set for this run, it is a mistake; as it is if the file has both
   with pytest.raises(InputError, match=f'{name} .* does nothing'):
-    check_values(loaded({name: in_file[name]} | given))
-  write(in_file | given)
+    check_values(loaded({name: in_file[name]} | changes))
+  write(in_file | changes)
   with pytest.raises(InputError, match=f'{name} .* does nothing'):
     check_values(loaded({}))
 

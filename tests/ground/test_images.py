@@ -39,8 +39,8 @@ def test_a_folder_gives_its_images_sorted_by_name(tmp_path):
   for name in ('b.PNG', 'a.jpeg', 'c.tiff', 'd.Webp', '.hidden.png', 'notes.txt', 'e.gif.part'):
     (tmp_path / name).touch()
   (tmp_path / 'folder.png').mkdir()
-  found = [path.name for path in images.find_images(tmp_path)]
-  assert found == ['a.jpeg', 'b.PNG', 'c.tiff', 'd.Webp']
+  names = [path.name for path in images.find_images(tmp_path)]
+  assert names == ['a.jpeg', 'b.PNG', 'c.tiff', 'd.Webp']
 
 
 def test_a_file_gives_itself_whatever_its_name(tmp_path):
@@ -250,11 +250,11 @@ def test_an_rgb_colour_profile_travels_with_the_image(tmp_path, rng):
 
 @pytest.mark.parametrize('extension', ['png', 'jpg', 'webp', 'bmp', 'gif', 'tif'])
 def test_a_file_cut_short_is_refused(tmp_path, rng, extension):
-  whole, half = tmp_path / f'whole.{extension}', tmp_path / f'half.{extension}'
-  noise_image(rng, 64, 64).save(whole)
-  assert images.read(whole).size == (64, 64)
+  full, half = tmp_path / f'whole.{extension}', tmp_path / f'half.{extension}'
+  noise_image(rng, 64, 64).save(full)
+  assert images.read(full).size == (64, 64)
   for share in (0.3, 0.6, 0.9):
-    half.write_bytes(whole.read_bytes()[: int(whole.stat().st_size * share)])
+    half.write_bytes(full.read_bytes()[: int(full.stat().st_size * share)])
     with pytest.raises(InputError, match=f'half.{extension} '):
       images.read(half)
 
@@ -318,7 +318,7 @@ def test_a_rectangle_keeps_its_aspect_within_half_a_multiple(rng, multiple):
 
 
 @pytest.mark.parametrize(
-  ('given', 'expected'),
+  ('arguments', 'expected'),
   [
     ((640, 480, 512), (512, 384)),
     ((1920, 1080, 512), (512, 288)),
@@ -329,8 +329,8 @@ def test_a_rectangle_keeps_its_aspect_within_half_a_multiple(rng, multiple):
     ((1000, 1000, 500, 64), (512, 512)),
   ],
 )
-def test_working_sizes_by_hand(given, expected):
-  assert images.working_size(*given) == expected
+def test_working_sizes_by_hand(arguments, expected):
+  assert images.working_size(*arguments) == expected
 
 
 def test_a_resolution_of_nothing_is_refused():
@@ -519,8 +519,8 @@ def test_a_jpeg_keeps_fine_colour(tmp_path):
   stripes[:, ::2] = (255, 0, 0)
   stripes[:, 1::2] = (0, 0, 255)
   images.save(Image.fromarray(stripes), tmp_path / 'stripes.jpg', {})
-  kept = np.asarray(images.read(tmp_path / 'stripes.jpg')).astype(int)
-  assert np.abs(kept - stripes).max() < 16  # halved colour resolution gives over 100
+  decoded = np.asarray(images.read(tmp_path / 'stripes.jpg')).astype(int)
+  assert np.abs(decoded - stripes).max() < 16  # halved colour resolution gives over 100
   Image.fromarray(stripes).save(tmp_path / 'reference.jpg', quality=95)
   with Image.open(tmp_path / 'stripes.jpg') as a, Image.open(tmp_path / 'reference.jpg') as b:
     assert a.quantization == b.quantization

@@ -20,10 +20,10 @@ from ip2p_jax.xla_alarms import left_out, quietly, without_alarms
 WAIT = xla_alarms.SOONEST + 0.3
 
 
-def alarmed(*said):
+def alarmed(*extra):
   """As a compiler that takes long, and writes the alarm amid lines of others."""
   time.sleep(WAIT)
-  for text in (b'before\n', SLOW, ERROR, *said, SLOW, b'after\n'):
+  for text in (b'before\n', SLOW, ERROR, *extra, SLOW, b'after\n'):
     os.write(2, text)
   return 'compiled'
 
@@ -114,10 +114,10 @@ def test_the_last_words_are_shown_however_it_ends(end, status):
   code = RAISES.format(wait=WAIT, end=end)
   done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
   assert done.returncode == status
-  said = done.stderr.splitlines()
-  assert said[0].endswith('xla.cc:1] the last words')
+  lines = done.stderr.splitlines()
+  assert lines[0].endswith('xla.cc:1] the last words')
   if status == 1:
-    assert said[1].startswith('Traceback') and said[-1] == 'ValueError: refused'
+    assert lines[1].startswith('Traceback') and lines[-1] == 'ValueError: refused'
 
 
 def test_the_beginning_of_a_line_is_shown_before_its_end():
@@ -133,14 +133,14 @@ def test_the_beginning_of_a_line_is_shown_before_its_end():
 
 
 def test_what_somebody_else_made_of_stderr_meanwhile_stays(capfd, tmp_path):
-  kept = os.dup(2)
+  stderr = os.dup(2)
   with (tmp_path / 'log').open('w') as file, left_out():
     time.sleep(WAIT)
     os.write(2, b'ours\n')
     os.dup2(file.fileno(), 2)
   os.write(2, b'theirs\n')
-  os.dup2(kept, 2)
-  os.close(kept)
+  os.dup2(stderr, 2)
+  os.close(stderr)
   assert capfd.readouterr().err == 'ours\n' and (tmp_path / 'log').read_text() == 'theirs\n'
 
 
@@ -194,10 +194,10 @@ def test_compiling_for_a_device_that_is_not_there_leaves_alarms_out(capfd):
 
 
 @pytest.mark.parametrize('alarm', [SLOW, FOLDING])
-@pytest.mark.parametrize('other', [ERROR, b'a warning\nof two lines\n', b''])
-def test_alarms_are_left_out_and_nothing_else(alarm, other):
-  lines = (other + alarm + other).splitlines(keepends=True)
-  assert b''.join(without_alarms(lines)) == other + other
+@pytest.mark.parametrize('rest', [ERROR, b'a warning\nof two lines\n', b''])
+def test_alarms_are_left_out_and_nothing_else(alarm, rest):
+  lines = (rest + alarm + rest).splitlines(keepends=True)
+  assert b''.join(without_alarms(lines)) == rest + rest
 
 
 def test_an_error_amid_an_alarm_is_kept():

@@ -42,8 +42,8 @@ def test_attention_can_be_differentiated_in_blocks(rng):
   ours = jax.jit(jax.grad(loss, (0, 1, 2)))(q, k, v)
   theirs = [torch.from_numpy(x).transpose(1, 2).requires_grad_() for x in (q, k, v)]
   (torch.nn.functional.scaled_dot_product_attention(*theirs) ** 2).sum().backward()
-  for mine, other in zip(ours, theirs, strict=True):
-    assert relative_error(mine, other.grad.transpose(1, 2)) <= 1e-5
+  for gradient, tensor in zip(ours, theirs, strict=True):
+    assert relative_error(gradient, tensor.grad.transpose(1, 2)) <= 1e-5
 
 
 def test_a_large_attention_never_holds_all_its_scores_on_a_cpu(rng):
@@ -229,5 +229,6 @@ def test_what_the_tpu_kernel_needs_backwards_is_kept(rng, capsys):
   q, k, v = qkv(rng, (1, 128, 1, 16), 'float32')
   layer = REMATS['convdot'](lambda q, k, v: splash(jnp.sin(q), k, v))
   print_saved_residuals(lambda *args: layer(*args).sum(), q, k, v)
-  kept = [line.split()[0] for line in capsys.readouterr().out.splitlines() if 'output of' in line]
-  assert kept == ['f32[1,1,128,16]', 'f32[1,1,128]']  # the result, and the sums of its softmax
+  lines = capsys.readouterr().out.splitlines()
+  residuals = [line.split()[0] for line in lines if 'output of' in line]
+  assert residuals == ['f32[1,1,128,16]', 'f32[1,1,128]']  # the result, and the sums of its softmax

@@ -31,11 +31,11 @@ class Pair:
 
   def __init__(self, kind):
     self.kind = kind
-    made = tiny_llamas.checkpoint(kind)
-    self.config = LlamaConfig.from_json(made.config)
+    source = tiny_llamas.checkpoint(kind)
+    self.config = LlamaConfig.from_json(source.config)
     make = lambda keys: Llama(self.config, rngs=keys)
     definition, shapes = abstract(make)
-    self.params = jax.device_put(reference.names.to_params(made.tensors, shapes, 'language'))
+    self.params = jax.device_put(reference.names.to_params(source.tensors, shapes, 'language'))
     self.run = jax.jit(lambda params, *inputs: nnx.merge(definition, params)(*inputs))
 
   @functools.cached_property
@@ -67,20 +67,20 @@ def close(ours, theirs):
 
 
 def test_logits_are_those_of_transformers(pair, tokens):
-  found = pair.run(pair.params, tokens)
-  assert found.dtype == np.float32
-  close(found, pair.logits(tokens))
+  logits = pair.run(pair.params, tokens)
+  assert logits.dtype == np.float32
+  close(logits, pair.logits(tokens))
 
 
 def test_with_a_cache_logits_are_the_same_token_by_token(pair, tokens):
   expected = pair.logits(tokens)
   cache = llama.empty_cache(pair.config, B, N + 10, jnp.float32)
   places = np.broadcast_to(np.arange(N, dtype=np.int32), (B, N))
-  found, cache = pair.run(pair.params, tokens[:, :50], places[:, :50], cache)
-  close(found, expected[:, :50])
+  logits, cache = pair.run(pair.params, tokens[:, :50], places[:, :50], cache)
+  close(logits, expected[:, :50])
   for n in range(50, N):
-    found, cache = pair.run(pair.params, tokens[:, n : n + 1], places[:, n : n + 1], cache)
-    close(found[:, 0], expected[:, n])
+    logits, cache = pair.run(pair.params, tokens[:, n : n + 1], places[:, n : n + 1], cache)
+    close(logits[:, 0], expected[:, n])
 
 
 @pytest.mark.parametrize('side', ['left', 'right'])
@@ -93,13 +93,13 @@ def test_padding_changes_nothing(small, tokens, side, rng):
     padded[b, begin : begin + length] = tokens[b, :length]
     positions[b, begin : begin + length] = np.arange(length)
   cache = llama.empty_cache(small.config, B, 80, jnp.float32)
-  for found in (
+  for logits in (
     small.run(small.params, padded, positions),
     small.run(small.params, padded, positions, cache)[0],
   ):
-    assert np.isfinite(found).all()
+    assert np.isfinite(logits).all()
     for b, length in enumerate(lengths):
-      close(found[b][positions[b] >= 0], small.logits(tokens[b : b + 1, :length])[0])
+      close(logits[b][positions[b] >= 0], small.logits(tokens[b : b + 1, :length])[0])
 
 
 def test_padding_leaves_the_cache_alone(small, tokens):
@@ -149,10 +149,10 @@ def test_gradients_are_those_of_transformers(small, tokens):
 def test_weights_of_half_precision_compute_in_it_and_answer_in_float32(small, tokens):
   half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), small.params)
   cache = llama.empty_cache(small.config, B, N, jnp.bfloat16)
-  found, cache = small.run(half, tokens, None, cache)
-  assert found.dtype == jnp.float32
+  logits, cache = small.run(half, tokens, None, cache)
+  assert logits.dtype == jnp.float32
   assert {leaf.dtype for leaf in jax.tree.leaves(cache)} == {jnp.dtype(jnp.bfloat16)}
-  assert reference.relative_error(found, small.logits(tokens)) < 0.05
+  assert reference.relative_error(logits, small.logits(tokens)) < 0.05
 
 
 def test_a_config_says_the_same_in_the_words_of_transformers_4_and_5():

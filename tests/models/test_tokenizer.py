@@ -75,8 +75,8 @@ def in_layout(layout, files):
   """The files as versions of transformers have written them: 5, from 4.34 on, and before that."""
   if layout == 'tokenizer.json':
     return files
-  one = json.loads(files['tokenizer.json'])
-  noted = {x['content']: x for x in one['added_tokens'] if x['id'] > 49407}
+  content = json.loads(files['tokenizer.json'])
+  noted = {x['content']: x for x in content['added_tokens'] if x['id'] > 49407}
   old = clip_tokenizer() | {
     'added_tokens.json': json.dumps({name: x['id'] for name, x in noted.items()}).encode(),
   }

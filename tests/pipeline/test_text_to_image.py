@@ -134,11 +134,11 @@ def test_other_texts_scales_seeds_and_strengths_compile_nothing(model, photos):
 
 def test_step_by_step_it_is_the_same_and_only_steps_that_are_left_count(model, photos):
   seen = []
-  whole = small(model, images=photos[:1], strength=0.5)
+  expected = small(model, images=photos[:1], strength=0.5)
   counted = small(
     model, images=photos[:1], strength=0.5, progress=lambda *numbers: seen.append(numbers)
   )
-  assert reference.relative_error(counted.latents, np.asarray(whole.latents)) <= 1e-5
+  assert reference.relative_error(counted.latents, np.asarray(expected.latents)) <= 1e-5
   assert seen == [(0, 1), (1, 1)]
 
 

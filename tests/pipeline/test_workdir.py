@@ -70,14 +70,14 @@ def saved(workdir, state, step=1, extras=None):
 
 def restored(workdir, target):
   run = Checkpoints(workdir)
-  found = run.restore(target)
+  result = run.restore(target)
   run.close()
-  return found
+  return result
 
 
-def assert_same(found, wanted):
-  assert jax.tree.structure(found) == jax.tree.structure(wanted)
-  for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+def assert_same(tree, wanted):
+  assert jax.tree.structure(tree) == jax.tree.structure(wanted)
+  for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(wanted), strict=True):
     np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
@@ -87,8 +87,8 @@ def assert_same(found, wanted):
 def test_what_is_saved_comes_back_to_the_bit(tmp_path, rng):
   state = state_of(small_params(rng))
   saved(tmp_path, state, 3, {'seconds': 1.5, 'note': 'ä'})
-  found, extras = restored(tmp_path, target_of(state))
-  assert_same(found, state)
+  result, extras = restored(tmp_path, target_of(state))
+  assert_same(result, state)
   assert extras == {'seconds': 1.5, 'note': 'ä'}
 
 
@@ -152,8 +152,8 @@ def test_a_run_goes_on_with_other_devices(tmp_path, rng, meshes):
 def test_what_was_half_written_is_ignored_and_cleared(tmp_path, rng):
   state = state_of(small_params(rng))
   saved(tmp_path, state, 1)
-  whole, part = tmp_path / 'checkpoints/1', tmp_path / 'checkpoints/9.orbax-checkpoint-tmp'
-  subprocess.run(['cp', '-r', whole, part], check=True)
+  full, part = tmp_path / 'checkpoints/1', tmp_path / 'checkpoints/9.orbax-checkpoint-tmp'
+  subprocess.run(['cp', '-r', full, part], check=True)
   (part / 'state' / 'manifest.ocdbt').unlink()
   assert saved_steps(tmp_path) == [1]
   run = Checkpoints(tmp_path)
@@ -176,7 +176,7 @@ ADAPTERS = {'a.to_q.lora_down': (6, 2), 'a.to_q.lora_up': (2, 6)}
 
 
 @pytest.mark.parametrize(
-  'was, now, knob',
+  'was, now, setting',
   [
     (ADAPTERS, {'a.to_q.lora_down': (6, 3), 'a.to_q.lora_up': (3, 6)}, 'lora.rank'),
     (ADAPTERS, {'a.to_q.kernel': (6, 6)}, 'lora.rank'),
@@ -185,9 +185,9 @@ ADAPTERS = {'a.to_q.lora_down': (6, 2), 'a.to_q.lora_up': (2, 6)}
     ({'a.kernel': (2, 3)}, {'a.kernel': (4, 3)}, 'checkpoint'),
   ],
 )
-def test_a_state_that_does_not_fit_is_put_down_to_a_knob(tmp_path, rng, was, now, knob):
+def test_a_state_that_does_not_fit_is_put_down_to_a_knob(tmp_path, rng, was, now, setting):
   saved(tmp_path, state_of(small_params(rng, **was)))
-  with pytest.raises(InputError, match=f'checkpoints/1: .* set {knob} as it was') as caught:
+  with pytest.raises(InputError, match=f'checkpoints/1: .* set {setting} as it was') as caught:
     restored(tmp_path, target_of(state_of(small_params(rng, **now))))
   assert 'params/' in str(caught.value) and len(str(caught.value)) < 400 + len(str(tmp_path))
 
@@ -206,9 +206,9 @@ def test_whether_a_state_fits_can_be_asked_first_even_while_one_is_written(tmp_p
 def test_another_optimizer_is_put_down_to_the_optimizer(tmp_path, rng):
   params = small_params(rng)
   saved(tmp_path, state_of(params))
-  other = state_of(params) | {'opt_state': optax.sgd(0.1, momentum=0.9).init(params)}
+  state = state_of(params) | {'opt_state': optax.sgd(0.1, momentum=0.9).init(params)}
   with pytest.raises(InputError, match='set optimizer as it was'):
-    restored(tmp_path, target_of(other))
+    restored(tmp_path, target_of(state))
 
 
 FULL_DISK = """
@@ -432,13 +432,13 @@ def test_a_run_is_read_as_a_whole_checkpoint(tmp_path, start, unet):
   run_of(tmp_path, start, params)
   saved(tmp_path, placed(weights_of(params), 8, 4), 20)  # with however many devices
   for ema, offset in ((True, 1), (False, 0)):
-    found = read(tmp_path, ema)
-    assert found.configs == start.configs and found.tokenizer == start.tokenizer
-    assert found.tensors['unet'].keys() == start.tensors['unet'].keys()
-    for name, tensor in found.tensors['unet'].items():
+    checkpoint = read(tmp_path, ema)
+    assert checkpoint.configs == start.configs and checkpoint.tokenizer == start.tokenizer
+    assert checkpoint.tensors['unet'].keys() == start.tensors['unet'].keys()
+    for name, tensor in checkpoint.tensors['unet'].items():
       np.testing.assert_array_equal(tensor, 2 * start.tensors['unet'][name] + offset)
     for part in ('vae', 'text_encoder'):
-      assert_same(dict(found.tensors[part]), dict(start.tensors[part]))
+      assert_same(dict(checkpoint.tensors[part]), dict(start.tensors[part]))
 
 
 def test_frozen_weights_come_from_the_base(tmp_path, start, unet):
@@ -448,10 +448,10 @@ def test_frozen_weights_come_from_the_base(tmp_path, start, unet):
   base = load_base(tmp_path).tensors['unet']
   assert not any('attn2' in name for name in base)
   assert len(base) + len(trained) == len(unet)
-  found = read(tmp_path).tensors['unet']
+  tensors = read(tmp_path).tensors['unet']
   for name in start.tensors['unet']:
     wanted = np.ones_like if '.attn2.' in name else np.asarray
-    np.testing.assert_array_equal(found[name], wanted(start.tensors['unet'][name]))
+    np.testing.assert_array_equal(tensors[name], wanted(start.tensors['unet'][name]))
 
 
 def test_adapters_are_merged_and_can_be_read_alone(tmp_path, start, unet, rng):
@@ -460,9 +460,9 @@ def test_adapters_are_merged_and_can_be_read_alone(tmp_path, start, unet, rng):
   adapters = {name: value + np.float32(0.1) for name, value in adapters.items()}
   run_of(tmp_path, start, adapters, {'rank': 3, 'alpha': 1.5, 'targets': config.targets})
   assert load_base(tmp_path).tensors['unet'].keys() == start.tensors['unet'].keys()
-  found, found_config = read_adapters(tmp_path, ema=False)
-  assert found_config == config
-  assert_same(found, adapters)
+  adapters_read, config_read = read_adapters(tmp_path, ema=False)
+  assert config_read == config
+  assert_same(adapters_read, adapters)
   assert_same(read_adapters(tmp_path)[0], {k: v + 1 for k, v in adapters.items()})
   merged = parameters.unflatten(lora.merged(unet, adapters, config))
   merged_back = read(tmp_path, ema=False).tensors['unet']
@@ -545,9 +545,9 @@ def test_a_base_keeps_all_that_is_not_trained(tmp_path, start, unet, monkeypatch
   save_base(tmp_path, start, trained)
   base = load_base(tmp_path)
   assert base.configs == start.configs and base.tokenizer == start.tokenizer
-  kept = {name: x for name, x in start.tensors['unet'].items() if 'up_blocks' not in name}
-  assert 0 < len(kept) < len(unet)
-  assert_same(dict(base.tensors['unet']), kept)
+  fixed = {name: x for name, x in start.tensors['unet'].items() if 'up_blocks' not in name}
+  assert 0 < len(fixed) < len(unet)
+  assert_same(dict(base.tensors['unet']), fixed)
   assert_same(dict(base.tensors['vae']), dict(start.tensors['vae']))
   assert_same(dict(base.tensors['text_encoder']), dict(start.tensors['text_encoder']))
 
@@ -558,10 +558,10 @@ def test_a_base_is_float32(tmp_path, start):
     start.configs, start.tensors | {'vae': half}, start.tokenizer, start.source
   )
   save_base(tmp_path, checkpoint, ())
-  found = load_base(tmp_path).tensors['vae']
-  assert {tensor.dtype for tensor in found.values()} == {np.dtype(np.float32)}
+  tensors = load_base(tmp_path).tensors['vae']
+  assert {tensor.dtype for tensor in tensors.values()} == {np.dtype(np.float32)}
   name = 'quant_conv.bias'
-  np.testing.assert_array_equal(found[name], half[name].astype(np.float32))
+  np.testing.assert_array_equal(tensors[name], half[name].astype(np.float32))
 
 
 def test_a_base_that_was_cut_short_is_none_and_is_written_anew(tmp_path, start, monkeypatch):
@@ -597,10 +597,10 @@ def test_a_config_comes_back_and_differences_are_told(tmp_path):
   assert read_config(tmp_path) is None
   old = {'steps': 10, 'optimizer': {'learning_rate': 1e-4, 'rates': (('', 1.0),)}, 'path': 'a'}
   write_config(tmp_path, old)
-  found = read_config(tmp_path)
-  assert differences(found, old) == []
+  config = read_config(tmp_path)
+  assert differences(config, old) == []
   new = {'optimizer': {'learning_rate': 3e-5, 'rates': (('', 1.0),)}, 'path': 'b', 'seed': 1}
-  assert differences(found, new) == [
+  assert differences(config, new) == [
     'steps: 10 -> absent',
     'optimizer.learning_rate: 0.0001 -> 3e-05',
     'path: "a" -> "b"',
@@ -623,15 +623,15 @@ def test_a_bucket_without_its_library_is_one_line(monkeypatch):
 
 def test_a_run_is_converted_and_edits(tmp_path, start, unet):
   run_of(tmp_path / 'run', start, {name: x + 0 for name, x in unet.items()})
-  checkpoint, said = read(tmp_path / 'run', ema=False), []
-  convert_checkpoint(tmp_path / 'run', tmp_path / 'live', ema=False, verify=False, say=said.append)
-  assert said[0].startswith(f'read {tmp_path / "run"} (step 10): ')
+  checkpoint, lines = read(tmp_path / 'run', ema=False), []
+  convert_checkpoint(tmp_path / 'run', tmp_path / 'live', ema=False, verify=False, say=lines.append)
+  assert lines[0].startswith(f'read {tmp_path / "run"} (step 10): ')
   assert_same(
     dict(weights.read(tmp_path / 'live').tensors['unet']), dict(checkpoint.tensors['unet'])
   )
-  convert_checkpoint(tmp_path / 'run', tmp_path / 'ema.safetensors', verify=False, say=said.append)
-  found = weights.read(tmp_path / 'ema.safetensors').tensors['unet']
-  np.testing.assert_array_equal(found['conv_in.bias'], unet['conv_in.bias'] + 1)
+  convert_checkpoint(tmp_path / 'run', tmp_path / 'ema.safetensors', verify=False, say=lines.append)
+  tensors = weights.read(tmp_path / 'ema.safetensors').tensors['unet']
+  np.testing.assert_array_equal(tensors['conv_in.bias'], unet['conv_in.bias'] + 1)
   editor = Editor.load(tmp_path / 'run', ema=False)
   assert_same(parameters.flatten(editor.params['unet']), unet)
 

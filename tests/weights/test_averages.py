@@ -137,12 +137,12 @@ def test_an_average_that_was_the_live_weights_before_a_merge_is_known_by_what_is
 
 def test_an_average_of_another_model_is_not_taken(tmp_path, file, caplog):
   live, _ = trained(unet_of(file[1]), 1e-4, 20, 0.9999)
-  other = {
+  average = {
     name: array
     + np.float32(0.1) * np.random.default_rng(1).standard_normal(array.shape, np.float32)
     for name, array in live.items()
   }
-  assert np.array_equal(taken(save(tmp_path / 'x.safetensors', file, live, other)), live[FIRST])
+  assert np.array_equal(taken(save(tmp_path / 'x.safetensors', file, live, average)), live[FIRST])
   assert 'of their size' in caplog.text
 
 

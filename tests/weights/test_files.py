@@ -37,19 +37,19 @@ def arrays(rng):
   }
 
 
-def equal(found, wanted):
-  return found.keys() == wanted.keys() and all(
-    found[name].dtype == wanted[name].dtype
-    and found[name].tobytes() == wanted[name].tobytes()
-    and found[name].shape == wanted[name].shape
+def equal(tensors, wanted):
+  return tensors.keys() == wanted.keys() and all(
+    tensors[name].dtype == wanted[name].dtype
+    and tensors[name].tobytes() == wanted[name].tobytes()
+    and tensors[name].shape == wanted[name].shape
     for name in wanted
   )
 
 
 def test_what_is_written_reads_back(tmp_path, arrays):
   write_safetensors(tmp_path / 'a.safetensors', arrays, metadata={'who': 'me'})
-  found, metadata = read_tensors(tmp_path / 'a.safetensors')
-  assert equal(found, arrays)
+  tensors, metadata = read_tensors(tmp_path / 'a.safetensors')
+  assert equal(tensors, arrays)
   assert metadata == {'format': 'pt', 'who': 'me'}
 
 
@@ -68,9 +68,9 @@ def test_files_are_those_of_the_safetensors_library(tmp_path, arrays, dtype):
 
 def test_float64_is_read_and_written_as_asked(tmp_path):
   safetensors.numpy.save_file({'x': np.array([1 / 3])}, tmp_path / 'x.safetensors')
-  found, _ = read_tensors(tmp_path / 'x.safetensors')
-  assert found['x'].dtype == np.float64
-  write_safetensors(tmp_path / 'y.safetensors', found)
+  tensors, _ = read_tensors(tmp_path / 'x.safetensors')
+  assert tensors['x'].dtype == np.float64
+  write_safetensors(tmp_path / 'y.safetensors', tensors)
   assert read_tensors(tmp_path / 'y.safetensors')[0]['x'].dtype == np.float32
 
 
@@ -148,11 +148,11 @@ def test_a_torch_file_loses_its_nested_state_dict(tmp_path, rng):
   whole = torch.nn.Parameter(torch.ones(2, 3))
   nested = {'epoch': 3, 'state_dict': {'state_dict': {'half': half, 'whole': whole, 'step': 7}}}
   torch.save(nested, tmp_path / 'x.ckpt')
-  found, _ = read_tensors(tmp_path / 'x.ckpt')
-  assert set(found) == {'half', 'whole'}
-  assert found['half'].dtype == ml_dtypes.bfloat16
-  assert np.array_equal(found['half'].astype(np.float32), half.float().numpy())
-  assert np.array_equal(found['whole'], np.ones((2, 3), np.float32))
+  tensors, _ = read_tensors(tmp_path / 'x.ckpt')
+  assert set(tensors) == {'half', 'whole'}
+  assert tensors['half'].dtype == ml_dtypes.bfloat16
+  assert np.array_equal(tensors['half'].astype(np.float32), half.float().numpy())
+  assert np.array_equal(tensors['whole'], np.ones((2, 3), np.float32))
 
 
 def test_torch_files_from_before_zip_are_read(tmp_path):

@@ -160,10 +160,10 @@ def trees(checkpoint):
   return {part: abstract(part, checkpoint.configs[part]) for part in COMPONENTS}
 
 
-def assert_equal(found, wanted):
-  assert found.keys() == wanted.keys()
+def assert_equal(tensors, wanted):
+  assert tensors.keys() == wanted.keys()
   for name in wanted:
-    array = found[name]
+    array = tensors[name]
     assert (array.dtype, array.shape) == (wanted[name].dtype, wanted[name].shape), name
     assert array.tobytes() == wanted[name].tobytes(), name
 
@@ -223,11 +223,10 @@ def test_a_variant_is_read_where_asked_for(copied, modules, wanted):
     half.save_pretrained(copied / part, variant='fp16')
   half_conv = wanted['unet'][CONV_IN].astype(np.float16)
   assert weights.read(copied).tensors['unet'][CONV_IN].dtype == np.float32
-  found = weights.read(copied, variant='fp16')
-  assert {
-    found.tensors[part][name].dtype for part in COMPONENTS for name in found.tensors[part]
-  } == {np.dtype(np.float16)}
-  assert np.array_equal(found.tensors['unet'][CONV_IN], half_conv)
+  half_checkpoint = weights.read(copied, variant='fp16')
+  parts = half_checkpoint.tensors.values()
+  assert {tensors[name].dtype for tensors in parts for name in tensors} == {np.dtype(np.float16)}
+  assert np.array_equal(half_checkpoint.tensors['unet'][CONV_IN], half_conv)
   for plain in copied.rglob('*model.safetensors'):
     plain.unlink()
   assert np.array_equal(weights.read(copied).tensors['unet'][CONV_IN], half_conv)
@@ -288,8 +287,8 @@ def test_old_names_of_vae_attention_are_read(copied, wanted, as_convolution):
 def test_prediction_type_can_be_told(folder, ldm):
   for path in (folder, ldm):
     assert weights.read(path).configs['scheduler']['prediction_type'] == 'epsilon'
-    told = weights.read(path, prediction_type='v_prediction')
-    assert told.configs['scheduler']['prediction_type'] == 'v_prediction'
+    checkpoint = weights.read(path, prediction_type='v_prediction')
+    assert checkpoint.configs['scheduler']['prediction_type'] == 'v_prediction'
   with pytest.raises(InputError, match="prediction_type 'v' is unknown"):
     weights.read(folder, prediction_type='v')
 
@@ -298,8 +297,8 @@ def test_prediction_type_can_be_told(folder, ldm):
 
 
 def changed(tensors, **changes):
-  kept = {name: tensors[name] for name in tensors} | changes
-  return {name: array for name, array in kept.items() if array is not None}
+  result = {name: tensors[name] for name in tensors} | changes
+  return {name: array for name, array in result.items() if array is not None}
 
 
 def test_missing_tensors_are_named_and_counted(wanted, trees):
@@ -425,13 +424,13 @@ def test_the_pipeline_follows_from_the_input_channels(tmp_path, checkpoint, chan
   array = np.zeros((32, channels, 3, 3), np.float32)
   tensors = changed(checkpoint.tensors['unet'], **{CONV_IN: array})
   unet_config = checkpoint.configs['unet'] | {'in_channels': channels}
-  other = weights.Checkpoint(
+  widened = weights.Checkpoint(
     checkpoint.configs | {'unet': unet_config},
     checkpoint.tensors | {'unet': tensors},
     checkpoint.tokenizer,
     '',
   )
-  weights.write(other, tmp_path / 'x')
+  weights.write(widened, tmp_path / 'x')
   index = json.loads((tmp_path / 'x' / 'model_index.json').read_text())
   assert index['_class_name'] == pipeline
   assert f'import {pipeline}' in (tmp_path / 'x' / 'README.md').read_text()
@@ -450,8 +449,8 @@ def test_half_precision_is_written_under_its_name(tmp_path, checkpoint, wanted):
   loaded = diffusers.StableDiffusionInstructPix2PixPipeline.from_pretrained(
     tmp_path / 'x', variant='fp16', torch_dtype=torch.float16
   )
-  found = torch_tensors(loaded.unet)
-  assert_equal(found, {name: array.astype(np.float16) for name, array in wanted['unet'].items()})
+  tensors = torch_tensors(loaded.unet)
+  assert_equal(tensors, {name: array.astype(np.float16) for name, array in wanted['unet'].items()})
   with pytest.raises(InputError, match='variant fp16 with dtype float16'):
     weights.write(checkpoint, tmp_path / 'y', variant='fp16')
 
@@ -534,11 +533,11 @@ def test_ldm_to_ldm_is_byte_identical(tmp_path, ldm):
 
 
 def test_an_ldm_file_restores_configs_and_tokenizer(checkpoint, ldm, wanted):
-  found = weights.read(ldm)
-  assert found.configs == checkpoint.configs
-  assert found.tokenizer == checkpoint.tokenizer
+  result = weights.read(ldm)
+  assert result.configs == checkpoint.configs
+  assert result.tokenizer == checkpoint.tokenizer
   for part in COMPONENTS:
-    assert_equal(found.tensors[part], wanted[part])
+    assert_equal(result.tensors[part], wanted[part])
 
 
 def test_diffusers_reads_our_ldm_names_as_we_do(ldm, checkpoint, wanted):
@@ -557,8 +556,8 @@ def test_diffusers_reads_our_ldm_names_as_we_do(ldm, checkpoint, wanted):
 
 def test_the_way_up_stands_behind_attention_where_there_is_some(ldm):
   tensors = load_file(ldm)
-  found = {name.removeprefix(ldm_file.UNET) for name in tensors if name.endswith('conv.weight')}
-  assert {name for name in found if name.startswith('output_blocks')} == {
+  names = {name.removeprefix(ldm_file.UNET) for name in tensors if name.endswith('conv.weight')}
+  assert {name for name in names if name.startswith('output_blocks')} == {
     'output_blocks.2.1.conv.weight',
     'output_blocks.5.2.conv.weight',
   }
@@ -603,11 +602,11 @@ def test_the_average_of_the_first_convolution_has_the_original_name():
 
 
 def test_half_a_moving_average_is_an_error(tmp_path, ldm, wanted):
-  one = 'model.diffusion_model.out.2.bias'
+  name = 'model.diffusion_model.out.2.bias'
   path = altered(
     ldm,
     tmp_path / 'half.safetensors',
-    lambda tensors: tensors | {ldm_names.ema_name(one): tensors[one]},
+    lambda tensors: tensors | {ldm_names.ema_name(name): tensors[name]},
     weights.read_tensors(ldm)[1],
   )
   with pytest.raises(InputError, match=r'half\.safetensors: holds only part of a moving average'):
@@ -639,13 +638,13 @@ def test_a_ckpt_with_training_leftovers_is_read(tmp_path, ldm, wanted):
     key = f'embeddings.{name}_embedding.weight'
     state['cond_stage_model.transformer.' + key] = torch.tensor(wide['text_model.' + key])
   torch.save({'state_dict': state, 'global_step': 22000}, tmp_path / 'x.ckpt')
-  found = weights.read(tmp_path / 'x.ckpt')
-  assert_equal(found.tensors['unet'], wanted['unet'])
-  assert_equal(found.tensors['vae'], wanted['vae'])
-  assert_equal(found.tensors['text_encoder'], wide)
-  assert found.configs['vae']['scaling_factor'] == 0.2
-  assert found.configs['unet']['attention_head_dim'] == 8
-  assert found.tokenizer == weights.clip_tokenizer()
+  result = weights.read(tmp_path / 'x.ckpt')
+  assert_equal(result.tensors['unet'], wanted['unet'])
+  assert_equal(result.tensors['vae'], wanted['vae'])
+  assert_equal(result.tensors['text_encoder'], wide)
+  assert result.configs['vae']['scaling_factor'] == 0.2
+  assert result.configs['unet']['attention_head_dim'] == 8
+  assert result.tokenizer == weights.clip_tokenizer()
 
 
 OTHER_FILES = {
@@ -772,12 +771,12 @@ def test_sd2_names_are_open_clips(tmp_path, second):
   assert not any(name.startswith('cond_stage_model.transformer.') for name in tensors)
   assert 'cond_stage_model.model.transformer.resblocks.2.attn.in_proj_weight' in text
   assert 'cond_stage_model.model.text_projection' not in text
-  found = weights.read(tmp_path / 'x.safetensors')
+  result = weights.read(tmp_path / 'x.safetensors')
   for part in COMPONENTS:
     assert_equal(
-      found.tensors[part], {name: second.tensors[part][name] for name in second.tensors[part]}
+      result.tensors[part], {name: second.tensors[part][name] for name in second.tensors[part]}
     )
-  assert found.configs == second.configs
+  assert result.configs == second.configs
 
 
 def open_clip_tower(rng, layers, width):
@@ -848,20 +847,20 @@ def test_open_clip_there_and_back_keeps_all_but_what_diffusers_drops(rng):
   )
 
 
-@pytest.mark.parametrize('layers, whole, kept', [(3, True, 2), (3, False, 3)])
-def test_only_a_whole_open_clip_tower_loses_its_last_layer(rng, layers, whole, kept):
+@pytest.mark.parametrize('layers, is_whole, num_layers', [(3, True, 2), (3, False, 3)])
+def test_only_a_whole_open_clip_tower_loses_its_last_layer(rng, layers, is_whole, num_layers):
   tower = open_clip_tower(rng, layers, width=8)
-  if not whole:
+  if not is_whole:
     del tower['text_projection']
   ours = ldm_names.from_open_clip(tower)
-  assert {int(name.split('.')[3]) for name in ours if '.layers.' in name} == set(range(kept))
+  assert {int(name.split('.')[3]) for name in ours if '.layers.' in name} == set(range(num_layers))
 
 
-@pytest.mark.parametrize('layers, whole', [(24, True), (24, False), (23, True), (23, False)])
-def test_sd2_has_23_layers_whoever_wrote_the_file(layers, whole):
+@pytest.mark.parametrize('layers, is_whole', [(24, True), (24, False), (23, True), (23, False)])
+def test_sd2_has_23_layers_whoever_wrote_the_file(layers, is_whole):
   tower = {'positional_embedding': np.zeros((1, 1024), np.float32)}
   tower |= {f'transformer.resblocks.{i}.ln_1.bias': np.zeros(1) for i in range(layers)}
-  if whole:
+  if is_whole:
     tower['text_projection'] = np.zeros(1)
   assert len(ldm_names.from_open_clip(tower)) == 1 + 23
 
