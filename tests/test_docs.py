@@ -69,7 +69,7 @@ def test_the_commands_of_a_page_have_options_that_exist(page):
         assert flag in flags | {'--help', '--config'}, f'{page.name}: {flag} of {shown}'
 
 
-def test_the_jobset_starts_train_py_as_it_wants_to_be_started(tmp_path):
+def test_train_py_accepts_the_command_of_the_jobset(tmp_path):
   (job,) = yaml.safe_load((ROOT / 'docs' / 'jobset.yaml').read_text())['spec']['replicatedJobs']
   job = job['template']['spec']
   pod = job['template']['spec']
@@ -87,7 +87,7 @@ def test_the_jobset_starts_train_py_as_it_wants_to_be_started(tmp_path):
   assert re.match('train.py: error: (CKPT|DATA)', message)  # that is all it finds wrong
 
 
-def test_commands_for_a_slice_take_as_few_examples_at_a_time_as_were_planned():
+def test_commands_for_a_slice_use_the_planned_accumulation():
   """The table of plans has 32 at a time on a v5e; more did not fit."""
   commands = '\n'.join((ROOT / 'docs' / name).read_text() for name in ('tpu.md', 'jobset.yaml'))
   runs = re.findall(r'train\.py.*?data\.path=DATA', commands.replace('\\\n', ' '), re.DOTALL)
@@ -97,14 +97,14 @@ def test_commands_for_a_slice_take_as_few_examples_at_a_time_as_were_planned():
     assert int(re.search(r'--config\.accumulation=(\d+)', run)[1]) == 1024 // devices // 32
 
 
-def test_a_workdir_in_a_bucket_opens_with_what_is_installed_for_a_tpu():
+def test_the_tpu_extra_has_the_library_for_buckets():
   settings = configparser.ConfigParser()
   settings.read(ROOT / 'setup.cfg')
   assert 'gs://BUCKET' in (ROOT / 'docs' / 'tpu.md').read_text()
   assert 'gcsfs' in settings['options.extras_require']['tpu']
 
 
-def test_the_image_gets_all_that_is_installed():
+def test_the_docker_image_gets_all_data_files():
   settings = configparser.ConfigParser()
   settings.read(ROOT / 'setup.cfg')
   data = settings['options.data_files'].values()

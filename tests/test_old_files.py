@@ -37,7 +37,7 @@ def is_exact(old):
 @pytest.mark.parametrize(
   'name', [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in JOBS]
 )
-def test_old_work_ends_as_it_did(name, old, is_exact):
+def test_old_work_ends_with_the_same_results(name, old, is_exact):
   begun = old / 'begun' / name
   records = {file: file.read_text() for file in begun.rglob('*.jsonl')}
   assert bool(records) == bool(JOBS[name].is_begun)
@@ -73,7 +73,7 @@ def test_old_exports_convert_into_each_other(old, ip2p):
 
 
 @pytest.mark.parametrize('name', ['filtered', 'shards', 'latents', 'exported'])
-def test_nothing_of_old_files_is_broken(name, old, ip2p):
+def test_old_files_pass_the_check(name, old, ip2p):
   ip2p('check', f'done/{name}')
 
 

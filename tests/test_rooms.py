@@ -48,7 +48,7 @@ def imported(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize('path', FILES, ids=str)
-def test_a_file_imports_only_rooms_to_the_right(path):
+def test_a_file_imports_only_folders_to_the_right(path):
   if room(path) in ANYWHERE:
     return
   others = imported(path) - {room(path)}

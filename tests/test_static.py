@@ -71,7 +71,7 @@ def products(program):
 
 @pytest.mark.long
 @pytest.mark.parametrize('remat', ['none', 'convdot'])
-def test_the_compiled_step_does_the_arithmetic_that_is_asked_for_and_no_more(remat):
+def test_the_compiled_step_does_only_the_planned_arithmetic(remat):
   """Under convdot, the scores of attention are computed twice, and nothing else.
 
   What remat computes twice counts here, as everything that is in the program, and does not count
@@ -83,7 +83,7 @@ def test_the_compiled_step_does_the_arithmetic_that_is_asked_for_and_no_more(rem
 
 
 @pytest.mark.long
-def test_a_sample_leaves_at_most_150_megabytes_for_the_backward_pass():
+def test_a_sample_keeps_at_most_150_megabytes_for_backward():
   """Stable Diffusion 1.5 at 256 px, bfloat16, the default remat; two batches tell one sample."""
   assert TrainConfig().remat == 'convdot'
   residuals = [bytes_for_backward('convdot', batch) for batch in (2, 3)]
@@ -115,7 +115,7 @@ def bytes_for_backward(remat, batch, side=32):
   [(32, True), (128, True), (32, False)],
   ids=['64 tokens', '1024 tokens', 'from images'],
 )
-def test_activations_are_never_transposed_but_for_the_heads_of_attention(resolution, from_latents):
+def test_only_heads_of_attention_are_transposed(resolution, from_latents):
   """A head's queries, keys, values and results lie apart in memory, wherever heads are made.
 
   Kernels of attention take them as they come; XLA's own product of matrices wants them together.

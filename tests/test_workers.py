@@ -67,7 +67,7 @@ def begin_pack(folder, run, i):
 
 
 @pytest.mark.parametrize('begin', [begin_pairs, begin_captions, begin_pack])
-def test_of_runs_that_start_together_exactly_one_is_accepted(begin, tmp_path):
+def test_exactly_one_of_concurrent_runs_is_accepted(begin, tmp_path):
   for trial in range(100):
     same, mixed = tmp_path / f'same-{trial}', tmp_path / f'mixed-{trial}'
     assert together(lambda i, here=same: begin(here, 1, i)) == {'accepted': WORKERS}
@@ -75,7 +75,7 @@ def test_of_runs_that_start_together_exactly_one_is_accepted(begin, tmp_path):
     assert outcomes == {'accepted': WORKERS // 2, 'InputError': WORKERS // 2}
 
 
-def test_of_runs_with_other_prompts_that_start_together_one_is_accepted(tmp_path):
+def test_one_of_concurrent_runs_with_different_prompts_is_accepted(tmp_path):
   done = threading.Barrier(WORKERS)
 
   def begin(folder, run, i):
@@ -106,7 +106,7 @@ for trial in range(150):
 """
 
 
-def test_of_processes_that_claim_a_file_one_wins(tmp_path):
+def test_exactly_one_of_concurrent_claims_wins(tmp_path):
   processes = [
     subprocess.Popen(
       [sys.executable, '-c', CLAIMS, tmp_path, str(own)],
@@ -125,7 +125,7 @@ def test_of_processes_that_claim_a_file_one_wins(tmp_path):
   assert {file.suffix for file in tmp_path.iterdir()} == {'.json'}
 
 
-def test_on_a_disk_without_hard_links_one_wins_too(tmp_path, monkeypatch):
+def test_without_hard_links_exactly_one_claim_wins(tmp_path, monkeypatch):
   def link(source, target):
     raise OSError(errno.EPERM, 'no hard links here')
 
@@ -138,7 +138,7 @@ def test_on_a_disk_without_hard_links_one_wins_too(tmp_path, monkeypatch):
     assert len(set(claims)) == 1
 
 
-def test_in_a_bucket_the_store_lets_one_win():
+def test_a_bucket_lets_one_writer_win():
   class File:
     parent = types.SimpleNamespace(mkdir=lambda **_: None)
 
@@ -150,7 +150,7 @@ def test_in_a_bucket_the_store_lets_one_win():
     storage.create(File(), b'2')
 
 
-def test_many_may_write_one_file_and_nothing_is_left_over(tmp_path):
+def test_many_may_write_one_file_without_leftovers(tmp_path):
   file = storage.folder(tmp_path) / 'some'
   for _ in range(50):
     assert together(lambda i: storage.write_bytes(file, bytes([i]) * 9999)) == {'accepted': WORKERS}
@@ -159,7 +159,7 @@ def test_many_may_write_one_file_and_nothing_is_left_over(tmp_path):
   assert [path.name for path in tmp_path.iterdir()] == ['some']
 
 
-def test_a_lock_keeps_others_out_while_it_is_held(tmp_path):
+def test_a_lock_excludes_others(tmp_path):
   file = storage.folder(tmp_path) / '.lock'
   with storage.locked(file, 'mine'):
     assert storage.is_locked(file)
@@ -178,7 +178,7 @@ def test_a_lock_keeps_others_out_while_it_is_held(tmp_path):
     assert together(work) == {'accepted': WORKERS}
 
 
-def test_a_worker_is_at_work_once_and_all_share_by_one_number(tmp_path):
+def test_a_worker_runs_once_and_all_have_one_n(tmp_path):
   settings, folder = {'prompts': 'a', 'samples': 1}, storage.folder(tmp_path)
   with pair_files.working(folder, settings, [], (0, 2)):
     for shard, message in (
@@ -198,7 +198,7 @@ def test_a_worker_is_at_work_once_and_all_share_by_one_number(tmp_path):
     pair_files.working(folder, settings, [], (0, 1)).__enter__()
 
 
-def test_the_same_part_is_packed_by_one_process_whose_files_stay(tmp_path):
+def test_only_one_process_packs_a_part(tmp_path):
   pack = lambda part: shard_writing.working(tmp_path, plan_of_pack(1), part, 0)
   with pack('0/2') as job:
     half = tmp_path / shards.PROGRESS / f'{job.mine[0].file}.1234.tmp'
@@ -229,7 +229,7 @@ with shard_writing.working(sys.argv[1], test_workers.plan_of_pack(1), '0/1', 0):
 """
 
 
-def test_the_lock_of_a_process_that_is_killed_keeps_nobody_out(tmp_path):
+def test_the_lock_of_a_killed_process_is_free(tmp_path):
   command = [sys.executable, '-c', PACKS, tmp_path, os.path.dirname(__file__)]
   with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
     assert process.stdout.readline() == 'ready\n'

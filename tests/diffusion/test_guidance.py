@@ -45,7 +45,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(('text_guidance', 'image_guidance', 'expected'), CASES)
-def test_only_branches_that_matter_are_asked_and_nothing_is_lost(
+def test_only_needed_branches_run_and_the_result_is_the_same(
   predictions, text_guidance, image_guidance, expected
 ):
   text_guidance, image_guidance = np.array(text_guidance), np.array(image_guidance)

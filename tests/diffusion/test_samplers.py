@@ -92,7 +92,7 @@ def test_grid_agrees_with_diffusers(sampler, spacing):
 
 
 @pytest.mark.parametrize('sampler', SAMPLERS)
-def test_own_spacing_is_that_of_diffusers(sampler):
+def test_the_default_spacing_is_that_of_diffusers(sampler):
   for steps in (2, 4, 8, 20, 50):
     grid = noise_levels(Schedule(), sampler, steps)
     assert_same_grid(grid, their_scheduler(sampler, steps), sampler)
@@ -165,7 +165,7 @@ def test_hundred_steps_end_as_the_original_does():
   np.testing.assert_allclose(grid.sigmas[[0, 1, 2, -4, -3, -2, -1]], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_levels_are_within_a_ten_thousandth_of_those_of_k_diffusion():
+def test_levels_agree_with_k_diffusion_to_1e_4():
   log_sigmas = np.log(Schedule().sigmas.astype(np.float64))  # it interpolates these
   for steps in (2, 20, 50, 100):
     timesteps = np.linspace(999, 0, steps)
@@ -187,7 +187,7 @@ def timestep_to_sigma(schedule, timestep):
   return jnp.interp(timestep, timesteps, jnp.asarray(schedule.sigmas))
 
 
-def test_sigma_and_timestep_are_two_names_of_one_level():
+def test_sigma_and_timestep_convert_into_each_other():
   timesteps = np.array([0, 0.5, 1, 52.579, 500, 946.4211, 999], np.float32)
   for timestep in timesteps:
     sigma = timestep_to_sigma(Schedule(), timestep)
@@ -201,7 +201,7 @@ def test_sigma_and_timestep_are_two_names_of_one_level():
 
 @pytest.mark.parametrize('prediction_type', ['epsilon', 'v_prediction'])
 @pytest.mark.parametrize('sampler', SAMPLERS)
-def test_sampler_agrees_with_diffusers_given_its_noise(rng, sampler, prediction_type):
+def test_a_sampler_agrees_with_diffusers_for_equal_noise(rng, sampler, prediction_type):
   schedule = Schedule(prediction_type=prediction_type)
   init = rng.standard_normal(SHAPE, dtype=np.float32)
   expected = their_sample(their_scheduler(sampler, 20, schedule), init)
@@ -234,7 +234,7 @@ def test_ddim_may_end_without_noise(rng):
 
 
 @pytest.mark.parametrize('sampler', ['euler', 'dpmpp_2m'])
-def test_karras_run_agrees_with_diffusers_asked_at_our_timesteps(rng, sampler):
+def test_a_karras_run_agrees_with_diffusers_at_our_timesteps(rng, sampler):
   init = rng.standard_normal(SHAPE, dtype=np.float32)
   grid = noise_levels(Schedule(), sampler, 20, karras=True)
   theirs = their_scheduler(sampler, 20, use_karras_sigmas=True)
@@ -246,7 +246,7 @@ def test_karras_run_agrees_with_diffusers_asked_at_our_timesteps(rng, sampler):
 
 
 @pytest.mark.parametrize('sampler', SAMPLERS)
-def test_a_run_from_a_later_step_is_that_of_the_rest_of_the_grid(rng, sampler):
+def test_a_later_start_uses_the_rest_of_the_grid(rng, sampler):
   full = noise_levels(Schedule(), sampler, 8)
   rest = full._replace(sigmas=full.sigmas[3:], timesteps=full.timesteps[3:])
   latents, init = rng.standard_normal((2, *SHAPE), np.float32)
@@ -411,7 +411,7 @@ def test_new_levels_do_not_recompile(rng, sampler):
 
 
 @pytest.mark.parametrize('sampler', SAMPLERS)
-def test_noise_is_asked_for_by_stochastic_samplers_only(rng, sampler):
+def test_only_stochastic_samplers_use_noise(rng, sampler):
   asked, init = [], rng.standard_normal(SHAPE, dtype=np.float32)
   grid = noise_levels(Schedule(), sampler, 3)
   sample(sampler, shrink, grid, init, lambda i: asked.append(i) or jnp.zeros(SHAPE))
@@ -419,7 +419,7 @@ def test_noise_is_asked_for_by_stochastic_samplers_only(rng, sampler):
 
 
 @pytest.mark.parametrize('sampler', STOCHASTIC)
-def test_noise_of_the_last_step_does_not_matter_and_all_other_noise_does(rng, sampler):
+def test_only_the_noise_of_the_last_step_has_no_effect(rng, sampler):
   grid, init = noise_levels(Schedule(), sampler, 4), rng.standard_normal(SHAPE, dtype=np.float32)
   noises = torch_noise(4)
   run = jax.jit(lambda noises: sample(sampler, shrink, grid, init, lambda i: noises[i]))
@@ -430,7 +430,7 @@ def test_noise_of_the_last_step_does_not_matter_and_all_other_noise_does(rng, sa
 
 
 @pytest.mark.parametrize(('sampler', 'expected'), [('heun', 39), ('dpmpp_2m', 20), ('euler', 20)])
-def test_network_is_called_as_often_as_stated(rng, sampler, expected):
+def test_the_number_of_network_calls_is_as_stated(rng, sampler, expected):
   calls, init = [], rng.standard_normal(SHAPE, dtype=np.float32)
   denoise = lambda x, sigma: calls.append(1) or shrink(x, sigma)
   with jax.disable_jit():
@@ -470,13 +470,13 @@ def test_mistakes_are_named_with_the_choices(arguments, message):
     noise_levels(Schedule(), *arguments)
 
 
-def test_unknown_sampler_is_named_when_sampling_too():
+def test_sampling_names_an_unknown_sampler():
   with pytest.raises(InputError, match='euler_ancestral, euler'):
     sample('plms', shrink, noise_levels(Schedule(), 'euler', 2), jnp.zeros(SHAPE))
 
 
 @pytest.mark.parametrize('prediction_type', ['epsilon', 'v_prediction'])
-def test_half_precision_costs_lcm_little_more_than_other_samplers(prediction_type, rng):
+def test_half_precision_errors_of_lcm_are_near_those_of_others(prediction_type, rng):
   """A network that knows normal data, and reads and answers in bfloat16 as ours do."""
   schedule = Schedule(prediction_type=prediction_type)
   shape, spread = (2, 16, 16, 4), 0.3

@@ -73,7 +73,7 @@ def negative(array):
 
 @pytest.mark.parametrize('name', [*profiles.WIDE, 'CMYK'])
 @pytest.mark.parametrize('extension', ['png', 'jpg', 'tif', 'webp'])
-def test_an_image_is_seen_by_its_profile(tmp_path, photo, name, extension):
+def test_an_image_is_converted_by_its_profile(tmp_path, photo, name, extension):
   if name == 'CMYK' and extension in ('png', 'webp'):
     return  # which have no CMYK
   own = profiles.tagged(photo, name)
@@ -86,7 +86,7 @@ def test_an_image_is_seen_by_its_profile(tmp_path, photo, name, extension):
 
 
 @pytest.mark.parametrize('mode', ['L', 'LA', 'I;16'])
-def test_greys_are_seen_by_their_profile_and_stay_what_they_were(tmp_path, mode, half):
+def test_grey_images_are_converted_by_profile_and_stay_equal(tmp_path, mode, half):
   values = np.tile(np.linspace(0, 255, 64).round().astype(np.uint8), (48, 1))
   grey = Image.fromarray(values)
   seen = pixels(profiles.converted(grey, profiles.ALL['grey'], None, 'RGB'))
@@ -107,7 +107,7 @@ def test_greys_are_seen_by_their_profile_and_stay_what_they_were(tmp_path, mode,
   assert difference(shown[:24], 255 - seen[:24]) < 1
 
 
-def test_a_palette_is_seen_by_its_profile(tmp_path, photo):
+def test_a_palette_is_converted_by_its_profile(tmp_path, photo):
   own = profiles.tagged(photo, 'Adobe RGB')
   palette = own.quantize(256)
   palette.info = dict(own.info)
@@ -134,7 +134,7 @@ SOURCES += ('16-bit RGBA', 'rotated JPEG')
 
 @pytest.mark.parametrize('source', SOURCES)
 @pytest.mark.filterwarnings('error')
-def test_odd_files_are_edited_by_their_profile_and_kept_under_a_mask(tmp_path, photo, half, source):
+def test_unusual_files_are_edited_by_profile_and_kept_by_masks(tmp_path, photo, half, source):
   path, alpha = tmp_path / 'in.png', None
   name = 'grey' if 'grey' in source else 'ProPhoto'
   own = profiles.tagged(photo.convert('L').convert('RGB') if name == 'grey' else photo, name)
@@ -180,7 +180,7 @@ def test_lab_needs_no_profile(tmp_path, photo):
   assert difference(images.read(tmp_path / 'lab.tif'), photo) < 2
 
 
-def test_transparency_is_no_colour(tmp_path, photo):
+def test_transparency_is_not_converted(tmp_path, photo):
   own = profiles.tagged(photo, 'ProPhoto').convert('RGBA')
   alpha = Image.linear_gradient('L').resize(photo.size)
   own.putalpha(alpha)
@@ -198,7 +198,7 @@ def test_transparency_is_no_colour(tmp_path, photo):
 
 
 @pytest.mark.parametrize('profile', [None, 'sRGB'])
-def test_srgb_by_any_name_is_not_touched(tmp_path, photo, profile):
+def test_srgb_profiles_are_not_converted(tmp_path, photo, profile):
   variants = {'lcms': ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes()}
   for content in (profiles.ALL['sRGB'], variants['lcms']) if profile else (None,):
     photo.info = {'icc_profile': content} if content else {}
@@ -216,9 +216,7 @@ def test_srgb_by_any_name_is_not_touched(tmp_path, photo, profile):
 
 @pytest.mark.parametrize('name', profiles.WIDE)
 @pytest.mark.parametrize('extension', ['png', 'jpg', 'tif', 'webp'])
-def test_a_result_keeps_the_profile_and_is_shown_as_it_was_edited(
-  tmp_path, photo, half, name, extension
-):
+def test_a_result_keeps_the_profile_and_the_edited_colours(tmp_path, photo, half, name, extension):
   own = profiles.tagged(photo, name)
   original = images.read(write(own, tmp_path / 'in.png'))
   edited = negative(images.to_array(original, photo.size))
@@ -237,9 +235,7 @@ def test_a_result_keeps_the_profile_and_is_shown_as_it_was_edited(
 @pytest.mark.parametrize(
   ('extension', 'mode'), [('tif', 'CMYK'), ('jpg', 'CMYK'), ('png', 'RGB'), ('webp', 'RGB')]
 )
-def test_cmyk_stays_cmyk_where_the_format_has_it_and_else_becomes_srgb(
-  tmp_path, photo, half, extension, mode
-):
+def test_cmyk_stays_if_the_format_has_it_or_becomes_srgb(tmp_path, photo, half, extension, mode):
   own, path = profiles.tagged(photo, 'CMYK'), tmp_path / f'out.{extension}'
   original = images.read(write(own, tmp_path / 'in.tif'))
   assert original.mode == 'CMYK' and original.tobytes() == own.tobytes()
@@ -269,7 +265,7 @@ def press(request):
   return SWOP.read_bytes()
 
 
-def test_cmyk_shows_an_edit_as_well_as_its_inks_can(tmp_path, photo, press):
+def test_cmyk_results_are_as_close_as_the_inks_allow(tmp_path, photo, press):
   original = profiles.converted(photo, None, press, 'CMYK')
   original.info = {'icc_profile': press}
   original = images.plain(original)
@@ -293,7 +289,7 @@ def test_cmyk_shows_an_edit_as_well_as_its_inks_can(tmp_path, photo, press):
   assert best['printable'] < 1.5 and best['sRGB'] > 5
 
 
-def test_a_soft_mask_mixes_between_the_images_own_numbers(photo):
+def test_a_soft_mask_mixes_in_the_profile_of_the_image(photo):
   original = images.plain(profiles.tagged(photo, 'CMYK'))
   edited = negative(images.to_array(original, photo.size))
   full = pixels(images.restore(edited, original))
@@ -301,7 +297,7 @@ def test_a_soft_mask_mixes_between_the_images_own_numbers(photo):
   assert np.abs(mixed - (full + pixels(original)) / 2).max() <= 0.5
 
 
-def test_a_profile_without_a_way_back_leads_to_srgb(tmp_path, photo):
+def test_an_image_with_a_one_way_profile_becomes_srgb(tmp_path, photo):
   photo.info = {'icc_profile': profiles.scanner()}
   write(photo, tmp_path / 'scan.png')
   with pytest.warns(UserWarning, match=r'scan\.png: its colour profile has no inverse.*sRGB'):
@@ -325,7 +321,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize('what', BROKEN)
-def test_a_profile_that_cannot_be_read_is_one_warning_that_names_the_file(tmp_path, photo, what):
+def test_an_unreadable_profile_gives_one_warning_with_the_file_name(tmp_path, photo, what):
   mode, profile = BROKEN[what]
   own = photo.convert(mode)
   own.info = {'icc_profile': profile}
@@ -346,7 +342,7 @@ def test_a_profile_that_cannot_be_read_is_one_warning_that_names_the_file(tmp_pa
   assert sum('picture: its colour profile' in text for _, text in report.warnings) == 2
 
 
-def test_adobe_rgb_of_a_cameras_exif_is_read_and_written_as_a_profile(tmp_path, photo):
+def test_adobe_rgb_in_exif_is_read_and_becomes_a_profile(tmp_path, photo):
   own = Image.fromarray(np.asarray(profiles.tagged(photo, 'Adobe RGB')))
   exif = Image.Exif()
   exif[B.Make] = 'Camera'
@@ -392,7 +388,7 @@ SRGB_CHRM = struct.pack('>8I', 31270, 32900, 64000, 33000, 30000, 60000, 15000, 
   ],
   ids=str,
 )
-def test_colours_told_by_chunks_of_png_are_not_read_and_it_is_said(tmp_path, photo, chunks, named):
+def test_colour_chunks_of_png_are_ignored_with_a_warning(tmp_path, photo, chunks, named):
   path = png_with(photo, tmp_path / 'chunks.png', **chunks)
   with warnings.catch_warnings(record=True, action='always') as caught:
     original = images.read(path)
@@ -405,7 +401,7 @@ def test_colours_told_by_chunks_of_png_are_not_read_and_it_is_said(tmp_path, pho
 # Everything else that reads images.
 
 
-def test_only_jpegs_of_srgb_take_the_fast_way(photo):
+def test_only_srgb_jpegs_use_the_fast_decoder(photo):
   encode = lambda name: jpeg(profiles.tagged(photo, name))
   assert images.decode_jpeg(encode('sRGB')) is not None
   for name in (*profiles.WIDE, 'grey', 'CMYK'):
@@ -429,7 +425,7 @@ def test_packed_images_are_srgb_or_keep_their_profile(photo, quality):
     assert difference(examples.picture(file, 32, 'squash'), expected) < 2
 
 
-def test_a_pair_is_compared_in_one_space_whatever_its_files_are(photo):
+def test_both_images_of_a_pair_become_srgb(photo):
   files = jpeg(profiles.tagged(photo, 'sRGB')), jpeg(profiles.tagged(photo, 'CMYK'))
   framing = Framing(48, resize='squash')
   row = Row('row', ('keep it',), (Pair(*files),), False)
@@ -437,7 +433,7 @@ def test_a_pair_is_compared_in_one_space_whatever_its_files_are(photo):
   assert difference(example['input_image'], example['edited_image']) < 1.5
 
 
-def test_a_mask_counts_by_the_brightness_that_is_seen(tmp_path):
+def test_a_mask_counts_by_its_brightness_in_srgb(tmp_path):
   grey = Image.new('L', (8, 8), 100)
   grey.info = {'icc_profile': profiles.ALL['grey']}
   write(grey, tmp_path / 'mask.png')
@@ -469,7 +465,7 @@ def exif_of_a_camera():
 
 @pytest.mark.parametrize('source', ['jpg', 'png', 'tif', 'webp'])
 @pytest.mark.parametrize('target', ['jpg', 'png', 'tif', 'webp'])
-def test_exif_and_dpi_are_kept_and_the_turn_is_not_made_twice(tmp_path, photo, source, target):
+def test_exif_and_dpi_are_kept_except_the_orientation(tmp_path, photo, source, target):
   exif = Image.Exif()
   exif.load(exif_of_a_camera())
   exif[B.XResolution], exif[B.YResolution], exif[B.ResolutionUnit] = 300, 150, 2
@@ -501,7 +497,7 @@ def test_a_file_without_exif_or_dpi_gets_none(tmp_path, photo):
     assert images.read(tmp_path / 'out.jpg').info == {}
 
 
-def test_exif_in_ruins_or_without_end_stops_nothing(tmp_path, photo):
+def test_damaged_or_too_long_exif_is_dropped(tmp_path, photo):
   photo.save(tmp_path / 'ruins.jpg', exif=b'Exif\0\0MM\0*\0\0\0\x08\0\x05\x01\x0f')
   assert images.read(tmp_path / 'ruins.jpg').info.get('exif') is None
   exif = Image.Exif()
@@ -516,7 +512,7 @@ def test_exif_in_ruins_or_without_end_stops_nothing(tmp_path, photo):
 
 
 @pytest.mark.parametrize('brand', [b'heic', b'avif', b'mif1'])
-def test_heic_is_named_and_what_to_do(tmp_path, brand):
+def test_heic_is_refused_with_advice(tmp_path, brand):
   (tmp_path / 'phone.heic').write_bytes(struct.pack('>I', 24) + b'ftyp' + brand + bytes(100))
   with pytest.raises(images.InputError, match=r'phone\.heic is HEIC or AVIF; convert it to JPEG'):
     images.read(tmp_path / 'phone.heic')
@@ -526,7 +522,7 @@ def test_heic_is_named_and_what_to_do(tmp_path, brand):
 
 
 @pytest.mark.long
-def test_the_miniatures_edits_are_the_same_in_all_colours_and_kept_outside_a_mask(tmp_path):
+def test_edits_are_the_same_in_all_colour_profiles(tmp_path):
   import world
 
   example = world.example(11, 'test')

@@ -25,7 +25,7 @@ RATES = TrainConfig().optimizer.rates
     ("[['attn', 1.0]]", (('attn', 1.0),)),
   ],
 )
-def test_rules_may_be_written_as_people_do(text, value):
+def test_rules_may_be_written_in_many_forms(text, value):
   assert parse('optimizer.rates', text, RATES) == value
   flags = [f'--config.optimizer.rates={text}', '--config.optimizer.rates', text, '--config.steps=3']
   written = plain_overrides(flags, [TrainConfig, LanguageConfig])
@@ -34,7 +34,7 @@ def test_rules_may_be_written_as_people_do(text, value):
 
 
 @pytest.mark.parametrize('text', ['attn', 'attn=fast', '3', '', 'attn=1,b'])
-def test_what_is_no_rule_is_one_sentence_that_shows_how(text):
+def test_a_wrong_rule_gives_an_error_with_an_example(text):
   with pytest.raises(InputError, match=r"optimizer\.rates takes rules, as in .*'attn2=0.5,\.\*=1'"):
     parse('optimizer.rates', text, RATES)
 
@@ -51,7 +51,7 @@ def test_what_is_no_rule_is_one_sentence_that_shows_how(text):
     ('data.path', 'a=3,b=1', '', 'a=3,b=1'),
   ],
 )
-def test_a_value_is_of_its_settings_type(name, text, current, value):
+def test_a_value_gets_the_type_of_its_setting(name, text, current, value):
   result = parse(name, text, current)
   assert result == value and type(result) is type(value)
 
@@ -107,7 +107,7 @@ INERT = [
 
 
 @pytest.mark.parametrize('kinds, values, message', INERT)
-def test_a_setting_that_cannot_act_is_refused(kinds, values, message):
+def test_a_setting_without_effect_is_refused(kinds, values, message):
   for kind in kinds if isinstance(kinds, tuple) else (kinds,):
     config = changed(kind, **values)
     with pytest.raises(InputError, match=message):
@@ -118,7 +118,7 @@ def test_a_setting_that_cannot_act_is_refused(kinds, values, message):
         check_language(config)
 
 
-def test_what_is_switched_off_as_a_whole_is_no_mistake():
+def test_a_feature_may_be_switched_off_as_a_whole():
   check_values(changed(TrainConfig, log__validate_every=0, log__previews=0))
   check_values(changed(TrainConfig, log__validate_every=0, log__validation_examples=0))
   check_values(changed(TrainConfig, optimizer__schedule='cosine', optimizer__final_rate=0.1))
@@ -137,9 +137,7 @@ SWITCHED = [  # (what a file sets, what was set for one run, what is left of the
 
 
 @pytest.mark.parametrize('in_file, changes, left', SWITCHED)
-def test_what_a_file_sets_goes_with_what_was_switched_off_for_one_run(
-  in_file, changes, left, tmp_path
-):
+def test_idle_settings_of_a_file_become_defaults(in_file, changes, left, tmp_path):
   file = tmp_path / 'config.py'
 
   def write(settings):

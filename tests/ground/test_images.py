@@ -43,7 +43,7 @@ def test_a_folder_gives_its_images_sorted_by_name(tmp_path):
   assert names == ['a.jpeg', 'b.PNG', 'c.tiff', 'd.Webp']
 
 
-def test_a_file_gives_itself_whatever_its_name(tmp_path):
+def test_any_file_name_is_returned_as_it_is(tmp_path):
   (tmp_path / 'photo').touch()
   assert images.find_images(str(tmp_path / 'photo')) == [tmp_path / 'photo']
 
@@ -125,7 +125,7 @@ def test_sixteen_bits_are_rounded_to_eight(tmp_path, dtype, extension):
     (np.float32([-1, 0, 1]), [0, 128, 255]),
   ],
 )
-def test_integers_and_floats_of_32_bits_follow_the_stated_rule(tmp_path, values, expected):
+def test_values_of_32_bits_are_scaled_by_the_documented_rule(tmp_path, values, expected):
   Image.fromarray(np.tile(np.repeat(values, 4), (8, 1))).save(tmp_path / 'deep.tif')
   image = np.asarray(images.read(tmp_path / 'deep.tif'))
   np.testing.assert_array_equal(image[0, ::4], np.repeat(expected, 3).reshape(3, 3))
@@ -162,7 +162,7 @@ def test_exif_orientation_is_applied_once(tmp_path, rng, orientation, extension)
   assert images.size_of(path) == upright.size
 
 
-def test_a_size_is_known_before_the_pixels_are_read(tmp_path, monkeypatch):
+def test_size_of_does_not_read_pixels(tmp_path, monkeypatch):
   photo, exif = Image.new('RGB', (64, 32)), Image.Exif()
   exif[ORIENTATION] = 6
   photo.save(tmp_path / 'phone.jpg', exif=exif)
@@ -172,7 +172,7 @@ def test_a_size_is_known_before_the_pixels_are_read(tmp_path, monkeypatch):
   assert images.size_of(tmp_path / 'plain.png') == (64, 32)
 
 
-def test_a_size_knows_of_exif_behind_the_pixels_of_a_png(tmp_path):
+def test_size_of_reads_exif_behind_the_pixels_of_png(tmp_path):
   exif = Image.Exif()
   exif[ORIENTATION] = 6
   Image.new('RGB', (64, 32)).save(tmp_path / 'x.png')
@@ -205,7 +205,7 @@ def test_unreadable_exif_does_not_hide_the_image(tmp_path, rng):
   [{}, {'subsampling': 0}, {'subsampling': 1, 'quality': 30}, {'progressive': True}],
   ids=str,
 )
-def test_an_everyday_jpeg_is_decoded_to_the_bytes_that_pillow_makes(rng, mode, options):
+def test_a_usual_jpeg_is_decoded_as_by_pillow(rng, mode, options):
   small = rng.integers(0, 256, (8, 6, 3), np.uint8)
   file = encoded(Image.fromarray(small).resize((61, 83)).convert(mode), **options)
   array = images.decode_jpeg(file)
@@ -231,7 +231,7 @@ GREY = Image.new('RGB', (16, 16), 'grey')
   ],
   ids=['turned by EXIF', 'turned by XMP', 'CMYK', 'too small', 'cut short', 'PNG', 'empty'],
 )
-def test_what_is_no_everyday_jpeg_is_left_to_pillow(file):
+def test_other_files_are_left_to_pillow(file):
   assert images.decode_jpeg(encoded(GREY)) is not None
   assert images.decode_jpeg(file) is None
 
@@ -259,7 +259,7 @@ def test_a_file_cut_short_is_refused(tmp_path, rng, extension):
       images.read(half)
 
 
-def test_what_is_no_image_file_is_refused_by_name(tmp_path):
+def test_a_file_that_is_no_image_is_named(tmp_path):
   (tmp_path / 'text.png').write_text('hello')
   (tmp_path / 'empty.jpg').touch()
   Image.new('RGB', (8, 8)).save(tmp_path / 'vector.eps')
@@ -281,7 +281,7 @@ def test_a_decompression_bomb_is_refused_from_its_header(tmp_path, monkeypatch, 
       images.read(tmp_path / 'bomb.png')
 
 
-def test_a_large_image_under_the_limit_is_neither_refused_nor_warned_of(tmp_path, recwarn):
+def test_a_large_image_under_the_limit_gives_no_warning(tmp_path, recwarn):
   (tmp_path / 'large.png').write_bytes(png_header(10000, 10000))  # Pillow warns from 89 million
   with pytest.raises(InputError, match='cut short') as caught:  # only for its missing pixels
     images.read(tmp_path / 'large.png')
@@ -440,7 +440,7 @@ def test_a_mask_of_another_size_is_scaled_without_overshoot(tmp_path, size):
   assert (np.diff(mask, axis=1) >= 0).all()
 
 
-def test_transparent_parts_of_a_mask_are_kept_from_the_edit(tmp_path):
+def test_transparent_parts_of_a_mask_count_as_black(tmp_path):
   mask_file = Image.new('RGBA', (8, 8), (255, 255, 255, 0))
   mask_file.paste((255, 255, 255, 255), (0, 0, 4, 8))
   mask_file.save(tmp_path / 'mask.png')
@@ -457,7 +457,7 @@ def test_a_black_mask_is_refused(tmp_path):
       images.read_mask(tmp_path / 'mask.png', (8, 8))
 
 
-def test_a_mask_of_another_shape_is_refused_but_a_rounded_side_is_not(tmp_path):
+def test_a_mask_may_differ_in_shape_by_rounding_only(tmp_path):
   Image.new('L', (400, 267), 255).save(tmp_path / 'rounded.png')
   assert images.read_mask(tmp_path / 'rounded.png', (3000, 2000)).shape == (2000, 3000)
   Image.new('L', (400, 400), 255).save(tmp_path / 'square.png')
@@ -504,7 +504,7 @@ def test_an_image_without_our_settings_has_none(tmp_path, rng):
     images.read_settings(tmp_path / 'absent.png')
 
 
-def test_a_png_keeps_every_byte_and_a_jpeg_shows_transparency_on_white(tmp_path, rng):
+def test_png_and_webp_keep_transparency_and_jpeg_gets_white(tmp_path, rng):
   image = noise_image(rng, channels=4)
   images.save(image, tmp_path / 'edit.png', {})
   assert images.read(tmp_path / 'edit.png').tobytes() == image.tobytes()
@@ -536,7 +536,7 @@ def test_another_extension_is_refused_with_those_that_work(tmp_path, name):
       attempt(tmp_path / name)
 
 
-def test_a_saved_image_has_the_permissions_of_any_other_file(tmp_path):
+def test_a_saved_image_has_the_usual_permissions(tmp_path):
   images.save(Image.new('RGB', (8, 8)), tmp_path / 'edit.png', {})
   (tmp_path / 'other').touch()
   assert (tmp_path / 'edit.png').stat().st_mode == (tmp_path / 'other').stat().st_mode
@@ -567,7 +567,7 @@ def test_an_interrupt_while_saving_leaves_nothing(tmp_path, monkeypatch):
   assert os.listdir(tmp_path) == []
 
 
-def test_what_cannot_be_saved_is_said_in_one_sentence(tmp_path):
+def test_a_failed_save_gives_one_sentence(tmp_path):
   image = Image.new('RGB', (8, 8))
   (tmp_path / 'folder.png').mkdir()
   for path, settings in [
@@ -639,7 +639,7 @@ def test_a_grid_holds_every_image_whole_in_rows_and_columns(size):
 
 @pytest.mark.parametrize('title', ['', 'snow', 'turn the whole street into a snowy night ' * 9])
 @pytest.mark.parametrize('label', ['7.5', 'a label that is far too long for an image ' * 3])
-def test_words_are_dark_and_stay_clear_of_the_images_and_the_margin(title, label):
+def test_labels_are_dark_and_do_not_touch_images_or_margin(title, label):
   rows = colours(2, 2, (64, 64))
   bare = np.asarray(images.image_grid(rows, [label] * 2, [label] * 2, title))
   left, top, _, _ = find(Image.fromarray(bare), rows[0][0])
@@ -683,7 +683,7 @@ def test_a_grid_centres_smaller_images_and_shows_transparency_on_white():
   assert clear.getextrema() == ((255, 255),) * 3
 
 
-def test_a_grid_with_a_missing_label_or_image_is_an_error():
+def test_a_missing_label_or_image_of_a_grid_raises():
   rows = colours(2, 2, (16, 16))
   for arguments in [
     (rows, ['a'], ['b', 'c']),

@@ -23,7 +23,7 @@ run(command, 'ip2p')
 
 
 @pytest.mark.parametrize('name', ['SIGINT', 'SIGTERM'])
-def test_a_signal_ends_a_command_that_python_cannot_hear(name):
+def test_a_signal_ends_a_command_while_python_cannot_handle_it(name):
   code = UNHEARD.format(name=name)
   done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=60)
   assert (done.returncode, done.stderr) == (130, 'ip2p: stopped\n')
@@ -44,7 +44,7 @@ def test_a_signal_within_a_collection_is_not_dropped():
   assert not ended
 
 
-def test_signals_that_are_heard_end_nothing():
+def test_signals_that_python_handles_do_not_end_the_process():
   heard, ended = [], []
   before = signal.signal(signal.SIGTERM, lambda *_: heard.append(1))
   with interrupts.interruptible(ended.append):

@@ -11,7 +11,7 @@ from alarms import ERROR, SLOW
 from ip2p_jax import progress
 
 
-def test_a_log_file_gets_one_line_and_nothing_for_what_is_fast(capfd):
+def test_a_log_file_gets_one_line_per_slow_job(capfd):
   with progress.waiting('compiling', after=0.05):
     os.write(2, SLOW + ERROR)  # as C++ does
     print('of Python', file=sys.stderr)
@@ -33,7 +33,7 @@ with progress.waiting('compiling', after=60):
 """
 
 
-def test_the_last_words_of_a_process_that_aborts_are_shown():
+def test_the_last_output_of_an_aborted_process_is_shown():
   done = subprocess.run([sys.executable, '-c', DIES], capture_output=True, text=True)
   assert done.returncode < 0 and 'Check failed: the last words' in done.stderr
 

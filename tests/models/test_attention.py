@@ -46,7 +46,7 @@ def test_attention_can_be_differentiated_in_blocks(rng):
     assert relative_error(gradient, tensor.grad.transpose(1, 2)) <= 1e-5
 
 
-def test_a_large_attention_never_holds_all_its_scores_on_a_cpu(rng):
+def test_a_cpu_never_holds_all_scores_of_large_attention(rng):
   shape = jax.ShapeDtypeStruct((1, 4096, 8, 40), np.float32)
   memory = jax.jit(attend).lower(shape, shape, shape).compile().memory_analysis()
   assert memory.temp_size_in_bytes < 4096 * 4096 * 4  # one head's scores; all are eight times that
@@ -87,13 +87,13 @@ def test_the_table_picks_a_kernel_that_can_run(device, queries, keys, width, dty
   assert kernel_for(*device, queries, keys, width, dtype) == kernel
 
 
-def test_a_named_kernel_is_used_however_short_the_attention_but_only_where_it_can_run():
+def test_a_requested_kernel_runs_at_any_length_if_it_can():
   assert kernel_for('gpu', 9.0, 64, 77, 40, 'bfloat16', 'cudnn') == 'cudnn'
   assert kernel_for('tpu', 5.0, 256, 256, 40, 'bfloat16', 'splash') == 'splash'
   assert kernel_for('tpu', 5.0, 256, 77, 40, 'bfloat16', 'splash') == 'xla'
 
 
-def test_a_kernel_that_the_devices_lack_is_one_sentence():
+def test_a_kernel_that_the_devices_lack_is_refused():
   with pytest.raises(InputError, match="'splash', which cpu does not have; use 'auto'"):
     dispatch('splash')
   with pytest.raises(InputError, match='use one of auto, xla, splash, cudnn'):
@@ -102,7 +102,7 @@ def test_a_kernel_that_the_devices_lack_is_one_sentence():
 
 
 @pytest.mark.parametrize('capability', ['7.5', '8.0', '9.0', '10.0'])
-def test_whatever_the_table_picks_on_a_gpu_has_gradients(capability, monkeypatch):
+def test_every_kernel_picked_for_a_gpu_has_gradients(capability, monkeypatch):
   """As jax itself checks while it traces, with no GPU: odd tokens, wide heads, every dtype."""
   monkeypatch.setattr(fused_attention_stablehlo, 'check_cudnn_version', lambda: 91200)
   device = types.SimpleNamespace(
@@ -124,7 +124,7 @@ def test_whatever_the_table_picks_on_a_gpu_has_gradients(capability, monkeypatch
       assert list(jax.eval_shape(jax.grad(loss, (0, 1, 2)), *shapes)) == shapes
 
 
-def test_cudnn_is_refused_for_a_run_in_float32_where_it_never_acts():
+def test_cudnn_is_refused_for_a_float32_run():
   settings = lambda dtype: TrainConfig(attention='cudnn', dtype=dtype)
   check_values(settings('bfloat16'))
   with pytest.raises(InputError, match="'cudnn', which does not compute in dtype='float32'"):
@@ -184,9 +184,7 @@ def test_the_tpu_kernel_gives_the_same_numbers(dtype, tolerance, rng):
   ids=['text', 'odd', 'odd queries', 'even'],
 )
 @pytest.mark.parametrize('devices', [1, 2])
-def test_what_is_laid_beside_odd_tokens_for_cudnn_is_not_seen(
-  queries, keys, devices, rng, monkeypatch
-):
+def test_padding_of_odd_lengths_for_cudnn_has_no_effect(queries, keys, devices, rng, monkeypatch):
   """By XLA's arithmetic in place of cuDNN's, which takes the same lengths."""
   asked = []
 
@@ -210,7 +208,7 @@ def test_what_is_laid_beside_odd_tokens_for_cudnn_is_not_seen(
   assert asked == [('cudnn', 0, 0, *lengths)]
 
 
-def test_the_tpu_kernel_runs_where_each_device_has_its_rows_already(rng):
+def test_the_tpu_kernel_runs_inside_shard_map(rng):
   mesh = sharding.make_mesh(2)
   q, k, v = qkv(rng, (8, 128, 1, 16), 'float32')
   kernel = lambda *rows: splash(*rows, mesh=mesh, interpret=True)
@@ -225,7 +223,7 @@ def test_the_tpu_kernel_runs_over_a_mesh(batch, rng):
     assert relative_error(ours, exact) <= 1e-5
 
 
-def test_what_the_tpu_kernel_needs_backwards_is_kept(rng, capsys):
+def test_remat_keeps_the_residuals_of_the_tpu_kernel(rng, capsys):
   q, k, v = qkv(rng, (1, 128, 1, 16), 'float32')
   layer = REMATS['convdot'](lambda q, k, v: splash(jnp.sin(q), k, v))
   print_saved_residuals(lambda *args: layer(*args).sum(), q, k, v)

@@ -25,7 +25,7 @@ def test_gradients_of_a_product_are_those_of_pytorch(rows, rng):
 
 
 @pytest.mark.parametrize('rows', [(5,), (2, 5)], ids=str)
-def test_halves_are_those_of_the_product_and_so_are_their_gradients(rows, rng):
+def test_halves_and_their_gradients_equal_the_split_product(rows, rng):
   arrays = [rng.standard_normal(shape, np.float32) for shape in ((*rows, 4), (4, 6), (6,))]
   weights = [rng.standard_normal((*rows, 3), np.float32) for _ in range(2)]
   split = lambda *inputs: jnp.split(product(*inputs), 2, -1)

@@ -72,7 +72,7 @@ def test_logits_are_those_of_transformers(pair, tokens):
   close(logits, pair.logits(tokens))
 
 
-def test_with_a_cache_logits_are_the_same_token_by_token(pair, tokens):
+def test_logits_with_a_cache_are_the_same(pair, tokens):
   expected = pair.logits(tokens)
   cache = llama.empty_cache(pair.config, B, N + 10, jnp.float32)
   places = np.broadcast_to(np.arange(N, dtype=np.int32), (B, N))
@@ -108,7 +108,7 @@ def test_padding_leaves_the_cache_alone(small, tokens):
   jax.tree.map(np.testing.assert_array_equal, after, cache)
 
 
-def test_what_an_older_row_left_in_the_cache_is_not_seen(small, tokens):
+def test_old_entries_of_the_cache_have_no_effect(small, tokens):
   cache = llama.empty_cache(small.config, B, N, jnp.float32)
   places = np.broadcast_to(np.arange(N, dtype=np.int32), (B, N))
   _, used = small.run(small.params, tokens[:, ::-1], places, cache)
@@ -146,7 +146,7 @@ def test_gradients_are_those_of_transformers(small, tokens):
       assert reference.relative_error(gradient, theirs[name]) <= TOLERANCE, name
 
 
-def test_weights_of_half_precision_compute_in_it_and_answer_in_float32(small, tokens):
+def test_half_precision_weights_give_float32_logits(small, tokens):
   half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), small.params)
   cache = llama.empty_cache(small.config, B, N, jnp.bfloat16)
   logits, cache = small.run(half, tokens, None, cache)
@@ -155,7 +155,7 @@ def test_weights_of_half_precision_compute_in_it_and_answer_in_float32(small, to
   assert reference.relative_error(logits, small.logits(tokens)) < 0.05
 
 
-def test_a_config_says_the_same_in_the_words_of_transformers_4_and_5():
+def test_configs_of_transformers_4_and_5_are_equal():
   new = {**tiny_llamas.SIZES, **tiny_llamas.CONFIGS['llama3']}
   rope = dict(new['rope_parameters'])
   old = {key: value for key, value in new.items() if key != 'rope_parameters'}
@@ -169,7 +169,7 @@ def test_a_config_says_the_same_in_the_words_of_transformers_4_and_5():
 
 
 @pytest.mark.parametrize('kind', KINDS)
-def test_a_written_config_is_read_alike_here_and_by_transformers(kind, tmp_path):
+def test_transformers_reads_a_written_config_as_we_do(kind, tmp_path):
   config = LlamaConfig.from_json({**tiny_llamas.SIZES, **tiny_llamas.CONFIGS[kind]})
   assert LlamaConfig.from_json(config.to_json()) == config
   (tmp_path / 'config.json').write_text(json.dumps(config.to_json()))
@@ -201,7 +201,7 @@ def test_a_written_config_is_read_alike_here_and_by_transformers(kind, tmp_path)
     ({'rope_scaling': 'linear'}, "rope_scaling='linear' is not an object"),
   ],
 )
-def test_what_is_not_supported_is_a_sentence_that_names_the_key(change, message):
+def test_an_unsupported_value_names_the_key(change, message):
   config = {**tiny_llamas.SIZES, 'model_type': 'llama', **change}
   with pytest.raises(InputError, match=r'^folder/config.json: ') as error:
     LlamaConfig.from_json(config, 'folder/config.json')

@@ -150,7 +150,7 @@ def convolution(strides):
   ('conv', convolution((1, 1)), (2, 7, 7, 6)),
   ('conv', convolution((2, 2)), (2, 7, 7, 6)),
 ])  # fmt: skip
-def test_merging_equals_a_second_branch_and_so_do_its_gradients(name, layer, shape, rng):
+def test_merging_and_its_gradients_equal_a_second_branch(name, layer, shape, rng):
   shapes = {f'{name}.kernel': SHAPES[f'{name}.kernel']}
   kernel = rng.normal(size=shapes[f'{name}.kernel'].shape).astype(np.float32)
   adapters = filled(shapes, EVERY_KERNEL, rng)
@@ -176,7 +176,7 @@ def test_merging_equals_a_second_branch_and_so_do_its_gradients(name, layer, sha
     assert relative_error(ours[1][part], np.asarray(theirs[1][part], np.float64)) <= 2e-6
 
 
-def test_a_kernel_keeps_its_type_and_the_sum_is_in_float32(rng):
+def test_merging_computes_in_float32_and_keeps_the_type(rng):
   kernel = rng.normal(size=(6, 8)).astype(jnp.bfloat16)
   adapters = filled({'to_q.kernel': kernel}, EVERY_KERNEL, rng)
   small = {name: array.astype(jnp.bfloat16) for name, array in adapters.items()}
@@ -188,7 +188,7 @@ def test_a_kernel_keeps_its_type_and_the_sum_is_in_float32(rng):
 
 
 @pytest.mark.parametrize('config', [EVERY_KERNEL, ATTENTIONS], ids=['every kernel', 'attentions'])
-def test_a_diffusers_pipeline_with_our_file_is_our_merged_unet(
+def test_diffusers_with_our_file_equals_our_merged_unet(
   models, inputs, config, tmp_path, rng, warned
 ):
   pipeline, run, params = models
@@ -270,7 +270,7 @@ def test_without_a_note_alpha_is_the_rank(params, tmp_path, rng):
   (LoraConfig(rank=0), 'lora.rank is 0'),
   (LoraConfig(rank=4, alpha=0.0), 'lora.alpha is 0.0'),
 ])  # fmt: skip
-def test_a_wrong_knob_is_named(config, message, rng):
+def test_a_wrong_setting_is_named(config, message, rng):
   with pytest.raises(InputError, match=message):
     lora.adapters(SHAPES, config, rng)
 

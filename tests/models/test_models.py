@@ -35,16 +35,16 @@ def unet_error(config, size, rng, timestep=301.7, text_tokens=7):
 
 @pytest.mark.long
 @pytest.mark.parametrize('in_channels', [4, 8, 9])
-def test_unet_agrees_with_diffusers_for_any_number_of_input_channels(in_channels, rng):
+def test_unet_agrees_with_diffusers_for_any_input_channels(in_channels, rng):
   assert unet_error({**reference.TINY_UNET, 'in_channels': in_channels}, (8, 8), rng) <= TOLERANCE
 
 
-def test_unet_agrees_with_diffusers_with_linear_projections_and_heads_per_level(rng):
+def test_unet_agrees_with_diffusers_with_sd2_options(rng):
   config = {**reference.TINY_UNET, 'use_linear_projection': True, 'attention_head_dim': [2, 4]}
   assert unet_error(config, (8, 8), rng) <= TOLERANCE
 
 
-def test_unet_agrees_with_diffusers_at_sizes_that_do_not_halve_evenly(rng):
+def test_unet_agrees_with_diffusers_at_odd_sizes(rng):
   config = {
     **reference.TINY_UNET,
     'block_out_channels': [16, 32, 32],
@@ -56,7 +56,7 @@ def test_unet_agrees_with_diffusers_at_sizes_that_do_not_halve_evenly(rng):
 
 
 @slow
-def test_full_size_sd15_unet_with_eight_channels_agrees_with_diffusers(rng):
+def test_full_size_sd15_unet_agrees_with_diffusers(rng):
   assert unet_error(reference.SD15_UNET, (64, 64), rng, text_tokens=77) <= TOLERANCE
 
 
@@ -118,7 +118,7 @@ def test_text_tower_agrees_with_transformers(activation, rng):
   assert max(text_errors({**reference.TINY_TEXT, 'hidden_act': activation}, rng)) <= TOLERANCE
 
 
-def test_text_tower_finds_the_end_of_the_text_under_old_configs_that_call_it_token_2(rng):
+def test_text_tower_finds_the_end_with_old_configs(rng):
   assert max(text_errors({**reference.TINY_TEXT, 'eos_token_id': 2}, rng)) <= TOLERANCE
 
 
@@ -150,7 +150,7 @@ def test_full_size_vision_towers_agree_with_transformers(config, rng):
 
 
 @pytest.mark.long
-def test_every_attention_of_the_unet_goes_through_the_one_seam(rng):
+def test_every_attention_of_the_unet_uses_the_interface(rng):
   config = UNetConfig.from_json(reference.TINY_UNET)
   torch_unet = reference.unet(reference.TINY_UNET)
   unet_def, params = reference.convert(torch_unet, lambda keys: UNet(config, rngs=keys), 'unet')
@@ -168,7 +168,7 @@ def test_every_attention_of_the_unet_goes_through_the_one_seam(rng):
 
 
 @pytest.mark.long
-def test_half_precision_weights_compute_in_half_precision_and_answer_in_float32(rng):
+def test_half_precision_unet_answers_in_float32(rng):
   config = UNetConfig.from_json(reference.TINY_UNET)
   torch_unet = reference.unet(reference.TINY_UNET)
   unet_def, params = reference.convert(torch_unet, lambda keys: UNet(config, rngs=keys), 'unet')
@@ -188,7 +188,7 @@ def test_half_precision_weights_compute_in_half_precision_and_answer_in_float32(
    ('resnet_time_scale_shift', 'scale_shift'), ('transformer_layers_per_block', 2),
    ('down_block_types', ['AttnDownBlock2D', 'DownBlock2D']), ('brand_new_key', 3)],
 )  # fmt: skip
-def test_an_architecture_we_do_not_have_is_an_error_that_names_the_key(key, value):
+def test_an_unsupported_architecture_names_the_key(key, value):
   shown = 'block type' if key == 'down_block_types' else key
   with pytest.raises(InputError, match=shown):
     UNetConfig.from_json({**reference.TINY_UNET, key: value})
@@ -200,11 +200,11 @@ def test_an_architecture_we_do_not_have_is_an_error_that_names_the_key(key, valu
    ('layers_per_block', 1.5), ('norm_num_groups', 0), ('attention_head_dim', 0),
    ('attention_head_dim', 3), ('norm_eps', -1), ('in_channels', True)],
 )  # fmt: skip
-def test_a_nonsensical_value_is_an_error_that_names_the_key(key, value):
+def test_a_wrong_value_names_the_key(key, value):
   with pytest.raises(InputError, match=key):
     UNetConfig.from_json({**reference.TINY_UNET, key: value})
 
 
-def test_unet_config_survives_the_way_through_json():
+def test_unet_config_survives_json():
   config = UNetConfig.from_json(reference.SD21_UNET)
   assert UNetConfig.from_json(config.to_json()) == config

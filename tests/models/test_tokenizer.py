@@ -30,7 +30,7 @@ def test_ids_are_those_of_transformers(pad_token, tmp_path):
   assert (ClipTokenizer(files)(TEXTS) == np.array(expected)).all()
 
 
-def test_what_is_cut_off_is_told():
+def test_cut_off_text_is_returned():
   tokenizer = ClipTokenizer(clip_tokenizer())
   assert tokenizer.cut_off('x ' * 75) == ''
   assert tokenizer.cut_off('x ' * 75 + 'and the rest').strip() == 'and the rest'
@@ -129,7 +129,7 @@ def test_learned_tokens_are_one_id_each_as_in_transformers(learned, layout, tmp_
   assert again(texts)['input_ids'] == theirs(texts)['input_ids']
 
 
-def test_a_learned_token_of_several_vectors_is_written_out_as_in_diffusers():
+def test_a_learned_token_of_several_vectors_becomes_several_tokens():
   added = {'<cat>': 49408, '<cat>_1': 49409, '<cat>_2': 49410, '<dog>': 49411}
   tokenizer = ClipTokenizer(clip_tokenizer() | {'added_tokens.json': json.dumps(added).encode()})
   ids = tokenizer(['a <cat> and <dog>'])[0]
@@ -137,7 +137,7 @@ def test_a_learned_token_of_several_vectors_is_written_out_as_in_diffusers():
   assert [word for word, _ in tokenizer.words('a <cat> sits')][-1] == 'sits'
 
 
-def test_without_its_learned_tokens_a_tokenizer_is_clips(learned):
+def test_without_learned_gives_clips_tokenizer(learned):
   files = tokenizer_files.read(learned[1])
   plain = tokenizer_files.without_learned(files)
   assert learned_tokens(plain) == [] and 'added_tokens.json' not in plain
@@ -180,6 +180,6 @@ def with_id(text, token, value):
     ('vocab.json', lambda _: '[]', 'not a list of tokens and ids'),
   ],
 )
-def test_damaged_files_are_noticed(name, change, message):
+def test_damaged_files_are_refused(name, change, message):
   with pytest.raises(InputError, match=message):
     ClipTokenizer(changed(clip_tokenizer(), name, change), 77, 49408)

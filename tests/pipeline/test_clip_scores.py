@@ -74,7 +74,7 @@ def test_resizing_is_that_of_torch(size, new_size, rng):
 
 @pytest.mark.long
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_what_did_not_change_has_no_direction(dtype, rng):
+def test_an_unchanged_image_or_caption_has_no_direction(dtype, rng):
   """With the miniature's CLIP; before, rounding gave -0.46 to 0.45."""
   clip = Clip.load(MINIATURE, dtype)
   colours = rng.integers(0, 256, (2, 24, 4, 4, 3), np.uint8)
@@ -100,14 +100,14 @@ def test_what_did_not_change_has_no_direction(dtype, rng):
   ]
 
 
-def test_an_image_that_did_not_change_is_itself(model, rng):
+def test_an_unchanged_image_has_similarity_1(model, rng):
   images = rng.integers(0, 256, (3, 32, 32, 3), np.uint8)
   scores = model[1].scores(images, images, *CAPTIONS)
   np.testing.assert_array_equal(scores.clip_sim_dir, 0)
   np.testing.assert_allclose(scores.clip_sim_image, 1, atol=1e-6)
 
 
-def test_what_is_no_clip_is_a_sentence(tmp_path):
+def test_a_folder_without_clip_is_refused(tmp_path):
   with pytest.raises(InputError, match='no CLIP here'):
     Clip.load(tmp_path)
   (tmp_path / 'config.json').write_text('{}')

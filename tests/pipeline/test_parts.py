@@ -25,7 +25,7 @@ def test_values_out_of_range_are_clipped_and_others_rounded():
 
 
 @pytest.mark.parametrize('sampler', SAMPLERS)
-def test_noise_of_a_step_is_made_given_or_not_needed(sampler, rng):
+def test_step_noise_is_drawn_taken_or_none(sampler, rng):
   shape, keys = (2, 2, 4), noise.image_keys(np.full(3, 7), np.arange(3))
   step_noise = rng.standard_normal((5, 3, *shape), np.float32)
   drawn, taken = (parts.step_noise(sampler, keys, 2, shape, some) for some in (None, step_noise))

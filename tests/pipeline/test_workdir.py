@@ -84,7 +84,7 @@ def assert_same(tree, wanted):
 # Checkpoints
 
 
-def test_what_is_saved_comes_back_to_the_bit(tmp_path, rng):
+def test_a_saved_state_is_restored_exactly(tmp_path, rng):
   state = state_of(small_params(rng))
   saved(tmp_path, state, 3, {'seconds': 1.5, 'note': 'ä'})
   result, extras = restored(tmp_path, target_of(state))
@@ -121,7 +121,7 @@ def test_the_newest_stay_and_saving_twice_is_no_error(tmp_path, rng):
   assert restored(tmp_path, target_of(state))[1] == {'step': 3}
 
 
-def test_a_good_checkpoint_stays_however_many_newer_there_are(tmp_path, rng):
+def test_a_good_checkpoint_stays_among_newer_ones(tmp_path, rng):
   run = Checkpoints(tmp_path, keep=2)
   state = state_of(small_params(rng))
   for step, good in ((1, None), (2, 1), (3, 1), (4, 1), (5, 1)):
@@ -149,7 +149,7 @@ def test_a_run_goes_on_with_other_devices(tmp_path, rng, meshes):
     assert shardings == wanted_shardings
 
 
-def test_what_was_half_written_is_ignored_and_cleared(tmp_path, rng):
+def test_half_written_files_are_ignored_and_deleted(tmp_path, rng):
   state = state_of(small_params(rng))
   saved(tmp_path, state, 1)
   full, part = tmp_path / 'checkpoints/1', tmp_path / 'checkpoints/9.orbax-checkpoint-tmp'
@@ -185,14 +185,14 @@ ADAPTERS = {'a.to_q.lora_down': (6, 2), 'a.to_q.lora_up': (2, 6)}
     ({'a.kernel': (2, 3)}, {'a.kernel': (4, 3)}, 'checkpoint'),
   ],
 )
-def test_a_state_that_does_not_fit_is_put_down_to_a_knob(tmp_path, rng, was, now, setting):
+def test_a_state_that_does_not_fit_names_the_setting(tmp_path, rng, was, now, setting):
   saved(tmp_path, state_of(small_params(rng, **was)))
   with pytest.raises(InputError, match=f'checkpoints/1: .* set {setting} as it was') as caught:
     restored(tmp_path, target_of(state_of(small_params(rng, **now))))
   assert 'params/' in str(caught.value) and len(str(caught.value)) < 400 + len(str(tmp_path))
 
 
-def test_whether_a_state_fits_can_be_asked_first_even_while_one_is_written(tmp_path, rng):
+def test_check_fits_works_before_and_during_a_save(tmp_path, rng):
   state = state_of(small_params(rng, **{'a.kernel': (500, 500)}))
   run = Checkpoints(tmp_path)
   run.check_fits(target_of(state))  # nothing there, so anything fits
@@ -203,7 +203,7 @@ def test_whether_a_state_fits_can_be_asked_first_even_while_one_is_written(tmp_p
   run.close()
 
 
-def test_another_optimizer_is_put_down_to_the_optimizer(tmp_path, rng):
+def test_another_optimizer_is_named(tmp_path, rng):
   params = small_params(rng)
   saved(tmp_path, state_of(params))
   state = state_of(params) | {'opt_state': optax.sgd(0.1, momentum=0.9).init(params)}
@@ -232,7 +232,7 @@ run.close()
 """
 
 
-def test_a_full_disk_is_one_error_and_the_run_may_try_again(tmp_path):
+def test_after_a_full_disk_the_run_may_save_again(tmp_path):
   """In a process of its own, which must not hear of it from Orbax's threads."""
   command = [sys.executable, '-c', FULL_DISK, tmp_path]
   done = subprocess.run(command, capture_output=True, text=True)
@@ -325,12 +325,12 @@ def survive(workdir, kills):
   return int(done.stdout.split()[-1])
 
 
-def test_a_killed_run_goes_on_from_a_whole_checkpoint(tmp_path):
+def test_a_killed_run_resumes_from_a_complete_checkpoint(tmp_path):
   survive(tmp_path / 'run', kills=2)
 
 
 @pytest.mark.slow
-def test_many_kills_lose_nothing_that_was_waited_for(tmp_path):
+def test_many_kills_lose_no_finished_checkpoint(tmp_path):
   assert survive(tmp_path / 'run', kills=20) >= 3
 
 
@@ -481,7 +481,7 @@ def test_a_run_without_adapters_says_so(tmp_path, start, unet):
     read_adapters(tmp_path)
 
 
-def test_an_older_step_can_be_read_and_an_absent_one_is_refused(tmp_path, start, unet):
+def test_an_older_step_is_read_and_a_missing_one_refused(tmp_path, start, unet):
   run_of(tmp_path, start, unet)
   saved(tmp_path, weights_of({name: value * 0 for name, value in unet.items()}), 20)
   name = 'conv_in.bias'
@@ -493,7 +493,7 @@ def test_an_older_step_can_be_read_and_an_absent_one_is_refused(tmp_path, start,
     read(tmp_path, step=15)
 
 
-def test_reading_goes_on_when_the_run_removes_what_is_read(tmp_path, rng, monkeypatch):
+def test_reading_continues_if_the_run_removes_a_checkpoint(tmp_path, rng, monkeypatch):
   part_of, state = _part_of, weights_of(small_params(rng))
   saved(tmp_path, state, 1)
 
@@ -508,7 +508,7 @@ def test_reading_goes_on_when_the_run_removes_what_is_read(tmp_path, rng, monkey
   assert read_part(tmp_path, 'ema')[0] == 2 and saved_steps(tmp_path) == [2]
 
 
-def test_reading_leaves_a_checkpoint_on_its_way_alone(tmp_path, start, unet):
+def test_reading_does_not_disturb_an_unfinished_checkpoint(tmp_path, start, unet):
   run_of(tmp_path, start, unet)
   on_its_way = tmp_path / 'checkpoints/20.orbax-checkpoint-tmp'
   on_its_way.mkdir()
@@ -524,7 +524,7 @@ def test_a_run_that_wrote_nothing_yet_has_no_weights(tmp_path, start):
     load(tmp_path)
 
 
-def test_what_is_no_workdir_is_read_as_any_checkpoint(tmp_path, start):
+def test_load_also_reads_other_checkpoints(tmp_path, start):
   assert not is_workdir(tmp_path) and not is_workdir(start.source)
   assert load(start.source).source == start.source
   with pytest.raises(InputError, match='unet'):
@@ -564,7 +564,7 @@ def test_a_base_is_float32(tmp_path, start):
   np.testing.assert_array_equal(tensors[name], half[name].astype(np.float32))
 
 
-def test_a_base_that_was_cut_short_is_none_and_is_written_anew(tmp_path, start, monkeypatch):
+def test_an_incomplete_base_is_none_and_is_rewritten(tmp_path, start, monkeypatch):
   save_base(tmp_path, start, ())
 
   def stop(file, tensors):
@@ -581,7 +581,7 @@ def test_a_base_that_was_cut_short_is_none_and_is_written_anew(tmp_path, start, 
   assert_same(dict(load_base(tmp_path).tensors['vae']), dict(start.tensors['vae']))
 
 
-def test_a_base_is_settled_by_the_first_checkpoint(tmp_path, start, unet):
+def test_a_base_is_final_after_the_first_checkpoint(tmp_path, start, unet):
   def kept():
     return len(load_base(tmp_path).tensors['unet'])
 
@@ -593,7 +593,7 @@ def test_a_base_is_settled_by_the_first_checkpoint(tmp_path, start, unet):
   assert kept() == 0
 
 
-def test_a_config_comes_back_and_differences_are_told(tmp_path):
+def test_a_config_survives_and_differences_are_listed(tmp_path):
   assert read_config(tmp_path) is None
   old = {'steps': 10, 'optimizer': {'learning_rate': 1e-4, 'rates': (('', 1.0),)}, 'path': 'a'}
   write_config(tmp_path, old)

@@ -74,7 +74,7 @@ def distance(live, average):
 
 
 @pytest.mark.parametrize('dtype', [np.float32, np.float16])
-def test_the_average_of_a_training_is_taken_and_said_to_be(tmp_path, file, run, dtype, caplog):
+def test_the_average_of_a_training_is_taken_and_logged(tmp_path, file, run, dtype, caplog):
   live, average = run
   path = save(tmp_path / 'x.safetensors', file, live, average, dtype)
   with caplog.at_level(logging.INFO):
@@ -107,7 +107,7 @@ def merged(live, kind, size, seed=1):
 @pytest.mark.parametrize('dtype', [np.float32, np.float16])
 @pytest.mark.parametrize('kind', ['add difference', 'attention adapter', 'adapter of all kernels'])
 @pytest.mark.parametrize('multiplier', [0.3, 1.0])
-def test_the_live_weights_of_a_merge_are_taken_with_a_warning(
+def test_live_weights_of_a_merge_are_taken_with_a_warning(
   tmp_path, file, run, kind, multiplier, dtype, caplog
 ):
   live, average = run
@@ -125,9 +125,7 @@ def test_the_live_weights_of_a_merge_are_taken_with_a_warning(
 
 
 @pytest.mark.parametrize('kind', ['attention adapter', 'adapter of all kernels', 'add difference'])
-def test_an_average_that_was_the_live_weights_before_a_merge_is_known_by_what_is_the_same(
-  tmp_path, file, kind
-):
+def test_an_average_equal_to_premerge_weights_is_not_taken(tmp_path, file, kind):
   live = unet_of(file[1])
   changed = merged(live, kind, 0.01)
   assert np.array_equal(
@@ -146,7 +144,7 @@ def test_an_average_of_another_model_is_not_taken(tmp_path, file, caplog):
   assert 'of their size' in caplog.text
 
 
-def test_equal_sets_need_no_word(tmp_path, file, caplog):
+def test_equal_sets_log_nothing(tmp_path, file, caplog):
   live = unet_of(file[1])
   with caplog.at_level(logging.INFO):
     taken(save(tmp_path / 'x.safetensors', file, live, live))
@@ -154,7 +152,7 @@ def test_equal_sets_need_no_word(tmp_path, file, caplog):
 
 
 @pytest.mark.parametrize('note', ['sd_merge_recipe', 'modelspec.merged_from'])
-def test_a_file_that_calls_itself_a_merge_is_believed(tmp_path, file, run, note, caplog):
+def test_merge_metadata_is_believed(tmp_path, file, run, note, caplog):
   live, average = run
   path = save(tmp_path / 'x.safetensors', file, live, average, **{note: json.dumps({})})
   assert np.array_equal(taken(path), live[FIRST])
@@ -180,7 +178,7 @@ def test_training_starts_from_the_weights_that_its_config_names(tmp_path, file, 
     assert np.array_equal(start.tensors['unet']['conv_in.weight'], wanted[FIRST]), choice
 
 
-def test_a_choice_that_a_file_or_folder_does_not_have_is_refused(tmp_path, file):
+def test_a_missing_set_of_weights_is_refused(tmp_path, file):
   with pytest.raises(InputError, match=r'model\.safetensors: holds no moving average'):
     weights.read(file[0], ema=True)
   assert weights.read(file[0], ema=False).tensors['unet']

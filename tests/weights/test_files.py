@@ -74,7 +74,7 @@ def test_float64_is_read_and_written_as_asked(tmp_path):
   assert read_tensors(tmp_path / 'y.safetensors')[0]['x'].dtype == np.float32
 
 
-def test_a_tensor_is_made_only_when_asked_for():
+def test_a_tensor_is_made_on_access_only():
   asked = []
   tensors = Tensors({name: lambda name=name: asked.append(name) for name in 'abc'})
   assert 'a' in tensors and len(tensors) == 3 and list(tensors) == ['a', 'b', 'c'] and not asked
@@ -91,7 +91,7 @@ def test_a_truncated_file_is_named(tmp_path, arrays, cut):
     read_tensors(path)
 
 
-def test_a_file_with_bytes_to_spare_is_damaged(tmp_path, arrays):
+def test_a_file_with_extra_bytes_is_damaged(tmp_path, arrays):
   path = tmp_path / 'long.safetensors'
   write_safetensors(path, arrays)
   path.write_bytes(path.read_bytes() + b'\0')
@@ -143,7 +143,7 @@ def test_shards_are_one_set_of_tensors(tmp_path, arrays):
     read_tensors(index)
 
 
-def test_a_torch_file_loses_its_nested_state_dict(tmp_path, rng):
+def test_a_nested_state_dict_of_torch_is_unpacked(tmp_path, rng):
   half = torch.tensor(rng.normal(size=(4,))).bfloat16()
   whole = torch.nn.Parameter(torch.ones(2, 3))
   nested = {'epoch': 3, 'state_dict': {'state_dict': {'half': half, 'whole': whole, 'step': 7}}}
@@ -173,7 +173,7 @@ def test_a_file_that_runs_code_is_refused(tmp_path, monkeypatch):
   assert not (tmp_path / 'should-not-exist').exists()
 
 
-def test_a_file_with_lightning_callbacks_is_read_without_any_of_their_code(tmp_path, monkeypatch):
+def test_lightning_callbacks_are_read_without_their_code(tmp_path, monkeypatch):
   name = 'pytorch_lightning.callbacks.model_checkpoint'
   kind = type('ModelCheckpoint', (), {'__module__': name})
   callback = kind()
@@ -280,7 +280,7 @@ def test_pickle_is_not_read_under_another_name(tmp_path):
 
 
 @pytest.mark.parametrize('kind', ['file', 'folder'])
-def test_processes_that_write_one_place_share_no_temporary_name(tmp_path, kind):
+def test_concurrent_writers_share_no_temporary_name(tmp_path, kind):
   """Whoever is last stays, whole; nothing else is left."""
   path, together = tmp_path / 'made', threading.Barrier(8, timeout=60)
 
@@ -323,7 +323,7 @@ def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
   assert [file.name for file in path.iterdir()] == ['old']
 
 
-def test_weights_are_told_apart_by_any_number_of_any_tensor(arrays, tmp_path):
+def test_bytes_digest_depends_on_every_number(arrays, tmp_path):
   write_safetensors(tmp_path / 'one.safetensors', arrays)
   digest = bytes_digest(arrays)
   assert bytes_digest(read_tensors(tmp_path / 'one.safetensors')[0]) == digest

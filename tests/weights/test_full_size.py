@@ -202,7 +202,7 @@ def test_ldm_names_are_the_original_ones(family):
   }
 
 
-def test_a_file_of_strangers_is_read_with_the_right_names_and_configs(family, tmp_path):
+def test_a_full_size_file_gets_the_right_names_and_configs(family, tmp_path):
   modules, counts = family
   shapes = {name: array.shape for name, array in in_ldm(modules).items()}
   path = sparse_safetensors(tmp_path / 'full.safetensors', shapes)

@@ -217,7 +217,7 @@ def test_parameters_take_the_type_of_the_tree(checkpoint, trees):
   assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
 
 
-def test_a_variant_is_read_where_asked_for(copied, modules, wanted):
+def test_a_variant_is_read_on_request(copied, modules, wanted):
   for part in COMPONENTS:
     half = torch_modules()[part].half()
     half.save_pretrained(copied / part, variant='fp16')
@@ -284,7 +284,7 @@ def test_old_names_of_vae_attention_are_read(copied, wanted, as_convolution):
   assert_equal(weights.read(copied).tensors['vae'], wanted['vae'])
 
 
-def test_prediction_type_can_be_told(folder, ldm):
+def test_prediction_type_can_be_given(folder, ldm):
   for path in (folder, ldm):
     assert weights.read(path).configs['scheduler']['prediction_type'] == 'epsilon'
     checkpoint = weights.read(path, prediction_type='v_prediction')
@@ -367,7 +367,7 @@ def clip_abstract(model, tower):
 
 
 @pytest.mark.parametrize('tower, projection', [('text', 'text'), ('vision', 'visual')])
-def test_one_tower_is_taken_out_of_clip_only_when_asked_for(clip_model, tower, projection):
+def test_one_tower_of_clip_is_taken_on_request(clip_model, tower, projection):
   tensors, tree = torch_tensors(clip_model), clip_abstract(clip_model, tower)
   with pytest.raises(InputError, match='clip has unknown'):
     weights.to_params(tensors, tree, 'clip')
@@ -407,7 +407,7 @@ def test_a_written_folder_loads_in_diffusers(written, wanted):
   )
 
 
-def test_a_written_text_encoder_has_the_names_both_transformers_know(written):
+def test_a_written_text_encoder_keeps_the_old_prefix(written):
   tensors = load_file(written / 'text_encoder' / 'model.safetensors')
   assert all(name.startswith('text_model.') for name in tensors)
 
@@ -554,7 +554,7 @@ def test_diffusers_reads_our_ldm_names_as_we_do(ldm, checkpoint, wanted):
   assert_equal({name: array.numpy() for name, array in their_text.items()}, wanted['text_encoder'])
 
 
-def test_the_way_up_stands_behind_attention_where_there_is_some(ldm):
+def test_the_upsampler_comes_after_attention(ldm):
   tensors = load_file(ldm)
   names = {name.removeprefix(ldm_file.UNET) for name in tensors if name.endswith('conv.weight')}
   assert {name for name in names if name.startswith('output_blocks')} == {
@@ -659,7 +659,7 @@ OTHER_FILES = {
 
 
 @pytest.mark.parametrize('kind', OTHER_FILES)
-def test_other_files_are_called_by_their_name(tmp_path, kind):
+def test_other_kinds_of_files_are_named(tmp_path, kind):
   tensors, message = OTHER_FILES[kind]
   path = tmp_path / 'other.safetensors'
   save_file({name: np.zeros(1, np.float32) for name in tensors}, path)
@@ -701,7 +701,7 @@ def test_a_tensor_without_a_place_is_named(tmp_path, ldm, name):
     weights.read(path)
 
 
-def test_a_hole_in_the_unet_is_named(tmp_path, ldm):
+def test_a_missing_part_of_the_unet_is_named(tmp_path, ldm):
   path = altered(
     ldm,
     tmp_path / 'x.safetensors',
@@ -745,7 +745,7 @@ def test_write_refuses_what_it_cannot_do(tmp_path, checkpoint, arguments, messag
   assert not list(tmp_path.iterdir())
 
 
-def test_an_ldm_file_is_not_overwritten_unless_told(ldm, checkpoint, tmp_path):
+def test_an_ldm_file_is_overwritten_on_request_only(ldm, checkpoint, tmp_path):
   path = tmp_path / 'x.safetensors'
   path.write_text('mine')
   with pytest.raises(InputError, match=r'x\.safetensors: already exists'):
@@ -810,7 +810,7 @@ def open_clip_tower(rng, layers, width):
   return tensors
 
 
-def test_open_clip_is_read_as_diffusers_reads_it_but_for_the_last_layer(rng):
+def test_open_clip_agrees_with_diffusers_except_the_last_layer(rng):
   tower = open_clip_tower(rng, layers=3, width=16)
   ours = ldm_names.from_open_clip(tower)
   prefixed = {
@@ -834,7 +834,7 @@ def test_queries_keys_and_values_are_cut_in_that_order(rng):
     assert np.array_equal(ours[f'{head}.{part}_proj.weight'], fused[16 * i : 16 * (i + 1)])
 
 
-def test_open_clip_there_and_back_keeps_all_but_what_diffusers_drops(rng):
+def test_an_open_clip_round_trip_loses_only_unused_tensors(rng):
   tower = open_clip_tower(rng, layers=3, width=16)
   back = ldm_names.to_open_clip(ldm_names.from_open_clip(tower))
   assert_equal(
@@ -848,7 +848,7 @@ def test_open_clip_there_and_back_keeps_all_but_what_diffusers_drops(rng):
 
 
 @pytest.mark.parametrize('layers, is_whole, num_layers', [(3, True, 2), (3, False, 3)])
-def test_only_a_whole_open_clip_tower_loses_its_last_layer(rng, layers, is_whole, num_layers):
+def test_only_a_whole_open_clip_tower_drops_its_last_layer(rng, layers, is_whole, num_layers):
   tower = open_clip_tower(rng, layers, width=8)
   if not is_whole:
     del tower['text_projection']
@@ -857,7 +857,7 @@ def test_only_a_whole_open_clip_tower_loses_its_last_layer(rng, layers, is_whole
 
 
 @pytest.mark.parametrize('layers, is_whole', [(24, True), (24, False), (23, True), (23, False)])
-def test_sd2_has_23_layers_whoever_wrote_the_file(layers, is_whole):
+def test_sd2_has_23_layers_in_any_file(layers, is_whole):
   tower = {'positional_embedding': np.zeros((1, 1024), np.float32)}
   tower |= {f'transformer.resblocks.{i}.ln_1.bias': np.zeros(1) for i in range(layers)}
   if is_whole:
@@ -963,7 +963,7 @@ def test_a_missing_tokenizer_is_named(copied):
     {'vae': ['diffusers', 'VQModel']},
   ],
 )
-def test_other_pipelines_are_called_by_their_name(copied, change):
+def test_other_pipelines_are_named(copied, change):
   index = json.loads((copied / 'model_index.json').read_text())
   index |= change | {'_class_name': 'StableDiffusionXLPipeline'}
   (copied / 'model_index.json').write_text(json.dumps(index))
@@ -971,7 +971,7 @@ def test_other_pipelines_are_called_by_their_name(copied, change):
     weights.read(copied)
 
 
-def test_a_folder_needs_no_model_index_but_its_components_must_fit(copied, wanted):
+def test_a_folder_needs_no_model_index_but_fitting_components(copied, wanted):
   (copied / 'model_index.json').unlink()
   assert_equal(weights.read(copied).tensors['vae'], wanted['vae'])
   config = json.loads((copied / 'vae' / 'config.json').read_text()) | {'_class_name': 'VQModel'}
@@ -1018,7 +1018,7 @@ def test_clips_own_tokenizer_is_not_stored_again(tmp_path, checkpoint):
   assert weights.read(tmp_path / 'x.safetensors').tokenizer == files
 
 
-def test_the_schedule_is_kept_whatever_the_sampler(checkpoint):
+def test_the_schedule_is_kept_for_any_sampler(checkpoint):
   v_prediction = checkpoint.configs['scheduler'] | {'prediction_type': 'v_prediction'}
   other = weights.Checkpoint(checkpoint.configs | {'scheduler': v_prediction}, {}, {}, '')
   written = diffusers_folder._written_configs(other)['scheduler']
