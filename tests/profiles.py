@@ -77,8 +77,8 @@ def grey(light):
 
 
 def cmyk(is_two_way=True):
-  """Inks that each take away one primary of sRGB, and black that takes all; made without black."""
-  to_light = 1 - (1 - LEVELS) ** 1.6  # of ink: the part of the light that it takes away
+  """Inks that each absorb one primary of sRGB, and black that absorbs all; made without black."""
+  to_light = 1 - (1 - LEVELS) ** 1.6  # of ink: the fraction of the light that it absorbs
   from_light = 1 - (1 - LEVELS) ** (1 / 1.6)
   c, m, y, k = np.indices((2, 2, 2, 2))
   light = np.stack([1 - c, 1 - m, 1 - y], -1) * (1 - k)[..., None]
@@ -142,7 +142,7 @@ def lab(xyz):
 
 
 def scanner():
-  """RGB by a table that only leads away from it."""
+  """RGB by a table without an inverse."""
   r, g, b = np.indices((2, 2, 2))
   grid = np.stack([r, g, b], -1) @ SRGB.T * (32768 / 65535)
   return profile(b'RGB ', {b'A2B0': lut(np.eye(3), [LEVELS**1.5] * 3, grid, [LEVELS] * 3)}, b'scnr')
@@ -175,7 +175,10 @@ def converted(
   image, source, target, mode, intent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
   flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
 ):  # fmt: skip
-  """By Pillow alone, relative colorimetric with black point compensation; None is sRGB."""
+  """An image converted by Pillow, relative colorimetric with black point compensation.
+
+  The profile None is sRGB.
+  """
   open_ = lambda p: ImageCms.ImageCmsProfile(io.BytesIO(p)) if p else ImageCms.createProfile('sRGB')
   return ImageCms.profileToProfile(
     image, open_(source), open_(target), intent, mode, flags=flags
@@ -183,7 +186,7 @@ def converted(
 
 
 def tagged(image, name):
-  """An sRGB image in the colours of a profile, as a file of them is opened."""
+  """An sRGB image converted to a profile, as if opened from a file."""
   mode = {'grey': 'L', 'CMYK': 'CMYK'}.get(name, 'RGB')
   result = converted(image, None, ALL[name], mode)
   result.info = {'icc_profile': ALL[name]}
@@ -191,6 +194,6 @@ def tagged(image, name):
 
 
 def as_seen(image) -> Image.Image:
-  """What a viewer shows that honours profiles: RGB of sRGB."""
+  """The image as sRGB, as a viewer that uses profiles shows it."""
   profile = image.info.get('icc_profile')
   return converted(image, profile, None, 'RGB') if profile else image.convert('RGB')

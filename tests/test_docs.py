@@ -1,4 +1,4 @@
-"""What the pages tell people to type: every command is one, with options that it knows."""
+"""The documentation: every command exists and has the options shown."""
 
 import configparser
 import itertools
@@ -24,14 +24,14 @@ PAGES = [ROOT / 'README.md', *sorted(ROOT.glob('docs/*.md')), *ROOT.glob('exampl
 
 
 def commands(text: str) -> list[list[str]]:
-  """Words of every line of code that begins with a program of ours."""
+  """The words of every command of ours in code blocks."""
   result = []
   blocks = re.findall(r'^```(\w*)\n(.*?)^```$', text, re.DOTALL | re.M)
   for block in (code for language, code in blocks if language in ('', 'sh')):
     for line in re.sub(r'\\\n', ' ', block).splitlines():
       words = re.sub('["\']', ' ', line.split(' #')[0]).split()
       starts = [i for i in range(len(words)) if tuple(words[i : i + 2]) in SCRIPTS]
-      # A machine and an image have our name, too; no subcommand follows theirs.
+      # A machine and a container image are also called ip2p; no subcommand follows their names.
       pairs = itertools.pairwise(words)
       starts += [
         i for i, pair in enumerate(pairs) if re.fullmatch('ip2p (?!ip2p)[a-z]+', ' '.join(pair))
@@ -79,16 +79,16 @@ def test_train_py_accepts_the_command_of_the_jobset(tmp_path):
   assert hosts == job['completions'] and hosts * chips == math.prod(map(int, topology.split('x')))
   program, script, *flags = container['command']
   assert (program, script) == ('python', 'train.py') and '--multihost' in flags
-  flags.remove('--multihost')  # here is one process
+  flags.remove('--multihost')  # the test has one process
   flags = [flag.replace('gs://BUCKET', str(tmp_path)) for flag in flags]
   message = subprocess.run(
     [sys.executable, script, *flags], cwd=ROOT, capture_output=True, text=True
   ).stderr
-  assert re.match('train.py: error: (CKPT|DATA)', message)  # that is all it finds wrong
+  assert re.match('train.py: error: (CKPT|DATA)', message)  # the only error
 
 
 def test_commands_for_a_slice_use_the_planned_accumulation():
-  """The table of plans has 32 at a time on a v5e; more did not fit."""
+  """A v5e fits 32 examples at a time by the table of plans."""
   commands = '\n'.join((ROOT / 'docs' / name).read_text() for name in ('tpu.md', 'jobset.yaml'))
   runs = re.findall(r'train\.py.*?data\.path=DATA', commands.replace('\\\n', ' '), re.DOTALL)
   assert len(runs) == 4

@@ -1,4 +1,4 @@
-"""The README's walk-through: from a folder of images to an editor in diffusers."""
+"""The README's walkthrough: from a folder of images to an editor in diffusers."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope='module')
 def place(tmp_path_factory):
-  """A folder with a checkpoint, and twenty pairs of one's own."""
+  """A folder with a checkpoint and a data set of twenty pairs."""
   place = tmp_path_factory.mktemp('walkthrough')
   tiny_models.write(place / 'checkpoint', tiny.ONE_LEVEL)
   tiny_pairs.write_metadata(place / 'my-pairs', 20)
@@ -37,7 +37,7 @@ def run(place, *argv):
   return done.stdout
 
 
-@pytest.mark.parametrize('latents', [False, True], ids=['pictures', 'latents'])
+@pytest.mark.parametrize('latents', [False, True], ids=['images', 'latents'])
 def test_from_a_folder_of_pairs_to_an_edit_in_diffusers(place, latents):
   ip2p = '-m', 'ip2p_jax.cli'
   data, workdir, exported = (f'{name}-{latents}' for name in ('packed', 'run', 'exported'))

@@ -1,4 +1,4 @@
-"""Workers that start together in one new folder, and files that several write at once."""
+"""Workers that start at once in one new folder, and files that several write at once."""
 
 import collections
 import errno
@@ -23,7 +23,7 @@ WORKERS = 4
 
 
 def together(begin):
-  """What WORKERS threads that begin at once are told: counts of 'accepted' and of errors' names."""
+  """Calls `begin(i)` in WORKERS threads at once: counts of 'accepted' and of names of errors."""
   barrier, outcomes = threading.Barrier(WORKERS), []
 
   def work(i):
@@ -82,7 +82,7 @@ def test_one_of_concurrent_runs_with_different_prompts_is_accepted(tmp_path):
     settings = {'seed': 0, 'prompts': run, 'samples': 1}
     try:
       with pair_files.working(storage.folder(folder), settings, [], (i, WORKERS)):
-        done.wait()  # all are at work until the last was accepted or refused
+        done.wait()  # all run until the last one is accepted or refused
     except InputError:
       done.wait()
       raise
@@ -92,7 +92,7 @@ def test_one_of_concurrent_runs_with_different_prompts_is_accepted(tmp_path):
     assert outcomes == {'accepted': WORKERS // 2, 'InputError': WORKERS // 2}
 
 
-# A process that claims many files, one at a set time each, and prints what it finds in them.
+# A process that claims many files, each at a set time, and prints their contents.
 CLAIMS = """
 import pathlib, sys, time
 from ip2p_jax import storage
@@ -193,7 +193,7 @@ def test_a_worker_runs_once_and_all_have_one_n(tmp_path):
     ):
       pair_files.working(folder, settings | {'samples': 2}, [], (0, 1)).__enter__()
   with pair_files.working(folder, settings | {'samples': 2}, [], (0, 1)):
-    pass  # when they are gone
+    pass  # after the others have ended
   with pytest.raises(InputError, match='has 2 samples of each prompt, and --samples is 1'):
     pair_files.working(folder, settings, [], (0, 1)).__enter__()
 
@@ -212,12 +212,12 @@ def test_only_one_process_packs_a_part(tmp_path):
     with pack('1/2'):
       pass
     assert half.exists()
-  with pack('0/1'):  # when it is gone, what it left is cleared
+  with pack('0/1'):  # after it has ended, its half-written file is deleted
     assert not half.exists()
   assert {file.name for file in tmp_path.iterdir()} == {shards.PLAN, shards.PROGRESS}
 
 
-# Begins to pack, says so, and waits to be killed.
+# Begins to pack, prints 'ready', and waits to be killed.
 PACKS = """
 import sys, time
 sys.path.insert(0, sys.argv[2])

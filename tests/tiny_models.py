@@ -1,4 +1,4 @@
-"""Small models of random normal weights, as checkpoints and as files; no PyTorch is needed."""
+"""Small models with random normal weights, as checkpoints and as files, without PyTorch."""
 
 import json
 import math
@@ -113,7 +113,7 @@ def tokenizer_files() -> dict[str, bytes]:
 
 
 def write_clip(folder: Path, image_size: int = 64) -> Path:
-  """A CLIP, as transformers writes it."""
+  """Writes a CLIP in transformers' format."""
   text, vision = TINY_TEXT, TINY_VISION | {'image_size': image_size}
   tensors = {'logit_scale': np.float32(2.6592)}
   for make in (

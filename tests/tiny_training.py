@@ -1,6 +1,6 @@
 """A tiny training run in memory: networks, frozen parameters, batches, recipes.
 
-The UNet has one level and examples come as latents, since compiling is what takes the time.
+The UNet has one level and examples are latents, because compilation takes most of the time.
 """
 
 import functools

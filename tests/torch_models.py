@@ -1,4 +1,4 @@
-"""PyTorch reference models with random normal weights, small or full size, and their conversion."""
+"""PyTorch reference models with random normal weights, tiny or full size, and their conversion."""
 
 import contextlib
 import math
@@ -148,7 +148,7 @@ def noisy_image(init_noise):
 
 
 def scheduler(sampler, schedule=Schedule(), **options):
-  """diffusers' scheduler that a sampler is compared with, of its own spacing."""
+  """diffusers' scheduler for a sampler, with its default spacing."""
   kind = {
     'euler_ancestral': diffusers.EulerAncestralDiscreteScheduler,
     'euler': diffusers.EulerDiscreteScheduler,
@@ -159,7 +159,7 @@ def scheduler(sampler, schedule=Schedule(), **options):
   }[sampler]
   config = schedule.to_json()
   if 'timestep_spacing' not in options:
-    del config['timestep_spacing']  # so that each takes its own default
+    del config['timestep_spacing']  # so that each takes its default
   return kind.from_config(config | options)
 
 
@@ -174,7 +174,7 @@ def models_of(checkpoint):
 
 
 def loaded(model, tensors):
-  """The model with these weights, under either of the names that transformers gave CLIP's."""
+  """The model with these weights, under either of transformers' names of CLIP's."""
   own = model.state_dict()
   by_name = {name if name in own else name.removeprefix('text_model.'): torch.from_numpy(value)
              for name, value in tensors.items()}  # fmt: skip
@@ -185,7 +185,7 @@ def loaded(model, tensors):
 
 
 def checkpoint(unet_config, schedule=Schedule()):
-  """A small checkpoint of random weights, and the PyTorch models it is made of."""
+  """A small checkpoint of random weights, and its PyTorch models."""
   result = tiny_models.checkpoint(unet_config, schedule)
   return result, models_of(result)
 

@@ -27,18 +27,18 @@ def their_scheduler(sampler, steps, schedule=Schedule(), **options):
 
 
 def torch_noise(steps, shape=SHAPE):
-  """What a torch generator of seed 0 gives out step by step, [S, *shape]."""
+  """The noise of a torch generator with seed 0, step by step, [S, *shape]."""
   generator = torch.Generator().manual_seed(0)
   return np.stack([torch.randn(shape, generator=generator).numpy() for _ in range(steps)])
 
 
 def network(x, t, lib):
-  """Some function that bends with x and turns with the timestep."""
+  """A function that is not linear in x and depends on the timestep."""
   return 0.8 * lib.tanh(x) + 0.3 * x * lib.cos(t / 200)
 
 
 def their_sample(scheduler, init, timesteps=None):
-  """The loop of a diffusers pipeline; `timesteps` replaces those the network is asked at."""
+  """The loop of a diffusers pipeline; `timesteps` replaces those that the network gets."""
   x, generator = torch.tensor(init) * scheduler.init_noise_sigma, torch.Generator().manual_seed(0)
   random = {'generator': generator} if 'Heun' not in type(scheduler).__name__ else {}
   for i, t in enumerate(scheduler.timesteps):
@@ -275,7 +275,7 @@ def test_a_run_from_the_end_does_nothing(rng):
   )
 
 
-# Golden numbers: sums of absolute values that diffusers' own tests hold
+# Golden numbers: sums of absolute values in diffusers' tests
 
 
 def golden_start():
@@ -287,7 +287,7 @@ def golden_network(x, t):
 
 
 def rescaled_run(schedule, sampler, karras=False):
-  """10 steps as those tests take them: the input's scaling is kept, and steps go on from it."""
+  """10 steps as in those tests: each step continues from the scaled input."""
   grid, noises = noise_levels(schedule, sampler, 10, karras=karras), torch_noise(10, (4, 3, 8, 8))
   x, previous = samplers.initial_state(grid, golden_start())
   for i in range(10):
@@ -353,7 +353,7 @@ def test_golden_sums_of_lcm(steps, expected):
   ],
 )
 def test_golden_latents_of_k_diffusion(sampler, expected):
-  """From k-diffusion 0.1.1, over its eight Karras levels from 14.6 to 0.03."""
+  """Results of k-diffusion 0.1.1, with its eight Karras levels from 14.6 to 0.03."""
   largest, smallest = 14.6 ** (1 / 7), 0.03 ** (1 / 7)
   sigmas = np.append(np.linspace(largest, smallest, 8) ** 7, 0).astype(np.float32)
   grid = Grid(sigmas, np.zeros(8, np.float32), np.float32(14.6), np.float32(1))
@@ -439,7 +439,7 @@ def test_the_number_of_network_calls_is_as_stated(rng, sampler, expected):
 
 
 def test_ancestral_sampling_of_normal_data_is_normal(rng):
-  """The variance its noise must restore: without it, the spread would shrink to 0.07."""
+  """The noise restores the variance: without it, the spread would shrink to 0.07."""
   init = rng.standard_normal((1, 64, 64, 4), dtype=np.float32)
   noises = jnp.asarray(rng.standard_normal((200, *init.shape), dtype=np.float32))
   grid = noise_levels(Schedule(), 'euler_ancestral', 200)
@@ -477,7 +477,7 @@ def test_sampling_names_an_unknown_sampler():
 
 @pytest.mark.parametrize('prediction_type', ['epsilon', 'v_prediction'])
 def test_half_precision_errors_of_lcm_are_near_those_of_others(prediction_type, rng):
-  """A network that knows normal data, and reads and answers in bfloat16 as ours do."""
+  """The exact network of normal data, with bfloat16 input and output as ours."""
   schedule = Schedule(prediction_type=prediction_type)
   shape, spread = (2, 16, 16, 4), 0.3
   mean, start = (rng.standard_normal(shape).astype(np.float32) for _ in range(2))

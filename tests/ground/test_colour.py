@@ -1,4 +1,4 @@
-"""Images in colours of their own: models see sRGB, results have what their images had."""
+"""Images with colour profiles: models see sRGB, and results have the profile of their image."""
 
 import io
 import struct
@@ -44,19 +44,19 @@ def pixels(image):
 
 
 def opened(path):
-  """As other software opens it; the file is closed again."""
+  """The image as Pillow opens it; the file is closed."""
   with Image.open(path) as image:
     image.load()
   return image
 
 
 def difference(a, b):
-  """In levels of 255, on average."""
+  """The mean absolute difference, in levels of 255."""
   return np.abs(pixels(a) - pixels(b)).mean()
 
 
 def write(image, path, **options):
-  """A file as other software writes it."""
+  """Writes a file as other software does."""
   extra = {'lossless': True} if path.suffix == '.webp' else {'subsampling': 0, 'quality': 98}
   extra = {} if path.suffix in ('.png', '.tif') else extra
   image.save(path, icc_profile=image.info.get('icc_profile'), **extra, **options)
@@ -64,7 +64,7 @@ def write(image, path, **options):
 
 
 def negative(array):
-  """An edit that moves every colour far."""
+  """An edit that changes every colour much."""
   return 255 - array
 
 
@@ -75,11 +75,11 @@ def negative(array):
 @pytest.mark.parametrize('extension', ['png', 'jpg', 'tif', 'webp'])
 def test_an_image_is_converted_by_its_profile(tmp_path, photo, name, extension):
   if name == 'CMYK' and extension in ('png', 'webp'):
-    return  # which have no CMYK
+    return  # these formats have no CMYK
   own = profiles.tagged(photo, name)
   path = write(own, tmp_path / f'in.{extension}')
   seen = images.to_array(images.read(path), photo.size)
-  assert difference(own.convert('RGB'), photo) > 5  # what the numbers alone would show
+  assert difference(own.convert('RGB'), photo) > 5  # without the profile
   assert difference(seen, photo) < (1.5 if extension == 'jpg' else 0.8)
   assert difference(examples.picture(path.read_bytes(), 48, 'squash'),
                     photo.resize((48, 48), Image.Resampling.LANCZOS)) < 1.5  # fmt: skip
@@ -211,7 +211,7 @@ def test_srgb_profiles_are_not_converted(tmp_path, photo, profile):
     assert result.tobytes() == expected.tobytes() and result.info == photo.info
 
 
-# And the result has the colours of its image.
+# The result has the colours of its image.
 
 
 @pytest.mark.parametrize('name', profiles.WIDE)
@@ -224,7 +224,7 @@ def test_a_result_keeps_the_profile_and_the_edited_colours(tmp_path, photo, half
   written = opened(tmp_path / f'out.{extension}')
   assert written.info['icc_profile'] == profiles.ALL[name]
   shown = pixels(profiles.as_seen(written))
-  close = 3.5 if extension == 'webp' else 2  # which loses 2.1 of this image without a profile
+  close = 3.5 if extension == 'webp' else 2  # WebP alone loses 2.1
   assert difference(shown[:24], edited[:24]) < close
   assert difference(shown[24:], pixels(photo)[24:]) < close
   if extension in LOSSLESS:
@@ -251,13 +251,13 @@ def test_cmyk_stays_if_the_format_has_it_or_becomes_srgb(tmp_path, photo, half, 
   assert difference(shown[24:], pixels(photo)[24:]) < close
   if extension == 'tif':
     assert (pixels(written)[24:] == pixels(own)[24:]).all()
-  images.save(images.read(tmp_path / 'in.tif'), path, {})  # and whoever saves without asking
+  images.save(images.read(tmp_path / 'in.tif'), path, {})  # without `for_file`
   assert difference(profiles.as_seen(opened(path)), photo) < 2
 
 
 @pytest.fixture(params=['made', 'SWOP'], scope='module')
 def press(request):
-  """A profile of inks that show fewer colours than sRGB: one made here, and one of libgs-common."""
+  """A profile of inks with fewer colours than sRGB: one made here, and one of libgs-common."""
   if request.param == 'made':
     return profiles.offset()
   if not SWOP.exists():
@@ -285,7 +285,7 @@ def test_cmyk_results_are_as_close_as_the_inks_allow(tmp_path, photo, press):
       written = opened(path)
       assert written.mode == 'CMYK' and written.info['icc_profile'] == press
       assert difference(profiles.as_seen(written), edited) < best[name] + loss, (name, extension)
-    assert max(ways) > best[name] + 4  # the other ways are worse by far
+    assert max(ways) > best[name] + 4  # other ways are much worse
   assert best['printable'] < 1.5 and best['sRGB'] > 5
 
 
@@ -307,7 +307,7 @@ def test_an_image_with_a_one_way_profile_becomes_srgb(tmp_path, photo):
   assert difference(photo, original) > 5
 
 
-# What cannot be honoured is said once, by name.
+# One warning names a problem with the colours.
 
 
 BROKEN = {
@@ -334,7 +334,7 @@ def test_an_unreadable_profile_gives_one_warning_with_the_file_name(tmp_path, ph
   assert original.info == {} and original.tobytes() == own.convert('RGB').tobytes()
   with pytest.warns(UserWarning, match='the image: its colour profile'):
     images.with_metadata(own)
-  encoded = (tmp_path / 'odd.tif').read_bytes()  # of data sets, `ip2p check` warns
+  encoded = (tmp_path / 'odd.tif').read_bytes()  # for data sets, `ip2p check` warns
   expected = own.convert('RGB').resize((48, 48), Image.Resampling.LANCZOS)
   assert difference(examples.picture(encoded, 48, 'squash'), expected) == 0
   row = Row('row 3', ('go',), (Pair(encoded, encoded),), False)
@@ -354,7 +354,7 @@ def test_adobe_rgb_in_exif_is_read_and_becomes_a_profile(tmp_path, photo):
   assert difference(original, photo) > 5
   images.save(original, tmp_path / 'out.png', {})
   assert difference(profiles.as_seen(opened(tmp_path / 'out.png')), photo) < 1.5
-  exif.get_ifd(IFD.Exif)[B.ColorSpace] = 1  # sRGB: the other mark is a leftover
+  exif.get_ifd(IFD.Exif)[B.ColorSpace] = 1  # sRGB; then R03 does not count
   own.save(tmp_path / 'camera.jpg', exif=exif.tobytes())
   assert 'icc_profile' not in images.read(tmp_path / 'camera.jpg').info
 
@@ -398,7 +398,7 @@ def test_colour_chunks_of_png_are_ignored_with_a_warning(tmp_path, photo, chunks
   assert all('chunks.png' in message and named in message for message in messages)
 
 
-# Everything else that reads images.
+# Other readers of images.
 
 
 def test_only_srgb_jpegs_use_the_fast_decoder(photo):
@@ -420,7 +420,7 @@ def test_packed_images_are_srgb_or_keep_their_profile(photo, quality):
   encoded = jpeg(profiles.tagged(large, 'ProPhoto'))
   shrunk = pack.smaller(encoded, 32, quality)
   assert 'icc_profile' not in Image.open(io.BytesIO(shrunk)).info
-  for file in (shrunk, pack.smaller(encoded, 120, quality)):  # which is left as it is
+  for file in (shrunk, pack.smaller(encoded, 120, quality)):  # the second is unchanged
     expected = large.resize((32, 32), Image.Resampling.LANCZOS)
     assert difference(examples.picture(file, 32, 'squash'), expected) < 2
 
@@ -484,7 +484,7 @@ def test_exif_and_dpi_are_kept_except_the_orientation(tmp_path, photo, source, t
     assert not {B.MakerNote, B.ExifImageWidth} & set(camera)
   again = images.read(tmp_path / f'out.{target}')
   assert again.size == (48, 64)
-  assert np.round(again.info['dpi']).tolist() == [150, 300]  # turned with the image
+  assert np.round(again.info['dpi']).tolist() == [150, 300]  # rotated with the image
   assert images.read_settings(tmp_path / f'out.{target}') == {'seed': 1}
 
 
@@ -492,7 +492,7 @@ def test_a_file_without_exif_or_dpi_gets_none(tmp_path, photo):
   for extension in ('jpg', 'png', 'tif', 'webp', 'bmp', 'gif'):
     photo.save(tmp_path / f'in.{extension}')
     read = images.read(tmp_path / f'in.{extension}').info
-    assert read == ({'dpi': read['dpi']} if extension == 'bmp' else {})  # a BMP always says
+    assert read == ({'dpi': read['dpi']} if extension == 'bmp' else {})  # a BMP always has dpi
     images.save(photo, tmp_path / 'out.jpg', {})
     assert images.read(tmp_path / 'out.jpg').info == {}
 

@@ -1,4 +1,4 @@
-"""Settings: how people write them, and which would do nothing."""
+"""Settings: their forms on the command line, and settings without effect."""
 
 import re
 
@@ -75,7 +75,7 @@ def test_a_value_of_another_type_names_the_setting(name, text, current):
 
 
 def changed(kind, **values):
-  """A config with settings changed; '__' stands for the dot."""
+  """A config with changed settings; '__' stands for the dot."""
   config = kind()
   for name, value in values.items():
     *sections, knob = name.split('__')
@@ -87,7 +87,7 @@ def changed(kind, **values):
 
 
 BOTH = (TrainConfig, LanguageConfig)
-# Settings that cannot act, and what the sentence names.
+# Settings without effect, and a part of the message.
 INERT = [
   (BOTH, {'lora__alpha': 8.0}, 'lora.alpha is 8.0, which does nothing while lora.rank is 0'),
   (BOTH, {'lora__targets': 'attn'}, 'lora.targets .* while lora.rank is 0'),
@@ -126,7 +126,7 @@ def test_a_feature_may_be_switched_off_as_a_whole():
   check_values(changed(TrainConfig, log__profile=(100, 5)))
 
 
-SWITCHED = [  # (what a file sets, what was set for one run, what is left of the first)
+SWITCHED = [  # (settings of a file, changes of a run, resulting value of the file's setting)
   ({'log.validate_every': 20}, {'log.validation_examples': 0}, {'log.validate_every': 1000}),
   ({'log.validation_examples': 64}, {'log.validate_every': 0}, {'log.validation_examples': 512}),
   ({'log.preview_steps': 50}, {'log.previews': 0}, {'log.preview_steps': 20}),
@@ -156,7 +156,7 @@ def test_idle_settings_of_a_file_become_defaults(in_file, changes, left, tmp_pat
   config = loaded(changes)
   check_values(config)
   assert dict(knobs(config)) == dict(knobs(TrainConfig())) | changes | left
-  (name,) = left  # also set for this run, it is a mistake; as it is if the file has both
+  (name,) = left  # an error if the run sets it, too, or if the file sets both
   with pytest.raises(InputError, match=f'{name} .* does nothing'):
     check_values(loaded({name: in_file[name]} | changes))
   write(in_file | changes)

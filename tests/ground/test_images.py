@@ -450,7 +450,7 @@ def test_transparent_parts_of_a_mask_count_as_black(tmp_path):
 
 def test_a_black_mask_is_refused(tmp_path):
   speck = Image.new('L', (800, 800))
-  speck.putpixel((400, 400), 255)  # is black once it has the image's size
+  speck.putpixel((400, 400), 255)  # black after scaling to the image's size
   for mask in (Image.new('L', (8, 8)), speck):
     mask.save(tmp_path / 'mask.png')
     with pytest.raises(InputError, match=r'mask\.png is all black, so nothing would be edited'):
@@ -610,7 +610,7 @@ def test_checking_refuses_what_saving_would(tmp_path, monkeypatch):
 
 
 def find(sheet, image):
-  """Where an image of one colour lies in the sheet: its box."""
+  """The box of an image of one colour in the sheet."""
   rows, columns = np.nonzero((np.asarray(sheet) == image.getpixel((0, 0))[:3]).all(-1))
   return columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, while Python hears them and while it does not."""
+"""Ctrl-C and SIGTERM, while Python handles signals and while it does not."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ import pytest
 
 from ip2p_jax import interrupts
 
-# Begins by a signal to itself, in two seconds, while no Python runs in the main thread.
+# Sends itself a signal after two seconds, while the main thread runs no Python code.
 UNHEARD = """
 import hashlib, os, signal, sys, threading
 from ip2p_jax.cli.console import run
@@ -30,7 +30,7 @@ def test_a_signal_ends_a_command_while_python_cannot_handle_it(name):
 
 
 def test_a_signal_within_a_collection_is_not_dropped():
-  def _xla_gc_callback():  # as jax's; Python drops what is raised there
+  def _xla_gc_callback():  # as in jax; Python drops exceptions in it
     signal.raise_signal(signal.SIGINT)
     return 'undisturbed'
 

@@ -1,4 +1,4 @@
-"""What is said while something takes long."""
+"""Messages while something takes long."""
 
 import os
 import pty

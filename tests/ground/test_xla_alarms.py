@@ -1,4 +1,4 @@
-"""Programs compiled in somebody's own Python: XLA's alarms are left out, all else stays."""
+"""Programs compiled in a user's Python: XLA's alarms are left out, all other output stays."""
 
 import dataclasses
 import os
@@ -21,7 +21,7 @@ WAIT = xla_alarms.SOONEST + 0.3
 
 
 def alarmed(*extra):
-  """As a compiler that takes long, and writes the alarm amid lines of others."""
+  """A slow compiler, which writes the alarm among other lines."""
   time.sleep(WAIT)
   for text in (b'before\n', SLOW, ERROR, *extra, SLOW, b'after\n'):
     os.write(2, text)
@@ -48,7 +48,7 @@ def test_a_fast_program_starts_no_filter(monkeypatch):
 
 
 def test_lines_of_other_threads_stay_in_order(capfd):
-  """Several compile, one within another's time, while two write."""
+  """Several threads compile at overlapping times, while two write."""
   is_over, counts = threading.Event(), [0, 0]
 
   def write(i):
@@ -121,7 +121,7 @@ def test_the_last_output_of_a_process_is_shown(end, status):
 
 
 def test_the_beginning_of_a_line_is_shown_before_its_end():
-  """A bar of progress has none."""
+  """A progress bar has no end of line."""
   source, sink = os.pipe()
   lines = xla_alarms._lines(source, -1)
   os.write(sink, b'done\n 5%|')
@@ -160,7 +160,7 @@ def test_a_killed_or_missing_filter_stops_nothing(capfd, monkeypatch, alone):
 
 
 class Once:
-  """Attention that is computed as it was, and alarms while the program is made of it."""
+  """The same attention, with alarms while it is traced."""
 
   def __init__(self, attention):
     self.attention, self.is_said = attention, False

@@ -1,4 +1,4 @@
-"""Attention: the same numbers as PyTorch, whichever way they are computed."""
+"""Attention: every kernel gives PyTorch's numbers."""
 
 import itertools
 import types
@@ -49,7 +49,7 @@ def test_attention_can_be_differentiated_in_blocks(rng):
 def test_a_cpu_never_holds_all_scores_of_large_attention(rng):
   shape = jax.ShapeDtypeStruct((1, 4096, 8, 40), np.float32)
   memory = jax.jit(attend).lower(shape, shape, shape).compile().memory_analysis()
-  assert memory.temp_size_in_bytes < 4096 * 4096 * 4  # one head's scores; all are eight times that
+  assert memory.temp_size_in_bytes < 4096 * 4096 * 4  # scores of one of eight heads
 
 
 # Kernels, by platform.
@@ -60,18 +60,18 @@ def test_a_cpu_never_holds_all_scores_of_large_attention(rng):
   [
     (('tpu', 5.0), 1024, 1024, 40, 'bfloat16', 'splash'),
     (('tpu', 5.0), 4096, 4096, 80, 'float32', 'splash'),
-    (('tpu', 5.0), 256, 256, 80, 'bfloat16', 'xla'),  # too short to pay
+    (('tpu', 5.0), 256, 256, 80, 'bfloat16', 'xla'),  # too short to be faster
     (('tpu', 5.0), 1024, 77, 40, 'bfloat16', 'xla'),  # no whole block of keys
     (('tpu', 5.0), 1000, 1000, 40, 'bfloat16', 'xla'),
     (('tpu', 4.0), 1024, 1024, 40, 'bfloat16', 'splash'),
-    (('tpu', 3.0), 1024, 1024, 40, 'bfloat16', 'xla'),  # its matrix unit cannot do the kernel's
+    (('tpu', 3.0), 1024, 1024, 40, 'bfloat16', 'xla'),  # its matrix unit cannot run the kernel
     (('gpu', 9.0), 1024, 77, 40, 'bfloat16', 'cudnn'),
     (('gpu', 9.0), 256, 256, 160, 'float16', 'cudnn'),
     (('gpu', 8.0), 256, 256, 128, 'bfloat16', 'cudnn'),
     (('gpu', 8.0), 1024, 77, 80, 'bfloat16', 'cudnn'),
     (('gpu', 8.6), 289, 289, 64, 'bfloat16', 'cudnn'),  # 17 x 17, odd
     (('gpu', 8.0), 256, 256, 160, 'bfloat16', 'xla'),  # too wide before Hopper
-    (('gpu', 10.0), 256, 256, 160, 'bfloat16', 'xla'),  # and after it has no gradients
+    (('gpu', 10.0), 256, 256, 160, 'bfloat16', 'xla'),  # no gradients after Hopper
     (('gpu', 10.0), 1024, 77, 80, 'bfloat16', 'cudnn'),
     (('gpu', 12.0), 256, 256, 160, 'float16', 'xla'),
     (('gpu', 9.0), 1024, 77, 40, 'float32', 'xla'),
@@ -103,7 +103,7 @@ def test_a_kernel_that_the_devices_lack_is_refused():
 
 @pytest.mark.parametrize('capability', ['7.5', '8.0', '9.0', '10.0'])
 def test_every_kernel_picked_for_a_gpu_has_gradients(capability, monkeypatch):
-  """As jax itself checks while it traces, with no GPU: odd tokens, wide heads, every dtype."""
+  """By jax's checks while it traces, without a GPU: odd tokens, wide heads, every dtype."""
   monkeypatch.setattr(fused_attention_stablehlo, 'check_cudnn_version', lambda: 91200)
   device = types.SimpleNamespace(
     platform='gpu', device_kind=capability, compute_capability=capability
@@ -185,7 +185,7 @@ def test_the_tpu_kernel_gives_the_same_numbers(dtype, tolerance, rng):
 )
 @pytest.mark.parametrize('devices', [1, 2])
 def test_padding_of_odd_lengths_for_cudnn_has_no_effect(queries, keys, devices, rng, monkeypatch):
-  """By XLA's arithmetic in place of cuDNN's, which takes the same lengths."""
+  """XLA computes instead of cuDNN, with the same lengths."""
   asked = []
 
   def plain(q, k, v, implementation, **lengths):

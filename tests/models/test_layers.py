@@ -1,4 +1,4 @@
-"""Layers whose gradients are written out: the same numbers as automatic ones."""
+"""Layers with gradients written by hand: the same numbers as automatic gradients."""
 
 import jax
 import jax.numpy as jnp

@@ -23,11 +23,11 @@ transformers = peers.module('transformers')
 
 TOLERANCE = 1e-4
 KINDS = list(tiny_llamas.CONFIGS)
-B, N = 3, 70  # beyond the 48 tokens that llama3's scaling was made for
+B, N = 3, 70  # over llama3's original length of 48 tokens
 
 
 class Pair:
-  """transformers' model and ours, the same weights."""
+  """transformers' model and ours with the same weights."""
 
   def __init__(self, kind):
     self.kind = kind

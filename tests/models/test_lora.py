@@ -1,4 +1,4 @@
-"""Adapters: what they stand for, their gradients, and the files that PyTorch reads."""
+"""Adapters: merging, gradients, and files that PyTorch reads."""
 
 import json
 import logging
@@ -75,7 +75,7 @@ def torch_output(pipeline, latents, timestep, context):
 
 @pytest.fixture
 def warned(caplog):
-  """What diffusers and peft warn of while a test runs."""
+  """The warnings of diffusers and peft while a test runs."""
   loggers = [logging.getLogger(name) for name in ('diffusers', 'peft')]
   for logger in loggers:
     logger.addHandler(caplog.handler)
@@ -203,7 +203,7 @@ def test_diffusers_with_our_file_equals_our_merged_unet(
   ours = run(lora.merged(params, adapters, config), *inputs)
   assert relative_error(ours, theirs) <= 1e-5
   assert relative_error(without, theirs) > 0.1
-  # There are none for the text encoder, which diffusers calls safe to ignore.
+  # The file has no adapters for the text encoder; diffusers says that this is safe to ignore.
   assert all('No LoRA keys associated to CLIPTextModel' in message for message in warned())
 
 
@@ -293,7 +293,7 @@ def test_an_older_file_is_not_replaced_unasked(tmp_path, rng):
 
 
 def wrong_file(change):
-  """Tensors and metadata of a good file for `SHAPES`, and what makes it a wrong one."""
+  """Tensors and metadata of a file for `SHAPES`, with one mistake."""
   tensors = lora_file.to_diffusers(
     filled(SHAPES, EVERY_KERNEL, np.random.default_rng(0)), EVERY_KERNEL
   )

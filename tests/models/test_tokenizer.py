@@ -1,4 +1,4 @@
-"""The tokenizer: the ids of transformers' CLIPTokenizer, and damage noticed."""
+"""The tokenizer: the ids of transformers' CLIPTokenizer, and damaged files."""
 
 import json
 import random
@@ -72,7 +72,7 @@ def learned(tmp_path_factory):
 
 
 def in_layout(layout, files):
-  """The files as versions of transformers have written them: 5, from 4.34 on, and before that."""
+  """The files as versions of transformers write them: 5, from 4.34 on, and before 4.34."""
   if layout == 'tokenizer.json':
     return files
   content = json.loads(files['tokenizer.json'])
@@ -117,7 +117,7 @@ def test_learned_tokens_are_one_id_each_as_in_transformers(learned, layout, tmp_
   expected = theirs(texts, padding='max_length', truncation=True, max_length=77)['input_ids']
   assert (ClipTokenizer(files)(texts) == np.array(expected)).all()
   assert len(theirs) == 49415
-  # What is written holds them as both transformers 4 and 5 read them, and gives the same ids.
+  # Transformers 4 and 5 read the written files, and give the same ids.
   written = tokenizer_files.read(tmp_path)
   assert 'tokenizer.json' not in written
   assert learned_tokens(written) == learned_tokens(files)

@@ -89,7 +89,7 @@ def test_an_unchanged_image_or_caption_has_no_direction(dtype, rng):
     np.testing.assert_array_equal(clip.scores(*images, *texts).clip_sim_dir, 0)
   assert (clip.scores(before, after, captions, edited).clip_sim_dir != 0).all()
 
-  # Equal images in other rows of the batch, and before they are rounded to 8 bits.
+  # Images that are equal after rounding to 8 bits.
   noisy = np.float32(np.stack([before, before])) / 255
   noisy[1] += 1e-6 * rng.standard_normal(noisy[1].shape, np.float32)
   ids = np.stack([clip.tokenizer(captions), clip.tokenizer(edited)])

@@ -1,4 +1,4 @@
-"""Pixels in and out of a network's range, and noise that is given or made."""
+"""Pixels in and out of a network's range, and noise that is given or drawn."""
 
 import jax.numpy as jnp
 import numpy as np

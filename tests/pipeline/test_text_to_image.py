@@ -1,4 +1,4 @@
-"""Images from texts: against diffusers' pipelines, and what holds whatever the weights."""
+"""Images from texts: agreement with diffusers' pipelines, and properties for any weights."""
 
 import jax
 import numpy as np
@@ -155,7 +155,7 @@ def test_without_guidance_one_branch_gives_the_same_result(model):
 def test_a_variation_equals_the_image_of_its_seed(model):
   both = model.draw('a boat', Sampling(2), seed=[1, 2], batch_size=1)
   (second,) = model.draw('a boat', Sampling(2), seed=2)
-  assert [image.size for image in both] == [(32, 32)] * 2  # the checkpoint's own
+  assert [image.size for image in both] == [(32, 32)] * 2  # the checkpoint's size
   assert np.abs(np.asarray(both[1], int) - np.asarray(second, int)).max() <= 1
   assert np.any(np.asarray(both[0]) != np.asarray(both[1]))
 

@@ -1,4 +1,4 @@
-"""What a run writes comes back whole, whenever it was killed and wherever it goes on."""
+"""A run's checkpoints: complete after a kill at any time, and readable on any devices."""
 
 import os
 import socket
@@ -233,14 +233,14 @@ run.close()
 
 
 def test_after_a_full_disk_the_run_may_save_again(tmp_path):
-  """In a process of its own, which must not hear of it from Orbax's threads."""
+  """In a new process; Orbax's threads must print nothing."""
   command = [sys.executable, '-c', FULL_DISK, tmp_path]
   done = subprocess.run(command, capture_output=True, text=True)
   assert (done.stdout, done.stderr) == (f'{tmp_path}/checkpoints: File too large\n', '')
   assert saved_steps(tmp_path) == [2]
 
 
-# Imports once and then forks, so that a life costs a fraction of a second.
+# Imports once and then forks, so that a run costs a fraction of a second.
 LIVES = """
 import os, signal, sys, time
 import jax, numpy as np
@@ -316,7 +316,7 @@ assert not any('tmp' in name for name in os.listdir(workdir + '/checkpoints'))
 
 
 def survive(workdir, kills):
-  """How many of the kills hit a checkpoint on its way; everything else the script asserts."""
+  """How many of the kills hit an unfinished checkpoint; the script asserts everything else."""
   workdir.mkdir()
   env = dict(os.environ, XLA_FLAGS='', PYTHONWARNINGS='ignore')
   command = [sys.executable, '-c', LIVES, str(workdir), str(kills)]
@@ -416,7 +416,7 @@ def unet(start):
 
 
 def weights_of(params):
-  """A state that has weights alone; the average is the parameters plus one."""
+  """A state of weights alone; the average is the parameters plus one."""
   return {'params': params, 'ema': {name: value + 1 for name, value in params.items()}}
 
 
@@ -430,7 +430,7 @@ def run_of(workdir, start, params, config=None):
 def test_a_run_is_read_as_a_whole_checkpoint(tmp_path, start, unet):
   params = {name: 2 * value for name, value in unet.items()}
   run_of(tmp_path, start, params)
-  saved(tmp_path, placed(weights_of(params), 8, 4), 20)  # with however many devices
+  saved(tmp_path, placed(weights_of(params), 8, 4), 20)  # on other devices
   for ema, offset in ((True, 1), (False, 0)):
     checkpoint = read(tmp_path, ema)
     assert checkpoint.configs == start.configs and checkpoint.tokenizer == start.tokenizer
@@ -586,7 +586,7 @@ def test_a_base_is_final_after_the_first_checkpoint(tmp_path, start, unet):
     return len(load_base(tmp_path).tensors['unet'])
 
   save_base(tmp_path, start, ())
-  save_base(tmp_path, start, unet)  # the config was mended before anything was trained
+  save_base(tmp_path, start, unet)  # the config was changed before the first training step
   assert kept() == 0
   saved(tmp_path, weights_of(unet))
   save_base(tmp_path, start, ())

@@ -1,4 +1,4 @@
-"""Two sets of weights in one file: which is taken, and what is said of it."""
+"""Two sets of weights in one file: which is taken, and the log message."""
 
 import json
 import logging
@@ -28,7 +28,7 @@ def file(tmp_path_factory):
 
 
 def trained(tensors, rate, steps, decay, seed=0):
-  """(live, average) after AdamW on gradients that are mostly noise, as those of diffusion are."""
+  """(live, average) after AdamW on gradients that are mostly noise, as in diffusion."""
   rng = np.random.default_rng(seed)
   live, average = {}, {}
   for name, start in tensors.items():
@@ -51,12 +51,12 @@ def unet_of(tensors):
 
 @pytest.fixture(scope='module', params=[(1e-4, 30, 0.9999), (1e-4, 80, 0.99), (1e-3, 60, 0.999)])
 def run(request, file):
-  """(live, average) of a training, under the names of the file."""
+  """(live, average) of a training run, under the names of the file."""
   return trained(unet_of(file[1]), *request.param)
 
 
 def save(path, file, live, average, dtype=np.float32, **metadata):
-  """A file of both, its metadata ours, since a small model needs it."""
+  """A file with both, and our metadata, which a small model needs."""
   _, tensors, ours = file
   both = live | {ldm_names.ema_name(name): array for name, array in average.items()}
   save_file({k: v.astype(dtype) for k, v in (tensors | both).items()}, path, ours | metadata)
@@ -64,7 +64,7 @@ def save(path, file, live, average, dtype=np.float32, **metadata):
 
 
 def taken(path, ema=None):
-  """The first convolution that is read."""
+  """The first convolution of the weights that are read."""
   return weights.read(path, ema=ema).tensors['unet']['conv_in.weight']
 
 
@@ -86,11 +86,11 @@ def test_the_average_of_a_training_is_taken_and_logged(tmp_path, file, run, dtyp
 
 
 def merged(live, kind, size, seed=1):
-  """The live weights as a merge or adapter of a relative `size` leaves them."""
+  """The live weights after a merge or an adapter of a relative `size`."""
   rng, result = np.random.default_rng(seed), dict(live)
   for name, array in live.items():
     matrix = array.reshape(len(array), -1)
-    if kind == 'add difference':  # models without the picture's channels know 4 of the first ones
+    if kind == 'add difference':  # text-to-image models have only 4 input channels
       change = rng.standard_normal(array.shape) * size * array.std()
       if name == FIRST:
         change[:, 4:] = 0
@@ -160,7 +160,7 @@ def test_merge_metadata_is_believed(tmp_path, file, run, note, caplog):
 
 
 def test_weights_in_another_precision_than_the_average_were_merged(tmp_path, file, run, caplog):
-  """A1111's merger halves what it has merged, and leaves the average as it was."""
+  """A1111's merger writes merged weights in float16 and does not change the average."""
   live, average = run
   half = {name: array.astype(np.float16) for name, array in live.items()}
   both = half | {ldm_names.ema_name(name): array for name, array in average.items()}

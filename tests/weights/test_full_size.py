@@ -1,4 +1,4 @@
-"""Full-size Stable Diffusion, as names and shapes: no weight is stored, files are sparse."""
+"""Full-size Stable Diffusion as names and shapes: no weights are stored, files are sparse."""
 
 import json
 import math
@@ -164,7 +164,7 @@ def test_diffusers_reads_every_ldm_name_as_we_write_it(family):
 
 
 def original_unet_modules():
-  """The blocks of SD 1.5's UNet as its own constructor lists them, with what each holds."""
+  """The blocks of SD 1.5's UNet as in its constructor, with their modules."""
   modules, last = {'input_blocks.0.0'}, 3
   index = 1
   for level in range(4):
@@ -178,7 +178,7 @@ def original_unet_modules():
   index = 0
   for level in reversed(range(4)):
     for layer in range(3):
-      # A residual block, attention but at the smallest size, and the way up behind a level.
+      # A residual block, attention except at the smallest size, and the upsampler of a level.
       held = 1 + (level != last) + (level > 0 and layer == 2)
       modules |= {f'output_blocks.{index}.{place}' for place in range(held)}
       index += 1
@@ -186,7 +186,7 @@ def original_unet_modules():
 
 
 def test_ldm_names_are_the_original_ones(family):
-  """diffusers' reader takes either place for the way up, the original only the right one."""
+  """diffusers' reader accepts two places of the upsampler, the original only one."""
   modules, _ = family
   tensors = ldm_names.to_ldm(without_memory(shapes_of(modules, 'unet')), 'unet')
   blocks = {
@@ -222,7 +222,7 @@ def test_a_full_size_file_gets_the_right_names_and_configs(family, tmp_path):
     as_json = json.loads(modules[part].to_json_string())
     ours = {key: value for key, value in checkpoint.configs[part].items() if key[0] != '_'}
     assert ours == {key: as_json[key] for key in ours}
-    # What we leave out means diffusers' default, which is what these models have.
+    # A missing key means diffusers' default, which these models have.
     rebuilt = {'unet': UNet2DConditionModel, 'vae': AutoencoderKL}[part]
     with torch.device('meta'):
       assert json.loads(rebuilt(**ours).to_json_string()) == as_json
@@ -244,7 +244,7 @@ def test_a_full_size_file_gets_the_right_names_and_configs(family, tmp_path):
 
 
 def test_configs_are_those_of_the_original_yaml(tmp_path):
-  """v1-inference.yaml and v2-inference.yaml, through diffusers' own reading of them."""
+  """v1-inference.yaml and v2-inference.yaml, as diffusers reads them."""
   common = {
     'model_channels': 320,
     'channel_mult': [1, 2, 4, 4],

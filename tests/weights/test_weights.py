@@ -1,5 +1,6 @@
-"""Checkpoints both ways, byte for byte and strictly: diffusers folders, LDM files, our trees."""
+"""Checkpoints read and written, byte for byte: diffusers folders, LDM files, our trees."""
 
+import dataclasses
 import json
 import shutil
 
@@ -35,7 +36,7 @@ CONV_IN = 'conv_in.weight'
 
 
 def randomized(module):
-  """No two tensors alike and no norm at one, so that a swapped name cannot pass."""
+  """Random tensors, all different, norms too, so that swapped names are found."""
   generator = torch.Generator().manual_seed(1)
   with torch.no_grad():
     for tensor in module.parameters():
@@ -106,7 +107,7 @@ def modules():
 
 @pytest.fixture(scope='module')
 def wanted(modules):
-  """The tensors in our interchange form: transformers 5 leaves out `text_model.`."""
+  """The tensors in our form: transformers 5 leaves out `text_model.`."""
   return {
     part: torch_tensors(module, 'text_model.' if part == 'text_encoder' else '')
     for part, module in modules.items()
@@ -172,6 +173,24 @@ def files_of(path):
   return {
     str(file.relative_to(path)): file.read_bytes() for file in path.rglob('*') if file.is_file()
   }
+
+
+def changed(tensors, **changes):
+  result = {name: tensors[name] for name in tensors} | changes
+  return {name: array for name, array in result.items() if array is not None}
+
+
+def with_unet(checkpoint, config=None, **changes):
+  """The checkpoint with changes of the UNet's config and tensors."""
+  return dataclasses.replace(
+    checkpoint,
+    configs=checkpoint.configs | {'unet': checkpoint.configs['unet'] | (config or {})},
+    tensors=checkpoint.tensors | {'unet': changed(checkpoint.tensors['unet'], **changes)},
+  )
+
+
+def with_first_kernel(checkpoint, kernel):
+  return with_unet(checkpoint, {'in_channels': kernel.shape[1]}, **{CONV_IN: kernel})
 
 
 # Reading folders.
@@ -296,11 +315,6 @@ def test_prediction_type_can_be_given(folder, ldm):
 # What to_params refuses.
 
 
-def changed(tensors, **changes):
-  result = {name: tensors[name] for name in tensors} | changes
-  return {name: array for name, array in result.items() if array is not None}
-
-
 def test_missing_tensors_are_named_and_counted(wanted, trees):
   gone = [name for name in wanted['unet'] if name.startswith('mid_block.attentions.0.norm.')]
   tensors = changed(wanted['unet'], **dict.fromkeys(gone))
@@ -312,32 +326,31 @@ def test_missing_tensors_are_named_and_counted(wanted, trees):
     weights.to_params({}, trees['unet'], 'unet')
 
 
-def test_unknown_tensors_are_named(wanted, trees):
-  tensors = changed(wanted['vae'], **{'encoder.adapter.weight': np.zeros(3, np.float32)})
-  with pytest.raises(InputError, match=r'vae has unknown 1 tensor: encoder\.adapter\.weight'):
-    weights.to_params(tensors, trees['vae'], 'vae')
+def with_value(array, value):
+  array = array.copy()
+  array[3, 2, 1, 0] = value
+  return array
 
 
-def test_misshapen_tensors_are_named_with_both_shapes(wanted, trees):
-  tensors = changed(wanted['unet'], **{CONV_IN: wanted['unet'][CONV_IN][:, :4]})
-  with pytest.raises(
-    InputError, match=r'conv_in\.weight is \(32, 4, 3, 3\) and should be \(32, 8, 3, 3\)'
-  ):
-    weights.to_params(tensors, trees['unet'], 'unet')
-
-
-@pytest.mark.parametrize('value', [np.nan, np.inf])
-def test_tensors_that_are_not_finite_are_named(wanted, trees, value):
-  bad = wanted['unet'][CONV_IN].copy()
-  bad[3, 2, 1, 0] = value
-  with pytest.raises(InputError, match=r'tensor conv_in\.weight holds NaN or infinity'):
-    weights.to_params(changed(wanted['unet'], **{CONV_IN: bad}), trees['unet'], 'unet')
-
-
-def test_integers_are_not_weights(wanted, trees):
-  tensors = changed(wanted['unet'], **{CONV_IN: wanted['unet'][CONV_IN].astype(np.int8)})
-  with pytest.raises(InputError, match=r'conv_in\.weight holds int8'):
-    weights.to_params(tensors, trees['unet'], 'unet')
+@pytest.mark.parametrize(
+  ('part', 'name', 'change', 'message'),
+  [
+    ('vae', 'encoder.adapter.weight', lambda _: np.zeros(3, np.float32),
+     r'vae has unknown 1 tensor: encoder\.adapter\.weight'),
+    ('unet', CONV_IN, lambda x: x[:, :4],
+     r'conv_in\.weight is \(32, 4, 3, 3\) and should be \(32, 8, 3, 3\)'),
+    ('unet', CONV_IN, lambda x: with_value(x, np.nan),
+     r'tensor conv_in\.weight holds NaN or infinity'),
+    ('unet', CONV_IN, lambda x: with_value(x, np.inf),
+     r'tensor conv_in\.weight holds NaN or infinity'),
+    ('unet', CONV_IN, lambda x: x.astype(np.int8), r'conv_in\.weight holds int8'),
+  ],
+  ids=['unknown', 'another shape', 'nan', 'inf', 'int8'],
+)  # fmt: skip
+def test_a_wrong_tensor_is_named(wanted, trees, part, name, change, message):
+  tensors = changed(wanted[part], **{name: change(wanted[part].get(name))})
+  with pytest.raises(InputError, match=message):
+    weights.to_params(tensors, trees[part], part)
 
 
 # CLIP's two towers.
@@ -421,16 +434,8 @@ def test_a_written_text_encoder_keeps_the_old_prefix(written):
   ],
 )
 def test_the_pipeline_follows_from_the_input_channels(tmp_path, checkpoint, channels, pipeline):
-  array = np.zeros((32, channels, 3, 3), np.float32)
-  tensors = changed(checkpoint.tensors['unet'], **{CONV_IN: array})
-  unet_config = checkpoint.configs['unet'] | {'in_channels': channels}
-  widened = weights.Checkpoint(
-    checkpoint.configs | {'unet': unet_config},
-    checkpoint.tensors | {'unet': tensors},
-    checkpoint.tokenizer,
-    '',
-  )
-  weights.write(widened, tmp_path / 'x')
+  kernel = np.zeros((32, channels, 3, 3), np.float32)
+  weights.write(with_first_kernel(checkpoint, kernel), tmp_path / 'x')
   index = json.loads((tmp_path / 'x' / 'model_index.json').read_text())
   assert index['_class_name'] == pipeline
   assert f'import {pipeline}' in (tmp_path / 'x' / 'README.md').read_text()
@@ -489,7 +494,7 @@ def test_only_a_checkpoint_is_ever_overwritten(tmp_path, checkpoint):
 
 
 def breaking(checkpoint):
-  """The checkpoint, whose last tensor fails once the writing is under way."""
+  """The checkpoint with a last tensor that raises while it is written."""
   text = checkpoint.tensors['text_encoder']
   asked = []
 
@@ -501,9 +506,7 @@ def breaking(checkpoint):
 
   makers = {name: lambda name=name: text[name] for name in text}
   tensors = Tensors(makers | {'text_model.final_layer_norm.bias': fails})
-  return weights.Checkpoint(
-    checkpoint.configs, checkpoint.tensors | {'text_encoder': tensors}, checkpoint.tokenizer, ''
-  )
+  return dataclasses.replace(checkpoint, tensors=checkpoint.tensors | {'text_encoder': tensors})
 
 
 @pytest.mark.parametrize('to, name', [('diffusers', 'x'), ('ldm', 'x.safetensors')])
@@ -575,7 +578,7 @@ def test_diffusers_loads_our_ldm_file(ldm, checkpoint, wanted, tmp_path):
 
 
 def altered(ldm, path, change, metadata=None):
-  """The LDM file again, its tensors passed through `change`; without our metadata."""
+  """Writes the LDM file with tensors changed by `change`, without our metadata."""
   save_file(change(load_file(ldm)), path, metadata)
   return path
 
@@ -721,13 +724,10 @@ def test_damaged_metadata_of_ours_is_an_error(tmp_path, ldm, metadata):
 
 
 def test_a_name_that_ldm_does_not_know_is_not_written(tmp_path, checkpoint):
-  tensors = changed(checkpoint.tensors['unet'], **{'adapter.weight': np.zeros(1, np.float32)})
-  other = weights.Checkpoint(
-    checkpoint.configs, checkpoint.tensors | {'unet': tensors}, checkpoint.tokenizer, ''
-  )
+  unknown = with_unet(checkpoint, **{'adapter.weight': np.zeros(1, np.float32)})
   for to, name in (('ldm', 'x.safetensors'), ('diffusers', 'x')):
     with pytest.raises(InputError, match=r'adapter\.weight has no place in the unet'):
-      weights.write(other, tmp_path / name, to=to)
+      weights.write(unknown, tmp_path / name, to=to)
   assert not list(tmp_path.iterdir())
 
 
@@ -868,21 +868,8 @@ def test_sd2_has_23_layers_in_any_file(layers, is_whole):
 # Widening the first convolution.
 
 
-def four_channels(checkpoint):
-  tensors = changed(
-    checkpoint.tensors['unet'], **{CONV_IN: checkpoint.tensors['unet'][CONV_IN][:, :4]}
-  )
-  unet_config = checkpoint.configs['unet'] | {'in_channels': 4}
-  return weights.Checkpoint(
-    checkpoint.configs | {'unet': unet_config},
-    checkpoint.tensors | {'unet': tensors},
-    checkpoint.tokenizer,
-    'base',
-  )
-
-
 def test_new_input_channels_are_zero_and_all_else_is_kept(checkpoint):
-  base = four_channels(checkpoint)
+  base = with_first_kernel(checkpoint, checkpoint.tensors['unet'][CONV_IN][:, :4])
   wide = weights.with_input_channels(base, 8)
   kernel = wide.tensors['unet'][CONV_IN]
   assert kernel.shape == (32, 8, 3, 3) and not kernel[:, 4:].any()
@@ -1009,10 +996,8 @@ def test_the_bundled_tokenizer_is_clips(tmp_path, pad_token, pad_id):
 def test_clips_own_tokenizer_is_not_stored_again(tmp_path, checkpoint):
   files = weights.clip_tokenizer() | {'special_tokens_map.json': b'{}'}
   vocabulary = json.dumps(json.loads(files['vocab.json']), indent=2).encode()  # as SD 1.5's hub
-  other = weights.Checkpoint(
-    checkpoint.configs, checkpoint.tensors, files | {'vocab.json': vocabulary}, ''
-  )
-  weights.write(other, tmp_path / 'x.safetensors', to='ldm')
+  with_files = dataclasses.replace(checkpoint, tokenizer=files | {'vocab.json': vocabulary})
+  weights.write(with_files, tmp_path / 'x.safetensors', to='ldm')
   _, metadata = weights.read_tensors(tmp_path / 'x.safetensors')
   assert len(metadata[ldm_file.METADATA]) < 20_000
   assert weights.read(tmp_path / 'x.safetensors').tokenizer == files
@@ -1020,7 +1005,9 @@ def test_clips_own_tokenizer_is_not_stored_again(tmp_path, checkpoint):
 
 def test_the_schedule_is_kept_for_any_sampler(checkpoint):
   v_prediction = checkpoint.configs['scheduler'] | {'prediction_type': 'v_prediction'}
-  other = weights.Checkpoint(checkpoint.configs | {'scheduler': v_prediction}, {}, {}, '')
-  written = diffusers_folder._written_configs(other)['scheduler']
+  with_scheduler = dataclasses.replace(
+    checkpoint, configs=checkpoint.configs | {'scheduler': v_prediction}
+  )
+  written = diffusers_folder._written_configs(with_scheduler)['scheduler']
   assert written['prediction_type'] == 'v_prediction' and written['beta_start'] == 0.00085
   assert 'clip_sample' not in written and 'timestep_spacing' not in written  # DDIM's own
