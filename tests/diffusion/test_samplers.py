@@ -20,6 +20,11 @@ LINEAR = {'beta_start': 1e-4, 'beta_end': 0.02, 'beta_schedule': 'linear'}
 UNIT_VARIANCE = ('ddim', 'dpmpp_2m', 'lcm')
 
 
+@pytest.fixture
+def init(rng):
+  return rng.standard_normal(SHAPE, dtype=np.float32)
+
+
 def their_scheduler(sampler, steps, schedule=Schedule(), **options):
   scheduler = reference.scheduler(sampler, schedule, **options)
   scheduler.set_timesteps(steps)
@@ -201,9 +206,8 @@ def test_sigma_and_timestep_convert_into_each_other():
 
 @pytest.mark.parametrize('prediction_type', ['epsilon', 'v_prediction'])
 @pytest.mark.parametrize('sampler', SAMPLERS)
-def test_a_sampler_agrees_with_diffusers_for_equal_noise(rng, sampler, prediction_type):
+def test_a_sampler_agrees_with_diffusers_for_equal_noise(init, sampler, prediction_type):
   schedule = Schedule(prediction_type=prediction_type)
-  init = rng.standard_normal(SHAPE, dtype=np.float32)
   expected = their_sample(their_scheduler(sampler, 20, schedule), init)
   ours = our_sample(sampler, schedule, noise_levels(schedule, sampler, 20), init)
   assert_relative(ours, expected, 1e-5)
@@ -211,17 +215,15 @@ def test_a_sampler_agrees_with_diffusers_for_equal_noise(rng, sampler, predictio
 
 @pytest.mark.parametrize('steps', [1, 2, 4])
 @pytest.mark.parametrize('sampler', SAMPLERS)
-def test_few_steps_agree_with_diffusers(rng, sampler, steps):
+def test_few_steps_agree_with_diffusers(init, sampler, steps):
   spacing = 'trailing' if sampler != 'lcm' else None
   options = {'timestep_spacing': spacing} if spacing else {}
-  init = rng.standard_normal(SHAPE, dtype=np.float32)
   expected = their_sample(their_scheduler(sampler, steps, **options), init)
   ours = our_sample(sampler, Schedule(), noise_levels(Schedule(), sampler, steps, spacing), init)
   assert_relative(ours, expected, 1e-5)
 
 
-def test_ddim_may_end_without_noise(rng):
-  init = rng.standard_normal(SHAPE, dtype=np.float32)
+def test_ddim_may_end_without_noise(init):
   for to_one in (True, False):
     schedule = Schedule(set_alpha_to_one=to_one)
     grid = noise_levels(schedule, 'ddim', 20)
@@ -234,8 +236,7 @@ def test_ddim_may_end_without_noise(rng):
 
 
 @pytest.mark.parametrize('sampler', ['euler', 'dpmpp_2m'])
-def test_a_karras_run_agrees_with_diffusers_at_our_timesteps(rng, sampler):
-  init = rng.standard_normal(SHAPE, dtype=np.float32)
+def test_a_karras_run_agrees_with_diffusers_at_our_timesteps(init, sampler):
   grid = noise_levels(Schedule(), sampler, 20, karras=True)
   theirs = their_scheduler(sampler, 20, use_karras_sigmas=True)
   expected = their_sample(theirs, init, grid.timesteps)
@@ -373,10 +374,10 @@ def shrink(x, sigma):
 
 
 @pytest.mark.parametrize('sampler', SAMPLERS)
-def test_scanning_equals_stepping(rng, sampler):
+def test_scanning_equals_stepping(init, sampler):
   grid, schedule = noise_levels(Schedule(), sampler, 6), Schedule()
   denoise = denoiser(lambda x, t: network(x, t, jnp), schedule)
-  init, noises = rng.standard_normal(SHAPE, dtype=np.float32), jnp.asarray(torch_noise(6))
+  noises = jnp.asarray(torch_noise(6))
   scanned = jax.jit(lambda: sample(sampler, denoise, grid, init, lambda i: noises[i]))()
   step = jax.jit(SAMPLERS[sampler](denoise, grid))
   state = samplers.initial_state(grid, init)
@@ -387,17 +388,16 @@ def test_scanning_equals_stepping(rng, sampler):
 
 
 @pytest.mark.parametrize('sampler', SAMPLERS)
-def test_one_step_starts_from_the_noisiest_level(rng, sampler):
+def test_one_step_starts_from_the_noisiest_level(init, sampler):
   grid = noise_levels(Schedule(), sampler, 1)
   assert grid.timesteps == ([1] if sampler == 'ddim' else [999])  # leading: the offset alone
-  init = rng.standard_normal(SHAPE, dtype=np.float32)
   latents = sample(sampler, shrink, grid, init, lambda i: init)
   assert np.all(np.isfinite(latents))
 
 
 @pytest.mark.parametrize('sampler', SAMPLERS)
-def test_new_levels_do_not_recompile(rng, sampler):
-  init, traces = rng.standard_normal(SHAPE, dtype=np.float32), []
+def test_new_levels_do_not_recompile(init, sampler):
+  traces = []
 
   @jax.jit
   def run(grid):
@@ -411,17 +411,16 @@ def test_new_levels_do_not_recompile(rng, sampler):
 
 
 @pytest.mark.parametrize('sampler', SAMPLERS)
-def test_only_stochastic_samplers_use_noise(rng, sampler):
-  asked, init = [], rng.standard_normal(SHAPE, dtype=np.float32)
+def test_only_stochastic_samplers_use_noise(init, sampler):
+  asked = []
   grid = noise_levels(Schedule(), sampler, 3)
   sample(sampler, shrink, grid, init, lambda i: asked.append(i) or jnp.zeros(SHAPE))
   assert bool(asked) == (sampler in STOCHASTIC)
 
 
 @pytest.mark.parametrize('sampler', STOCHASTIC)
-def test_only_the_noise_of_the_last_step_has_no_effect(rng, sampler):
-  grid, init = noise_levels(Schedule(), sampler, 4), rng.standard_normal(SHAPE, dtype=np.float32)
-  noises = torch_noise(4)
+def test_only_the_noise_of_the_last_step_has_no_effect(init, sampler):
+  grid, noises = noise_levels(Schedule(), sampler, 4), torch_noise(4)
   run = jax.jit(lambda noises: sample(sampler, shrink, grid, init, lambda i: noises[i]))
   for i in range(4):
     changed = noises.copy()
@@ -430,8 +429,8 @@ def test_only_the_noise_of_the_last_step_has_no_effect(rng, sampler):
 
 
 @pytest.mark.parametrize(('sampler', 'expected'), [('heun', 39), ('dpmpp_2m', 20), ('euler', 20)])
-def test_the_number_of_network_calls_is_as_stated(rng, sampler, expected):
-  calls, init = [], rng.standard_normal(SHAPE, dtype=np.float32)
+def test_the_number_of_network_calls_is_as_stated(init, sampler, expected):
+  calls = []
   denoise = lambda x, sigma: calls.append(1) or shrink(x, sigma)
   with jax.disable_jit():
     sample(sampler, denoise, noise_levels(Schedule(), sampler, 20), init)

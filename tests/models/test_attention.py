@@ -132,29 +132,20 @@ def test_cudnn_is_refused_for_a_float32_run():
 
 
 @pytest.mark.parametrize(
-  ('kind', 'is_there'),
-  [('TPU v3', False), ('TPU v4', True), ('TPU v5 lite', True), ('TPU v6 lite', True),
-   ('TPU7x', True)],
+  ('platform', 'kind', 'kernel', 'is_there'),
+  [('tpu', 'TPU v3', 'splash', False), ('tpu', 'TPU v4', 'splash', True),
+   ('tpu', 'TPU v5 lite', 'splash', True), ('tpu', 'TPU v6 lite', 'splash', True),
+   ('tpu', 'TPU7x', 'splash', True), ('rocm', 'AMD Instinct', 'cudnn', False)],
 )  # fmt: skip
-def test_the_generation_of_a_tpu_is_read_from_its_name(monkeypatch, kind, is_there):
-  device = types.SimpleNamespace(platform='tpu', device_kind=kind)
+def test_a_device_has_a_kernel_by_its_generation(monkeypatch, platform, kind, kernel, is_there):
+  device = types.SimpleNamespace(platform=platform, device_kind=kind, compute_capability='gfx942')
   monkeypatch.setattr(jax, 'devices', lambda: [device])
   assert dispatch('auto') is not attend
   if is_there:
-    dispatch('splash')
+    dispatch(kernel)
   else:
-    with pytest.raises(InputError, match=f"'splash', which {kind} does not have"):
-      dispatch('splash')
-
-
-def test_a_gpu_of_amd_has_no_cudnn(monkeypatch):
-  device = types.SimpleNamespace(
-    platform='rocm', device_kind='AMD Instinct', compute_capability='gfx942'
-  )
-  monkeypatch.setattr(jax, 'devices', lambda: [device])
-  dispatch('auto')
-  with pytest.raises(InputError, match="'cudnn', which AMD Instinct does not have"):
-    dispatch('cudnn')
+    with pytest.raises(InputError, match=f"'{kernel}', which {kind} does not have"):
+      dispatch(kernel)
 
 
 def qkv(rng, shape, dtype):

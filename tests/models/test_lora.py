@@ -207,24 +207,24 @@ def test_diffusers_with_our_file_equals_our_merged_unet(
   assert all('No LoRA keys associated to CLIPTextModel' in message for message in warned())
 
 
-@pytest.mark.parametrize('config', [EVERY_KERNEL, ATTENTIONS], ids=['every kernel', 'attentions'])
-def test_a_file_comes_back(params, config, tmp_path, rng):
+@pytest.mark.parametrize(
+  ('config', 'name', 'dtype', 'tolerances'),
+  [
+    (EVERY_KERNEL, 'some/mine.safetensors', 'float32', {'rtol': 3e-7}),
+    (ATTENTIONS, 'some/mine.safetensors', 'float32', {'rtol': 3e-7}),
+    (ATTENTIONS, '', 'float16', {'rtol': 1e-3, 'atol': 1e-6}),
+  ],
+  ids=['every kernel', 'attentions', 'half precision'],
+)
+def test_a_written_file_is_read_as_float32(params, config, name, dtype, tolerances, tmp_path, rng):
   adapters = filled(params, config, rng)
-  file = lora_file.write(adapters, config, tmp_path / 'some' / 'mine.safetensors')
+  file = lora_file.write(adapters, config, tmp_path / name, dtype)
   result, result_config = lora_file.read(file, params)
   assert result_config == config
   assert result.keys() == adapters.keys()
   for name in adapters:
     assert result[name].dtype == np.float32
-    np.testing.assert_allclose(result[name], adapters[name], rtol=3e-7)
-
-
-def test_half_precision_files_are_read_as_float32(params, tmp_path, rng):
-  adapters = filled(params, ATTENTIONS, rng)
-  result, _ = lora_file.read(lora_file.write(adapters, ATTENTIONS, tmp_path, 'float16'), params)
-  for name in adapters:
-    assert result[name].dtype == np.float32
-    np.testing.assert_allclose(result[name], adapters[name], rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(result[name], adapters[name], **tolerances)
 
 
 @pytest.mark.parametrize('style', ['peft', 'diffusers'])

@@ -20,12 +20,18 @@ TEXTS = [
 ]  # fmt: skip
 
 
+def their_tokenizer(files, folder):
+  """transformers' tokenizer of these files, which are written to `folder`."""
+  folder.mkdir(exist_ok=True)
+  for name, content in files.items():
+    (folder / name).write_bytes(content)
+  return transformers.CLIPTokenizer.from_pretrained(folder)
+
+
 @pytest.mark.parametrize('pad_token', [None, '!'])
 def test_ids_are_those_of_transformers(pad_token, tmp_path):
   files = clip_tokenizer(pad_token)
-  for name, content in files.items():
-    (tmp_path / name).write_bytes(content)
-  theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path)
+  theirs = their_tokenizer(files, tmp_path)
   expected = theirs(TEXTS, padding='max_length', truncation=True, max_length=77)['input_ids']
   assert (ClipTokenizer(files)(TEXTS) == np.array(expected)).all()
 
@@ -38,9 +44,7 @@ def test_cut_off_text_is_returned():
 
 def test_the_one_file_of_transformers_5_is_read_too(tmp_path):
   files = reference.tokenizer_files()
-  for name, content in files.items():
-    (tmp_path / name).write_bytes(content)
-  transformers.CLIPTokenizer.from_pretrained(tmp_path).save_pretrained(tmp_path / 'new')
+  their_tokenizer(files, tmp_path).save_pretrained(tmp_path / 'new')
   new = {path.name: path.read_bytes() for path in (tmp_path / 'new').iterdir()}
   assert 'merges.txt' not in new
   assert (ClipTokenizer(new)(TEXTS) == ClipTokenizer(files)(TEXTS)).all()
@@ -60,15 +64,13 @@ WITH_LEARNED = [
 
 @pytest.fixture(scope='module')
 def learned(tmp_path_factory):
-  """transformers' tokenizer with learned tokens, and its folder as transformers 5 saves it."""
+  """The folder of a tokenizer with learned tokens, saved by transformers 5."""
   folder = tmp_path_factory.mktemp('learned')
-  for name, content in clip_tokenizer().items():
-    (folder / name).write_bytes(content)
-  tokenizer = transformers.CLIPTokenizer.from_pretrained(folder)
+  tokenizer = their_tokenizer(clip_tokenizer(), folder)
   assert tokenizer.add_tokens(LEARNED) == 6
   tokenizer.add_special_tokens({'additional_special_tokens': ['<Special>']})
   tokenizer.save_pretrained(folder / 'new')
-  return tokenizer, folder / 'new'
+  return folder / 'new'
 
 
 def in_layout(layout, files):
@@ -91,11 +93,8 @@ def in_layout(layout, files):
 
 @pytest.mark.parametrize('layout', ['tokenizer.json', 'tokenizer_config.json', 'added_tokens.json'])
 def test_learned_tokens_are_one_id_each_as_in_transformers(learned, layout, tmp_path):
-  _, folder = learned
-  files = in_layout(layout, {path.name: path.read_bytes() for path in folder.iterdir()})
-  for name, content in files.items():
-    (tmp_path / name).write_bytes(content)
-  theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path)
+  files = in_layout(layout, {path.name: path.read_bytes() for path in learned.iterdir()})
+  theirs = their_tokenizer(files, tmp_path)
   rng = random.Random(0)
   pieces = [
     *map(str, LEARNED),
@@ -122,10 +121,7 @@ def test_learned_tokens_are_one_id_each_as_in_transformers(learned, layout, tmp_
   assert 'tokenizer.json' not in written
   assert learned_tokens(written) == learned_tokens(files)
   assert {'added_tokens.json', 'tokenizer_config.json'} <= written.keys()
-  (tmp_path / 'written').mkdir()
-  for name, content in written.items():
-    (tmp_path / 'written' / name).write_bytes(content)
-  again = transformers.CLIPTokenizer.from_pretrained(tmp_path / 'written')
+  again = their_tokenizer(written, tmp_path / 'written')
   assert again(texts)['input_ids'] == theirs(texts)['input_ids']
 
 
@@ -138,7 +134,7 @@ def test_a_learned_token_of_several_vectors_becomes_several_tokens():
 
 
 def test_without_learned_gives_clips_tokenizer(learned):
-  files = tokenizer_files.read(learned[1])
+  files = tokenizer_files.read(learned)
   plain = tokenizer_files.without_learned(files)
   assert learned_tokens(plain) == [] and 'added_tokens.json' not in plain
   assert (ClipTokenizer(plain)(WITH_LEARNED) == ClipTokenizer(clip_tokenizer())(WITH_LEARNED)).all()
