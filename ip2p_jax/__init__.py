@@ -4,7 +4,7 @@ import importlib
 
 from ip2p_jax.errors import InputError
 
-# Late, since processes that only decode images need no jax, which takes a second to load.
+# Imported on first use: jax takes a second to load, and processes that only decode need none of it.
 LATE = {
   'Editor': 'ip2p_jax.editing.editor',
   'Sampling': 'ip2p_jax.pipeline.sampling',

@@ -1,7 +1,7 @@
-"""The checkpoint that comes along: the miniature, which edits drawn scenes of 64 x 64 pixels.
+"""The bundled checkpoint: the miniature, which edits drawn scenes of 64 x 64 pixels.
 
-In a checkout it lies in `assets/miniature`; an installed package has it under its environment's
-`share/ip2p-jax`. `examples/miniature` is how it was made.
+A checkout has it in `assets/miniature`. An installed package has it in `share/ip2p-jax` of its
+environment. `examples/miniature` makes it.
 """
 
 import json
@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from ip2p_jax.errors import InputError
 
-# Its own best, where `Editor.edit` has those of Stable Diffusion's size.
+# The best settings of the miniature. The defaults of `Editor.edit` are for Stable Diffusion.
 STEPS, TEXT_GUIDANCE, IMAGE_GUIDANCE, SAMPLER = 30, 2.0, 1.2, 'euler'
 
 ARCHITECTURE = (
@@ -30,7 +30,7 @@ FOLDERS = (
 
 
 def path() -> Path:
-  """Its diffusers folder; InputError if it did not come along."""
+  """The diffusers folder of the miniature; InputError if it is not installed."""
   for folder in FOLDERS:
     if (folder / 'model_index.json').is_file():
       return folder
@@ -41,15 +41,15 @@ def path() -> Path:
 
 
 def is_it(ckpt: str | os.PathLike | None) -> bool:
-  """Whether `ckpt` is the bundled one: none is named, or its own folder, however it is reached."""
+  """Whether `ckpt` is the bundled checkpoint: None, or any path to its folder."""
   return ckpt is None or Path(ckpt).resolve() in [folder.resolve() for folder in FOLDERS]
 
 
 def is_like_it(ckpt: str | os.PathLike | None) -> bool:
-  """Whether `ckpt` is for drawn scenes as the bundled one is, so that its settings are the best.
+  """Whether the settings of the bundled checkpoint are best for `ckpt`, too.
 
-  That is told by the UNet's architecture, since a copy, a converted file, and the workdir of an
-  editor that was trained in the drawn world are as good. A file that cannot be read is not.
+  The UNet's architecture decides. So a copy, a converted file, and the workdir of an editor of
+  drawn scenes count. A file that cannot be read does not.
   """
   if is_it(ckpt):
     return True
@@ -58,7 +58,7 @@ def is_like_it(ckpt: str | os.PathLike | None) -> bool:
 
 
 def _architecture(ckpt: Path) -> dict[str, Any]:
-  """What the UNet's config says of its shape; {} if there is none to read."""
+  """The shape of the UNet by its config; {} if no config can be read."""
   try:
     if ckpt.suffix == '.safetensors':  # as `ip2p convert` writes it
       with safe_open(ckpt, 'np') as file:

@@ -1,10 +1,10 @@
 """Colour profiles: from an image's own colours to sRGB, which the models see, and back.
 
-An image's own colours are what its ICC profile says, in `info['icc_profile']`; without one they
-are sRGB. Conversions are relative colorimetric with black point compensation: colours that both
-spaces have stay what they are, white and black stay white and black, and the rest is clipped. So a
-image that goes to sRGB and back changes by rounding only where sRGB reaches (the perceptual
-intent would change all colours, by another rule each way).
+The ICC profile in `info['icc_profile']` defines an image's colours. Without a profile they are
+sRGB. Conversions are relative colorimetric with black point compensation: colours that both
+spaces have do not change, white and black stay white and black, and other colours are clipped. So
+an image that goes to sRGB and back changes by rounding only, inside the gamut of sRGB. (The
+perceptual intent would change all colours, by another rule each way.)
 """
 
 import contextlib
@@ -24,31 +24,31 @@ D50 = (0.9642, 1.0, 0.8249)  # white of all profiles
 SRGB = ((0.43607, 0.22249, 0.01392), (0.38515, 0.71687, 0.09708), (0.14307, 0.06061, 0.71410))
 ADOBE_RGB = ((0.60974, 0.31111, 0.01947), (0.20528, 0.62567, 0.06087), (0.14919, 0.06322, 0.74457))
 ADOBE_GAMMA = 563 / 256
-UNCALIBRATED = 65535  # EXIF's ColorSpace of whatever is not sRGB
-# As PNG says it, in gAMA, cHRM and cICP (H.273: primaries and transfer).
+UNCALIBRATED = 65535  # EXIF's ColorSpace of all that is not sRGB
+# sRGB in the PNG chunks gAMA, cHRM and cICP (H.273: primaries and transfer).
 SRGB_GAMMA, SRGB_CHROMATICITY = 1 / 2.2, (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)
 SRGB_CICP = ((1, 13), (1, 1), (2, 2))
 
 
 def own_profile(image: Image.Image) -> tuple[bytes | None, str]:
-  """What an image as it was opened says of its colours: (profile or None, problem or '').
+  """The colours that an opened image declares: (profile or None, problem or '').
 
-  The profile is of RGB, or of CMYK if the image is, and can be read. That of a grey image
-  becomes the profile of RGB in which equal numbers show the same grey. None is sRGB, or CMYK of no
-  known kind.
+  The profile can be read. It is of RGB, or of CMYK for a CMYK image. The profile of a grey image
+  becomes the profile of RGB in which equal numbers show the same grey. None means sRGB, or CMYK of
+  an unknown kind.
   """
   profile = image.info.get('icc_profile')
   if image.mode == 'LAB':  # Pillow knows what it is
     return None, ''
   if not profile:
-    return _told_otherwise(image)
+    return _without_profile(image)
   try:
     space = _space(profile)
     is_grey = image.mode in GREY_MODES or (space == 'GRAY' and _has_only_greys(image))
     if is_grey and space == 'GRAY':
       profile, space = _rgb_of_grey(profile), 'RGB'
     if space != ('CMYK' if image.mode == 'CMYK' else 'RGB'):
-      return None, f'its colour profile is of {space} and its pixels are not; {TAKEN}'
+      return None, f'its colour profile is for {space} and its pixels are not; {TAKEN}'
     _transform(profile, space, True)
   except (OSError, ImageCms.PyCMSError) as error:
     return None, f'its colour profile cannot be read ({error}); {TAKEN}'
@@ -56,7 +56,7 @@ def own_profile(image: Image.Image) -> tuple[bytes | None, str]:
 
 
 def _has_only_greys(image):
-  """Pillow opens grey with transparency as RGBA if it has 16 bits; palettes may be of greys."""
+  """Pillow opens 16-bit grey with transparency as RGBA; a palette may have greys only."""
   if image.mode not in RGB_MODES:
     return False
   red, green, blue = image.convert('RGB').split()
@@ -64,7 +64,7 @@ def _has_only_greys(image):
 
 
 def has_way_back(profile: bytes) -> bool:
-  """Whether colours can be converted to a profile; those of some scanners only lead away."""
+  """Whether colours can be converted to a profile; profiles of some scanners have no inverse."""
   try:
     _transform(profile, _space(profile), False)
   except (OSError, ImageCms.PyCMSError):
@@ -72,15 +72,18 @@ def has_way_back(profile: bytes) -> bool:
   return True
 
 
-def told_by_cicp(head: bytes) -> str:
-  """The problem of a PNG, by its first bytes, whose chunk cICP says that it is not sRGB, or ''."""
+def cicp_problem(head: bytes) -> str:
+  """The problem of a PNG whose chunk cICP names other colours than sRGB, or ''.
+
+  `head` holds the first bytes of the file.
+  """
   _, mark, numbers = head.partition(b'cICP')
-  is_told = mark and head.startswith(b'\x89PNG') and tuple(numbers[:2]) not in SRGB_CICP
-  return f"its colours are told by PNG's cICP, which is not read; {TAKEN}" if is_told else ''
+  is_other = mark and head.startswith(b'\x89PNG') and tuple(numbers[:2]) not in SRGB_CICP
+  return f"its colours are given by PNG's cICP, which is not read; {TAKEN}" if is_other else ''
 
 
 def to_srgb(image: Image.Image) -> Image.Image:
-  """RGB, RGBA or CMYK as RGB or RGBA of sRGB, without a profile; itself if that changes nothing."""
+  """RGB, RGBA or CMYK as RGB or RGBA of sRGB, without a profile; `image` itself if it is sRGB."""
   profile = image.info.get('icc_profile')
   if not profile or is_srgb(profile):
     return image.convert('RGB') if image.mode == 'CMYK' else image
@@ -90,7 +93,7 @@ def to_srgb(image: Image.Image) -> Image.Image:
 
 
 def from_srgb(image: Image.Image, like: Image.Image) -> Image.Image:
-  """An RGB image of sRGB in the colours of another image: CMYK or RGB of its profile."""
+  """An sRGB image in the colours of the image `like`: CMYK, or RGB of its profile."""
   profile = like.info.get('icc_profile')
   if not profile or is_srgb(profile):
     return image
@@ -99,7 +102,7 @@ def from_srgb(image: Image.Image, like: Image.Image) -> Image.Image:
 
 @functools.lru_cache(64)
 def is_srgb(profile: bytes) -> bool:
-  """Whether a profile is sRGB, by whatever maker: its colours are sRGB's within SAME levels."""
+  """Whether the colours of a profile are those of sRGB within SAME levels."""
   try:
     converted = _transform(profile, 'RGB', True).apply(_probe())
   except (OSError, ImageCms.PyCMSError):  # broken, or not of RGB
@@ -123,7 +126,7 @@ def _transform(profile: bytes, mode: str, to_srgb: bool) -> ImageCms.ImageCmsTra
   sides = [(own, mode), (srgb, 'RGBA' if mode == 'RGBA' else 'RGB')]
   (source, source_mode), (target, target_mode) = sides if to_srgb else sides[::-1]
   flags = ImageCms.Flags.BLACKPOINTCOMPENSATION
-  if target_mode == 'CMYK':  # else its table is up to half a level of ink off the profile's
+  if target_mode == 'CMYK':  # the usual table is off by up to half a level of ink
     flags |= ImageCms.Flags.HIGHRESPRECALC
   intent = ImageCms.Intent.RELATIVE_COLORIMETRIC
   return ImageCms.buildTransform(source, target, source_mode, target_mode, intent, flags)
@@ -138,8 +141,8 @@ def _space(profile) -> str:
   return _open(profile).profile.xcolor_space.strip()
 
 
-def _told_otherwise(image):
-  """What images without a profile say: cameras name Adobe RGB in EXIF, PNG has chunks."""
+def _without_profile(image):
+  """`own_profile` without an ICC profile: cameras name Adobe RGB in EXIF, PNG has chunks."""
   with contextlib.suppress(Exception):  # unreadable metadata says nothing
     exif = image.getexif()
     colour_space = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.ColorSpace)
@@ -152,7 +155,7 @@ def _told_otherwise(image):
   is_like = is_like and np.allclose(chromaticity, SRGB_CHROMATICITY, atol=0.005)
   if image.format != 'PNG' or 'srgb' in image.info or is_like:
     return None, ''
-  return None, f"its colours are told by PNG's gAMA and cHRM, which are not read; {TAKEN}"
+  return None, f"its colours are given by PNG's gAMA and cHRM, which are not read; {TAKEN}"
 
 
 @functools.lru_cache(32)
@@ -167,8 +170,8 @@ def _rgb_of_grey(profile: bytes) -> bytes:
 def _rgb_profile(name, primaries, curve) -> bytes:
   """A display profile, ICC.1:2001-04 (version 2.4).
 
-  `primaries` are XYZ of red, green and blue; `curve` the light, 0..1, of equally spaced numbers, or
-  [gamma].
+  `primaries` are XYZ of red, green and blue. `curve` is the light, 0..1, of equally spaced numbers,
+  or [gamma].
   """
   fixed = lambda numbers: struct.pack(f'>{len(numbers)}i', *(round(n * 65536) for n in numbers))
   xyz = lambda numbers: b'XYZ \0\0\0\0' + fixed(numbers)

@@ -1,7 +1,7 @@
-"""Every knob of a training run, once, with its unit and default; the defaults are the paper's run.
+"""Every setting of a training run, with its unit and default; the defaults are the paper's run.
 
-`configs/*.py` make these, `--config.optimizer.learning_rate=3e-5` overrides them, and the workdir
-keeps them as `config.json`. Rules are ((pattern, value), ...) over dotted parameter names, such as
+`configs/*.py` make these. `--config.optimizer.learning_rate=3e-5` overrides one. The workdir keeps
+them as `config.json`. Rules are ((pattern, value), ...) over dotted parameter names, such as
 'down_blocks.0.attentions.1.transformer_blocks.0.attn2.to_k.kernel'; `re.search`, first match wins.
 On the command line they are 'pattern=value,pattern=value': --config.optimizer.rates='attn2=1,.*=0'.
 """
@@ -22,12 +22,12 @@ class DataConfig:
     path: one data set, or several with weights: 'a', 'a=3,b=1'. Packed shards, precomputed latents,
       the original's folders, a folder with metadata, parquet files.
     columns: names of columns where they are unusual: 'input=before,edited=after,instruction=text'.
-    resize: 'crop' keeps the aspect (resize and cut), 'squash' does not (as the original).
+    resize: 'crop' keeps the aspect ratio (resize and cut); 'squash' does not (as the original).
     largest_resize: pixels; the short side is drawn between resolution and this before a random
       crop (the paper's text has 288 for 256); 0 for no augmentation (the released config).
     flip_rate: how often both images are mirrored.
     flip_directions: whether to mirror even when the instruction says left or right.
-    max_corrupt: broken records that are skipped, in a pass of the data, before the run stops.
+    max_corrupt: broken records to skip in each pass of the data before the run stops.
     workers: processes that decode; 0 decodes in threads of this process.
     prefetch: batches that wait on the device.
   """
@@ -49,7 +49,7 @@ class OptimizerConfig:
 
   Attributes:
     schedule: 'constant' or 'cosine', after `warmup_steps` of linear growth.
-    final_rate: where 'cosine' ends, as a part of `learning_rate`.
+    final_rate: the end of 'cosine', as a fraction of `learning_rate`.
     rates: learning rate multipliers by parameter name; 0 freezes, and costs no memory.
     decays: weight decay by parameter name; every parameter must match a rule.
     clip_norm: largest global norm of the gradient; 0 does not clip.
@@ -102,10 +102,10 @@ class LogConfig:
   """What is written, and how often, in steps.
 
   Attributes:
-    every: metrics. Between them, and but for checkpoints, validation and previews, the host only
-      waits for the step before last, to be no further ahead.
-    checkpoint_every, keep: checkpoints, and how many of the newest stay; the last after which the
-      loss was near its running mean does, too.
+    every: metrics. Between logs the host waits only for the step before last, so that it is at most
+      two steps ahead; checkpoints, validation and previews also wait.
+    checkpoint_every, keep: checkpoints, and how many of the newest stay. The last one after which
+      the loss was near its running mean stays, too.
     validate_every: validation loss; 0 never.
     validation_examples: how many examples that loss is over.
     previews: validation examples edited at every checkpoint; 0 none.
@@ -130,21 +130,22 @@ class TrainConfig:
 
   Attributes:
     checkpoint: diffusers folder or single file to start from.
-    checkpoint_weights: of a single file that holds both, 'average' or 'live'; '' takes the average
-      unless the file shows that its live weights were merged, or had an adapter added.
-    prediction_type: 'epsilon' or 'v_prediction', over what the checkpoint says; '' believes it.
-      Most single files cannot say, and count as 'epsilon'; SD 2.x at 768 px is 'v_prediction'.
+    checkpoint_weights: 'average' or 'live', for a single file that holds both. '' takes the average
+      unless the live weights seem to be merged, or to have an adapter added.
+    prediction_type: 'epsilon' or 'v_prediction'; '' takes the checkpoint's. Most single files do
+      not say, and count as 'epsilon'; SD 2.x at 768 px is 'v_prediction'.
     task: 'edit' (a UNet of 4 input channels gets 4 more, at zero) or 'text_to_image'.
     resolution: side of the square training images, pixels.
     batch_size: examples per optimizer step, over all devices and accumulation steps.
-    accumulation: parts a batch is worked through in; gradients travel once for each.
-    conditioning_dropout: rate at which text alone, both, and image alone are dropped.
+    accumulation: parts of a batch, computed one after the other; devices exchange gradients once
+      for each.
+    conditioning_dropout: rate of each of three cases: text, both, or image is dropped.
     min_snr_gamma: loss weights of Hang et al. 2023 (5 is theirs); 0 weighs all timesteps alike.
     dtype: of arithmetic, 'bfloat16' or 'float32'; master weights are float32.
-    remat: what is computed twice to save memory: 'none', 'convdot' (all but convolutions, matrix
-      products and attention), 'full'.
-    attention: 'auto' uses the fastest kernel for the devices, see `attention.KERNELS`; 'xla' none;
-      'splash' (TPU) and 'cudnn' (NVIDIA) wherever they can run.
+    remat: operations that are computed twice to save memory: 'none', 'convdot' (all except
+      convolutions, matrix products and attention), 'full'.
+    attention: 'auto' takes the fastest kernel for the devices, see `attention.KERNELS`; 'xla' takes
+      none; 'splash' (TPU) and 'cudnn' (NVIDIA) are used where they can run.
     seed: of order, noise, timesteps, dropout, flips.
   """
 
@@ -175,9 +176,9 @@ class TripletsConfig:
 
   Attributes:
     path: a file of triplets, JSON lines, CSV or Parquet.
-    holdout: part of the rows, spread evenly, that only the validation loss is over; 0 none. Rows
-      that share a caption stay together.
-    max_tokens: longest triplet, in tokens; one that is longer stops the run before it starts.
+    holdout: fraction of the rows, spread evenly, for the validation loss only; 0 none. Rows that
+      share a caption stay together.
+    max_tokens: longest triplet, in tokens; a longer one stops the run before it starts.
   """
 
   path: str = ''
@@ -190,9 +191,9 @@ class LanguageLogConfig:
   """What is written, and how often, in steps.
 
   Attributes:
-    every, checkpoint_every, keep: as of `LogConfig`.
+    every, checkpoint_every, keep: as in `LogConfig`.
     validate_every: loss of the held-out triplets; 0 never.
-    profile: as of `LogConfig`.
+    profile: as in `LogConfig`.
   """
 
   every: int = 10
@@ -209,13 +210,14 @@ class LanguageConfig:
   Attributes:
     checkpoint: Hugging Face folder of a Llama, Qwen2 or Qwen3 to start from.
     batch_size: triplets per optimizer step, over all devices and accumulation steps.
-    accumulation: parts a batch is worked through in; gradients travel once for each.
-    steps: optimizer steps; 700 triplets, 5 % of them held out, come once in 21 steps of 32.
+    accumulation: parts of a batch, computed one after the other; devices exchange gradients once
+      for each.
+    steps: optimizer steps; one pass of 700 triplets, 5 % of them held out, is 21 steps of 32.
     dtype: of arithmetic, 'bfloat16' or 'float32'; master weights are float32. With LoRA it is also
-      that of the weights that stay as they are.
-    remat: what is computed twice to save memory: 'none', 'convdot' (all but matrix products and
-      attention), 'full' (all of a layer but its input).
-    seed: of the order, and of new adapters.
+      the dtype of the frozen weights.
+    remat: operations that are computed twice to save memory: 'none', 'convdot' (all except matrix
+      products and attention), 'full' (all of a layer except its input).
+    seed: of the order, and of the weights of new adapters.
   """
 
   checkpoint: str = ''

@@ -1,4 +1,4 @@
-"""Which values of settings make sense, alone and beside the others."""
+"""Checks of settings: each value alone, and in combination."""
 
 import copy
 import math
@@ -26,7 +26,7 @@ AT_LEAST_ZERO = ('seed', 'min_snr_gamma', 'lora.rank', 'data.workers', 'data.max
                  'log.previews')  # fmt: skip
 
 
-# A setting, and the one without which it does nothing.
+# (setting, the setting that it needs to have an effect)
 NEEDS = (
   ('lora.alpha', 'lora.rank'),
   ('lora.targets', 'lora.rank'),
@@ -38,13 +38,13 @@ NEEDS = (
 
 
 def check_config(config: TrainConfig) -> None:
-  """Raises an InputError that names the first knob whose value makes no sense."""
+  """Raises an InputError that names the first setting with a wrong value."""
   check_values(config)
   _check_paths(config)
 
 
 def check_values(config: TrainConfig) -> None:
-  """`check` of all but whether checkpoint and data are named."""
+  """`check_config` without the check that checkpoint and data are named."""
   _check_common(config)
   if config.attention == 'cudnn' and config.dtype == 'float32':
     raise InputError(
@@ -63,7 +63,7 @@ def check_values(config: TrainConfig) -> None:
 def check_framing(
   resolution: int, task: str, resize: str, largest_resize: int, flip_rate: float
 ) -> None:
-  """Raises an InputError that names the first knob of a framing whose value makes no sense."""
+  """Raises an InputError that names the first setting of a framing with a wrong value."""
   check_choice('task', task, CHOICES['task'])
   check_choice('data.resize', resize, CHOICES['data.resize'])
   if resolution < MIN_SIDE:
@@ -78,7 +78,7 @@ def check_framing(
 
 
 def check_language(config: LanguageConfig) -> None:
-  """The same for a run of a language model."""
+  """`check_config` for a run of a language model."""
   _check_common(config)
   if not 0 <= config.data.holdout < 1:
     raise InputError(f'data.holdout is {config.data.holdout}; use 0 to below 1.')
@@ -102,14 +102,14 @@ def _check_common(config):
 
 
 def _check_acting(config, values):
-  """Refuses what was set and would do nothing."""
+  """Refuses a setting that was changed and has no effect."""
   usual = dict(knobs(type(config)()))
-  for name, other in NEEDS:
+  for name, needed in NEEDS:
     is_set = name in values and values[name] and values[name] != usual[name]
-    if is_set and _is_off(values, other):
+    if is_set and _is_off(values, needed):
       raise InputError(
-        f'{name} is {values[name]!r}, which does nothing while {other} is {values[other]!r}; change'
-        f' {other}, or leave {name} at {usual[name]!r}.'
+        f'{name} is {values[name]!r}, which does nothing while {needed} is {values[needed]!r};'
+        f' change {needed}, or leave {name} at {usual[name]!r}.'
       )
   window = config.log.profile
   if len(window) != 2 or not all(isinstance(x, int) and x >= 0 for x in window):
@@ -128,16 +128,16 @@ def _is_off(values, name) -> bool:
   return values.get(name, 1) in (0, 'constant')
 
 
-def without_idle(config: Any, given: Collection[str]) -> Any:
-  """A config as before, but for what does nothing since a setting named in `given` is off.
+def without_idle(config: Any, changed: Collection[str]) -> Any:
+  """The config, with defaults for settings without effect because one of `changed` is off.
 
-  That is for what a file sets, and someone switched off for one run; it gets its default. Settings
-  in `given` themselves stay, and `check` refuses those that do nothing.
+  For example, a config file sets `lora.alpha`, and a run switches `lora.rank` off. Settings in
+  `changed` themselves stay; `check_config` refuses those without effect.
   """
   config = copy.deepcopy(config)
   usual, values = dict(knobs(type(config)())), dict(knobs(config))
-  for name, other in NEEDS:
-    if name in values and name not in given and other in given and _is_off(values, other):
+  for name, needed in NEEDS:
+    if name in values and name not in changed and needed in changed and _is_off(values, needed):
       set_knob(config, name, usual[name])
   return config
 

@@ -1,6 +1,6 @@
-"""What commands show of their defaults and limits, before any library is loaded."""
+"""Defaults and limits that commands show before any library is loaded."""
 
-# The paper's. The bundled miniature, and what is like it, has its own (`bundled.py`).
+# The paper's. The bundled miniature and similar checkpoints have their own (`bundled.py`).
 STEPS, CFG_TEXT, CFG_IMAGE, SAMPLER = 100, 7.5, 1.5, 'euler_ancestral'
 MIN_SIDE = 8  # pixels of an image: one latent
 MAX_SEED = 2**32 - 1

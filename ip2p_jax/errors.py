@@ -1,4 +1,4 @@
-"""The one exception for mistakes that the user can mend."""
+"""The one exception for mistakes that the user can fix."""
 
 from collections.abc import Collection
 
@@ -6,18 +6,18 @@ from collections.abc import Collection
 class InputError(ValueError):
   """Something the user gave is wrong: a path, a file, a key, a value.
 
-  The message is one clear sentence: it names the file, key or flag, says what is wrong and what to
-  do. Commands print it on one line and exit with status 2; it is never used for our own bugs.
+  The message is one clear sentence. It names the file, key or flag, and says what is wrong and what
+  to do. Commands print it on one line and exit with status 2. It never reports a bug of ours.
   """
 
 
 def check_choice(name: str, value: str, choices: Collection[str]) -> None:
-  """InputError for a value that is none of the choices."""
+  """Raises InputError if `value` is none of the choices."""
   if value not in choices:
     raise InputError(f'{name} is {value!r}; use one of {", ".join(filter(None, choices))}.')
 
 
 def check_multiple(name: str, value: int, factor: int) -> None:
-  """InputError for a number of pixels that is no multiple of a VAE's factor."""
+  """Raises InputError if `value`, in pixels, is no multiple of a VAE's factor."""
   if value % factor:
     raise InputError(f'{name} is {value}; use a multiple of {factor}.')

@@ -1,10 +1,10 @@
 """Image files: the only place that reads, resizes and writes them.
 
-Images are upright PIL images of mode RGB, RGBA or, with a profile, CMYK; sizes are (width,
-height), as in Pillow. An image keeps its own colours, of the profile in its `info`; there lie also
-'exif' and 'dpi' (see `colour` and `metadata`). Arrays are sRGB, uint8 [h, w, 3] at the size the
-model works at; masks are float32 [H, W] in [0, 1] at the original's size, 1 = edit. Transparency is
-shown on white wherever it has to go.
+Images are upright PIL images of mode RGB, RGBA or, with a profile, CMYK. Sizes are (width, height),
+as in Pillow. An image keeps its own colours: its `info` holds the profile, 'exif' and 'dpi' (see
+`colour` and `metadata`). Arrays are sRGB, uint8 [h, w, 3], at the size the model works at. Masks
+are float32 [H, W] in [0, 1] at the original's size, 1 = edit. Where transparency must go, the image
+is shown on white.
 """
 
 import contextlib
@@ -22,14 +22,14 @@ from ip2p_jax import colour, metadata, storage
 from ip2p_jax.defaults import MIN_SIDE
 from ip2p_jax.errors import InputError
 
-MAX_PIXELS = 178_956_970  # half a gigabyte as RGB; where Pillow itself refuses
-# Others stay closed: some run programs (EPS), and all of them widen what a hostile file can reach.
+MAX_PIXELS = 178_956_970  # half a gigabyte as RGB; the limit of Pillow
+# No other formats: some run programs (EPS), and each one gives hostile files more code to attack.
 READ_FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP', 'GIF', 'TIFF')
 READ_EXTENSIONS = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff')
 WRITE_FORMATS = {'.png': 'PNG', '.jpg': 'JPEG', '.jpeg': 'JPEG', '.webp': 'WEBP'}
 WRITE_FORMATS |= {'.tif': 'TIFF', '.tiff': 'TIFF'}
 CMYK_FORMATS = ('JPEG', 'TIFF')
-ORIENTED = (b'Exif', b'tiff:Orientation')  # by EXIF or XMP, where Pillow looks
+ORIENTED = (b'Exif', b'tiff:Orientation')  # EXIF and XMP, which Pillow reads
 PROFILE_MARK = b'ICC_PROFILE\0'  # of a JPEG's segments that hold one
 T = Image.Transpose
 UPRIGHT = (T.FLIP_LEFT_RIGHT, T.ROTATE_180, T.FLIP_TOP_BOTTOM, T.TRANSPOSE)  # EXIF orientations 2-5
@@ -37,37 +37,37 @@ UPRIGHT += (T.ROTATE_270, T.TRANSVERSE, T.ROTATE_90)  # 6-8
 
 
 def find_images(path: str | Path) -> list[Path]:
-  """A file gives itself; a folder the images directly in it, by name, hidden ones left out."""
+  """[path] for a file; for a folder the images directly in it, by name, without hidden ones."""
   if os.path.isfile(path):
     return [Path(path)]
   try:
     files = sorted(file for file in Path(path).iterdir() if not file.name.startswith('.'))
   except OSError as error:
     raise InputError(f'{path} cannot be read ({error.strerror}); check the name') from error
-  found = [file for file in files if file.suffix.lower() in READ_EXTENSIONS and file.is_file()]
-  if not found:
+  result = [file for file in files if file.suffix.lower() in READ_EXTENSIONS and file.is_file()]
+  if not result:
     raise InputError(f'the folder {path} holds no image ({" ".join(READ_EXTENSIONS)})')
-  return found
+  return result
 
 
 def read(path: str | Path) -> Image.Image:
-  """The image in a file, as `with_metadata` makes it; the first frame where there are several."""
+  """The image in a file, as `with_metadata` returns it; the first frame of several."""
   with _opened(path) as image:
     _check_size(path, *image.size)
-    # Pillow turns a TIFF as it loads it, and forgets how; PNG may hold EXIF behind its pixels.
-    kept = metadata.kept(image) if image.format == 'TIFF' else None
+    # Pillow rotates a TIFF as it loads it, and drops the tag; PNG may hold EXIF behind its pixels.
+    info = metadata.kept(image) if image.format == 'TIFF' else None
     result, problem = plain_and_problem(image)
-    result.info |= metadata.kept(image) if kept is None else kept
+    result.info |= metadata.kept(image) if info is None else info
   if 'icc_profile' not in result.info:
     with open(path, 'rb') as file:
-      problem = problem or colour.told_by_cicp(file.read(4096))
-  if problem:  # out here, where warnings are heard
+      problem = problem or colour.cicp_problem(file.read(4096))
+  if problem:  # outside `_opened`, which ignores warnings
     warnings.warn(f'{path}: {problem}', stacklevel=2)
   return result
 
 
 def size_of(path: str | Path) -> tuple[int, int]:
-  """(width, height) of the picture that `read` gives, most often from the file's header alone."""
+  """(width, height) of the image that `read` returns; most often the file's header is enough."""
   with _opened(path) as image:
     _check_size(path, *image.size)
     # PNG may hold EXIF behind its pixels.
@@ -79,11 +79,10 @@ def size_of(path: str | Path) -> tuple[int, int]:
 
 
 def decode_jpeg(encoded: bytes) -> np.ndarray | None:
-  """An everyday JPEG as uint8 [H, W, 3], the very bytes that Pillow makes, in two thirds the time.
+  """A usual JPEG as uint8 [H, W, 3]: the same bytes as Pillow's, in two thirds of the time.
 
-  None for all others, which are for Pillow to decode or to refuse: other formats, damaged files,
-  CMYK, colours that are not sRGB, sizes out of range, and images that may have to be turned
-  upright.
+  None for all other files, which Pillow decodes or refuses: other formats, damaged files, CMYK,
+  colours that are not sRGB, sizes out of range, and images that may need a rotation.
   """
   if not encoded.startswith(b'\xff\xd8') or any(mark in encoded for mark in ORIENTED):
     return None
@@ -100,13 +99,13 @@ def decode_jpeg(encoded: bytes) -> np.ndarray | None:
 def plain(image: Image.Image) -> Image.Image:
   """Any PIL image as a new upright image in its own colours, without other metadata.
 
-  A profile that cannot be read is passed over; one that cannot be written to leads to sRGB.
+  A profile that cannot be read is ignored. With a profile that has no inverse the result is sRGB.
   """
   return plain_and_problem(image)[0]
 
 
 def plain_and_problem(image: Image.Image) -> tuple[Image.Image, str]:
-  """`plain`, and what of the colours cannot be honoured; '' if there is nothing."""
+  """`plain`, and the problem with the colours, or ''."""
   image.load()
   profile, problem = colour.own_profile(image)
   image = _upright(image)
@@ -118,17 +117,17 @@ def plain_and_problem(image: Image.Image) -> tuple[Image.Image, str]:
     result = image.convert('RGBA' if image.has_transparency_data else 'RGB')
   result.info = {'icc_profile': profile} if profile else {}
   if profile and not colour.has_way_back(profile):
-    return colour.to_srgb(result), 'its colour profile has no way back; the result will be in sRGB'
+    return colour.to_srgb(result), 'its colour profile has no inverse; the result will be in sRGB'
   return result, problem
 
 
 def with_metadata(image: Image.Image) -> Image.Image:
-  """`plain`, with the metadata that is kept; warns of colours that cannot be honoured."""
-  picture, problem = plain_and_problem(image)
-  picture.info |= metadata.kept(image)
+  """`plain`, with the metadata that is kept; warns of a problem with the colours."""
+  result, problem = plain_and_problem(image)
+  result.info |= metadata.kept(image)
   if problem:
     warnings.warn(f'the image: {problem}', stacklevel=2)
-  return picture
+  return result
 
 
 def shown(image: Image.Image, background: str = 'white') -> Image.Image:
@@ -137,10 +136,10 @@ def shown(image: Image.Image, background: str = 'white') -> Image.Image:
 
 
 def working_size(width: int, height: int, resolution: int, multiple: int = 8) -> tuple[int, int]:
-  """The (width, height) to work at: the whole image, no crop, sides in multiples.
+  """The (width, height) to work at, in multiples of `multiple`; nothing is cropped.
 
-  The longer side becomes `resolution`, the other follows the aspect ratio, both to the nearest
-  multiple (halves up), at least one. In integers: floats can cost a square a whole multiple.
+  The longer side becomes `resolution`, the other keeps the aspect ratio. Both are rounded to the
+  nearest multiple (halves up), at least one. Integers: floats can make a square lose a multiple.
   """
   if min(width, height, resolution, multiple) < 1:
     raise InputError(f'cannot work on {width}x{height} at resolution {resolution}; use 1 or more')
@@ -154,8 +153,8 @@ def working_size(width: int, height: int, resolution: int, multiple: int = 8) ->
 def to_array(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
   """The image at `size` as sRGB, uint8 [h, w, 3], transparency on white.
 
-  Compositing comes first: both steps are linear, so this equals resizing premultiplied colours and
-  what hides under transparent pixels cannot bleed.
+  Compositing comes first. Both steps are linear, so this equals resizing premultiplied colours:
+  colours under transparent pixels do not bleed.
   """
   return np.array(shown(image).resize(size, Image.Resampling.LANCZOS))
 
@@ -165,8 +164,8 @@ def restore(
 ) -> Image.Image:
   """The edit, uint8 [h, w, 3], at the original's size, in its colours, with its transparency.
 
-  With a mask, float32 [H, W] in [0, 1], pixels at 0 are the original's own bytes, pixels at 1 the
-  edit's, others a mixture rounded to the nearest value.
+  With a mask, float32 [H, W] in [0, 1], pixels at 0 keep the original's bytes, and pixels at 1 are
+  the edit's. Others are a mixture, rounded to the nearest value.
   """
   result = Image.fromarray(np.asarray(edited)).resize(original.size, Image.Resampling.LANCZOS)
   result = colour.from_srgb(result, original)
@@ -196,8 +195,8 @@ def check_mask(mask: np.ndarray, size: tuple[int, int]) -> None:
 def read_mask(path: str | Path, size: tuple[int, int]) -> np.ndarray:
   """A mask file as float32 [H, W] in [0, 1] for an image of `size`; white = edit.
 
-  Brightness in sRGB counts; transparent is black, so white strokes on an empty layer work. Of equal
-  size, values stay the file's own; else the same shape, up to one pixel, is scaled bilinearly.
+  Brightness in sRGB counts. Transparent is black, so white strokes on an empty layer work. A mask
+  of equal size keeps its values. A mask of the same shape, up to one pixel, is scaled bilinearly.
   """
   mask = shown(read(path), 'black').convert('L')
   width, height = size
@@ -205,13 +204,13 @@ def read_mask(path: str | Path, size: tuple[int, int]) -> np.ndarray:
     sizes = f'{mask.width}x{mask.height} and the image {width}x{height}'
     raise InputError(f'the mask {path} is {sizes}; give both the same shape')
   mask = mask.resize(size, Image.Resampling.BILINEAR)
-  if not mask.getextrema()[1]:  # of what is used: a speck of a larger mask may be lost
+  if not mask.getextrema()[1]:  # after scaling, which may lose a speck of a larger mask
     raise InputError(f'the mask {path} is all black, so nothing would be edited; paint it white')
   return np.asarray(mask, np.float32) / np.float32(255)
 
 
 def for_file(image: Image.Image, path: str | Path) -> Image.Image:
-  """The image in colours that a file of this name can hold: sRGB for CMYK as PNG or WebP."""
+  """The image in colours that this kind of file can hold: CMYK becomes sRGB for PNG and WebP."""
   is_cmyk = image.mode == 'CMYK' and _format(path) not in CMYK_FORMATS
   return colour.to_srgb(image) if is_cmyk else image
 
@@ -219,8 +218,8 @@ def for_file(image: Image.Image, path: str | Path) -> Image.Image:
 def save(image: Image.Image, path: str | Path, settings: dict) -> None:
   """Writes PNG, JPEG, TIFF or WebP by the extension, with the settings (JSON values) in the file.
 
-  Profile, EXIF and dpi in the image's `info` are written too. The file appears whole or not at
-  all. JPEG has no transparency and gets a white background.
+  It also writes profile, EXIF and dpi of the image's `info`. The file appears whole or not at all.
+  JPEG has no transparency and gets a white background.
   """
   format, image = _format(path), for_file(image, path)
   options = metadata.options(image.info, settings, format)
@@ -235,7 +234,7 @@ def save(image: Image.Image, path: str | Path, settings: dict) -> None:
 
 
 def read_settings(path: str | Path) -> dict | None:
-  """What `save` was given, or None where the image holds no settings of ours."""
+  """The settings that `save` wrote; None if there are none."""
   with _opened(path) as image:
     return metadata.settings_of(image)
 
@@ -243,7 +242,7 @@ def read_settings(path: str | Path) -> dict | None:
 def check_writable(path: str | Path) -> None:
   """Raises InputError now if `save` to this path would fail later; makes missing folders."""
   _format(path)
-  with _writing(path) as temporary:  # asking for permission is not enough: disks can be read-only
+  with _writing(path) as temporary:  # permissions are not enough: a disk can be read-only
     if os.path.isdir(path):
       raise IsADirectoryError('it is a folder')
     temporary.parent.mkdir(parents=True, exist_ok=True)
@@ -255,7 +254,7 @@ def check_writable(path: str | Path) -> None:
 def image_grid(
   rows: list[list[Image.Image]], row_labels: list[str], column_labels: list[str], title: str = ''
 ) -> Image.Image:
-  """One labelled image of a sweep, sRGB, on white; a text too long for its place ends in '…'."""
+  """One labelled image of a sweep, sRGB, on white; a text that is too long ends in '…'."""
   cells = [shown(cell) for row in rows for cell in row]
   width, height = max(cell.width for cell in cells), max(cell.height for cell in cells)
   em = min(max(min(width, height) // 14, 13), 36)
@@ -283,7 +282,7 @@ def image_grid(
 
 @contextlib.contextmanager
 def _opened(path: str | Path) -> Iterator[Image.Image]:
-  """Opens an image, pixels still unread; all that Pillow raises or warns of becomes InputError."""
+  """Opens an image without reading its pixels; an error of Pillow becomes InputError."""
   if not os.path.isfile(path):
     problem = 'is a folder' if os.path.isdir(path) else 'was not found'
     raise InputError(f'{path} {problem}; give an image file')
@@ -305,9 +304,9 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
 
 @contextlib.contextmanager
 def _writing(path: str | Path) -> Iterator[Path]:
-  """A temporary name in the folder of `path`, gone afterwards; what fails becomes InputError."""
+  """A temporary name in the folder of `path`, deleted at the end; errors become InputError."""
   try:
-    # A short name, so that only that of `path` may be too long.
+    # A short name: only the name of `path` may be too long.
     with storage.temporary_name(Path(path).with_name('ip2p')) as temporary:
       yield temporary
   except (OSError, ValueError) as error:
@@ -323,7 +322,7 @@ def _format(path):
 
 
 def _says_srgb(encoded):
-  """Whether the profile of a JPEG, by its header alone, leaves the pixels as they are."""
+  """Whether a JPEG is in sRGB, by its header alone."""
   try:
     with Image.open(io.BytesIO(encoded), 'r', ['JPEG']) as image:
       profile = image.info.get('icc_profile')
@@ -340,22 +339,22 @@ def _check_size(path, width, height):
 
 
 def _upright(image):
-  # Not ImageOps.exif_transpose, which also rewrites the metadata and fails on what cameras write.
+  # ImageOps.exif_transpose also rewrites the metadata, and fails on files of some cameras.
   image.load()
   orientation = _orientation(image)
   return image.transpose(UPRIGHT[orientation - 2]) if orientation in range(2, 9) else image
 
 
 def _orientation(image):
-  with contextlib.suppress(Exception):  # unreadable metadata is no reason to refuse the picture
-    return Image.Image.getexif(image).get(ExifTags.Base.Orientation)  # a PNG's own loads pixels
+  with contextlib.suppress(Exception):  # unreadable metadata is no reason to refuse the image
+    return Image.Image.getexif(image).get(ExifTags.Base.Orientation)  # PNG's `getexif` loads pixels
 
 
 def _eight_bits(image):
   """Greyscale of 16 or 32 bits as mode L, rounded to the nearest value.
 
-  The scale is 0..65535 for integers; for floats the first of 0..1, 0..255, 0..65535 that holds all
-  values. Where none does (32-bit integers, negative values), smallest..largest is stretched.
+  The scale is 0..65535 for integers. For floats it is the first of 0..1, 0..255, 0..65535 that
+  holds all values. If none does (32-bit integers, negative values), it is smallest..largest.
   """
   values = np.asarray(image).astype(np.float32)
   if not np.isfinite(values).all():
@@ -376,7 +375,7 @@ def _on(image, background):
 
 
 def _wrap(text, font, width, limit):
-  """At most `limit` lines of words, none wider than `width` pixels; '…' where text was left out."""
+  """At most `limit` lines of words, none wider than `width` pixels; '…' marks text that is cut."""
   lines = ['']
   for word in text.split():
     longer = f'{lines[-1]} {word}'.strip()
@@ -390,7 +389,7 @@ def _wrap(text, font, width, limit):
 
 
 def _cut(line, font, width):
-  line = line[: int(width) + 1]  # a character takes a pixel at the least
+  line = line[: int(width) + 1]  # a character is at least one pixel wide
   while len(line) > 1 and font.getlength(line) > width:
     line = line[:-2] + '…'
   return line

@@ -1,4 +1,4 @@
-"""Ctrl-C while XLA compiles, which Python does not hear."""
+"""Ctrl-C while XLA compiles: Python does not handle signals then."""
 
 import contextlib
 import math
@@ -10,16 +10,16 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 INTERRUPTED = 130  # exit status
-UNHEARD = 1.0  # seconds until a signal counts as not heard
+UNHEARD = 1.0  # seconds until a signal counts as not handled
 
 
 @contextlib.contextmanager
 def interruptible(end: Callable[[int], None]) -> Iterator[None]:
-  """Calls `end(number)`, in another thread, at a SIGINT or SIGTERM that Python does not hear.
+  """Calls `end(number)`, in another thread, at a SIGINT or SIGTERM that Python does not handle.
 
-  Python's handlers run in the main thread between two operations of its own, so none does while XLA
-  compiles there, which may take minutes. `end` ends the process: whatever is being written then has
-  a temporary name. Signals without a handler in Python stay as they are.
+  Python's handlers run in the main thread, between two operations of Python. So they do not run
+  while XLA compiles there, which may take minutes. `end` ends the process: a file that is being
+  written then has a temporary name. Signals without a handler in Python do not change.
   """
   handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
   handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
@@ -37,7 +37,7 @@ def interruptible(end: Callable[[int], None]) -> Iterator[None]:
     while numbers := [number for number in os.read(reading, 64) if number in handlers]:
       if done.wait(UNHEARD):
         return
-      # Of several that come together Python hears one, maybe before all of them are read here.
+      # Python handles one of several signals that come together, maybe before this reads them all.
       if time.monotonic() - heard_at[0] > 2 * UNHEARD:
         end(numbers[0])
 
@@ -61,7 +61,7 @@ def interruptible(end: Callable[[int], None]) -> Iterator[None]:
 
 
 def _is_collecting(frame: FrameType | None) -> bool:
-  """Whether jax's callback of the garbage collector is at work, where Python drops exceptions."""
+  """Whether jax's callback of the garbage collector runs; Python drops exceptions in it."""
   while frame is not None:
     if frame.f_code.co_name == '_xla_gc_callback':
       return True

@@ -1,8 +1,8 @@
-"""What an image file tells besides its pixels: EXIF, resolution, and the settings of an edit.
+"""Metadata of image files: EXIF, resolution, and the settings of an edit.
 
-Kept are EXIF's lines about the photo, its camera and its place, and dots per inch. Not kept are
-what an edit makes wrong or meaningless (orientation, which is applied; the thumbnail; the size;
-makers' notes, which point to places in the old file) and other blocks (XMP, IPTC).
+An edit keeps the EXIF tags about the photo, its camera and its place, and the dots per inch. It
+drops what becomes wrong: the orientation, which is applied; the thumbnail; the size; makers' notes,
+which point into the old file. It also drops other blocks (XMP, IPTC).
 """
 
 import contextlib
@@ -17,7 +17,7 @@ COMMENT_PREFIX = b'ASCII\0\0\0ip2p '  # EXIF's UserComment: eight bytes name the
 FORMATS_WITH_EXIF_DPI = ('JPEG', 'MPO', 'TIFF', 'WEBP')
 MAX_JPEG_EXIF = 65533  # bytes
 B, IFD = ExifTags.Base, ExifTags.IFD
-# Of the first IFD; the others say how a TIFF file stores its pixels.
+# Tags of the first IFD that are kept; its other tags say how a TIFF file stores its pixels.
 MAIN_TAGS = (B.ImageDescription, B.Make, B.Model, B.Software, B.DateTime, B.Artist, B.HostComputer)
 MAIN_TAGS += (B.Copyright, B.Rating, B.RatingPercent, B.XPTitle, B.XPComment, B.XPAuthor)
 MAIN_TAGS += (B.XPKeywords, B.XPSubject)
@@ -26,22 +26,22 @@ DROPPED += (B.ComponentsConfiguration, B.CompressedBitsPerPixel)
 
 
 def kept(image: Image.Image) -> dict[str, Any]:
-  """Of an image as it was opened: {'exif': bytes, 'dpi': (x, y)}, each only if there is any."""
-  found = {}
+  """The metadata of an opened image to keep: {'exif': bytes, 'dpi': (x, y)}, or less."""
+  result = {}
   exif = Image.Exif()
-  with contextlib.suppress(Exception):  # what cannot be read is not kept
+  with contextlib.suppress(Exception):  # unreadable metadata is dropped
     exif = image.getexif()
   if encoded := _encoded(_lines(exif)):
-    found['exif'] = encoded
+    result['exif'] = encoded
   if dpi := _dpi(image, exif):
-    found['dpi'] = dpi
-  return found
+    result['dpi'] = dpi
+  return result
 
 
 def options(info: dict[str, Any], settings: dict, format: str) -> dict[str, Any]:
   """Arguments of `Image.save` that write `info` as `kept` gives it, and the settings (JSON values).
 
-  PNG has the settings in a text chunk of its own; elsewhere they take the place of EXIF's comment.
+  PNG has the settings in a text chunk. Other formats have them as EXIF's comment.
   """
   text = json.dumps(settings)  # ASCII, so that every reader agrees on the encoding
   result = {'icc_profile': info.get('icc_profile')}
@@ -52,20 +52,20 @@ def options(info: dict[str, Any], settings: dict, format: str) -> dict[str, Any]
     result['pnginfo'].add_text(SETTINGS_KEY, text)
     return result | ({'exif': info['exif']} if 'exif' in info else {})
   own = [(IFD.Exif, B.UserComment, COMMENT_PREFIX + text.encode())]
-  if format == 'WEBP' and 'dpi' in info:  # it has no other place
+  if format == 'WEBP' and 'dpi' in info:  # WebP has no other place for them
     x, y = info['dpi']
     own += [(None, B.XResolution, x), (None, B.YResolution, y), (None, B.ResolutionUnit, 2)]
   exif = _exif(own).tobytes()
-  with contextlib.suppress(Exception):  # of images that were not read by us
-    whole = _exif(own, info.get('exif', b'')).tobytes()
-    exif = exif if format == 'JPEG' and len(whole) > MAX_JPEG_EXIF else whole
+  with contextlib.suppress(Exception):  # `info` of an image that `images.read` did not read
+    full = _exif(own, info.get('exif', b'')).tobytes()
+    exif = exif if format == 'JPEG' and len(full) > MAX_JPEG_EXIF else full
   return result | {'exif': exif}
 
 
 def settings_of(image: Image.Image) -> dict | None:
-  """What `options` was given, or None where an opened image holds no settings of ours."""
+  """The settings that `options` wrote; None if an opened image has none."""
   text = image.info.get(SETTINGS_KEY)
-  with contextlib.suppress(Exception):  # no comment, a camera's own, or metadata in ruins
+  with contextlib.suppress(Exception):  # no comment, a camera's comment, or damaged metadata
     exif = image.getexif().get_ifd(IFD.Exif)
     text = text or exif[B.UserComment].partition(COMMENT_PREFIX)[2]
     settings = json.loads(text)
@@ -74,7 +74,7 @@ def settings_of(image: Image.Image) -> dict | None:
 
 
 def _lines(exif) -> list[tuple[int | None, int, Any]]:
-  """(IFD or None for the first, tag, value) of all that is kept."""
+  """(IFD or None for the first, tag, value) of each tag that is kept."""
   lines = [(None, tag, exif[tag]) for tag in MAIN_TAGS if tag in exif]
   for ifd in (IFD.Exif, IFD.GPSInfo):
     with contextlib.suppress(Exception):
@@ -90,7 +90,7 @@ def _is_dropped(ifd, tag, value):
 
 
 def _encoded(lines) -> bytes:
-  """The lines as EXIF, without those that cannot be written."""
+  """The tags as EXIF, without those that cannot be written."""
   if not lines:
     return b''
   with contextlib.suppress(Exception):
@@ -112,7 +112,7 @@ def _exif(lines, encoded=b'') -> Image.Exif:
 
 
 def _dpi(image, exif) -> tuple[float, float] | None:
-  """Dots per inch; None if the file does not say, where Pillow puts in 72 for JPEG, 1 for TIFF."""
+  """Dots per inch; None if the file has none (Pillow then says 72 for JPEG, 1 for TIFF)."""
   with contextlib.suppress(Exception):
     if image.format in FORMATS_WITH_EXIF_DPI and image.info.get('jfif_unit') not in (1, 2):
       scale = 2.54 if exif.get(B.ResolutionUnit) == 3 else 1

@@ -1,7 +1,7 @@
 """Parameters by dotted name, and rules over those names.
 
 A parameter's name is its path, joined: 'down_blocks.0.resnets.1.conv1.kernel'. Numbers in it are
-places in an `nnx.List`. Rules are ((pattern, value), ...): `re.search`, the first match wins.
+indices of an `nnx.List`. Rules are ((pattern, value), ...): `re.search`, the first match wins.
 """
 
 import re
@@ -23,7 +23,7 @@ def flatten(tree: Mapping) -> dict[str, Any]:
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict:
-  """The nested dicts that `flatten` took apart; digits become int keys, as `nnx.merge` wants."""
+  """The inverse of `flatten`: nested dicts; digits become int keys, which `nnx.merge` expects."""
   tree: dict = {}
   for name, leaf in flat.items():
     *path, last = (int(key) if key.isdecimal() else key for key in name.split('.'))
@@ -40,7 +40,7 @@ def first_match(rules: Collection[tuple[str, Any]], name: str, what: str) -> Any
   Args:
     rules: ((pattern, value), ...).
     name: a parameter's dotted name.
-    what: the knob that holds the rules, for messages: 'optimizer.decays'.
+    what: the setting that holds the rules, for messages: 'optimizer.decays'.
 
   Raises:
     InputError: no rule matches, or the rules are not patterns and values.
@@ -55,35 +55,35 @@ def first_match(rules: Collection[tuple[str, Any]], name: str, what: str) -> Any
 
 
 def check_rules(rules: Collection[tuple[str, Any]], names: Collection[str], what: str) -> None:
-  """Raises an InputError for a rule that matches no name at all, since it is probably a typo."""
+  """Raises an InputError for a rule that matches no name: it is probably a typo."""
   for pattern, _ in _pairs(rules, what):
     search = compiled(pattern, what).search
     if not any(search(name) for name in names):
       raise InputError(
-        f'{what}: rule {pattern!r} matches no parameter; mend the pattern or leave it out '
+        f'{what}: rule {pattern!r} matches no parameter; fix the pattern or leave it out '
         f'(names are like {next(iter(names), "conv_in.kernel")}).'
       )
 
 
 def check_order(rules: Collection[tuple[str, Any]], names: Collection[str], what: str) -> None:
-  """Raises an InputError for a rule whose names are all taken by rules before it."""
+  """Raises an InputError for a rule whose names all match earlier rules."""
   patterns = [pattern for pattern, _ in _pairs(rules, what)]
   searches = [compiled(pattern, what).search for pattern in patterns]
   matching = [[i for i, search in enumerate(searches) if search(name)] for name in names]
-  first = {found[0] for found in matching if found}
+  first = {indices[0] for indices in matching if indices}
   for i, pattern in enumerate(patterns):
-    matched = sum(i in found for found in matching)
-    is_rest = i == len(patterns) - 1 and matched == len(matching)  # for whatever is left, if any
+    matched = sum(i in indices for indices in matching)
+    is_rest = i == len(patterns) - 1 and matched == len(matching)  # for all other names, if any
     if i in first or not matched or is_rest:
       continue
     raise InputError(
-      f'{what}: rule {pattern!r} does nothing, since the rules before it match all that it'
-      ' matches and the first match wins; put it before them, or leave it out.'
+      f'{what}: rule {pattern!r} does nothing: earlier rules match all of its names, and the first'
+      ' match wins; put it before them, or leave it out.'
     )
 
 
 def compiled(pattern: str, what: str) -> re.Pattern:
-  """The regular expression, or an InputError that names the knob and says what is wrong."""
+  """The regular expression; InputError with the setting's name if it is none."""
   try:
     return re.compile(pattern)
   except (re.error, TypeError) as error:

@@ -1,4 +1,4 @@
-"""What takes long says so, and how far it is."""
+"""Progress of long jobs, and notes on stderr while something takes long."""
 
 import contextlib
 import threading
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 from ip2p_jax import xla_alarms
 
-Progress = Callable[[int, int], None]  # called with (what is done, what there is in all)
+Progress = Callable[[int, int], None]  # called with (done, total)
 
 
 def unwatched(done: int, total: int) -> None:
@@ -15,7 +15,7 @@ def unwatched(done: int, total: int) -> None:
 
 
 def part_of(progress: Progress | None, done: int, parts: int) -> Progress | None:
-  """Progress over several runs as one; `done` of the `parts` are over."""
+  """The progress of one run in a job of `parts` runs, of which `done` have ended."""
   if progress is None:
     return None
   return lambda step, steps: progress(done * steps + step, parts * steps)
@@ -23,17 +23,17 @@ def part_of(progress: Progress | None, done: int, parts: int) -> Progress | None
 
 @contextlib.contextmanager
 def waiting(what: str, is_quiet: bool = False, after: float = 2.0) -> Iterator[None]:
-  """Says on stderr what takes longer than `after` seconds: with a clock, or once in a log file.
+  """Prints `what` on stderr after `after` seconds: with a clock, or once in a log file.
 
-  Keeps XLA's advice to file a bug about it from the screen; all else that is written there, stays.
+  XLA's advice to file a bug is not shown; all other output is.
 
   Args:
     what: as in 'compiling, about a minute'.
-    is_quiet: says nothing; for all processes but one.
+    is_quiet: prints nothing; for all processes but one.
   """
   done, began = threading.Event(), time.monotonic()
 
-  def tell(screen):
+  def show(screen):
     text = ''
     if done.wait(after):
       return
@@ -48,12 +48,12 @@ def waiting(what: str, is_quiet: bool = False, after: float = 2.0) -> Iterator[N
     print(f'\r{" " * len(text)}\r', end='', file=screen, flush=True)
 
   with xla_alarms.diverted() as screen:
-    teller = threading.Thread(target=tell, args=(screen,), daemon=True)
+    thread = threading.Thread(target=show, args=(screen,), daemon=True)
     if not is_quiet:
-      teller.start()
+      thread.start()
     try:
       yield
     finally:
       done.set()
       if not is_quiet:
-        teller.join()
+        thread.join()

@@ -1,4 +1,4 @@
-"""Where arrays live: a mesh ('data', 'fsdp'), and one rule that splits arrays over it.
+"""Placement of arrays: a mesh ('data', 'fsdp'), and one rule that splits arrays over it.
 
 Batches are split over both axes. Parameters are split over `fsdp` (copied along `data`), and with
 ZeRO stage 1 (Rajbhandari et al. 2020) optimizer state and moving average over both.
@@ -16,15 +16,15 @@ from jax.sharding import PartitionSpec as P
 from ip2p_jax.errors import InputError
 
 EVERYWHERE = ('data', 'fsdp')
-# How each device's part of an array is cut: its own rows, its own of the second axis, or all of it.
+# What each device holds of an array: a part of the rows, a part of the second axis, or all.
 ROWS, SECOND, WHOLE = P(EVERYWHERE), P(None, EVERYWHERE), P()
-SMALLEST_SPLIT = 4096  # numbers; what is smaller costs more to gather than to keep
+SMALLEST_SPLIT = 4096  # numbers; a smaller array costs more to gather than to keep
 
 
 def make_mesh(fsdp: int = 1, devices: list | None = None) -> Mesh:
-  """All devices (of all processes) as a rectangle, `fsdp` of them side by side.
+  """All devices (of all processes) as a rectangle, `fsdp` of them in a row.
 
-  Raises InputError if `fsdp` does not divide them.
+  Raises InputError if `fsdp` does not divide their number.
   """
   devices = devices or jax.devices()
   count = len(devices)
@@ -46,10 +46,10 @@ def of_batch(mesh: Mesh) -> NamedSharding:
 
 
 def each_its_rows(f: Callable, mesh: Mesh | None, in_specs: Any, out_specs: Any) -> Callable:
-  """`f`, run by each device on its own part of the rows; devices never talk to each other.
+  """`f`, run by each device on its part of the rows; devices do not communicate.
 
-  Specs are ROWS, SECOND or WHOLE, as prefixes of the trees that go in and come out. On one device,
-  or without a mesh, it is `f` itself.
+  Specs are ROWS, SECOND or WHOLE, as prefixes of the input and output trees. On one device, or
+  without a mesh, it is `f` itself.
   """
   if mesh is None or mesh.size == 1:
     return f
@@ -57,7 +57,7 @@ def each_its_rows(f: Callable, mesh: Mesh | None, in_specs: Any, out_specs: Any)
 
 
 def padded_rows(mesh: Mesh, specs: Any, tree: Any, count: int) -> Any:
-  """`tree` of numpy arrays with `count` rows, repeated until all devices have as many."""
+  """`tree` of numpy arrays with `count` rows; rows repeat until all devices have equally many."""
   rows = np.arange(-(-count // mesh.size) * mesh.size) % count
 
   def pad(spec, part):
@@ -70,7 +70,7 @@ def padded_rows(mesh: Mesh, specs: Any, tree: Any, count: int) -> Any:
 
 
 def copied(mesh: Mesh, tree: Any) -> Any:
-  """A whole copy of `tree` on every device of this process's mesh; one that is there serves."""
+  """A whole copy of `tree` on every device of this process's mesh; existing copies are reused."""
   devices, where = list(mesh.devices.flat), replicated(mesh)
 
   def copy(x):
@@ -78,20 +78,20 @@ def copied(mesh: Mesh, tree: Any) -> Any:
       return jax.device_put(x, where)
     if x.sharding.device_set == set(devices):
       return x
-    of = {shard.device: shard.data for shard in x.addressable_shards if x.is_fully_replicated}
-    parts = [of[device] if device in of else jax.device_put(x, device) for device in devices]
+    copies = {shard.device: shard.data for shard in x.addressable_shards if x.is_fully_replicated}
+    parts = [copies[d] if d in copies else jax.device_put(x, d) for d in devices]
     return jax.make_array_from_single_device_arrays(x.shape, where, parts)
 
   return jax.tree.map(copy, tree)
 
 
 def placed(mesh: Mesh, specs: Any, tree: Any) -> Any:
-  """Shapes and types of `tree`, as they lie on a mesh; specs may be prefixes."""
+  """Shapes, types and shardings of `tree` on a mesh; specs may be prefixes."""
 
   def place(spec, part):
     where = NamedSharding(mesh, spec)
-    of = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-    return jax.tree.map(of, part)
+    abstract = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+    return jax.tree.map(abstract, part)
 
   return jax.tree.map(place, specs, tree, is_leaf=lambda x: isinstance(x, P))
 
@@ -104,27 +104,27 @@ def split(mesh: Mesh, shape: tuple[int, ...], over: tuple[str, ...]) -> NamedSha
       fitting = [i for i, side in enumerate(shape) if side % ways == 0]
       if fitting:
         largest = max(fitting, key=lambda i: shape[i])
-        kept = tuple(axis for axis in axes if axis in over and mesh.shape[axis] > 1)
-        return NamedSharding(mesh, P(*[None] * largest, kept)) if kept else replicated(mesh)
+        used = tuple(axis for axis in axes if axis in over and mesh.shape[axis] > 1)
+        return NamedSharding(mesh, P(*[None] * largest, used)) if used else replicated(mesh)
   return replicated(mesh)
 
 
-# Modules that take what others were split by, and so are split by what they take.
-TAKERS = ('o_proj', 'down_proj')
+# Second products of a pair: their input is split, so they are split by input.
+SECONDS = ('o_proj', 'down_proj')
 
 
 def of_language(mesh: Mesh, shapes: dict[str, Any]) -> dict[str, Any]:
-  """A sharding over `fsdp` for every weight of a language model, so that it is written fast.
+  """A sharding over `fsdp` for every weight of a language model, for fast generation.
 
-  Products come in pairs (Shoeybi et al. 2019): the first is split by what it gives, the second by
-  what it takes, so that devices talk once for both. Embedding and head are split by tokens. What
-  does not divide, as norms, is whole everywhere.
+  Products come in pairs (Shoeybi et al. 2019): the first is split by its output, the second by its
+  input, so that devices communicate once for both. Embedding and head are split by tokens. Weights
+  that do not divide, and norms, are whole on every device.
   """
 
   def place(path, leaf):
     *_, module, kind = (str(key.key) for key in path)
-    of_givers, of_takers = {'kernel': 1, 'bias': 0, 'embedding': 0}, {'kernel': 0}
-    axis = (of_takers if module in TAKERS else of_givers).get(kind)
+    by_output, by_input = {'kernel': 1, 'bias': 0, 'embedding': 0}, {'kernel': 0}
+    axis = (by_input if module in SECONDS else by_output).get(kind)
     if axis is None or leaf.shape[axis] % mesh.shape['fsdp']:
       return replicated(mesh)
     return NamedSharding(mesh, P(*[None] * axis, 'fsdp'))
@@ -133,10 +133,10 @@ def of_language(mesh: Mesh, shapes: dict[str, Any]) -> dict[str, Any]:
 
 
 def mesh_for(weight_bytes: int, split: int | None = None) -> Mesh:
-  """All devices of this process, of which each `split` share one copy of the weights.
+  """All devices of this process; groups of `split` devices share one copy of the weights.
 
-  None takes the fewest that keep half of their memory free, one if that is not known, as of CPUs.
-  InputError if `split` does not divide the devices.
+  None takes the smallest group that leaves half of the memory free, or one device if the memory is
+  unknown, as on CPUs. InputError if `split` does not divide the number of devices.
   """
   devices = jax.local_devices()
   if split is None:
@@ -151,7 +151,7 @@ def mesh_for(weight_bytes: int, split: int | None = None) -> Mesh:
 
 
 def fewest(weight_bytes: int, memory: float, devices: int) -> int:
-  """How many devices have to share the weights so that half of each one's memory is left."""
+  """The smallest number of devices that share the weights and leave half of each memory free."""
   ways = [count for count in range(1, devices + 1) if devices % count == 0]
   return next((count for count in ways if weight_bytes / count <= memory / 2), devices)
 
@@ -168,7 +168,7 @@ def of_state(mesh: Mesh, state: dict[str, Any], zero1: bool) -> dict[str, Any]:
 
 
 def check_placed(state: dict[str, Any], shardings: dict[str, Any]) -> None:
-  """Raises if an array does not lie where it should: a bug that only costs, and so would stay."""
+  """Raises if an array is not where it should be: this bug only costs time, so tests miss it."""
   for (path, leaf), wanted in zip(
     jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(shardings), strict=True
   ):
@@ -178,13 +178,13 @@ def check_placed(state: dict[str, Any], shardings: dict[str, Any]) -> None:
 
 
 def put(value: Any, where: NamedSharding) -> jax.Array:
-  """On the devices; every process has the whole array, and only its part is placed."""
+  """`value` on the devices; every process has the whole array and places only its part."""
   value = np.asarray(value, order='C')
   return jax.make_array_from_callback(value.shape, where, lambda index: value[index])
 
 
 def bytes_per_device(tree: Any, shardings: Any) -> int:
-  """How much of `tree` (arrays or ShapeDtypeStructs) each device holds."""
+  """Bytes of `tree` (arrays or ShapeDtypeStructs) on each device."""
   sizes = jax.tree.map(
     lambda leaf, sharding: math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize,
     tree,
@@ -201,7 +201,7 @@ def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
 
 
 def check_batch(mesh: Mesh, batch_size: int, accumulation: int) -> int:
-  """Examples per device and accumulation step. InputError if they do not come out even."""
+  """Examples per device and accumulation step; InputError if the batch does not divide evenly."""
   if batch_size < 1 or accumulation < 1:
     raise InputError('batch_size and accumulation must be 1 or more.')
   parts = mesh.size * accumulation

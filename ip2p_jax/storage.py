@@ -1,7 +1,7 @@
-"""Files that lie in a local folder or in a bucket (gs://bucket/folder).
+"""Files in a local folder or in a bucket (gs://bucket/folder).
 
-Any number of processes, on any number of machines, may write to one folder: a file appears whole or
-not at all, no two writers share a temporary name, and of all that `claim` a file one wins.
+Any number of processes, on any number of machines, may write to one folder. A file appears whole or
+not at all, no two writers share a temporary name, and only one process can `claim` a file.
 """
 
 import contextlib
@@ -22,10 +22,10 @@ from etils import epath
 
 from ip2p_jax.errors import InputError
 
-CLAIM_WAIT = 5.0  # seconds for a content that is on its way
-# Lies in a folder of pairs that `ip2p filter` made.
+CLAIM_WAIT = 5.0  # seconds to wait for the content of a claimed file
+# A file in each folder of pairs that `ip2p filter` wrote.
 FILTERED = 'filter.json'
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of a disk that has none
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # errors of a disk without locks
 
 
 def folder(path: str | os.PathLike) -> epath.Path:
@@ -56,7 +56,7 @@ def local_path(path: str | os.PathLike) -> str:
 
 
 def write_bytes(file: epath.Path, content: bytes) -> None:
-  """Writes it at once or not at all. Of several that do at the same time, the last one stays."""
+  """Writes the whole file or nothing. If several write at the same time, the last one wins."""
   file.parent.mkdir(parents=True, exist_ok=True)
   if not is_local(file):
     file.write_bytes(content)  # a bucket shows no part of a file
@@ -66,12 +66,12 @@ def write_bytes(file: epath.Path, content: bytes) -> None:
 
 
 def write_json(file: epath.Path, value: Any) -> None:
-  """Writes it at once or not at all."""
+  """Writes the whole file or nothing."""
   write_bytes(file, (json.dumps(value, indent=2) + '\n').encode())
 
 
 def read_json(file: epath.Path | Path, kind: type = object) -> Any:
-  """The value in a JSON file; InputError naming the file if it is missing, damaged or no `kind`."""
+  """The value in a JSON file; InputError if the file is missing, damaged or holds no `kind`."""
   try:
     value = json.loads(file.read_bytes())
   except FileNotFoundError:
@@ -87,11 +87,11 @@ def read_json(file: epath.Path | Path, kind: type = object) -> Any:
 
 
 def create(file: epath.Path, content: bytes) -> None:
-  """Writes a new file, whole; FileExistsError if there is one. Of several, exactly one succeeds.
+  """Writes a new file, whole; FileExistsError if it exists. One of several writers succeeds.
 
-  That holds between threads, processes and machines, by a hard link; on disks without those, by
-  exclusive creation, and a reader may then come before the content. In a bucket the store decides
-  (fsspec's mode 'create'): Google's and Amazon's let one win; of others two may, at the same time.
+  This holds between threads, processes and machines. It uses a hard link. Disks without hard links
+  use exclusive creation: a reader may then see an empty file. In a bucket the store decides
+  (fsspec's mode 'create'): on Google's and Amazon's one writer wins; on others two may.
   """
   file.parent.mkdir(parents=True, exist_ok=True)
   if not is_local(file):
@@ -113,9 +113,9 @@ def create(file: epath.Path, content: bytes) -> None:
 
 
 def claim(file: epath.Path, value: Any) -> Any:
-  """What the first of all that ever claimed this file gave, as JSON has it.
+  """The value of the first process that claimed this file, as JSON has it.
 
-  So whoever finds the value to be its own was accepted. As sure as `create`.
+  A process that gets its own value back owns the file. As safe as `create`.
   """
   content = (json.dumps(value, indent=2) + '\n').encode()
   with contextlib.suppress(FileExistsError):
@@ -124,24 +124,24 @@ def claim(file: epath.Path, value: Any) -> Any:
   while True:
     try:
       return read_json(file)
-    except InputError:  # half there, on a disk without hard links; or damaged
+    except InputError:  # half written, on a disk without hard links; or damaged
       if time.monotonic() > until:
         raise
     time.sleep(0.05)
 
 
-def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-  """Names of settings that are not the same, in order; those that one lacks are None there."""
-  return sorted(name for name in {*one, *other} if one.get(name) != other.get(name))
+def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+  """Names of settings that differ, sorted; a missing setting counts as None."""
+  return sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
 
 
 @contextlib.contextmanager
 def one_writer(dst: str | os.PathLike, instead: str = 'choose another name') -> Iterator[None]:
-  """Keeps a second process from writing the same file or folder; InputError where one does.
+  """Lets only one process write a file or folder; InputError if another process writes it.
 
-  Clears what killed processes left of theirs under a `temporary_name`.
+  Deletes temporary files and folders (`temporary_name`) of killed processes.
   """
-  place = Path(dst).resolve()  # by whatever name it is reached
+  place = Path(dst).resolve()  # the same for every name of the file
   busy = f'{dst}: another process writes it; wait for that, or {instead}.'
   is_leftover = re.compile(rf'\.{re.escape(place.name)}(\.[0-9a-f]{{16}})?\.tmp').fullmatch
   with locked(place.with_name(f'.{place.name}.lock'), busy):
@@ -153,11 +153,11 @@ def one_writer(dst: str | os.PathLike, instead: str = 'choose another name') -> 
 
 @contextlib.contextmanager
 def locked(file: epath.Path, message: str, waits: bool = False) -> Iterator[None]:
-  """Holds the lock that a file stands for; InputError(message) if someone else does.
+  """Holds the lock of a lock file; InputError(message) if another process holds it.
 
-  The lock is the system's, and goes with the process however that ends. It holds between threads
-  and processes, and between machines on disks that share locks (NFS). On other disks, and in
-  buckets, nobody is kept out. `waits` waits instead.
+  The lock is the system's, and ends with the process. It holds between threads and processes, and
+  between machines on disks that share locks (NFS). On other disks, and in buckets, there is no
+  lock. With `waits`, it waits instead of raising.
   """
   if not is_local(file):
     yield
@@ -170,7 +170,7 @@ def locked(file: epath.Path, message: str, waits: bool = False) -> Iterator[None
     yield
   finally:
     with contextlib.suppress(OSError):
-      os.unlink(file)  # before the lock goes, so that no one else's is removed
+      os.unlink(file)  # while the lock is held, so that no other lock file is removed
     os.close(opened)
 
 
@@ -178,15 +178,15 @@ def locked(file: epath.Path, message: str, waits: bool = False) -> Iterator[None
 def at_work(
   folder: epath.Path, shard: tuple[int, int], what: str, begin: Callable[[bool], Any]
 ) -> Iterator[Any]:
-  """Is worker i of n of this folder until the end, and gives what `begin` gave.
+  """Registers worker i of n in this folder until the end; yields the result of `begin`.
 
   Args:
-    shard: (i, n); all that are at work at a time must have the same n.
-    what: the workers of a folder share, for messages.
-    begin: called with whether others are at work, while no other worker begins.
+    shard: (i, n); all workers that run at the same time must have the same n.
+    what: the work that the workers share, for messages.
+    begin: called with whether other workers run, while no other worker begins.
 
-  InputError if this worker is at work already, or workers of another n are (where there are locks;
-  see `locked`).
+  InputError if worker i runs already, or workers with another n do (on disks with locks; see
+  `locked`).
   """
   own = folder / f'.worker-{shard[0]:05d}-of-{shard[1]:05d}.lock'
   taken = (
@@ -201,15 +201,15 @@ def at_work(
       }
       if any(not name.endswith(f'-of-{shard[1]:05d}.lock') for name in others):
         raise InputError(
-          f'{folder}: workers are here that share the {what} by another number than {shard[1]};'
+          f'{folder}: other workers here split the {what} by another number than {shard[1]};'
           ' give the same n in --shard i/n, or wait until they are done.'
         )
-      found = begin(bool(others))
-    yield found
+      result = begin(bool(others))
+    yield result
 
 
 def is_locked(file: epath.Path) -> bool:
-  """Whether someone holds it now. Removes what a dead process left."""
+  """Whether a process holds the lock. Deletes the lock file of a dead process."""
   try:
     with locked(file, ''):
       return False
@@ -218,7 +218,7 @@ def is_locked(file: epath.Path) -> bool:
 
 
 def _lock(file, waits) -> int | None:
-  """The descriptor of the locked file; None if it is someone else's."""
+  """The descriptor of the locked file; None if another process holds the lock."""
   while True:
     opened = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -234,12 +234,12 @@ def _lock(file, waits) -> int | None:
     with contextlib.suppress(FileNotFoundError):
       if os.path.samestat(os.stat(file), os.fstat(opened)):
         return opened
-    os.close(opened)  # who had it has removed it: this is no lock any more
+    os.close(opened)  # the last holder removed the file, so this is no lock; try again
 
 
 @contextlib.contextmanager
 def temporary_name(file: epath.Path | Path) -> Iterator[epath.Path | Path]:
-  """A name beside `file`, or a folder, that nobody else has; gone afterwards with what it names."""
+  """A unique name beside a file or folder; deleted at the end with its content."""
   temporary = file.with_name(f'.{file.name}.{os.urandom(8).hex()}.tmp')
   try:
     yield temporary
@@ -256,9 +256,9 @@ def _remove(path):
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-  """A temporary name beside `path` that takes its place at the end, or vanishes on any error.
+  """A temporary name beside `path` that replaces it at the end, and is deleted on any error.
 
-  It is for a file or a folder. Of several that do so at the same time, the last one stays.
+  For a file or a folder. If several processes do so at the same time, the last one wins.
   """
   path.parent.mkdir(parents=True, exist_ok=True)
   with temporary_name(path) as temporary:
@@ -270,7 +270,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def _replace_folder(new, path):
-  # Folders cannot be replaced in one step: the old one steps aside, and returns if that fails.
+  # A folder cannot be replaced in one step: the old one is renamed, and comes back on an error.
   while True:
     with temporary_name(path) as old:
       with contextlib.suppress(FileNotFoundError):
@@ -280,7 +280,7 @@ def _replace_folder(new, path):
         return
       except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-          continue  # another one took its place meanwhile
+          continue  # another process wrote the folder meanwhile
         if old.exists():
           os.rename(old, path)
         raise
@@ -288,9 +288,9 @@ def _replace_folder(new, path):
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-  """A hidden place beside `folder` to fill and then rename; gone afterwards if it is still there.
+  """A hidden folder beside `folder` to fill and then rename; deleted at the end if it still exists.
 
-  InputError if the folder exists, or if another process makes it.
+  InputError if `folder` exists, or if another process writes it.
   """
   with one_writer(folder):
     if folder.exists():
@@ -305,7 +305,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def sent(file: epath.Path) -> Iterator[Path]:
-  """A local name to write to, from where the file is then sent to its place."""
+  """A local name to write to; at the end the file is copied to its place."""
   if is_local(file):
     yield Path(file)
     return
@@ -316,7 +316,7 @@ def sent(file: epath.Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def fetched(file: epath.Path) -> Iterator[Path]:
-  """A local name to read from. What is memory-mapped stays readable when the name is gone."""
+  """A local name to read from. A memory-mapped file stays readable after the name is deleted."""
   if is_local(file):
     yield Path(file)
     return

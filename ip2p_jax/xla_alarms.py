@@ -1,8 +1,8 @@
-"""Keeps XLA's advice to file a bug, when it compiles for long, from stderr; all else passes.
+"""Filters XLA's alarms (advice to file a bug about a slow compilation) out of stderr.
 
-XLA writes the advice as an error to file descriptor 2, and has no setting for it alone. So while a
-program is compiled, what is written there runs through a process of its own (this file). It is no
-thread of ours, so that the last words of a process that XLA ends are shown, too.
+XLA writes them as errors to file descriptor 2, and has no setting for them alone. While a program
+is compiled, all output to descriptor 2 goes through a separate process (this file). It is no
+thread, so that the last output of a process that XLA aborts is shown, too.
 """
 
 import contextlib
@@ -18,24 +18,24 @@ from typing import Any, TextIO
 BEGIN, END = b'slow_operation_alarm.cc', b'attach the results.'
 LONGEST = 12  # lines of an alarm
 SOONEST = 0.5  # seconds; no alarm comes earlier than one second
-PATIENCE = 0.1  # seconds for the rest of a line, before its beginning is shown
-ANSWER = 5.0  # seconds for what was written to be shown, or for a child that may still write
+PATIENCE = 0.1  # seconds to wait for the rest of a line, before its beginning is shown
+ANSWER = 5.0  # seconds to wait for output to be shown, or for a child that may still write
 MARK = b'\0shown?\0\n'  # asks the process whether all before it is shown
-_LOGGED = re.compile(rb'[IWEF]\d{4} ')  # how a line of XLA's log begins
+_LOGGED = re.compile(rb'[IWEF]\d{4} ')  # the beginning of a line of XLA's log
 _FRAME = re.compile(rb'\**\s*')
 
 
 def quietly(program: Callable, *inputs: Any) -> Any:
-  """What `program(*inputs)` gives, without alarms if that has to be compiled first."""
+  """The result of `program(*inputs)`, without alarms if it compiles first."""
   with left_out():
     return program(*inputs)
 
 
 @contextlib.contextmanager
 def left_out() -> Iterator[None]:
-  """Leaves out alarms until the end; does nothing at all in the first half second.
+  """Leaves out alarms until the end; does nothing in the first half second.
 
-  Holds for the whole process, as file descriptors do. Any number of threads may be in here.
+  It affects the whole process, as file descriptors do. Any number of threads may use it at once.
   """
   lock, stack, is_over = threading.Lock(), contextlib.ExitStack(), False
 
@@ -46,7 +46,7 @@ def left_out() -> Iterator[None]:
 
   timer = threading.Timer(SOONEST, begin)
   timer.daemon = True
-  with contextlib.suppress(RuntimeError):  # no thread can start, as when Python ends
+  with contextlib.suppress(RuntimeError):  # no thread can start when Python ends
     timer.start()
   try:
     yield
@@ -58,11 +58,11 @@ def left_out() -> Iterator[None]:
 
 
 class _Diversion:
-  """What is written to file descriptor 2 now runs through a process."""
+  """Sends output to file descriptor 2 through a filter process."""
 
   def __init__(self, screen: TextIO):
     self.screen = screen
-    # In a session of its own, since Ctrl-C is for us.
+    # In a session of its own, so that Ctrl-C does not end it.
     self.process = subprocess.Popen(
       [sys.executable, '-I', '-S', __file__],
       stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=screen, start_new_session=True,
@@ -74,12 +74,12 @@ class _Diversion:
     with contextlib.suppress(OSError):  # the process was killed
       os.write(pipe, MARK)
       select.select([answer], [], [], ANSWER)
-    if os.path.samestat(os.fstat(pipe), os.fstat(2)):  # else somebody else's, by now
+    if os.path.samestat(os.fstat(pipe), os.fstat(2)):  # else other code replaced it meanwhile
       os.dup2(self.screen.fileno(), 2)
     self.process.stdin.close()
     self.process.stdout.close()
     self.screen.close()
-    # A child of ours that was started meanwhile may still write to it.
+    # A child process that was started meanwhile may still write to it.
     with contextlib.suppress(subprocess.TimeoutExpired):
       self.process.wait(timeout=ANSWER)
 
@@ -90,7 +90,7 @@ _users, _diversion = 0, None
 
 @contextlib.contextmanager
 def diverted() -> Iterator[TextIO]:
-  """Leaves out alarms from now until the end; gives what writes past that."""
+  """Leaves out alarms from now until the end; yields a file that bypasses the filter."""
   global _users, _diversion
   with _lock:
     if not _users:
@@ -108,7 +108,7 @@ def diverted() -> Iterator[TextIO]:
 
 
 def _divert() -> _Diversion | None:
-  """None where that cannot be: stderr is closed, or Python is no program of its own."""
+  """None if it is impossible: stderr is closed, or Python is embedded in another program."""
   if not sys.executable or getattr(sys, 'frozen', False):
     return None
   _flush()
@@ -124,13 +124,13 @@ def _divert() -> _Diversion | None:
 
 
 def _flush() -> None:
-  with contextlib.suppress(Exception):  # whatever a program has put in its place
+  with contextlib.suppress(Exception):  # `sys.stderr` may be any object
     sys.stderr.flush()
 
 
 def without_alarms(lines: Iterable[bytes]) -> Iterator[bytes]:
-  """The lines that are no part of an alarm."""
-  left, is_ended = 0, False  # lines that may still be the alarm's; whether its text is over
+  """The lines that do not belong to an alarm."""
+  left, is_ended = 0, False  # lines that may still belong to it; whether its text has ended
   for line in lines:
     if BEGIN in line:
       left, is_ended = LONGEST, False
@@ -143,9 +143,9 @@ def without_alarms(lines: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def _lines(source: int, answer: int) -> Iterator[bytes]:
-  """Lines as they come, and the beginning of one whose rest does not, as of a bar of progress.
+  """Lines as they come, and the beginning of a line whose rest is late, as of a progress bar.
 
-  Answers each MARK, once all before it was taken and the next is asked for.
+  Answers each MARK when all text before it was taken and the next is asked for.
   """
   text = b''
   while True:

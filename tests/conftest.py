@@ -7,9 +7,9 @@ from pathlib import Path
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
-# Programs that another run compiled, or another worker is about to write, are not for this one.
+# A new cache, without programs of other runs and workers.
 os.environ['XDG_CACHE_HOME'] = tempfile.mkdtemp(prefix='ip2p-tests-')
-# Eight devices; and less optimisation, since tests compile far longer than they run.
+# Eight devices; less optimisation, since tests compile far longer than they run.
 os.environ['XLA_FLAGS'] = ' '.join(
   [
     os.environ.get('XLA_FLAGS', ''),
@@ -39,7 +39,7 @@ def rng():
 
 @pytest.fixture
 def ip2p(monkeypatch, capsys):
-  """Runs the command with these words: (status, what it printed)."""
+  """`ip2p(*words)` runs the command: (status, output)."""
   from ip2p_jax.cli import console, main
 
   monkeypatch.setattr(console, 'cache_compilations', lambda: None)
@@ -56,7 +56,7 @@ def ip2p(monkeypatch, capsys):
 
 @pytest.fixture(scope='module')
 def kept_programs(tmp_path_factory):
-  """Compiling takes most of the time; many runs of a file are of the same programs."""
+  """A cache of compiled programs for a test file: many of its runs compile the same programs."""
   jax.config.update('jax_compilation_cache_dir', str(tmp_path_factory.mktemp('cache')))
   yield
   jax.config.update('jax_compilation_cache_dir', None)
@@ -64,7 +64,7 @@ def kept_programs(tmp_path_factory):
 
 @pytest.fixture
 def visible(monkeypatch):
-  """`visible(n)`: how many of the eight devices a run may see; 1 at first."""
+  """`visible(n)` sets how many of the eight devices a run sees; 1 at first."""
   every = jax.devices()
 
   def use(count):
@@ -76,7 +76,7 @@ def visible(monkeypatch):
 
 @pytest.fixture
 def fake(monkeypatch):
-  """A server of captions, which is asked again without waiting."""
+  """A fake server of captions; the client retries without waiting."""
   monkeypatch.setattr('ip2p_jax.captions.client.WAITS', (0.01, 0.02))
   with fake_server.running() as server:
     yield server

@@ -1,4 +1,4 @@
-"""A server that speaks OpenAI's protocol, and fails in any way that it is told to."""
+"""A server with OpenAI's protocol that fails in the requested ways."""
 
 import collections
 import contextlib
@@ -9,16 +9,16 @@ import time
 
 
 class Fake(http.server.ThreadingHTTPServer):
-  """Answers each request with the next of `troubles`, and well once there are none left."""
+  """Answers each request with the next of `troubles`, and correctly when there are none left."""
 
   daemon_threads = True
 
   def __init__(self):
     super().__init__(('127.0.0.1', 0), Handler)
     self.troubles = collections.deque()
-    self.always = lambda body: None  # the trouble with this request, if any
-    self.asked, self.times, self.headers = [], [], []  # of all requests: JSON, when, headers
-    self.delay, self.now, self.most = 0.0, 0, 0  # seconds; requests under way, and the most of them
+    self.always = lambda body: None  # the trouble of a request, or None
+    self.asked, self.times, self.headers = [], [], []  # of all requests: JSON, time, headers
+    self.delay, self.now, self.most = 0.0, 0, 0  # seconds; current requests, and their maximum
     self.lock = threading.Lock()
     self.url = f'http://127.0.0.1:{self.server_port}/v1'
 
@@ -72,9 +72,9 @@ def text_for(caption, seed):
 
 def answer_to(body, text=None, ending='stop'):
   text = text_for(caption_of(body), body['seed']) if text is None else text
-  said = {'text': text} if 'prompt' in body else {'message': {'content': text}}
+  choice = {'text': text} if 'prompt' in body else {'message': {'content': text}}
   usage = {'prompt_tokens': 100, 'completion_tokens': 10}
-  return json.dumps({'choices': [said | {'finish_reason': ending}], 'usage': usage}).encode()
+  return json.dumps({'choices': [choice | {'finish_reason': ending}], 'usage': usage}).encode()
 
 
 def answer(handler, body):

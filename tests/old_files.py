@@ -1,4 +1,4 @@
-"""Files that one version of the code wrote, for every later version to read and to go on with.
+"""Files of one version of the code, which every later version must read and continue.
 
   python tests/old_files.py tests/fixtures/NAME.tar.xz                  by the code of this tree
   python tests/old_files.py tests/fixtures/NAME.tar.xz --code FOLDER    by the code of another tree
@@ -7,10 +7,10 @@ All work goes through the command line, so this script runs on any version. The 
 
   inputs/      tiny models, captions and triplets, the same in every archive
   begun/       runs that were stopped half way
-  done/        the ends of these runs, and files that were made of them
-  made.json    the machine and the libraries that made all this
+  done/        the results of these runs, and files made from them
+  made.json    the machine and the libraries that made the archive
 
-`tests/test_old_files.py` takes each job of an archive to its end, and compares that with `done`.
+`tests/test_old_files.py` finishes each job of an archive, and compares the results with `done`.
 """
 
 import argparse
@@ -46,10 +46,10 @@ class Job(NamedTuple):
   """One kind of work.
 
   Attributes:
-    commands: take it to its end. OUT is the folder for new files, URL the fake server's.
+    commands: of the whole job. OUT is the folder for new files, URL the fake server's.
     is_begun: folder -> whether the first command has done enough to be stopped; None if it is not
-      to be stopped.
-    signal: stops it.
+      stopped.
+    signal: stops the first command.
   """
 
   commands: Sequence[str]
@@ -71,7 +71,7 @@ def _has_answers(folder: Path) -> bool:
 
 
 def _is_torn(folder: Path) -> bool:
-  """Whether there are two batches of pairs, and of the next one pictures without lines."""
+  """Whether there are two batches of pairs, and images of the next one without lines."""
   places = list(folder.glob('0*'))
   lines = [len(lines_of(place / 'scores.jsonl')) for place in places]
   images = [len(list(place.glob('*_0.jpg'))) for place in places]
@@ -146,26 +146,26 @@ JOBS = {
 
 
 def go_on(name: str, code: Path, folder: Path, out: str) -> None:
-  """Takes a job to its end by the code of a tree; `out` gets what comes of it.
+  """Finishes a job by the code of a tree; the results go to `out`.
 
-  The folder is that of an unpacked archive.
+  `folder` is an unpacked archive.
   """
   with _started(JOBS[name].commands, code, folder, out) as process:
-    said = process.communicate()[0]
-  assert process.returncode == 0, said
+    output = process.communicate()[0]
+  assert process.returncode == 0, output
   begun, end = folder / 'begun' / name, folder / out / name
-  if (begun / 'metrics.jsonl').exists():  # whose lines have times, too
+  if (begun / 'metrics.jsonl').exists():  # without the times of its lines
     lines = map(json.loads, lines_of(begun / 'metrics.jsonl'))
-    kept = [{key: line[key] for key in NUMBERS if key in line} for line in lines]
+    numbers = [{key: line[key] for key in NUMBERS if key in line} for line in lines]
     end.mkdir(parents=True)
-    (end / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in kept))
+    (end / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in numbers))
   elif begun.exists():
     shutil.copytree(begun, end, ignore=shutil.ignore_patterns('*.jpg'))  # `filter` has them all
 
 
 @contextlib.contextmanager
 def _started(commands, code, folder, out, delay=0.0) -> Iterator[subprocess.Popen]:
-  """The commands in a process of their own, with a fake server if they need one."""
+  """The commands in a new process, with a fake server if they need one."""
   with contextlib.ExitStack() as stack:
     marks = {'OUT/': f'{out}/', 'configs/': f'{code}/configs/', 'train.py': f'{code}/train.py'}
     if any(' URL ' in command for command in commands):
@@ -177,7 +177,7 @@ def _started(commands, code, folder, out, delay=0.0) -> Iterator[subprocess.Pope
       'PYTHONPATH': str(code),
       'JAX_PLATFORMS': 'cpu',
       'HF_HUB_OFFLINE': '1',
-      # These programs take longer to compile than to run. Other settings give other last digits.
+      # These programs compile longer than they run. Other settings change the last digits.
       'XLA_FLAGS': '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true',
     }
     yield stack.enter_context(
@@ -190,7 +190,7 @@ def _started(commands, code, folder, out, delay=0.0) -> Iterator[subprocess.Pope
 
 def run(commands: Sequence[str]) -> None:
   """Runs commands in this process, one after the other, until one fails."""
-  sys.path[0] = ''  # not where this file lies
+  sys.path[0] = ''  # not the folder of this file
   for command in commands:
     sys.argv = command.split()
     try:
@@ -204,7 +204,7 @@ def run(commands: Sequence[str]) -> None:
 
 
 def machine() -> dict[str, str]:
-  """Where the numbers of an archive are to come out bit for bit."""
+  """The machine and libraries; equal ones must give the numbers of an archive bit for bit."""
   about = {line for line in lines_of(Path('/proc/cpuinfo')) if line[:5] in ('model', 'flags')}
   processor = '\n'.join(sorted(about)) or platform.processor()
   digest = hashlib.blake2b(processor.encode(), digest_size=8).hexdigest()
@@ -222,14 +222,14 @@ def make(archive: Path, code: Path) -> None:
     else:
       make_inputs(folder / 'inputs')
     for name, job in JOBS.items():
-      begun, kept = folder / 'begun' / name, folder / 'kept'
+      begun, copy = folder / 'begun' / name, folder / 'kept'
       if job.is_begun:
         _begin(name, code, folder)
-        shutil.copytree(begun, kept, ignore=shutil.ignore_patterns(*UNKEPT))
+        shutil.copytree(begun, copy, ignore=shutil.ignore_patterns(*UNKEPT))
       go_on(name, code, folder, 'done')
       if job.is_begun:
         shutil.rmtree(begun)
-        kept.rename(begun)
+        copy.rename(begun)
       print(f'{name}: done', flush=True)
     (folder / 'made.json').write_text(json.dumps(machine(), indent=2) + '\n')
     with tarfile.open(archive, 'w:xz', preset=9) as written:
@@ -238,18 +238,18 @@ def make(archive: Path, code: Path) -> None:
 
 
 def _begin(name, code, folder) -> None:
-  """Stops the job's first command half way."""
+  """Runs the job's first command and stops it half way."""
   job, place = JOBS[name], folder / 'begun' / name
   while True:
     with _started(job.commands[:1], code, folder, 'done', delay=0.1) as process:
       while process.poll() is None and not job.is_begun(place):
         time.sleep(1e-4)
       process.send_signal(job.signal)
-      said = process.communicate()[0]
+      output = process.communicate()[0]
     if process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143}[job.signal]:
       return
-    assert process.returncode == 0, said
-    shutil.rmtree(place)  # it was too fast
+    assert process.returncode == 0, output
+    shutil.rmtree(place)  # it ended before it was stopped
 
 
 def is_unkept(file: Path) -> bool:
@@ -257,7 +257,7 @@ def is_unkept(file: Path) -> bool:
 
 
 def _plain(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
-  """What no machine, user or clock changes; without what is for people alone."""
+  """The entry without user and time; None for a file that is only for people."""
   if is_unkept(Path(entry.name)):
     return None
   entry.mtime, entry.uid, entry.gid, entry.uname, entry.gname = 0, 0, 0, '', ''

@@ -1,4 +1,4 @@
-"""PyTorch's side of the tests; where it is not installed, each test that touches it is skipped.
+"""PyTorch for tests; if it is not installed, each test that uses it is skipped.
 
 torch = peers.module('torch')
 DDPMScheduler = peers.module('diffusers').DDPMScheduler
@@ -15,12 +15,12 @@ needs_torch = pytest.mark.skipif(not HAS_TORCH, reason='needs torch')
 
 
 def module(name: str):
-  """The module, or a stand-in for it that skips the test that uses it."""
+  """The module, or a `Missing` that skips the test that uses it."""
   return importlib.import_module(name) if HAS_TORCH else Missing(name)
 
 
 class Missing:
-  """Anything of a package that is not installed. Naming it is allowed, using it in a test skips."""
+  """A name of a package that is not installed. To use it in a test skips the test."""
 
   def __init__(self, name: str):
     self.__name__ = name
@@ -35,7 +35,7 @@ class Missing:
       pytest.skip(f'needs {self.__name__}')
     return self
 
-  # Of names that are combined while a file is read (`int | torch.Tensor`).
+  # For types such as `int | torch.Tensor` at the top of a file.
   def __or__(self, other):
     return self
 

@@ -77,16 +77,16 @@ def grey(light):
 
 
 def cmyk(is_two_way=True):
-  """Inks that each take away one primary of sRGB, and black that takes all; made without black."""
-  to_light = 1 - (1 - LEVELS) ** 1.6  # of ink: the part of the light that it takes away
+  """Inks that each absorb one primary of sRGB, and black that absorbs all; made without black."""
+  to_light = 1 - (1 - LEVELS) ** 1.6  # of ink: the fraction of the light that it absorbs
   from_light = 1 - (1 - LEVELS) ** (1 / 1.6)
   c, m, y, k = np.indices((2, 2, 2, 2))
   light = np.stack([1 - c, 1 - m, 1 - y], -1) * (1 - k)[..., None]
-  whole = 32768 / 65535  # what stands for 1 in XYZ
-  tags = {b'A2B0': lut(np.eye(3), [to_light] * 4, light @ SRGB.T * whole, [LEVELS] * 3)}
+  one = 32768 / 65535  # what stands for 1 in XYZ
+  tags = {b'A2B0': lut(np.eye(3), [to_light] * 4, light @ SRGB.T * one, [LEVELS] * 3)}
   if is_two_way:
     inks = 1 - np.stack([*np.indices((2, 2, 2)), np.ones((2, 2, 2))], -1)
-    inverse = np.linalg.inv(SRGB) / whole
+    inverse = np.linalg.inv(SRGB) / one
     tags[b'B2A0'] = lut(inverse, [LEVELS] * 3, inks, [from_light] * 4)
   return profile(b'CMYK', tags, b'prtr')
 
@@ -98,7 +98,7 @@ def offset():
   """
   solids = (SOLIDS * D50 / SOLIDS[0]).reshape(2, 2, 2, 2, 3)  # relative to the paper
   to_area = 1 - (1 - LEVELS) ** 1.3  # dots grow in print
-  whole = 32768 / 65535  # what stands for 1 in XYZ
+  one = 32768 / 65535  # what stands for 1 in XYZ
   light = shown_by(solids, np.stack(np.meshgrid(*[np.linspace(0, 1, 9)] * 4, indexing='ij'), -1))
   numbers = np.stack(np.meshgrid(*[np.linspace(0, 1, 17)] * 3, indexing='ij'), -1)
   wanted = lab(np.interp(numbers, LEVELS, SRGB_LIGHT) @ SRGB.T).reshape(-1, 3)
@@ -119,8 +119,8 @@ def offset():
   to_numbers = np.interp(LEVELS, SRGB_LIGHT, LEVELS)
   from_area = np.interp(LEVELS, to_area, LEVELS)
   tags = {
-    b'A2B0': lut(np.eye(3), [to_area] * 4, light * whole, [LEVELS] * 3),
-    b'B2A0': lut(np.linalg.inv(SRGB) / whole, [to_numbers] * 3, inks, [from_area] * 4),
+    b'A2B0': lut(np.eye(3), [to_area] * 4, light * one, [LEVELS] * 3),
+    b'B2A0': lut(np.linalg.inv(SRGB) / one, [to_numbers] * 3, inks, [from_area] * 4),
   }
   return profile(b'CMYK', tags, b'prtr')
 
@@ -142,7 +142,7 @@ def lab(xyz):
 
 
 def scanner():
-  """RGB by a table that only leads away from it."""
+  """RGB by a table without an inverse."""
   r, g, b = np.indices((2, 2, 2))
   grid = np.stack([r, g, b], -1) @ SRGB.T * (32768 / 65535)
   return profile(b'RGB ', {b'A2B0': lut(np.eye(3), [LEVELS**1.5] * 3, grid, [LEVELS] * 3)}, b'scnr')
@@ -172,25 +172,28 @@ WIDE = ('Display P3', 'Adobe RGB', 'ProPhoto')
 
 
 def converted(
-  picture, source, target, mode, intent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
+  image, source, target, mode, intent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
   flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
 ):  # fmt: skip
-  """By Pillow alone, relative colorimetric with black point compensation; None is sRGB."""
+  """An image converted by Pillow, relative colorimetric with black point compensation.
+
+  The profile None is sRGB.
+  """
   open_ = lambda p: ImageCms.ImageCmsProfile(io.BytesIO(p)) if p else ImageCms.createProfile('sRGB')
   return ImageCms.profileToProfile(
-    picture, open_(source), open_(target), intent, mode, flags=flags
+    image, open_(source), open_(target), intent, mode, flags=flags
   )  # fmt: skip
 
 
-def tagged(picture, name):
-  """An sRGB picture in the colours of a profile, as a file of them is opened."""
+def tagged(image, name):
+  """An sRGB image converted to a profile, as if opened from a file."""
   mode = {'grey': 'L', 'CMYK': 'CMYK'}.get(name, 'RGB')
-  result = converted(picture, None, ALL[name], mode)
+  result = converted(image, None, ALL[name], mode)
   result.info = {'icc_profile': ALL[name]}
   return result
 
 
-def as_seen(picture) -> Image.Image:
-  """What a viewer shows that honours profiles: RGB of sRGB."""
-  profile = picture.info.get('icc_profile')
-  return converted(picture, profile, None, 'RGB') if profile else picture.convert('RGB')
+def as_seen(image) -> Image.Image:
+  """The image as sRGB, as a viewer that uses profiles shows it."""
+  profile = image.info.get('icc_profile')
+  return converted(image, profile, None, 'RGB') if profile else image.convert('RGB')

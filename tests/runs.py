@@ -1,4 +1,4 @@
-"""What a training run leaves, and a run on one device."""
+"""Helpers for training runs: their metrics, and one visible device."""
 
 import contextlib
 import json

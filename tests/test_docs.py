@@ -1,4 +1,4 @@
-"""What the pages tell people to type: every command is one, with options that it knows."""
+"""The documentation: every command exists and has the options shown."""
 
 import configparser
 import itertools
@@ -24,22 +24,22 @@ PAGES = [ROOT / 'README.md', *sorted(ROOT.glob('docs/*.md')), *ROOT.glob('exampl
 
 
 def commands(text: str) -> list[list[str]]:
-  """Words of every line of code that begins with a program of ours."""
-  found = []
+  """The words of every command of ours in code blocks."""
+  result = []
   blocks = re.findall(r'^```(\w*)\n(.*?)^```$', text, re.DOTALL | re.M)
   for block in (code for language, code in blocks if language in ('', 'sh')):
     for line in re.sub(r'\\\n', ' ', block).splitlines():
       words = re.sub('["\']', ' ', line.split(' #')[0]).split()
       starts = [i for i in range(len(words)) if tuple(words[i : i + 2]) in SCRIPTS]
-      # A machine and an image have our name, too; no subcommand follows theirs.
+      # A machine and a container image are also called ip2p; no subcommand follows their names.
       pairs = itertools.pairwise(words)
       starts += [
         i for i, pair in enumerate(pairs) if re.fullmatch('ip2p (?!ip2p)[a-z]+', ' '.join(pair))
       ]
       for i in starts:
         end = next((j for j in range(i, len(words)) if words[j] in ENDS), len(words))
-        found.append(words[i:end])
-  return found
+        result.append(words[i:end])
+  return result
 
 
 def subcommand(words: list[str]):
@@ -61,15 +61,15 @@ def test_the_commands_of_a_page_have_options_that_exist(page):
       continue
     words = ['edit', *words[2:]] if words[1] == 'sample.py' else words[1:]
     command, rest = subcommand(words)
-    known = {name for option in command.params for name in (*option.opts, *option.secondary_opts)}
+    flags = {name for option in command.params for name in (*option.opts, *option.secondary_opts)}
     for word in rest:
       word = word.rstrip(',')
       flag = word.partition('=')[0]
       if re.match(r'--?[a-z]', word) and not word.startswith('--config.'):
-        assert flag in known | {'--help', '--config'}, f'{page.name}: {flag} of {shown}'
+        assert flag in flags | {'--help', '--config'}, f'{page.name}: {flag} of {shown}'
 
 
-def test_the_jobset_starts_train_py_as_it_wants_to_be_started(tmp_path):
+def test_train_py_accepts_the_command_of_the_jobset(tmp_path):
   (job,) = yaml.safe_load((ROOT / 'docs' / 'jobset.yaml').read_text())['spec']['replicatedJobs']
   job = job['template']['spec']
   pod = job['template']['spec']
@@ -79,16 +79,16 @@ def test_the_jobset_starts_train_py_as_it_wants_to_be_started(tmp_path):
   assert hosts == job['completions'] and hosts * chips == math.prod(map(int, topology.split('x')))
   program, script, *flags = container['command']
   assert (program, script) == ('python', 'train.py') and '--multihost' in flags
-  flags.remove('--multihost')  # here is one process
+  flags.remove('--multihost')  # the test has one process
   flags = [flag.replace('gs://BUCKET', str(tmp_path)) for flag in flags]
-  told = subprocess.run(
+  message = subprocess.run(
     [sys.executable, script, *flags], cwd=ROOT, capture_output=True, text=True
   ).stderr
-  assert re.match('train.py: error: (CKPT|DATA)', told)  # that is all it finds wrong
+  assert re.match('train.py: error: (CKPT|DATA)', message)  # the only error
 
 
-def test_commands_for_a_slice_take_as_few_examples_at_a_time_as_were_planned():
-  """The table of plans has 32 at a time on a v5e; more did not fit."""
+def test_commands_for_a_slice_use_the_planned_accumulation():
+  """A v5e fits 32 examples at a time by the table of plans."""
   commands = '\n'.join((ROOT / 'docs' / name).read_text() for name in ('tpu.md', 'jobset.yaml'))
   runs = re.findall(r'train\.py.*?data\.path=DATA', commands.replace('\\\n', ' '), re.DOTALL)
   assert len(runs) == 4
@@ -97,14 +97,14 @@ def test_commands_for_a_slice_take_as_few_examples_at_a_time_as_were_planned():
     assert int(re.search(r'--config\.accumulation=(\d+)', run)[1]) == 1024 // devices // 32
 
 
-def test_a_workdir_in_a_bucket_opens_with_what_is_installed_for_a_tpu():
+def test_the_tpu_extra_has_the_library_for_buckets():
   settings = configparser.ConfigParser()
   settings.read(ROOT / 'setup.cfg')
   assert 'gs://BUCKET' in (ROOT / 'docs' / 'tpu.md').read_text()
   assert 'gcsfs' in settings['options.extras_require']['tpu']
 
 
-def test_the_image_gets_all_that_is_installed():
+def test_the_docker_image_gets_all_data_files():
   settings = configparser.ConfigParser()
   settings.read(ROOT / 'setup.cfg')
   data = settings['options.data_files'].values()
@@ -114,4 +114,4 @@ def test_the_image_gets_all_that_is_installed():
   let_in = (ROOT / '.dockerignore').read_text().splitlines()
   assert len(files) > 5 and copied <= {line.removeprefix('!') for line in let_in if line[0] == '!'}
   for file in files:
-    assert any(file == one or file.startswith(f'{one}/') for one in copied), file
+    assert any(file == path or file.startswith(f'{path}/') for path in copied), file

@@ -1,4 +1,4 @@
-"""Imports run one way: a file imports its own folder, and folders further to the right."""
+"""Imports go one way: a file imports its own folder, and folders further to the right."""
 
 import ast
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / 'ip2p_jax'
-# Folders, from left to right; of those in one group none imports another. Files that lie in no
-# folder stand by their own names.
+# Folders, from left to right; folders of one group do not import each other. Files outside folders
+# have their own names.
 ORDER = (
   'cli web',
   'planning',
@@ -22,7 +22,7 @@ ORDER = (
   'config defaults xla_alarms',
   'errors',
 )
-ANYWHERE = ('__init__', 'resources')  # the public names; scripts that travel with exports
+ANYWHERE = ('__init__', 'resources')  # the public names; scripts that are copied with exports
 FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob('*.py'))
 
 
@@ -48,7 +48,7 @@ def imported(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize('path', FILES, ids=str)
-def test_a_file_imports_only_rooms_to_the_right(path):
+def test_a_file_imports_only_folders_to_the_right(path):
   if room(path) in ANYWHERE:
     return
   others = imported(path) - {room(path)}

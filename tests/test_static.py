@@ -1,6 +1,6 @@
-"""What speed rests on, proved without a clock: arithmetic, memory, layout, and compilations.
+"""Properties that speed depends on, without a clock: arithmetic, memory, layout, compilations.
 
-That the state is donated, and that products are in bfloat16, is in `test_plan.py`.
+`test_plan.py` tests that the state is donated, and that products are in bfloat16.
 """
 
 import contextlib
@@ -26,8 +26,8 @@ from ip2p_jax.planning.training import lower_step
 from ip2p_jax.training import flops, train
 from ip2p_jax.training.loss import Draws, Inputs, example_losses
 
-BATCH = 13  # divides no other side, so that it is recognised in any shape
-# Of the UNet, the text encoder, and the VAE.
+BATCH = 13  # divides no other side, so that it can be found in any shape
+# Heads of the UNet, the text encoder, and the VAE.
 HEADS = TINY_UNET['attention_head_dim'], TINY_TEXT['num_attention_heads'], 1
 
 
@@ -42,20 +42,20 @@ def lowered(resolution, width=32, remat='none', from_latents=True):
 
 
 def products(program):
-  """Operations in all convolutions and matrix products of a compiled program; of loops, one round.
+  """Operations of all convolutions and matrix products of a compiled program; loops count once.
 
-  Counted as `flops` does: padding is worked on, zeros between pixels are not. The compiler's own
-  count leaves padding out and has element-wise operations in it, which are much of a narrow step.
+  Counted as `flops` does: with padding, without zeros between pixels. The compiler's count leaves
+  out padding, and includes element-wise operations, which are a large part of a narrow step.
   """
   shapes = {
-    found[1]: [int(side) for side in found[2].split(',') if side]
-    for found in re.finditer(r'%([\w.\-]+) = \w+\[([\d,]*)\]', program)
+    match[1]: [int(side) for side in match[2].split(',') if side]
+    for match in re.finditer(r'%([\w.\-]+) = \w+\[([\d,]*)\]', program)
   }
   total, count = 0, 0
-  for found in re.finditer(
+  for match in re.finditer(
     r'%([\w.\-]+) = \S+ (dot|convolution)\(%([\w.\-]+), %([\w.\-]+)\)(.*)', program
   ):
-    out, kind, lhs, rhs, options = found.groups()
+    out, kind, lhs, rhs, options = match.groups()
     if kind == 'dot':
       axes = re.search(r'lhs_contracting_dims=\{([\d,]*)\}', options)[1]
       terms = math.prod(shapes[lhs][int(axis)] for axis in axes.split(',') if axis)
@@ -71,11 +71,11 @@ def products(program):
 
 @pytest.mark.long
 @pytest.mark.parametrize('remat', ['none', 'convdot'])
-def test_the_compiled_step_does_the_arithmetic_that_is_asked_for_and_no_more(remat):
-  """Under convdot, the scores of attention are computed twice, and nothing else.
+def test_the_compiled_step_does_only_the_planned_arithmetic(remat):
+  """With convdot, only the scores of attention are computed twice.
 
-  What remat computes twice counts here, as everything that is in the program, and does not count
-  in `training_flops`, which MFU is made of. With `full` this would be 1.2 times as much.
+  This test counts recomputation by remat, as all of the program. `training_flops`, from which MFU
+  is computed, does not. With `full` the count would be 1.2 times as much.
   """
   networks, step = lowered(64, width=64, remat=remat)
   asked = BATCH * flops.training_flops(networks, 64, latents=True)
@@ -83,15 +83,15 @@ def test_the_compiled_step_does_the_arithmetic_that_is_asked_for_and_no_more(rem
 
 
 @pytest.mark.long
-def test_a_sample_leaves_at_most_150_megabytes_for_the_backward_pass():
-  """Stable Diffusion 1.5 at 256 px, bfloat16, the default remat; two batches tell one sample."""
+def test_a_sample_keeps_at_most_150_megabytes_for_backward():
+  """Stable Diffusion 1.5 at 256 px, bfloat16, default remat; the difference of two batch sizes."""
   assert TrainConfig().remat == 'convdot'
   residuals = [bytes_for_backward('convdot', batch) for batch in (2, 3)]
   assert 20e6 < residuals[1] - residuals[0] <= 150e6
 
 
 def bytes_for_backward(remat, batch, side=32):
-  """Of everything that the gradient by the UNet's weights keeps, weights included."""
+  """Bytes of all values that the gradient by the UNet's weights keeps, with the weights."""
   networks = networks_of_configs(UNetConfig(in_channels=8), VAEConfig(), TextConfig(), Schedule())
   array = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct((batch, *shape), dtype)
   of = lambda shape: jax.ShapeDtypeStruct(shape.shape, jnp.bfloat16)
@@ -105,8 +105,8 @@ def bytes_for_backward(remat, batch, side=32):
     ).mean()
     return jax.vjp(loss, params)[1]
 
-  kept = jax.eval_shape(backward, jax.tree.map(of, networks.shapes['unet']), inputs, draws)
-  return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(kept))
+  residuals = jax.eval_shape(backward, jax.tree.map(of, networks.shapes['unet']), inputs, draws)
+  return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(residuals))
 
 
 @pytest.mark.long
@@ -115,10 +115,10 @@ def bytes_for_backward(remat, batch, side=32):
   [(32, True), (128, True), (32, False)],
   ids=['64 tokens', '1024 tokens', 'from images'],
 )
-def test_activations_are_never_transposed_but_for_the_heads_of_attention(resolution, from_latents):
-  """A head's queries, keys, values and results lie apart in memory, wherever heads are made.
+def test_only_heads_of_attention_are_transposed(resolution, from_latents):
+  """Where heads are made, a head's queries, keys, values and results are not contiguous.
 
-  Kernels of attention take them as they come; XLA's own product of matrices wants them together.
+  Kernels of attention accept this layout; XLA's matrix product transposes them.
   """
   _, step = lowered(resolution, from_latents=from_latents)
   moved = [
@@ -127,14 +127,14 @@ def test_activations_are_never_transposed_but_for_the_heads_of_attention(resolut
   ]
   assert moved
   is_activation = lambda shape: any(side % BATCH == 0 for side in shape)
-  # Images have 8 rows or more here, so that their shapes are no heads'.
+  # Images have 8 rows or more here, so that their shapes differ from those of heads.
   is_of_heads = lambda shape: len(shape) == 4 and (shape[1] in HEADS or shape[2] in HEADS)
   assert [shape for shape in moved if is_activation(shape) and not is_of_heads(shape)] == []
 
 
 @contextlib.contextmanager
 def compilations():
-  """A list that grows by the name of every program that is compiled meanwhile."""
+  """A list to which the name of every compiled program is added."""
   names = []
 
   def note(event, _seconds, **about):
@@ -168,9 +168,9 @@ def test_every_compilation_is_noticed():
 
 @pytest.mark.long
 def test_fifty_steps_at_fifty_learning_rates_compile_one_program(folder, tmp_path, monkeypatch):
-  """Nothing is compiled after the first step, neither by the step nor by reading its numbers."""
-  one = jax.devices()[:1]
-  monkeypatch.setattr(jax, 'devices', lambda *_: one)
+  """After the first step, neither a step nor reading its numbers compiles anything."""
+  device = jax.devices()[:1]
+  monkeypatch.setattr(jax, 'devices', lambda *_: device)
   config = TrainConfig(
     checkpoint=str(folder / 'checkpoint'), resolution=32, batch_size=2, steps=50, dtype='float32',
     mesh=MeshConfig(), data=DataConfig(path=str(folder / 'data'), workers=0),
@@ -185,10 +185,10 @@ def test_fifty_steps_at_fifty_learning_rates_compile_one_program(folder, tmp_pat
 
 def test_another_instruction_scale_or_seed_compiles_nothing(folder):
   editor = Editor.load(folder / 'checkpoint')
-  picture = Image.linear_gradient('L').resize((32, 32)).convert('RGB')
+  image = Image.linear_gradient('L').resize((32, 32)).convert('RGB')
   options = {'steps': 2, 'text_guidance': 7.5, 'image_guidance': 1.5, 'seed': 0}
   with compilations() as compiled:
-    editor.edit(picture, 'make it winter', **options)
+    editor.edit(image, 'make it winter', **options)
   assert compiled
   with compilations() as compiled:
     for changed in (
@@ -198,5 +198,5 @@ def test_another_instruction_scale_or_seed_compiles_nothing(folder):
       {'negative': 'people'},
       {'steps': 2, 'indices': [7]},
     ):
-      editor.edit(picture, 'a longer instruction, with many more words', **options | changed)
+      editor.edit(image, 'a longer instruction, with many more words', **options | changed)
   assert compiled == []

@@ -1,4 +1,4 @@
-"""The README's walk-through: from a folder of images to an editor in diffusers."""
+"""The README's walkthrough: from a folder of images to an editor in diffusers."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope='module')
 def place(tmp_path_factory):
-  """A folder with a checkpoint, and twenty pairs of one's own."""
+  """A folder with a checkpoint and a data set of twenty pairs."""
   place = tmp_path_factory.mktemp('walkthrough')
   tiny_models.write(place / 'checkpoint', tiny.ONE_LEVEL)
   tiny_pairs.write_metadata(place / 'my-pairs', 20)
@@ -37,20 +37,20 @@ def run(place, *argv):
   return done.stdout
 
 
-@pytest.mark.parametrize('latents', [False, True], ids=['pictures', 'latents'])
+@pytest.mark.parametrize('latents', [False, True], ids=['images', 'latents'])
 def test_from_a_folder_of_pairs_to_an_edit_in_diffusers(place, latents):
   ip2p = '-m', 'ip2p_jax.cli'
   data, workdir, exported = (f'{name}-{latents}' for name in ('packed', 'run', 'exported'))
   assert '20 train rows' in run(place, *ip2p, 'check', 'my-pairs')
   options = ['--latents', '--ckpt', 'checkpoint'] if latents else []
-  made = run(place, *ip2p, 'pack', 'my-pairs', data, '--size', 32, '--holdout', 0.1, *options)
-  assert '18 train, 2 validation rows' in made
-  told = run(
+  packed = run(place, *ip2p, 'pack', 'my-pairs', data, '--size', 32, '--holdout', 0.1, *options)
+  assert '18 train, 2 validation rows' in packed
+  output = run(
     place, ROOT / 'train.py', f'--config={ROOT / "configs" / "tiny.py"}', f'--workdir={workdir}',
     '--config.checkpoint=checkpoint', f'--config.data.path={data}', '--config.resolution=32',
     '--config.steps=10',
   )  # fmt: skip
-  assert 'validation loss' in told and 'done: 10 steps' in told
+  assert 'validation loss' in output and 'done: 10 steps' in output
   assert list((place / workdir / 'previews').glob('*.png'))
   verdict = 'AGREES' if peers.HAS_TORCH else 'verify.py'
   assert verdict in run(place, *ip2p, 'convert', workdir, exported)
@@ -58,10 +58,10 @@ def test_from_a_folder_of_pairs_to_an_edit_in_diffusers(place, latents):
   pipeline = diffusers.StableDiffusionInstructPix2PixPipeline.from_pretrained(
     place / exported, local_files_only=True
   )
-  picture = Image.open(place / 'my-pairs' / 'pictures' / '0_input.jpg').resize((64, 64))
+  image = Image.open(place / 'my-pairs' / 'pictures' / '0_input.jpg').resize((64, 64))
   edited = pipeline(
     tiny_pairs.instruction(0),
-    picture,
+    image,
     num_inference_steps=2,
     generator=torch.Generator().manual_seed(0),
   ).images[0]

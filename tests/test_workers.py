@@ -1,4 +1,4 @@
-"""Workers that start together in one new folder, and files that several write at once."""
+"""Workers that start at once in one new folder, and files that several write at once."""
 
 import collections
 import errno
@@ -23,23 +23,23 @@ WORKERS = 4
 
 
 def together(begin):
-  """What WORKERS threads that begin at once are told: counts of 'accepted' and of errors' names."""
-  barrier, told = threading.Barrier(WORKERS), []
+  """Calls `begin(i)` in WORKERS threads at once: counts of 'accepted' and of names of errors."""
+  barrier, outcomes = threading.Barrier(WORKERS), []
 
   def work(i):
     barrier.wait()
     try:
       begin(i)
-      told.append('accepted')
+      outcomes.append('accepted')
     except Exception as error:
-      told.append(type(error).__name__)
+      outcomes.append(type(error).__name__)
 
   threads = [threading.Thread(target=work, args=(i,)) for i in range(WORKERS)]
   for thread in threads:
     thread.start()
   for thread in threads:
     thread.join()
-  return collections.Counter(told)
+  return collections.Counter(outcomes)
 
 
 def begin_pairs(folder, run, i):
@@ -49,10 +49,10 @@ def begin_pairs(folder, run, i):
 
 
 def begin_captions(folder, run, i):
-  one = Caption(0, 'a cat')
+  caption = Caption(0, 'a cat')
   complete = lambda texts, seeds: ((i, '') for i in range(len(texts)))
   writing = Writing(seed=run, attempts=1)
-  write.write_all([one], folder, complete, writing, {'model': 'm'}, (i, WORKERS))
+  write.write_all([caption], folder, complete, writing, {'model': 'm'}, (i, WORKERS))
 
 
 def plan_of_pack(run):
@@ -67,32 +67,32 @@ def begin_pack(folder, run, i):
 
 
 @pytest.mark.parametrize('begin', [begin_pairs, begin_captions, begin_pack])
-def test_of_runs_that_start_together_exactly_one_is_accepted(begin, tmp_path):
+def test_exactly_one_of_concurrent_runs_is_accepted(begin, tmp_path):
   for trial in range(100):
     same, mixed = tmp_path / f'same-{trial}', tmp_path / f'mixed-{trial}'
     assert together(lambda i, here=same: begin(here, 1, i)) == {'accepted': WORKERS}
-    found = together(lambda i, here=mixed: begin(here, i % 2 + 1, i))
-    assert found == {'accepted': WORKERS // 2, 'InputError': WORKERS // 2}
+    outcomes = together(lambda i, here=mixed: begin(here, i % 2 + 1, i))
+    assert outcomes == {'accepted': WORKERS // 2, 'InputError': WORKERS // 2}
 
 
-def test_of_runs_with_other_prompts_that_start_together_one_is_accepted(tmp_path):
+def test_one_of_concurrent_runs_with_different_prompts_is_accepted(tmp_path):
   done = threading.Barrier(WORKERS)
 
   def begin(folder, run, i):
     settings = {'seed': 0, 'prompts': run, 'samples': 1}
     try:
       with pair_files.working(storage.folder(folder), settings, [], (i, WORKERS)):
-        done.wait()  # all are at work until the last was accepted or refused
+        done.wait()  # all run until the last one is accepted or refused
     except InputError:
       done.wait()
       raise
 
   for trial in range(50):
-    found = together(lambda i, trial=trial: begin(tmp_path / str(trial), i % 2, i))
-    assert found == {'accepted': WORKERS // 2, 'InputError': WORKERS // 2}
+    outcomes = together(lambda i, trial=trial: begin(tmp_path / str(trial), i % 2, i))
+    assert outcomes == {'accepted': WORKERS // 2, 'InputError': WORKERS // 2}
 
 
-# A process that claims many files, one at a set time each, and prints what it finds in them.
+# A process that claims many files, each at a set time, and prints their contents.
 CLAIMS = """
 import pathlib, sys, time
 from ip2p_jax import storage
@@ -106,39 +106,39 @@ for trial in range(150):
 """
 
 
-def test_of_processes_that_claim_a_file_one_wins(tmp_path):
-  some = [
+def test_exactly_one_of_concurrent_claims_wins(tmp_path):
+  processes = [
     subprocess.Popen(
       [sys.executable, '-c', CLAIMS, tmp_path, str(own)],
       stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )
     for own in range(3)
   ]  # fmt: skip
-  assert all(process.stdout.readline() == 'ready\n' for process in some)
+  assert all(process.stdout.readline() == 'ready\n' for process in processes)
   begins = f'{time.time() + 0.2}\n'
-  for process in some:
+  for process in processes:
     process.stdin.write(begins)
     process.stdin.flush()
-  found = [process.communicate()[0].split() for process in some]
-  assert len(found[0]) == 150
-  assert all(len(set(of_file)) == 1 for of_file in zip(*found, strict=True))
+  claims = [process.communicate()[0].split() for process in processes]
+  assert len(claims[0]) == 150
+  assert all(len(set(of_file)) == 1 for of_file in zip(*claims, strict=True))
   assert {file.suffix for file in tmp_path.iterdir()} == {'.json'}
 
 
-def test_on_a_disk_without_hard_links_one_wins_too(tmp_path, monkeypatch):
+def test_without_hard_links_exactly_one_claim_wins(tmp_path, monkeypatch):
   def link(source, target):
     raise OSError(errno.EPERM, 'no hard links here')
 
   monkeypatch.setattr(os, 'link', link)
   for trial in range(100):
-    file, found = storage.folder(tmp_path) / f'{trial}.json', []
-    assert together(lambda i, file=file, found=found: found.append(storage.claim(file, i))) == {
+    file, claims = storage.folder(tmp_path) / f'{trial}.json', []
+    assert together(lambda i, file=file, claims=claims: claims.append(storage.claim(file, i))) == {
       'accepted': WORKERS
     }
-    assert len(set(found)) == 1
+    assert len(set(claims)) == 1
 
 
-def test_in_a_bucket_the_store_lets_one_win():
+def test_a_bucket_lets_one_writer_win():
   class File:
     parent = types.SimpleNamespace(mkdir=lambda **_: None)
 
@@ -150,7 +150,7 @@ def test_in_a_bucket_the_store_lets_one_win():
     storage.create(File(), b'2')
 
 
-def test_many_may_write_one_file_and_nothing_is_left_over(tmp_path):
+def test_many_may_write_one_file_without_leftovers(tmp_path):
   file = storage.folder(tmp_path) / 'some'
   for _ in range(50):
     assert together(lambda i: storage.write_bytes(file, bytes([i]) * 9999)) == {'accepted': WORKERS}
@@ -159,7 +159,7 @@ def test_many_may_write_one_file_and_nothing_is_left_over(tmp_path):
   assert [path.name for path in tmp_path.iterdir()] == ['some']
 
 
-def test_a_lock_keeps_others_out_while_it_is_held(tmp_path):
+def test_a_lock_excludes_others(tmp_path):
   file = storage.folder(tmp_path) / '.lock'
   with storage.locked(file, 'mine'):
     assert storage.is_locked(file)
@@ -178,7 +178,7 @@ def test_a_lock_keeps_others_out_while_it_is_held(tmp_path):
     assert together(work) == {'accepted': WORKERS}
 
 
-def test_a_worker_is_at_work_once_and_all_share_by_one_number(tmp_path):
+def test_a_worker_runs_once_and_all_have_one_n(tmp_path):
   settings, folder = {'prompts': 'a', 'samples': 1}, storage.folder(tmp_path)
   with pair_files.working(folder, settings, [], (0, 2)):
     for shard, message in (
@@ -193,12 +193,12 @@ def test_a_worker_is_at_work_once_and_all_share_by_one_number(tmp_path):
     ):
       pair_files.working(folder, settings | {'samples': 2}, [], (0, 1)).__enter__()
   with pair_files.working(folder, settings | {'samples': 2}, [], (0, 1)):
-    pass  # when they are gone
+    pass  # after the others have ended
   with pytest.raises(InputError, match='has 2 samples of each prompt, and --samples is 1'):
     pair_files.working(folder, settings, [], (0, 1)).__enter__()
 
 
-def test_the_same_part_is_packed_by_one_process_whose_files_stay(tmp_path):
+def test_only_one_process_packs_a_part(tmp_path):
   pack = lambda part: shard_writing.working(tmp_path, plan_of_pack(1), part, 0)
   with pack('0/2') as job:
     half = tmp_path / shards.PROGRESS / f'{job.mine[0].file}.1234.tmp'
@@ -212,12 +212,12 @@ def test_the_same_part_is_packed_by_one_process_whose_files_stay(tmp_path):
     with pack('1/2'):
       pass
     assert half.exists()
-  with pack('0/1'):  # when it is gone, what it left is cleared
+  with pack('0/1'):  # after it has ended, its half-written file is deleted
     assert not half.exists()
   assert {file.name for file in tmp_path.iterdir()} == {shards.PLAN, shards.PROGRESS}
 
 
-# Begins to pack, says so, and waits to be killed.
+# Begins to pack, prints 'ready', and waits to be killed.
 PACKS = """
 import sys, time
 sys.path.insert(0, sys.argv[2])
@@ -229,7 +229,7 @@ with shard_writing.working(sys.argv[1], test_workers.plan_of_pack(1), '0/1', 0):
 """
 
 
-def test_the_lock_of_a_process_that_is_killed_keeps_nobody_out(tmp_path):
+def test_the_lock_of_a_killed_process_is_free(tmp_path):
   command = [sys.executable, '-c', PACKS, tmp_path, os.path.dirname(__file__)]
   with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
     assert process.stdout.readline() == 'ready\n'

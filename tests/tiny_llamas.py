@@ -1,4 +1,4 @@
-"""Language models of every kind, tiny, random normal weights; transformers' are the same."""
+"""Tiny language models of every kind with random normal weights, ours and transformers'."""
 
 from pathlib import Path
 
@@ -62,7 +62,7 @@ CONFIGS = {
 
 
 def checkpoint(kind: str = 'smollm2', **changes) -> LanguageCheckpoint:
-  """One of CONFIGS with random normal weights, for instance with `num_hidden_layers=3`."""
+  """One of CONFIGS with random normal weights; `changes` are keys such as `num_hidden_layers=3`."""
   config = {**SIZES, **CONFIGS[kind], **changes}
   config['architectures'] = [MODEL_TYPES[config['model_type']]]
   make = lambda keys: Llama(LlamaConfig.from_json(config), rngs=keys)
@@ -71,31 +71,31 @@ def checkpoint(kind: str = 'smollm2', **changes) -> LanguageCheckpoint:
 
 
 def build(kind: str, **changes):
-  """transformers' model of the same weights."""
-  made = checkpoint(kind, **changes)
-  config = transformers.AutoConfig.for_model(**made.config)
+  """transformers' model with the same weights."""
+  source = checkpoint(kind, **changes)
+  config = transformers.AutoConfig.for_model(**source.config)
   model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation='eager')
-  model.load_state_dict({name: torch.from_numpy(x) for name, x in made.tensors.items()}, False)
+  model.load_state_dict({name: torch.from_numpy(x) for name, x in source.tensors.items()}, False)
   return model.eval()
 
 
 def tokenizer() -> Tokenizer:
-  """A byte-level BPE of VOCABULARY tokens, its end-of-text being token 0, as SmolLM2's."""
-  made = Tokenizer(models.BPE())
-  made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-  made.decoder = decoders.ByteLevel()
+  """A byte-level BPE of VOCABULARY tokens; token 0 is the end of text, as in SmolLM2."""
+  result = Tokenizer(models.BPE())
+  result.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  result.decoder = decoders.ByteLevel()
   trainer = trainers.BpeTrainer(
     vocab_size=VOCABULARY,
     special_tokens=[END],
     initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     show_progress=False,
   )
-  made.train_from_iterator([TEXT] * 4, trainer)
-  assert made.get_vocab_size() == VOCABULARY
-  return made
+  result.train_from_iterator([TEXT] * 4, trainer)
+  assert result.get_vocab_size() == VOCABULARY
+  return result
 
 
 def write(folder: Path, kind: str = 'smollm2', **changes) -> Path:
-  """Saves such a model and tokenizer as a hub does."""
+  """Saves such a model and tokenizer as on a hub."""
   write_language(checkpoint(kind, **changes), folder)
   return folder

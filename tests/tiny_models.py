@@ -1,4 +1,4 @@
-"""Small models of random normal weights, as checkpoints and as files; no PyTorch is needed."""
+"""Small models with random normal weights, as checkpoints and as files, without PyTorch."""
 
 import json
 import math
@@ -94,9 +94,9 @@ def checkpoint(unet_config=TINY_UNET, schedule=Schedule(), vae_config=TINY_VAE) 
 
 def write(folder: Path, unet_config=TINY_UNET, **scheduler) -> Path:
   """A small InstructPix2Pix folder of diffusers; `scheduler` are keys of its scheduler config."""
-  made = checkpoint(unet_config)
-  made.configs['scheduler'] |= scheduler
-  weights.write(made, folder)
+  result = checkpoint(unet_config)
+  result.configs['scheduler'] |= scheduler
+  weights.write(result, folder)
   return folder
 
 
@@ -113,7 +113,7 @@ def tokenizer_files() -> dict[str, bytes]:
 
 
 def write_clip(folder: Path, image_size: int = 64) -> Path:
-  """A CLIP, as transformers writes it."""
+  """Writes a CLIP in transformers' format."""
   text, vision = TINY_TEXT, TINY_VISION | {'image_size': image_size}
   tensors = {'logit_scale': np.float32(2.6592)}
   for make in (

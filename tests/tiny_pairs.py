@@ -1,6 +1,6 @@
-"""Small data sets of pairs, drawn, in every layout on disk.
+"""Small data sets of drawn pairs, in every layout on disk.
 
-Example i of any layout has the same pictures and texts: `pair(i)`, `instruction(i)`, `caption(i)`.
+Example i of any layout has the same images and texts: `pair(i)`, `instruction(i)`, `caption(i)`.
 """
 
 import csv
@@ -16,7 +16,7 @@ from pyarrow import parquet
 from ip2p_jax.data.rows import Pair, Row
 
 SIZE = (96, 64)
-# The columns of data sets on the Hugging Face hub, by what they hold.
+# Columns of data sets on the Hugging Face hub, and their roles.
 TIMBROOKS = {
   'original_image': 'input',
   'edit_prompt': 'instruction',
@@ -61,7 +61,7 @@ CAPTIONED = {'image': 'edited', 'text': 'edited_caption'}
 
 
 def photo(i: int, size: tuple[int, int] = SIZE, form: str = 'JPEG') -> bytes:
-  """A smooth picture as an encoded file; another for every i."""
+  """A smooth image as an encoded file; another for every i."""
   coarse = np.random.default_rng(i).integers(0, 256, (4, 6, 3), np.uint8)
   file = io.BytesIO()
   Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(file, form)
@@ -128,7 +128,7 @@ def write_original(
 def write_metadata(
   folder: Path, count: int = 6, form: str = 'jsonl', columns: dict[str, str] | None = None
 ) -> Path:
-  """`metadata.jsonl` or `.csv` beside a folder of pictures; `columns` as those above."""
+  """`metadata.jsonl` or `.csv` beside a folder of images; `columns` as above."""
   columns = columns or TIMBROOKS
   (folder / 'pictures').mkdir(parents=True)
   table = []

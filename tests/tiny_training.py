@@ -1,6 +1,6 @@
 """A tiny training run in memory: networks, frozen parameters, batches, recipes.
 
-The UNet has one level and examples come as latents, since compiling is what takes the time.
+The UNet has one level and examples are latents, because compilation takes most of the time.
 """
 
 import functools
@@ -69,8 +69,8 @@ def start(config: TrainConfig):
   if config.lora.rank:
     trained = lora.adapters(unet, config.lora, np.random.default_rng(0))
   else:
-    kept = optimizer.trainable(unet, config.optimizer.rates)
-    trained = {name: unet[name] for name in unet if name in kept}
+    names = optimizer.trainable(unet, config.optimizer.rates)
+    trained = {name: unet[name] for name in unet if name in names}
   transform = optimizer.adamw(config.optimizer, trained, config.steps)
   recipe = step.Recipe(networks(), config, transform)
   frozen = {

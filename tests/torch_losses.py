@@ -1,4 +1,4 @@
-"""The loss of a training step, written again on diffusers' modules."""
+"""The loss of a training step with diffusers' modules."""
 
 import numpy as np
 import peers
@@ -12,8 +12,8 @@ SCHEDULE = {'beta_start': 0.00085, 'beta_end': 0.012, 'beta_schedule': 'scaled_l
 
 
 def torch_losses(models, batch, draws, prediction_type='epsilon', gamma=0.0):
-  """The training step restated on diffusers' modules: each example's loss."""
-  # The dropout of the original, as its source has it.
+  """Each example's loss in a training step with diffusers' modules."""
+  # The dropout as in the original's source.
   r = torch.from_numpy(np.array(draws.dropout))
   drops_text, drops_image = r < 2 * DROPOUT, (r >= DROPOUT) & (r < 3 * DROPOUT)
   ids = torch.from_numpy(batch['token_ids']).long()
@@ -38,7 +38,7 @@ def torch_losses(models, batch, draws, prediction_type='epsilon', gamma=0.0):
 
 
 def torch_posteriors(models, batch):
-  """Mean and deviation of the edited picture's latents, mode of the input's."""
+  """Mean and deviation of the edited image's latents, mode of the input's."""
   if 'edited_mean' in batch:
     as_float = lambda name: ref.nchw(batch[name].astype(np.float32))
     std = torch.exp(0.5 * as_float('edited_log_variance'))

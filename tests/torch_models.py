@@ -1,4 +1,4 @@
-"""PyTorch reference models with random normal weights, small or full size, and their conversion."""
+"""PyTorch reference models with random normal weights, tiny or full size, and their conversion."""
 
 import contextlib
 import math
@@ -148,7 +148,7 @@ def noisy_image(init_noise):
 
 
 def scheduler(sampler, schedule=Schedule(), **options):
-  """diffusers' scheduler that a sampler is compared with, of its own spacing."""
+  """diffusers' scheduler for a sampler, with its default spacing."""
   kind = {
     'euler_ancestral': diffusers.EulerAncestralDiscreteScheduler,
     'euler': diffusers.EulerDiscreteScheduler,
@@ -159,35 +159,35 @@ def scheduler(sampler, schedule=Schedule(), **options):
   }[sampler]
   config = schedule.to_json()
   if 'timestep_spacing' not in options:
-    del config['timestep_spacing']  # so that each takes its own default
+    del config['timestep_spacing']  # so that each takes its default
   return kind.from_config(config | options)
 
 
 def models_of(checkpoint):
   """The PyTorch models of a small checkpoint, by component."""
-  made = {
+  modules = {
     'unet': diffusers.UNet2DConditionModel(**checkpoint.configs['unet']),
     'vae': diffusers.AutoencoderKL(**checkpoint.configs['vae']),
     'text_encoder': transformers.CLIPTextModel(transformers.CLIPTextConfig(**TINY_TEXT)),
   }
-  return {name: loaded(model, checkpoint.tensors[name]) for name, model in made.items()}
+  return {name: loaded(model, checkpoint.tensors[name]) for name, model in modules.items()}
 
 
 def loaded(model, tensors):
-  """The model with these weights, under either of the names that transformers gave CLIP's."""
+  """The model with these weights, under either of transformers' names of CLIP's."""
   own = model.state_dict()
   by_name = {name if name in own else name.removeprefix('text_model.'): torch.from_numpy(value)
              for name, value in tensors.items()}  # fmt: skip
-  found = model.load_state_dict(by_name, strict=False)
-  assert not found.unexpected_keys
-  assert all('position_ids' in name for name in found.missing_keys)
+  result = model.load_state_dict(by_name, strict=False)
+  assert not result.unexpected_keys
+  assert all('position_ids' in name for name in result.missing_keys)
   return model.eval()
 
 
 def checkpoint(unet_config, schedule=Schedule()):
-  """A small checkpoint of random weights, and the PyTorch models it is made of."""
-  made = tiny_models.checkpoint(unet_config, schedule)
-  return made, models_of(made)
+  """A small checkpoint of random weights, and its PyTorch models."""
+  result = tiny_models.checkpoint(unet_config, schedule)
+  return result, models_of(result)
 
 
 def run_edit(pipeline, photo, instruction, init_noise, step_noise, **options):
@@ -195,7 +195,7 @@ def run_edit(pipeline, photo, instruction, init_noise, step_noise, **options):
   with torch.no_grad(), given_noise(step_noise):
     latents = pipeline(
       instruction,
-      image=[Image.fromarray(picture) for picture in photo],
+      image=[Image.fromarray(image) for image in photo],
       num_inference_steps=len(step_noise),
       latents=nchw(init_noise),
       output_type='latent',

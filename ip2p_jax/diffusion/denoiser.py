@@ -1,7 +1,7 @@
-"""What the network predicts, turned into the estimate of clean latents.
+"""From the network's prediction to an estimate of clean latents.
 
-B batch, h w latent height and width. Samplers know one contract, `denoised = denoise(x, sigma)`,
-with x [B, h, w, 4] = clean latents + sigma * noise; this file fulfils it.
+B batch, h w latent height and width. Samplers use one interface, `denoised = denoise(x, sigma)`,
+with x [B, h, w, 4] = clean latents + sigma * noise; this file implements it.
 """
 
 from collections.abc import Callable
@@ -19,8 +19,8 @@ def denoiser(
 ) -> Callable[[Array, Array], Array]:
   """Wraps a network that predicts noise or velocity as `denoise(x, sigma)`.
 
-  `predict(scaled_x [B, h, w, 4], timestep [])` gets latents at the scale they had in training and
-  a float32, fractional timestep; it answers as `schedule.prediction_type` says. `denoise` takes a
+  `predict(scaled_x [B, h, w, 4], timestep [])` gets latents at the scale of training and a
+  fractional float32 timestep; it returns what `schedule.prediction_type` says. `denoise` takes a
   scalar sigma, traced or not, and returns float32 (Karras et al. 2022, equation 7).
   """
 
@@ -37,6 +37,6 @@ def denoiser(
 
 
 def sigma_to_timestep(schedule: Schedule, sigma: Array) -> Array:
-  """The fractional timestep at a noise level; levels outside the schedule go to its ends."""
+  """The fractional timestep of a noise level; levels outside the schedule get its ends."""
   timesteps = jnp.arange(schedule.num_train_timesteps, dtype=jnp.float32)
   return jnp.interp(sigma, jnp.asarray(schedule.sigmas), timesteps)

@@ -1,7 +1,7 @@
-"""The noise schedule of training, and the noise that each image gets.
+"""The noise schedule of training, and the noise of each image.
 
 B batch, h w latent height and width, T training timesteps. Latents are [B, h, w, 4]; schedule
-arithmetic is float32. Two views of one thing (Karras et al. 2022, table 1):
+arithmetic is float32. Two forms of the same noise (Karras et al. 2022, table 1):
 
   training   noisy = sqrt(alphas_cumprod) * latents + sqrt(1 - alphas_cumprod) * noise
   sampling   x = latents + sigma * noise,   sigma = sqrt((1 - alphas_cumprod) / alphas_cumprod)
@@ -26,9 +26,9 @@ SPACINGS = ('linspace', 'leading', 'trailing')
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-  """How noise grows over the training timesteps; the defaults are Stable Diffusion 1.5's.
+  """The growth of noise over the training timesteps; the defaults are Stable Diffusion 1.5's.
 
-  Hashable, so it may be a static argument of jit. InputError names the field with a wrong value.
+  Hashable, so it may be a static argument of jit. InputError names a field with a wrong value.
   """
 
   num_train_timesteps: int = 1000
@@ -36,17 +36,17 @@ class Schedule:
   beta_end: float = 0.012
   beta_schedule: str = 'scaled_linear'  # one of BETA_SCHEDULES
   prediction_type: str = 'epsilon'  # what the network predicts, one of PREDICTION_TYPES
-  set_alpha_to_one: bool = False  # whether DDIM ends without noise, or at that of timestep 0
+  set_alpha_to_one: bool = False  # whether DDIM ends without noise, or with that of timestep 0
   steps_offset: int = 1  # added to the timesteps of 'leading' spacing
-  timestep_spacing: str = 'linspace'  # one of SPACINGS, what Euler ancestral takes by default
+  timestep_spacing: str = 'linspace'  # one of SPACINGS, the default of Euler ancestral
 
   def __post_init__(self):
-    known = {
+    all_choices = {
       'beta_schedule': BETA_SCHEDULES,
       'prediction_type': PREDICTION_TYPES,
       'timestep_spacing': SPACINGS,
     }
-    for key, choices in known.items():
+    for key, choices in all_choices.items():
       check_choice(key, getattr(self, key), choices)
     for key, least in (('num_train_timesteps', 1), ('steps_offset', 0)):
       value = getattr(self, key)
@@ -59,12 +59,12 @@ class Schedule:
 
   @classmethod
   def from_json(cls, config: dict, name: str = 'scheduler_config.json') -> 'Schedule':
-    """The schedule in a diffusers scheduler config; `name` is the file to blame in errors.
+    """The schedule of a diffusers scheduler config; `name` is its file, for messages.
 
-    Any scheduler of the Stable Diffusion family will do. What only concerns sampling (Karras,
-    clipping, solver options) is the caller's choice here, and ignored, but for the spacing of an
-    Euler ancestral scheduler, so that such a checkpoint samples as it does in diffusers. A key that
-    is absent means what it does there. InputError for a schedule that is not supported.
+    It may be any scheduler of the Stable Diffusion family. Keys for sampling only (Karras,
+    clipping, solver options) are ignored: the caller chooses them. The exception is the spacing of
+    an Euler ancestral scheduler, so that its checkpoint samples as in diffusers. A missing key has
+    diffusers' default. InputError for a schedule that is not supported.
     """
     if not isinstance(config, dict):
       raise InputError(f'{name} holds no dictionary of settings.')
@@ -86,8 +86,8 @@ class Schedule:
   def to_json(self) -> dict:
     """The config of diffusers' EulerAncestralDiscreteScheduler with this schedule.
 
-    The keys of its sister schedulers come along, so that swapping one for another keeps them:
-    left to its default, DDIM would clip latents to [-1, 1].
+    It also has the keys of related schedulers, so that a switch of scheduler keeps them: by default
+    DDIM would clip latents to [-1, 1].
     """
     return {
       '_class_name': 'EulerAncestralDiscreteScheduler',
@@ -101,7 +101,7 @@ class Schedule:
 
   @functools.cached_property
   def alphas_cumprod(self) -> np.ndarray:
-    """[T] float32, descending: the share of signal in the variance at each timestep."""
+    """[T] float32, descending: the fraction of signal in the variance at each timestep."""
     alphas = np.float32(1) - self._betas()
     return _read_only(np.cumprod(alphas, dtype=np.float64).astype(np.float32))
 
@@ -122,7 +122,7 @@ class Schedule:
 
 
 def _linspace(start, end, num):
-  # From both ends, rounded once: torch's way, which decides the last digits of a thousand products.
+  # From both ends, rounded once, as in torch: this decides the last digits of a thousand products.
   start, end = np.float32(start), np.float32(end)
   step, i = np.float64((end - start) / np.float32(max(num - 1, 1))), np.arange(num)
   points = np.where(i < num // 2, start + step * i, end - step * (num - 1 - i))
@@ -137,17 +137,17 @@ def _read_only(array):
 def add_noise(schedule: Schedule, latents: Array, noise: Array, timesteps: Array) -> Array:
   """The noisy latents [B, h, w, 4] float32 that a network sees in training.
 
-  `timesteps` [B] are whole numbers in 0..T-1 (Ho et al. 2020, equation 4). Computed in float32
-  whatever the inputs' types: in bfloat16 the first timesteps would get no noise at all.
+  `timesteps` [B] are whole numbers in 0..T-1 (Ho et al. 2020, equation 4). Always computed in
+  float32: in bfloat16 the first timesteps would get no noise at all.
   """
   signal, spread = _signal_and_spread(schedule, timesteps)
   return signal * latents.astype(jnp.float32) + spread * noise.astype(jnp.float32)
 
 
 def velocity(schedule: Schedule, latents: Array, noise: Array, timesteps: Array) -> Array:
-  """What a v-prediction network should answer, [B, h, w, 4] float32.
+  """The target of a v-prediction network, [B, h, w, 4] float32 (Salimans and Ho 2022, appendix D).
 
-  (Salimans and Ho 2022, appendix D.) Arguments as for `add_noise`.
+  Arguments as in `add_noise`.
   """
   signal, spread = _signal_and_spread(schedule, timesteps)
   return signal * noise.astype(jnp.float32) - spread * latents.astype(jnp.float32)
@@ -161,9 +161,9 @@ def _signal_and_spread(schedule, timesteps):
 def image_keys(seeds: Array, indices: Array) -> Array:
   """One key per image, [B], from its seed and its index, both [B] uint32.
 
-  All noise of an image follows from these two numbers, never from the batch around it or the
-  devices below it. The generator is named since TPU users like to change jax's default to one
-  whose numbers depend on the batch.
+  All noise of an image depends on these two numbers, never on its batch or on the devices. The
+  generator is named because TPU users often change jax's default to one whose numbers depend on the
+  batch.
   """
 
   def key_of(seed, index):

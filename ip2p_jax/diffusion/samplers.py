@@ -1,12 +1,12 @@
 """Samplers: from noise to latents by a function `denoise(x, sigma)`.
 
 B batch, h w latent height and width, S steps. x [B, h, w, 4] is clean latents + sigma * noise, in
-float32, for every sampler; those that others write for latents of unit variance (ddim, dpmpp_2m,
-lcm) are the same methods seen at this scale.
+float32, for every sampler. Others write ddim, dpmpp_2m and lcm for latents of unit variance; here
+the same methods are at this scale.
 
-A sampler is `make_step(denoise, grid) -> step(state, i, noise) -> state`. The state is
-(x, denoised of the step before); i counts from 0 and may be traced; noise [B, h, w, 4] is standard
-normal, and read by the samplers in STOCHASTIC only.
+A sampler is `make_step(denoise, grid) -> step(state, i, noise) -> state`. The state is (x, denoised
+of the previous step); i counts from 0 and may be traced; noise [B, h, w, 4] is standard normal, and
+only the samplers in STOCHASTIC read it.
 """
 
 from collections.abc import Callable
@@ -29,17 +29,17 @@ LCM_STEPS = 50  # latent consistency models are distilled on this many timesteps
 class Grid(NamedTuple):
   """The noise levels of a run, float32. All leaves may be traced; only S is static."""
 
-  sigmas: Array  # [S + 1], descending; the last is where the run ends, mostly 0
-  timesteps: Array  # [S], the fractional training timesteps of all but the last
-  initial_scale: Array  # [], what standard normal noise is multiplied by to start
-  final_scale: Array  # [], what x is multiplied by at the end
-  first: Array | None = None  # [], the step to begin with; None is 0, and static
+  sigmas: Array  # [S + 1], descending; the last is the end of the run, mostly 0
+  timesteps: Array  # [S], the fractional training timesteps of all sigmas but the last
+  initial_scale: Array  # [], factor of standard normal noise at the start
+  final_scale: Array  # [], factor of x at the end
+  first: Array | None = None  # [], the first step; None is 0, and static
 
 
 def euler_ancestral(denoise: Denoise, grid: Grid):
-  """An Euler step too far down, and fresh noise back up (Song et al. 2021, equation 12, eta = 1).
+  """An Euler step below the next level, then new noise (Song et al. 2021, equation 12, eta = 1).
 
-  Going down to sigma_next^2 / sigma leaves just the room for noise that keeps the variance right.
+  The step goes to sigma_next^2 / sigma; with the new noise the variance is right again.
   """
 
   def step(state, i, noise):
@@ -86,7 +86,7 @@ def heun(denoise: Denoise, grid: Grid):
 def dpmpp_2m(denoise: Denoise, grid: Grid):
   """DPM-Solver++ (2M), midpoint (Lu et al. 2022, algorithm 2), with lambda = -log sigma.
 
-  The first step, and a last one to sigma 0, are of first order.
+  The first step, and a last step to sigma 0, are of first order.
   """
 
   def step(state, i, noise):
@@ -104,7 +104,7 @@ def dpmpp_2m(denoise: Denoise, grid: Grid):
 
 
 def lcm(denoise: Denoise, grid: Grid):
-  """Jump to clean latents, add noise again (Luo et al. 2023, algorithm 1 and appendix)."""
+  """A jump to clean latents, then new noise (Luo et al. 2023, algorithm 1 and appendix)."""
   data_spread, timestep_scaling = 0.5, 10.0
 
   def step(state, i, noise):
@@ -143,8 +143,8 @@ def sample(
 ) -> Array:
   """Runs all steps in one loop; returns latents [B, h, w, 4] float32.
 
-  `init_noise` [B, h, w, 4] is standard normal, as is `noise_at(i)`, asked once a step with a traced
-  i and only if the sampler is in STOCHASTIC. InputError for an unknown sampler.
+  `init_noise` [B, h, w, 4] and `noise_at(i)` are standard normal. `noise_at` is called once a step,
+  with a traced i, and only if the sampler is in STOCHASTIC. InputError for an unknown sampler.
   """
   check_choice('sampler', sampler, SAMPLERS)
   make_step = SAMPLERS[sampler](denoise, grid)
@@ -180,10 +180,9 @@ def finish(grid: Grid, state: State) -> Array:
 
 
 def begin_at(grid: Grid, first: int) -> Grid:
-  """The grid of a run that begins at step `first`, which may be S: then there is nothing to do.
+  """The grid of a run that begins at step `first`; at S there are no steps.
 
-  No step lies before it. A sampler that looks back finds an infinite noise level there, which
-  weighs nothing.
+  Earlier noise levels are infinite: a sampler that uses the previous level gives it weight 0.
   """
   sigmas = np.where(np.arange(len(grid.sigmas)) < first, np.float32(np.inf), grid.sigmas)
   return grid._replace(sigmas=sigmas, first=np.int32(first))
@@ -199,14 +198,14 @@ def noise_levels(
 ) -> Grid:
   """The grid of a run, computed on the host: timesteps, sigmas and scales are diffusers'.
 
-  On purpose otherwise: one linspace step starts at the noisiest level, not the cleanest; ddim goes
-  to the next of its timesteps, where diffusers takes equal strides that can miss it; with `karras`
-  the timesteps are those of the sigmas, neither rounded nor interpolated another way.
+  Three differences are deliberate: one linspace step starts at the noisiest level, not the
+  cleanest; ddim goes to its next timestep, which diffusers' equal strides can miss; with `karras`
+  the timesteps are those of the sigmas, not rounded or interpolated differently.
 
-  `spacing` None is the sampler's own in diffusers: 'leading' for ddim, what the schedule says for
-  euler_ancestral, else 'linspace'; lcm has a grid of its own. `karras` spaces the levels as Karras
-  et al. (2022, equation 5) do, with rho = 7. InputError for an unknown name, a combination that
-  does not exist, or too many steps.
+  `spacing` None is diffusers' default for the sampler: 'leading' for ddim, the schedule's for
+  euler_ancestral, else 'linspace'; lcm has its own grid. `karras` spaces the levels as Karras et
+  al. (2022, equation 5) do, with rho = 7. InputError for an unknown name, a combination that does
+  not exist, or too many steps.
   """
   check_choice('sampler', sampler, SAMPLERS)
   if spacing is not None:
@@ -219,12 +218,12 @@ def noise_levels(
     spacing = schedule.timestep_spacing
   spacing = spacing or ('leading' if sampler == 'ddim' else 'linspace')
   timesteps = _timesteps(schedule, sampler, steps, spacing)
-  whole = np.arange(schedule.num_train_timesteps)
-  sigmas = np.interp(timesteps, whole, schedule.sigmas)
+  every = np.arange(schedule.num_train_timesteps)
+  sigmas = np.interp(timesteps, every, schedule.sigmas)
   if karras:
     ends = schedule.sigmas[[-1, 0]] if sampler == 'dpmpp_2m' else sigmas[[0, -1]]
     sigmas = _karras(*ends.astype(np.float64), steps)
-    timesteps = np.interp(sigmas, schedule.sigmas, whole)
+    timesteps = np.interp(sigmas, schedule.sigmas, every)
   last = _last_sigma(schedule, timesteps[-1], steps) if sampler == 'ddim' else 0.0
   unit_variance = sampler in ('ddim', 'dpmpp_2m', 'lcm') or spacing == 'leading'
   initial_scale = np.sqrt(sigmas[0] ** 2 + 1) if unit_variance else sigmas[0]
@@ -237,12 +236,12 @@ def noise_levels(
 
 
 def _timesteps(schedule, sampler, steps, spacing):
-  """[S] float64, descending, within the schedule; InputError if so many steps do not fit."""
+  """[S] float64, descending, within the schedule; InputError if there are too many steps."""
   num = schedule.num_train_timesteps
   limit = LCM_STEPS if sampler == 'lcm' else num
   if not 1 <= steps <= limit:
     raise InputError(f'steps is {steps}; the sampler {sampler} takes 1 to {limit}.')
-  points = steps + 1 if sampler == 'dpmpp_2m' else steps  # it leaves the last one out
+  points = steps + 1 if sampler == 'dpmpp_2m' else steps  # it leaves the last point out
   if sampler == 'lcm':
     chosen = LCM_STEPS - np.floor(np.linspace(0, LCM_STEPS, steps, endpoint=False))
     timesteps = chosen * (num // LCM_STEPS) - 1
@@ -268,7 +267,7 @@ def _karras(largest, smallest, steps, rho=7.0):
 
 
 def _last_sigma(schedule, last_timestep, steps):
-  """Where DDIM ends: one stride below its last timestep, or as `set_alpha_to_one` says."""
+  """The last level of DDIM: one stride below its last timestep, or as `set_alpha_to_one` says."""
   below = int(last_timestep) - schedule.num_train_timesteps // steps
   if below >= 0:
     return schedule.sigmas[below]

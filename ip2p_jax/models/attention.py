@@ -1,10 +1,10 @@
-"""The one seam for attention: every attention of the UNet is a function of this type.
+"""The interface of attention: every attention of the UNet is a function of this type.
 
   attention(q, k, v, site) -> out
 
 B batch, N query tokens, M key tokens, C channels of one head: q [B, N, heads, C], k and v
 [B, M, heads, C], out like q. Prompt-to-prompt, recording of maps, and other kernels are other
-functions of the type; they close over whatever traced arrays they need.
+functions of this type; they close over the traced arrays that they need.
 """
 
 import functools
@@ -25,7 +25,7 @@ from ip2p_jax.errors import InputError, check_choice
 
 
 class Site(NamedTuple):
-  """Where in the UNet an attention stands; static under jit.
+  """The position of an attention in the UNet; static under jit.
 
   Attributes:
     place: 'down', 'mid' or 'up'.
@@ -43,18 +43,18 @@ class Site(NamedTuple):
 Attention = Callable[[Array, Array, Array, Site | None], Array]
 
 
-# What an attention's results are named, so that a remat policy can keep them.
+# The name of attention's results, by which a remat policy keeps them.
 ATTENTION_OUT = 'attention_out'
 
 
 class AttentionKernel(NamedTuple):
-  """Where a kernel can run, and from how many queries on it pays.
+  """Where a kernel can run, and from how many queries on it is faster.
 
   Attributes:
-    capability: least compute capability of a GPU (9.0 is Hopper), or generation of a TPU; those
-      `before` another.
+    capability: least compute capability of a GPU (9.0 is Hopper), or generation of a TPU; `before`
+      is the first that is excluded.
     width: largest number of channels of a head; `multiple` divides it.
-    tokens: least number of queries; a choice of ours, the rest is the kernel's.
+    tokens: least number of queries; our choice, while the other limits are the kernel's.
     block: divides the numbers of queries and keys.
     types: dtypes it computes in.
   """
@@ -71,12 +71,12 @@ class AttentionKernel(NamedTuple):
 
 
 HALVES = ('bfloat16', 'float16')
-# The first row that holds is taken; XLA's own attention where none does. XLA writes all scores to
-# memory, which is what long attentions spend their time on; below these lengths they are few.
+# The first row that fits is used; if none fits, XLA's own attention. XLA writes all scores to
+# memory, which takes most of the time of a long attention; shorter ones have few scores.
 KERNELS = (
   # A v3 cannot run it.
   AttentionKernel('splash', 'tpu', 4.0, math.inf, 256, 8, 1024, 128, ('bfloat16', 'float32')),
-  # Gradients of heads of over 128 channels: cuDNN has them on Hopper alone, as of 9.18.
+  # cuDNN 9.18 has gradients of heads of over 128 channels on Hopper only.
   AttentionKernel('cudnn', 'gpu', 9.0, 10.0, 256, 8, 256, 1, HALVES),
   AttentionKernel('cudnn', 'gpu', 8.0, math.inf, 128, 8, 256, 1, HALVES),
 )
@@ -86,9 +86,9 @@ def dispatch(choice: str = 'auto', mesh: Mesh | None = None) -> Attention:
   """The attention for the devices of a mesh; without one, for jax's default device.
 
   Args:
-    choice: 'auto' follows KERNELS; 'xla' uses no kernel; 'splash' and 'cudnn' are used wherever
-      they can run, however short the attention.
-    mesh: batches are split over all its axes. Kernels need to be told.
+    choice: 'auto' follows KERNELS; 'xla' uses no kernel; 'splash' and 'cudnn' are used where they
+      can run, for attentions of any length.
+    mesh: batches are split over all its axes; kernels need to know it.
 
   Raises InputError for a kernel that the devices do not have.
   """
@@ -117,10 +117,10 @@ def dispatch(choice: str = 'auto', mesh: Mesh | None = None) -> Attention:
 
 def _capability(platform, device) -> float:
   if platform == 'tpu':  # 'TPU v3', 'TPU v5 lite', 'TPU7x'
-    found = re.search(r'\d+', device.device_kind)
-    return float(found[0]) if found else math.inf
-  found = str(getattr(device, 'compute_capability', ''))  # of AMD 'gfx942'
-  return float(found) if platform == 'gpu' and re.fullmatch(r'\d+(\.\d+)?', found) else 0.0
+    match = re.search(r'\d+', device.device_kind)
+    return float(match[0]) if match else math.inf
+  number = str(getattr(device, 'compute_capability', ''))  # for AMD 'gfx942'
+  return float(number) if platform == 'gpu' and re.fullmatch(r'\d+(\.\d+)?', number) else 0.0
 
 
 def kernel_for(
@@ -150,8 +150,8 @@ def kernel_for(
 def cudnn(q: Array, k: Array, v: Array, *, mesh: Mesh | None = None) -> Array:
   """A GPU's flash attention, of NVIDIA's cuDNN.
 
-  Its gradients want even numbers of queries and keys; of odd ones, such as the 77 tokens of a text,
-  one more is laid beside and hidden by the lengths.
+  Its gradients need even numbers of queries and keys. An odd number, such as the 77 tokens of a
+  text, gets one token of padding, which the lengths mask.
   """
   queries, keys = q.shape[1], k.shape[1]
   even = lambda x: jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
@@ -159,8 +159,8 @@ def cudnn(q: Array, k: Array, v: Array, *, mesh: Mesh | None = None) -> Array:
   def kernel(q, k, v):
     lengths = {}
     if queries % 2 or keys % 2:
-      of = lambda count: jnp.full(q.shape[0], count, jnp.int32)
-      lengths = {'query_seq_lengths': of(queries), 'key_value_seq_lengths': of(keys)}
+      per_row = lambda count: jnp.full(q.shape[0], count, jnp.int32)
+      lengths = {'query_seq_lengths': per_row(queries), 'key_value_seq_lengths': per_row(keys)}
     return jax.nn.dot_product_attention(q, k, v, implementation='cudnn', **lengths)
 
   # jax can split this kernel, but not its lengths.
@@ -170,9 +170,9 @@ def cudnn(q: Array, k: Array, v: Array, *, mesh: Mesh | None = None) -> Array:
 def splash(
   q: Array, k: Array, v: Array, *, mesh: Mesh | None = None, interpret: bool = False
 ) -> Array:
-  """A TPU's attention, a tile of scores at a time (jax's own kernel); `interpret` runs anywhere.
+  """A TPU's attention, a tile of scores at a time (jax's kernel); `interpret` runs on any device.
 
-  Numbers of queries and keys must be multiples of 128. Heads are not padded to 128 lanes, which
+  Numbers of queries and keys must be multiples of 128. Heads are not padded to 128 lanes: that
   would cost more than the kernel saves.
   """
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
@@ -200,15 +200,15 @@ def splash(
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     return jax.vmap(kernel)(q, k, v).swapaxes(1, 2)
 
-  # Kept as scaled, else the scaling is a pass of its own, and again when q is computed again.
+  # The scaled q is saved; otherwise scaling is a separate pass, and is repeated with q.
   q = checkpoint_name(q * q.shape[-1] ** -0.5, ATTENTION_OUT)
   return _split(heads_first, mesh, q.shape[0])(q, k, v)
 
 
 def _split(kernel, mesh: Mesh | None, batch: int):
-  """The kernel, each device with its own rows of q, k and v; XLA cannot split it by itself.
+  """The kernel, with each device on its rows of q, k and v; XLA cannot split it by itself.
 
-  A batch that cannot be shared is done whole by each.
+  If the batch cannot be split evenly, every device computes all of it.
   """
   if mesh is None or mesh.size == 1 or _is_split(mesh):
     return kernel
@@ -217,7 +217,7 @@ def _split(kernel, mesh: Mesh | None, batch: int):
 
 
 def _is_split(mesh):
-  """Whether a shard_map over the mesh is around this: then each device has its own rows already."""
+  """Whether this runs inside a shard_map over the mesh: then each device has its rows already."""
   return set(mesh.axis_names) <= set(jax.sharding.get_abstract_mesh().manual_axes)
 
 
@@ -225,8 +225,8 @@ def _tile(length):
   return next(size for size in (512, 256, 128) if length % size == 0)
 
 
-# On a CPU, scores of one head and this many queries stay in the cache. Below so many scores the
-# plain way is as fast.
+# On a CPU, the scores of one head and BLOCK queries stay in the cache. With fewer than BLOCKED_FROM
+# scores, plain attention is as fast.
 BLOCK = 512
 BLOCKED_FROM = 1024 * 1024
 
@@ -249,7 +249,7 @@ def _plain(q, k, v, is_causal=False):
 
 
 def _blocked(q, k, v):
-  """The same, a head and a block at a time; on a CPU 4 to 8 times as fast, and small in memory."""
+  """`_plain`, one head and block at a time: on a CPU 4 to 8 times as fast, with less memory."""
   B, N, H, C = q.shape
   heads_first = lambda x: x.swapaxes(1, 2).reshape(B * H, x.shape[1], C)
   padded = jnp.pad(q, ((0, 0), (0, -N % BLOCK), (0, 0), (0, 0)))
@@ -259,6 +259,6 @@ def _blocked(q, k, v):
     blocks, k, v = args
     return jax.lax.map(lambda q: _plain(q[None], k, v)[0], blocks)
 
-  lone = lambda x: heads_first(x)[:, None, :, None]  # [B * H, 1, M, 1, C]
-  out = jax.lax.map(one_head, (blocks, lone(k), lone(v)))  # [B * H, blocks, BLOCK, 1, C]
+  single = lambda x: heads_first(x)[:, None, :, None]  # [B * H, 1, M, 1, C]
+  out = jax.lax.map(one_head, (blocks, single(k), single(v)))  # [B * H, blocks, BLOCK, 1, C]
   return out.reshape(B, H, -1, C)[:, :, :N].swapaxes(1, 2)

@@ -1,7 +1,7 @@
 """CLIP's two towers (transformers' CLIPTextModel, CLIPVisionModelWithProjection, CLIPModel).
 
 B batch, L text tokens (77), N = patches + 1, C channels, P width of the shared space. Attribute
-names are the checkpoint's, its spelling of `pre_layrnorm` included.
+names are the checkpoint's, with its spelling `pre_layrnorm`.
 """
 
 import jax
@@ -15,7 +15,7 @@ from ip2p_jax.models.layers import LayerNorm, Linear
 
 
 class TextEncoder(nnx.Module):
-  """The text tower; with `has_projection` it can also place a text in the shared space."""
+  """The text tower; with `has_projection` it can also embed a text in the shared space."""
 
   def __init__(self, config: TextConfig, *, has_projection: bool = False, rngs):
     self.config = config
@@ -29,15 +29,15 @@ class TextEncoder(nnx.Module):
   def embed(self, token_ids: Array) -> Array:
     """[B, L] int -> float32 [B, P], not normalised: the state at the end of the text, projected."""
     eos = self.config.eos_token_id
-    # Configs written before 2023 say 2 where the tokenizer's end is the largest id.
+    # Configs from before 2023 say 2, although the tokenizer's end token is the largest id.
     is_end = token_ids == (token_ids.max(-1, keepdims=True) if eos == 2 else eos)
     states = self.text_model(token_ids)
-    pooled = states[jnp.arange(len(states)), is_end.argmax(-1)]  # the first end
+    pooled = states[jnp.arange(len(states)), is_end.argmax(-1)]  # the first end token
     return self.text_projection(pooled).astype(jnp.float32)
 
 
 class VisionEncoder(nnx.Module):
-  """The vision tower: a picture's place in the shared space."""
+  """The vision tower: embeds images in the shared space."""
 
   def __init__(self, config: VisionConfig, *, rngs):
     self.config = config
@@ -67,7 +67,7 @@ class TextEmbeddings(nnx.Module):
     )
 
   def __call__(self, token_ids):  # [B, L]
-    # Not by calling nnx.Embed, which answers in float32 whatever its weights are.
+    # Not by calling nnx.Embed, which returns float32 for weights of any type.
     tokens, positions = (
       jnp.asarray(table.embedding[...]) for table in (self.token_embedding, self.position_embedding)
     )

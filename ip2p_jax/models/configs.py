@@ -1,7 +1,7 @@
 """Architectures as data: the `config.json` of a diffusers or transformers component.
 
-Field names are the JSON's. A key that would change the mathematics and is not supported is an
-error that names it; keys that only concern training or bookkeeping are ignored.
+Field names are the JSON's. An unsupported key that would change the mathematics raises an error
+with its name; keys for training or bookkeeping only are ignored.
 """
 
 import dataclasses
@@ -29,13 +29,13 @@ _UNET_FIXED = {
   'resnet_time_scale_shift': ('default',),
   'time_embedding_type': ('positional',),
   'transformer_layers_per_block': (1,),
-  # Unused when None, and then absent from the arithmetic.
+  # None means unused.
   'addition_embed_type': (),
   'class_embed_type': (),
   'cross_attention_norm': (),
   'encoder_hid_dim': (),
   'encoder_hid_dim_type': (),
-  'num_attention_heads': (),  # diffusers refuses it, too
+  'num_attention_heads': (),  # diffusers refuses it as well
   'num_class_embeds': (),
   'reverse_transformer_layers_per_block': (),
   'time_cond_proj_dim': (),
@@ -65,8 +65,8 @@ _VAE_FIXED = {
 class UNetConfig:
   """A Stable Diffusion 1.x or 2.x UNet; the defaults are SD 1.5's.
 
-  `attention_head_dim` is, in spite of its name, the *number* of heads (diffusers kept the name for
-  old files); SD 1.x gives one number, SD 2.x one per level so that heads are 64 wide.
+  Despite its name, `attention_head_dim` is the *number* of heads (diffusers kept the name for old
+  files). SD 1.x has one number, SD 2.x one per level, so that heads are 64 wide.
   """
 
   in_channels: int = 4
@@ -162,7 +162,7 @@ class TextConfig:
 
   @classmethod
   def from_json(cls, config: Mapping[str, Any], name: str = 'text_encoder/config.json') -> Self:
-    # transformers' own defaults differ from ViT-L/14's; what a file leaves out means those.
+    # A missing key means transformers' default, which differs from ViT-L/14's.
     defaults = {'hidden_size': 512, 'intermediate_size': 2048, 'num_attention_heads': 8,
                 'projection_dim': 512}  # fmt: skip
     result = _clip_from_json(cls, {**defaults, **config}, name)
@@ -202,7 +202,7 @@ _MAY_BE_ZERO = ('freq_shift', 'eos_token_id')
 
 
 def _from_json(cls, config, name, fixed, ignored):
-  """The dataclass of `config`, or an InputError that names the first key that is not supported."""
+  """The dataclass of `config`; InputError names the first key that is not supported."""
   fields = {field.name for field in dataclasses.fields(cls)}
   for key, value in config.items():
     if key.startswith('_') or key in fields or key in ignored or value is None:
@@ -216,7 +216,7 @@ def _from_json(cls, config, name, fixed, ignored):
 
 
 def _clip_from_json(cls, config, name):
-  """CLIP configs carry dozens of bookkeeping keys, so only what we read is checked."""
+  """The dataclass of a CLIP config; its dozens of other keys are not checked."""
   result = _build(cls, config, name)
   if result.hidden_act not in ACTIVATIONS:
     allowed = ' or '.join(ACTIVATIONS)
@@ -228,7 +228,7 @@ def _clip_from_json(cls, config, name):
 
 
 def _build(cls, config, name):
-  """The dataclass of the fields that `config` has; null means the default."""
+  """The dataclass with the values of `config`; null means the default."""
   values = {}
   for field in dataclasses.fields(cls):
     value = config.get(field.name)

@@ -1,8 +1,8 @@
 """Layers that several models share.
 
-B batch, H W height and width, C channels, N tokens. Tensors are NHWC, kernels HWIO. The weights'
-dtype is the compute dtype: cast them (and every activation follows) to change it. Statistics of
-norms and softmax are float32 whatever it is.
+B batch, H W height and width, C channels, N tokens. Tensors are NHWC, kernels HWIO. The dtype of
+the weights is the compute dtype: cast the weights to change it, and all activations follow.
+Statistics of norms and softmax are always float32.
 """
 
 import functools
@@ -20,7 +20,7 @@ Params = Any  # a nested dict of arrays, as nnx.to_pure_dict gives
 
 
 class Keys:
-  """Keys for parameters, in order. nnx.Rngs does it too, but takes 7 s to trace a full UNet."""
+  """Keys for parameters, in order. nnx.Rngs does the same, but traces a full UNet in 7 s."""
 
   def __init__(self, key: Array):
     self.key, self.count = key, 0
@@ -31,9 +31,9 @@ class Keys:
 
 
 def abstract(make: Callable[[Keys], nnx.Module]) -> tuple[nnx.GraphDef, Params]:
-  """The graphdef of `make(keys)` and its parameters as a dict of ShapeDtypeStructs, runs nothing.
+  """The graphdef of `make(keys)` and its parameters as a dict of ShapeDtypeStructs; runs nothing.
 
-  `nnx.merge(graphdef, params)` gives the module back, inside jit.
+  `nnx.merge(graphdef, params)` makes the module, inside jit.
   """
   graphdef, state = nnx.split(jax.eval_shape(lambda: make(Keys(jax.random.key(0)))))
   return graphdef, nnx.to_pure_dict(state)
@@ -55,7 +55,7 @@ class Linear(nnx.Module):
 
 
 class Conv1x1(nnx.Module):
-  """A convolution that sees one pixel at a time."""
+  """A 1x1 convolution."""
 
   def __init__(self, in_width: int, out_width: int, *, rngs):
     self.kernel = nnx.Param(_initial(rngs, (1, 1, in_width, out_width)))
@@ -90,10 +90,10 @@ def _times_backward(inputs, grad):
 
 
 def _kernel_gradient(x, grad):
-  whole = lambda x, grad: jnp.einsum('...c,...d->cd', x, grad)
-  # On a CPU XLA takes three times as long over several axes; a TPU would move what is made flat.
-  flat = lambda *both: whole(*(y.reshape(-1, y.shape[-1]) for y in both))
-  return jax.lax.platform_dependent(x, grad, cpu=flat, default=whole)
+  direct = lambda x, grad: jnp.einsum('...c,...d->cd', x, grad)
+  # On a CPU, XLA is three times slower over several axes; on a TPU, flattening would copy data.
+  flat = lambda *both: direct(*(y.reshape(-1, y.shape[-1]) for y in both))
+  return jax.lax.platform_dependent(x, grad, cpu=flat, default=direct)
 
 
 _times.defvjp(_times_forward, _times_backward)
@@ -101,17 +101,17 @@ _times.defvjp(_times_forward, _times_backward)
 
 @jax.custom_vjp
 def halves(x: Array, kernel: Array, bias: Array) -> tuple[Array, Array]:
-  """`product` by both halves of a kernel: split afterwards, a TPU writes the whole several times.
+  """`product` by both halves of a kernel. To split the product, a TPU would write it several times.
 
-  The kernel's gradient is one product: halves of it would have to move if devices hold parts.
+  The kernel's gradient is one product: if devices hold parts of it, halves would have to move.
   """
   return _halves_forward(x, kernel, bias)[0]
 
 
 def _halves_forward(x, kernel, bias):
-  # Not by `product`: a remat policy knows a product only if no function of its own hides it.
+  # Not by `product`: a remat policy does not see a product inside a nested custom_vjp function.
   parts = zip(jnp.split(kernel, 2, 1), jnp.split(bias, 2), strict=True)
-  return tuple(x @ part + more[(None,) * (x.ndim - 1)] for part, more in parts), (x, kernel)
+  return tuple(x @ part + half[(None,) * (x.ndim - 1)] for part, half in parts), (x, kernel)
 
 
 def _halves_backward(inputs, grads):
@@ -129,7 +129,7 @@ Remat = Callable[[Callable], Callable]
 
 
 def _is_costly(primitive, *args, **params) -> bool:
-  # jax's own dots_saveable would compute every convolution twice: convolutions are not dots.
+  # jax's dots_saveable would compute every convolution twice: convolutions are not dots.
   policies = jax.checkpoint_policies
   return (
     primitive.name == 'conv_general_dilated'
@@ -139,9 +139,9 @@ def _is_costly(primitive, *args, **params) -> bool:
   )
 
 
-# What the backward pass computes a second time to save memory, by name: nothing; all but
-# convolutions, matrix products and attention (a sixth of the memory for a few percent of the
-# time); everything (a thirtieth, for a third more).
+# By name, what the backward pass computes a second time to save memory: nothing; all except
+# convolutions, matrix products and attention (a sixth of the memory, a few percent more time);
+# everything (a thirtieth of the memory, a third more time).
 REMATS: dict[str, Remat] = {
   'none': lambda layer: layer,
   'convdot': functools.partial(jax.checkpoint, policy=_is_costly),
@@ -160,12 +160,12 @@ class GroupNorm(nnx.Module):
   def __call__(self, x):
     B, C = x.shape[0], x.shape[-1]
     x32 = x.astype(jnp.float32)
-    # Two sums of each channel in one pass, which XLA for TPU puts into the convolution before it.
+    # Two sums of each channel in one pass; XLA for TPU fuses it with the convolution before it.
     grouped = lambda y: y.reshape(B, self.groups, -1)
     channel = grouped(x32.mean((1, 2)))
     square = grouped(jnp.square(x32).mean((1, 2)))
     mean = channel.mean(-1, keepdims=True)
-    # Of each channel about its own mean, and of those means: exact where only channels differ.
+    # Variance within channels, plus that of the channels' means: exact if only channels differ.
     inside = jnp.maximum(square - jnp.square(channel), 0)
     variance = (inside + jnp.square(channel - mean)).mean(-1, keepdims=True)
     each = lambda y: jnp.repeat(y[..., 0], C // self.groups, 1)  # [B, groups, 1] -> [B, C]

@@ -1,10 +1,10 @@
 """Decoder-only language models of the Llama family (transformers' Llama, Qwen2 and Qwen3).
 
 B rows, N tokens, M places of a cache (or N), V vocabulary, D width, H query heads, K key heads, C
-channels of one head, G = H / K. Attribute names are transformers'. A token's position is its place
-in its row: it turns queries and keys (RoFormer, Su et al. 2021), says who sees whom, and where a
-cache keeps the token. Padding has position -1: it sees nothing, nobody sees it, no cache keeps it,
-and its logits mean nothing.
+channels of one head, G = H / K. Attribute names are transformers'. The position of a token in its
+row rotates queries and keys (RoFormer, Su et al. 2021), defines the causal mask, and is the token's
+place in a cache. Padding has position -1: it attends to nothing, no token attends to it, no cache
+stores it, and its logits are meaningless.
 """
 
 from typing import Any, NamedTuple
@@ -19,10 +19,10 @@ from ip2p_jax.models.llama_config import LlamaConfig
 
 
 class Entry(NamedTuple):
-  """What one layer has seen; place m is position m.
+  """Keys and values of one layer; place m is position m.
 
-  Places are the minor axis of the keys: then scores are a product without a transposition, which on
-  a CPU takes a tenth of the time, and no lanes of a TPU lie idle for heads of 64 channels.
+  Places are the minor axis of the keys. So scores are a product without a transposition, in a tenth
+  of the time on a CPU, and heads of 64 channels leave no lanes of a TPU idle.
   """
 
   keys: Array  # [B, K, C, M]
@@ -33,10 +33,10 @@ Cache = tuple[Entry, ...]  # one per layer
 
 
 def empty_cache(config: LlamaConfig, batch: int, length: int, dtype: Any) -> Cache:
-  """Room for `length` tokens of `batch` rows.
+  """A cache for `length` tokens of `batch` rows.
 
-  A row sees the places up to its token's position, so what an older row left behind needs no
-  cleaning as long as positions start at 0 and go up by one.
+  A row attends to places up to its token's position. So old entries need no cleaning if positions
+  start at 0 and go up by one.
   """
   B, K, C, M = batch, config.num_key_value_heads, config.head_dim, length
   entry = lambda: Entry(jnp.zeros((B, K, C, M), dtype), jnp.zeros((B, K, M, C), dtype))
@@ -49,7 +49,7 @@ def cache_length(cache: Cache) -> int:
 
 
 def resized(cache: Cache, length: int) -> Cache:
-  """The same with room for `length` tokens; places beyond are lost."""
+  """The cache with places for `length` tokens; later places are dropped."""
   more = (0, max(0, length - cache_length(cache)))
   none = (0, 0)
   keys = lambda x: jnp.pad(x[..., :length], (none, none, none, more))
@@ -58,7 +58,7 @@ def resized(cache: Cache, length: int) -> Cache:
 
 
 class Llama(nnx.Module):
-  """The network with its head. `logits(model(...))` is the same in two steps."""
+  """The network with its head; `logits(model(...))` gives the same in two steps."""
 
   def __init__(self, config: LlamaConfig, *, rngs):
     self.config = config
@@ -75,10 +75,10 @@ class Llama(nnx.Module):
     *,
     remat: Remat = lambda layer: layer,
   ) -> Array | tuple[Array, Cache]:
-    """int32 [B, N] -> logits float32 [B, N, V] of the token after each; with a cache, both.
+    """int32 [B, N] -> logits float32 [B, N, V] of the next token; with a cache, (logits, cache).
 
     Args:
-      tokens: what is read now; with a cache, its places before are read before.
+      tokens: the new tokens; a cache holds the tokens before them.
       positions: int32 [B, N], -1 for padding; None counts from 0.
       cache: longer than any position; its places of `positions` are written.
       remat: wraps every layer, one of `layers.REMATS` in training.
@@ -197,7 +197,7 @@ class RMSNorm(nnx.Module):
 
 
 def rotate(x: Array, angles: Array) -> Array:
-  """[B, N, heads, C]: channels c and c + C / 2 turned by angles [B, N, C / 2]; in float32."""
+  """[B, N, heads, C]: rotates channels c and c + C / 2 by angles [B, N, C / 2]; in float32."""
   a, b = jnp.split(x.astype(jnp.float32), 2, -1)
   cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
@@ -206,7 +206,7 @@ def rotate(x: Array, angles: Array) -> Array:
 def attend(q: Array, keys: Array, values: Array, seen: Array) -> Array:
   """q [B, N, H, C], keys [B, K, C, M], values [B, K, M, C], seen [B, N, M] -> [B, N, H, C].
 
-  Scores and softmax in float32. A query that sees nothing gets a mean of all values, not NaN.
+  Scores and softmax in float32. A query without keys gets the mean of all values, not NaN.
   """
   B, N, H, C = q.shape
   K = keys.shape[1]
@@ -221,7 +221,7 @@ def attend(q: Array, keys: Array, values: Array, seen: Array) -> Array:
 
 def _put(entry, k, v, positions):
   """The entry with k and v [B, N, K, C] at the places `positions` [B, N]."""
-  # Padding falls outside, and is dropped.
+  # Padding gets a place outside, and is dropped.
   places = jnp.where(positions < 0, entry.values.shape[2], positions)
   rows = jnp.arange(len(places))[:, None]
   k, v = k.astype(entry.keys.dtype), v.astype(entry.values.dtype)

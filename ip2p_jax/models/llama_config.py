@@ -1,4 +1,4 @@
-"""What a config.json of transformers says of a language model (Llama, Qwen2 or Qwen3)."""
+"""The config.json of a language model of transformers (Llama, Qwen2 or Qwen3)."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ ROPE_TYPES = ('default', 'linear', 'llama3')
 # Keys that would change the arithmetic, with the only values the modules implement.
 _FIXED = {
   'hidden_act': ('silu',),
-  'layer_types': (),  # but for a list of 'full_attention'
+  'layer_types': (),  # or a list of 'full_attention'
   'partial_rotary_factor': (1,),
   'quantization_config': (),
   'rope_interleaved': (False,),
@@ -27,12 +27,12 @@ _FIXED = {
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-  """How positions turn queries and keys; names are transformers'.
+  """The rotation of queries and keys by position; names are transformers'.
 
   Attributes:
-    rope_type: 'default'; 'linear' divides all frequencies by `factor`; 'llama3' only those of
-      waves that are long for `original_max_position_embeddings` tokens (Llama 3.1).
-    rope_theta: the longest wave is 2 pi rope_theta tokens long, nearly.
+    rope_type: 'default'; 'linear' divides all frequencies by `factor`; 'llama3' only those of waves
+      that are long compared with `original_max_position_embeddings` tokens (Llama 3.1).
+    rope_theta: the longest wave has nearly 2 pi rope_theta tokens.
   """
 
   rope_type: str = 'default'
@@ -49,21 +49,21 @@ class Rope:
       frequencies = frequencies / self.factor
     elif self.rope_type == 'llama3':
       waves = self.original_max_position_embeddings * frequencies / (2 * np.pi)
-      kept = (waves - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
-      kept = np.clip(kept, 0, 1)
-      frequencies = kept * frequencies + (1 - kept) * frequencies / self.factor
+      weight = (waves - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+      weight = np.clip(weight, 0, 1)
+      frequencies = weight * frequencies + (1 - weight) * frequencies / self.factor
     return frequencies.astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-  """What transformers' config.json says of the architecture; field names are its keys.
+  """The architecture in transformers' config.json; field names are its keys.
 
   Attributes:
-    num_key_value_heads: heads of keys and values; each serves as many query heads.
+    num_key_value_heads: heads of keys and values; each serves equally many query heads.
     attention_bias: whether all four products of the attention have a bias; Qwen2's first three
       always have one.
-    eos_token_id: any of these ends a text; may be empty.
+    eos_token_id: tokens that end a text; may be empty.
   """
 
   vocab_size: int
@@ -85,7 +85,7 @@ class LlamaConfig:
 
   @classmethod
   def from_json(cls, config: Mapping[str, Any], name: str = 'config.json') -> Self:
-    """Reads a config.json of transformers 4 or 5; an InputError names the key that is amiss."""
+    """Reads a config.json of transformers 4 or 5; InputError names a key that is wrong."""
     model_type = config.get('model_type')
     if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
       allowed = ', '.join(MODEL_TYPES)
@@ -164,7 +164,7 @@ def _number(config, key, default, name):
   value = config.get(key)
   value = default if value is None else value
   if value is None:
-    raise InputError(f'{name}: lacks {key}, which a language model has to tell.')
+    raise InputError(f'{name}: lacks {key}, which a language model needs.')
   if type(value) is not int or value < 1:
     raise InputError(f'{name}: {key}={value!r} is not a whole number above 0.')
   return value
@@ -190,40 +190,40 @@ def _ends(config, name):
   ends = value if isinstance(value, list) else [] if value is None else [value]
   if any(type(end) is not int or not 0 <= end < size for end in ends):
     raise InputError(
-      f'{name}: eos_token_id={value!r} is neither one of the {size} tokens nor a list of them (that'
-      ' of generation_config.json counts, if there is one).'
+      f'{name}: eos_token_id={value!r} is neither one of the {size} tokens nor a list of them (a'
+      ' generation_config.json replaces that of config.json).'
     )
   return tuple(ends)
 
 
 def _rope(config, name):
-  # transformers 5 has all of it in rope_parameters; 4 has rope_theta, and the rest in rope_scaling.
+  # transformers 5 has all in rope_parameters; 4 has rope_theta, and the rest in rope_scaling.
   key = 'rope_scaling' if config.get('rope_scaling') else 'rope_parameters'
-  given = config.get(key) or {}
+  values = config.get(key) or {}
   where = f'{name}: {key}'
-  if not isinstance(given, Mapping):
-    raise InputError(f'{where}={given!r} is not an object.')
-  rope_type = given.get('rope_type', given.get('type', 'default'))
+  if not isinstance(values, Mapping):
+    raise InputError(f'{where}={values!r} is not an object.')
+  rope_type = values.get('rope_type', values.get('type', 'default'))
   if not isinstance(rope_type, str) or rope_type not in ROPE_TYPES:
     raise InputError(f'{where}.rope_type={rope_type!r} is not supported, only '
                      f'{", ".join(ROPE_TYPES)}.')  # fmt: skip
-  _check_fixed(given, where)
+  _check_fixed(values, where)
   both = [config.get(key) or {} for key in ('rope_parameters', 'rope_scaling')]
-  if not all(isinstance(one, Mapping) for one in both):
+  if not all(isinstance(value, Mapping) for value in both):
     raise InputError(f'{name}: rope_parameters and rope_scaling have to be objects.')
-  theta = (config.get('rope_parameters') or given).get('rope_theta') or config.get('rope_theta')
+  theta = (config.get('rope_parameters') or values).get('rope_theta') or config.get('rope_theta')
   rope = {
     'rope_type': rope_type,
     'rope_theta': _positive({'rope_theta': theta}, 'rope_theta', 10000.0, name),
   }
   for each in _SCALING_KEYS[rope_type]:
     is_count = each == 'original_max_position_embeddings'
-    if is_count:  # transformers' default, too
-      rope[each] = _number(given, each, config.get('max_position_embeddings'), where)
-    elif given.get(each) is None:
+    if is_count:  # the default of transformers
+      rope[each] = _number(values, each, config.get('max_position_embeddings'), where)
+    elif values.get(each) is None:
       raise InputError(f'{where}: lacks {each}, which rope_type {rope_type!r} needs.')
     else:
-      rope[each] = _positive(given, each, None, where)
+      rope[each] = _positive(values, each, None, where)
   if rope_type == 'llama3' and rope['low_freq_factor'] >= rope['high_freq_factor']:
     raise InputError(f'{where}: low_freq_factor has to be less than high_freq_factor.')
   return Rope(**rope)

@@ -1,12 +1,12 @@
-"""Low-rank adapters: what is trained instead of kernels.
+"""Low-rank adapters, which are trained instead of kernels.
 
-Of a kernel W an adapter is two arrays, named after it, of rank R (Hu et al. 2021, section 4.1):
+The adapter of a kernel W is two arrays of rank R, named after it (Hu et al. 2021, section 4.1):
 
   Linear  W [in, out]          lora_down [in, R]          lora_up [R, out]
   Conv    W [kh, kw, in, out]  lora_down [kh, kw, in, R]  lora_up [1, 1, R, out]
 
-and stands for W + alpha / R * lora_down @ lora_up. Kernels and adapters come as {dotted name:
-array}: 'mid_block.attentions.0...to_q.kernel' gets '...to_q.lora_down' and '...to_q.lora_up'.
+It means W + alpha / R * lora_down @ lora_up. Kernels and adapters are dicts {dotted name: array}:
+'mid_block.attentions.0...to_q.kernel' gets '...to_q.lora_down' and '...to_q.lora_up'.
 """
 
 import math
@@ -29,15 +29,15 @@ def adapters(
 ) -> dict[str, np.ndarray]:
   """New adapters, float32, for every kernel whose name matches `config.targets`.
 
-  lora_down is uniform within 1 / sqrt(numbers that one output is made of), as peft's default;
-  lora_up is zero, so that training starts at the very base model.
+  lora_down is uniform within 1 / sqrt(inputs of one output), peft's default; lora_up is zero, so
+  that training starts at the base model.
 
   Args:
     shapes: {name: anything with a shape} of all parameters.
-    rng: the same seed gives the same numbers, whatever the order of `shapes`.
+    rng: the same seed gives the same numbers for any order of `shapes`.
 
   Raises:
-    InputError: no kernel matches, or a knob has a wrong value.
+    InputError: no kernel matches, or a setting has a wrong value.
   """
   _check(config)
   search = compiled(config.targets, 'lora.targets').search
@@ -47,16 +47,16 @@ def adapters(
       f'lora.targets: {config.targets!r} matches no kernel; they are called, for instance,'
       f' {next((name for name in shapes if name.endswith(".kernel")), "to_q.kernel")}.'
     )
-  found = {}
+  arrays = {}
   for kernel in kernels:
     (down, up), (down_shape, up_shape) = (
       names_of(kernel),
       shapes_of(shapes[kernel].shape, config.rank),
     )
     bound = 1 / math.sqrt(math.prod(down_shape[:-1]))
-    found[down] = rng.uniform(-bound, bound, down_shape).astype(np.float32)
-    found[up] = np.zeros(up_shape, np.float32)
-  return found
+    arrays[down] = rng.uniform(-bound, bound, down_shape).astype(np.float32)
+    arrays[up] = np.zeros(up_shape, np.float32)
+  return arrays
 
 
 def merged(
@@ -64,13 +64,13 @@ def merged(
 ) -> dict[str, Array]:
   """`fixed` with W + alpha / rank * lora_down @ lora_up for every kernel W that has an adapter.
 
-  In float32, then in W's dtype. Pure, for use under jit and grad: gradients by the adapters are
-  those of the layer with a second, narrow branch. While training, keep kernels that have adapters
-  in float32 and cast after merging: a bfloat16 kernel swallows what is below half its last digit,
-  and of a change of a thousandth of the kernel only 58 % would arrive.
+  In float32, then cast to W's dtype. Pure, for use under jit and grad: the gradients of adapters
+  are those of the layer with a second, narrow branch. In training, keep kernels that have adapters
+  in float32 and cast after merging: a bfloat16 kernel loses changes below half its last digit; of a
+  change of a thousandth of the kernel, only 58 % would remain.
 
   Raises:
-    InputError: an adapter's kernel is not there, or has another shape.
+    InputError: an adapter's kernel is missing, or has another shape.
   """
   scale, result = config.alpha / config.rank, dict(fixed)
   for kernel in kernels_of(adapters):
@@ -88,8 +88,8 @@ def merged(
 class Branched(nnx.Module):
   """A Linear with its adapter as a second, narrow branch: x W + alpha / R * (x down) up.
 
-  For large layers: W stays in the type it came in and gets no gradient, and no change is too small
-  for its last digit. The branch is in the type of x.
+  For large layers: W keeps its type and gets no gradient, and small changes are not lost to its
+  rounding. The branch has the type of x.
   """
 
   def __init__(self, linear: Callable, down: Array, up: Array, scale: float):
@@ -104,7 +104,7 @@ class Branched(nnx.Module):
 
 
 def attach(model: nnx.Module, adapters: Mapping[str, Array], config: LoraConfig) -> None:
-  """Gives those Linear layers of `model` that have an adapter their `Branched`, in place.
+  """Replaces Linear layers of `model` that have an adapter by `Branched`, in place.
 
   Names are as in `merged`, which gives the same function of x.
   """
@@ -137,6 +137,6 @@ def shapes_of(kernel_shape: tuple[int, ...], rank: int) -> tuple[tuple[int, ...]
 
 
 def kernels_of(adapters: Mapping[str, Any]) -> list[str]:
-  """The names of the kernels that adapters belong to."""
+  """The names of the kernels of `adapters`."""
   downs = (name for name in adapters if name.endswith('.lora_down'))
   return [name.removesuffix('lora_down') + 'kernel' for name in downs]

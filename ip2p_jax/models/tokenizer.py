@@ -1,7 +1,7 @@
 """CLIP's tokenizer: text -> token ids, from the files of a checkpoint.
 
-Built on the `tokenizers` library alone, because importing transformers takes seconds (and pulls in
-torch where that is installed). Gives the ids of transformers' CLIPTokenizer.
+It uses only the `tokenizers` library: importing transformers takes seconds (and loads torch if it
+is installed). The ids are those of transformers' CLIPTokenizer.
 """
 
 import itertools
@@ -17,7 +17,7 @@ from ip2p_jax.errors import InputError
 from ip2p_jax.models.learned_tokens import learned_tokens
 
 START, END = '<|startoftext|>', '<|endoftext|>'
-# Contractions, words, single digits, and runs of anything else that is not a space.
+# Contractions, words, single digits, and runs of other characters except spaces.
 PIECES = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 
 
@@ -35,13 +35,13 @@ class ClipTokenizer:
 
     Args:
       files: contents by file name; `tokenizer_config.json` or `special_tokens_map.json` may name
-        the padding token (SD 2.x pads with '!', everyone else with the end). Learned tokens, in
-        whichever file they are noted, are one id each.
+        the padding token (SD 2.x pads with '!', all others with the end). Each learned token is one
+        id, in any file.
       length: tokens per text, the text encoder's max_position_embeddings.
-      vocab_size: the text encoder's, to check the ids against.
-      source: for messages.
+      vocab_size: of the text encoder, to check the ids.
+      source: path, for messages.
 
-    Raises InputError if files are missing or damaged, or do not fit each other.
+    Raises InputError if files are missing or damaged, or contradict each other.
     """
     vocab, merges = _vocab_and_merges(files, source)
     _check_vocab(vocab, merges, vocab_size, source)
@@ -76,7 +76,7 @@ class ClipTokenizer:
   def words(self, text: str) -> list[tuple[str, range]]:
     """The words that fit, in lower case, each with the places of its tokens in `self(texts)`.
 
-    Signs stand alone: 'A cat, asleep' has the words 'a', 'cat', ',' and 'asleep'.
+    Punctuation is separate: 'A cat, asleep' has the words 'a', 'cat', ',' and 'asleep'.
     """
     text = self._spelled_out(text)
     encoding = self._bpe.encode(text)
@@ -89,8 +89,8 @@ class ClipTokenizer:
     return words
 
   def spaced_words(self, text: str) -> list[range]:
-    """The places of the tokens of what stands between spaces, signs included; empty if cut off."""
-    encoding, found, stop = self._bpe.encode(text), [], 0
+    """The token places of each word between spaces, with punctuation; empty if it is cut off."""
+    encoding, places, stop = self._bpe.encode(text), [], 0
     offsets = []
     for token, offset in zip(encoding.ids, encoding.offsets, strict=True):
       _, vectors = self._vectors.get(token, ('', 'one'))
@@ -100,15 +100,15 @@ class ClipTokenizer:
       start = stop
       while stop < len(offsets) and offsets[stop][0] < word.end():
         stop += 1
-      found.append(range(start + 1, stop + 1))
-    return found
+      places.append(range(start + 1, stop + 1))
+    return places
 
   def cut_off(self, text: str) -> str:
     """The end of `text` that does not fit and is ignored; '' if all of it fits."""
     return self._bpe.decode(self._bpe.encode(self._spelled_out(text)).ids[self.length - 2 :])
 
   def _spelled_out(self, text):
-    """The text with every learned token of several vectors as all of its tokens."""
+    """The text with each learned token of several vectors replaced by all of its tokens."""
     if self.learned:
       for token in sorted(self._vectors.keys() & self._bpe.encode(text).ids):
         text = text.replace(*self._vectors[token])
@@ -140,16 +140,16 @@ def _check_vocab(vocab, merges, vocab_size, source):
     raise InputError(f'{source}: the vocabulary has ids that the text encoder has no rows for.')
   if any(len(merge) != 2 or ''.join(merge) not in vocab for merge in merges):
     raise InputError(f'{source}: merges.txt does not fit the vocabulary; fetch both again.')
-  made = {''.join(merge) for merge in merges}
-  rest = [token for token in vocab if token not in made and len(token.removesuffix('</w>')) > 1]
-  # A real vocabulary is bytes, merges and two marks; what else it holds, no text can reach. That is
-  # fine for the toy vocabularies of tests, but else merges.txt was cut short.
+  merged = {''.join(merge) for merge in merges}
+  rest = [token for token in vocab if token not in merged and len(token.removesuffix('</w>')) > 1]
+  # A real vocabulary is bytes, merges and two marks; no text gives any other token. Small
+  # vocabularies of tests may have others; in a large one, merges.txt was cut short.
   if len(vocab) > 1000 and len(rest) > len(vocab) // 100:
     raise InputError(f'{source}: merges.txt is cut short; {len(rest)} tokens have no merge.')
 
 
 def _vectors(name, vocab) -> list[str]:
-  """The tokens of all vectors of a learned token, which are '<cat>', '<cat>_1', '<cat>_2', ..."""
+  """The tokens of all vectors of a learned token: '<cat>', '<cat>_1', '<cat>_2', ..."""
   further = (f'{name}_{i}' for i in itertools.count(1))
   return [name, *itertools.takewhile(vocab.__contains__, further)]
 
@@ -166,8 +166,8 @@ def _bpe(vocab, merges, pad, learned) -> Tokenizer:
     ]
   )
   bpe.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace('</w>', ' ')])
-  bpe.add_special_tokens([START, END, pad])  # SD 2.x's '!' is its own token in a text, too
-  for token in learned:  # which the vocabulary knows by now, so that each keeps its id
+  bpe.add_special_tokens([START, END, pad])  # SD 2.x's '!' is a separate token in a text, too
+  for token in learned:  # the vocabulary has them already, so that each keeps its id
     flags = token._asdict()
     del flags['id']
     bpe.add_tokens([AddedToken(**flags)])

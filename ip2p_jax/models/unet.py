@@ -1,8 +1,8 @@
 """The denoising UNet of Stable Diffusion 1.x and 2.x (diffusers' UNet2DConditionModel).
 
 B batch, h w latent height and width, N = h*w tokens of a level, C channels, L text tokens (77).
-InstructPix2Pix differs in one number: eight input channels, the noisy latents first, then the
-image latents. Attribute names are the checkpoint's.
+InstructPix2Pix differs in one number: it has eight input channels, first the noisy latents, then
+the image latents. Attribute names are the checkpoint's.
 """
 
 import math
@@ -27,8 +27,8 @@ from ip2p_jax.models.layers import (
   halves,
 )
 
-# Queries from which the products give heads at once, so that XLA lays them out as a TPU's kernel
-# wants and never moves them (half of the layer's time besides the kernel). Slower on a CPU.
+# From this many queries on, products give separate heads: XLA then uses the layout of the TPU's
+# kernel and does not copy them (half of the layer's time besides the kernel). Slower on a CPU.
 LONG = 1024
 TRANSFORMER_NORM_EPS = 1e-6  # not in config.json
 
@@ -131,7 +131,7 @@ class TimeEmbedding(nnx.Module):
 
 
 class _BlockMaker:
-  """What every block of one UNet has in common."""
+  """Makes the resnets and transformers of one UNet's blocks."""
 
   def __init__(self, config, time_width, rngs):
     self.config, self.time_width, self.rngs = config, time_width, rngs
@@ -148,7 +148,7 @@ class _BlockMaker:
 
 
 class Block(nnx.Module):
-  """One level, down or up: resnets, each followed by a transformer if the level has any."""
+  """One level, down or up: resnets, each followed by a transformer if the level has attention."""
 
   def __init__(self, place, level, in_widths, width, has_attention, make: _BlockMaker):
     self.resnets = nnx.List([make.resnet(in_width, width) for in_width in in_widths])
@@ -183,7 +183,7 @@ class Downsample(nnx.Module):
 
 
 class SpatialTransformer(nnx.Module):
-  """Flattens the picture to tokens and runs one transformer block over them, with a residual."""
+  """Flattens the image to tokens and runs one transformer block over them, with a residual."""
 
   def __init__(self, place, level, width, config: UNetConfig, *, rngs):
     self.place, self.level = place, level
@@ -249,7 +249,7 @@ class MultiHeadAttention(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-  """GEGLU: half of a wide projection gates the other half through GELU (the exact one)."""
+  """GEGLU: half of a wide projection gates the other half through exact GELU."""
 
   def __init__(self, width, *, rngs):
     self.proj = Linear(width, 8 * width, rngs=rngs)
@@ -272,7 +272,7 @@ def _gated_forward(value, gate):
 
 def _gated_backward(inputs, grad):
   value, gate, grad32 = (x.astype(jnp.float32) for x in (*inputs, grad))
-  share = 0.5 * (1 + jax.lax.erf(gate * 0.5**0.5))  # of the normal distribution below the gate
+  share = 0.5 * (1 + jax.lax.erf(gate * 0.5**0.5))  # normal distribution function of the gate
   density = jnp.exp(-0.5 * jnp.square(gate)) * (2 * math.pi) ** -0.5
   by_value, by_gate = gate * share, value * (share + gate * density)
   return tuple((grad32 * by).astype(grad.dtype) for by in (by_value, by_gate))

@@ -1,7 +1,7 @@
 """The autoencoder of Stable Diffusion (diffusers' AutoencoderKL).
 
-B batch, H W pixels, h w latents, `factor` times fewer along each side. Latents here are
-*unscaled*, as the posterior has them; the diffusion multiplies by `config.scaling_factor`.
+B batch, H W pixels, h w latents, `factor` times fewer along each side. Latents here are *unscaled*,
+those of the posterior; the diffusion multiplies them by `config.scaling_factor`.
 """
 
 from typing import NamedTuple
@@ -126,7 +126,7 @@ class MidBlock(nnx.Module):
 
 
 class PixelAttention(nnx.Module):
-  """Every latent attends to every other, with a single head as wide as the network."""
+  """Self-attention of all latents, with a single head as wide as the network."""
 
   def __init__(self, width, groups, *, rngs):
     linear = lambda: Linear(width, width, rngs=rngs)

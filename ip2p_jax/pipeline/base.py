@@ -1,4 +1,4 @@
-"""What editing and drawing share: a checkpoint in memory, and the devices that run its programs."""
+"""The base of editing and drawing: a checkpoint in memory, and the devices that run it."""
 
 import os
 import warnings
@@ -28,10 +28,10 @@ DTYPES = ('float32', 'bfloat16', 'float16')
 
 
 class Pipeline:
-  """A checkpoint that makes images: one on one device, several on all of this process.
+  """A checkpoint that makes images: one image on one device, several on all of this process.
 
-  A subclass says the kind of its programs, and has `check`, which raises InputError for a
-  checkpoint of another kind.
+  A subclass defines `kind`, of its programs, and `check`, which raises InputError for a checkpoint
+  of another kind.
   """
 
   kind: program.Kind
@@ -47,7 +47,7 @@ class Pipeline:
   ):
     """`params` holds a parameter tree each for 'unet', 'vae' and 'text_encoder'.
 
-    `mesh` has the devices that share the images of a call; None takes all of this process.
+    `mesh`: the devices that share the images of a call; None takes all devices of this process.
     """
     self.check(networks, source)
     self.networks, self.params, self.tokenizer = networks, params, tokenizer
@@ -73,11 +73,11 @@ class Pipeline:
       path: the checkpoint.
       dtype: of weights and arithmetic; None takes float32 on a CPU and bfloat16 elsewhere.
       variant: of a folder's files, such as 'fp16'.
-      ema: whether to take averaged weights, of a single file or a workdir that holds them too;
-        None takes them unless the live ones of a file were changed without them, as merging does.
-      prediction_type: 'epsilon' or 'v_prediction', for single files that cannot say.
+      ema: for a single file or workdir with averaged weights: whether to take them. None takes them
+        unless a file's live weights were changed without them, as by a merge.
+      prediction_type: 'epsilon' or 'v_prediction', for single files, which do not say.
 
-    Raises InputError for anything that is missing, broken or not supported.
+    Raises InputError if something is missing, broken or not supported.
     """
     checkpoint = workdir.load(path, variant=variant, ema=ema, prediction_type=prediction_type)
     return cls.from_checkpoint(checkpoint, dtype)
@@ -95,7 +95,7 @@ class Pipeline:
     self, name, texts, sampling: Sampling, size: tuple[int, int], *, text_guidance, negative, seeds,
     indices, init_noise, step_noise,
   ) -> program.Request:  # fmt: skip
-    """A request, checked, for latents of `size` (height, width). `name` is a text's in errors."""
+    """A checked request for latents of `size` (height, width); `name` is for messages."""
     batch = len(texts)
     shape = (batch, *size, self.networks.vae_config.latent_channels)
     grid = sampling.grid(self.networks.schedule)
@@ -115,9 +115,9 @@ class Pipeline:
   def _run(
     self, spec: Any, request: program.Request, progress: Progress | None = None
   ) -> program.Images:
-    """The images of a request. A lone one is made by one device, several by all of the mesh.
+    """The images of a request. One device makes a single image, all of the mesh make several.
 
-    Each device makes equally many: some are made twice if they do not divide.
+    Every device makes equally many: if the number does not divide, some images are made twice.
     """
     count = len(request.token_ids)
     if count == 1 or self.mesh.size == 1:
@@ -129,7 +129,7 @@ class Pipeline:
     return program.Images(*(x[:count] for x in images))
 
   def _tokens(self, name: str, texts: Sequence[str]) -> np.ndarray:
-    """int32 [B, L]; warns of what is cut off."""
+    """int32 [B, L]; warns of text that is cut off."""
     for text in dict.fromkeys(texts):
       if cut := self.tokenizer.cut_off(text).strip():
         warnings.warn(
@@ -139,7 +139,7 @@ class Pipeline:
     return self.tokenizer(texts)
 
   def _on_all(self):
-    """The parameters on every device; copied when several images are first made."""
+    """The parameters on every device; copied with the first request of several images."""
     if self._copies[0] is not self.params:
       self._copies = self.params, sharding.copied(self.mesh, self.params)
     return self._copies[1]

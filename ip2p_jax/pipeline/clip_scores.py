@@ -1,8 +1,8 @@
-"""What CLIP says of a pair of images and their captions: the numbers that data is filtered by.
+"""CLIP's scores of a pair of images and their captions, by which data is filtered.
 
 B pairs, H W pixels, L text tokens (77), P width of the space that images and texts share. The
-towers are read from a folder as transformers' CLIPModel has it (openai/clip-vit-large-patch14 is
-what the paper's thresholds were tuned with).
+towers are read from a folder of transformers' CLIPModel (the paper tuned its thresholds with
+openai/clip-vit-large-patch14).
 """
 
 import os
@@ -28,11 +28,12 @@ from ip2p_jax.xla_alarms import quietly
 
 MEAN = np.float32([[[(0.48145466, 0.4578275, 0.40821073)]]])  # of colours in 0..1
 STD = np.float32([[[(0.26862954, 0.26130258, 0.27577711)]]])
-CUBIC = -0.75  # of the kernel; torch's, where most others have -0.5
+CUBIC = -0.75  # of the kernel, as in torch; most other libraries have -0.5
 TOKENIZER_FILES = ('.json', '.txt')
-# The least length of a change, of embeddings of length 1. Measured with the miniature's CLIP: equal
-# inputs in other rows of a batch are up to 3e-7 apart (in bfloat16 4e-3, half of its epsilon),
-# images whose every pixel is off by a level 1e-3, captions but for a last stop 2e-2.
+# The least length of a change, for embeddings of length 1. Measured with the miniature's CLIP:
+# equal inputs in other rows of a batch are up to 3e-7 apart (bfloat16: 4e-3, half of its epsilon);
+# images that differ by one level in every pixel are 1e-3 apart; captions with and without a full
+# stop 2e-2.
 LEAST_CHANGE = 1e-4
 
 
@@ -53,10 +54,10 @@ class Towers(NamedTuple):
     return _unit(nnx.merge(self.vision_def, params['vision'])((small - MEAN) / STD))
 
   def scores(self, params, images: Array, token_ids: Array) -> Scores:
-    """Of images [2, B, H, W, 3] in 0..1 and their captions' tokens [2, B, L].
+    """Scores of images [2, B, H, W, 3] in 0..1 and their captions' tokens [2, B, L].
 
-    The direction of what did not change, images in 8 bits or captions, is 0, as is one so short
-    that it may be rounding.
+    The direction is 0 if images (in 8 bits) or captions did not change, or changed so little that
+    it may be rounding.
     """
     flat = lambda x: x.reshape(-1, *x.shape[2:])
     levels = jnp.round(images * 255)
@@ -86,15 +87,15 @@ class Clip:
 
   @classmethod
   def load(cls, path: str | os.PathLike, dtype: str = 'float32') -> Self:
-    """Reads `config.json`, `model.safetensors` and the tokenizer; InputError if one is amiss."""
+    """Reads `config.json`, `model.safetensors` and the tokenizer; InputError if one is wrong."""
     folder = storage.folder(path)
     if not (folder / 'config.json').exists():
-      raise InputError(f'{path}: no CLIP here; give a folder as transformers saves a CLIPModel.')
+      raise InputError(f'{path}: no CLIP here; give the folder of a CLIPModel of transformers.')
     config = storage.read_json(folder / 'config.json')
     for key in ('text_config', 'vision_config'):
       if not isinstance(config.get(key), dict):
         raise InputError(f'{folder / "config.json"} lacks {key}; it is not a CLIPModel.')
-    # What both have may be told once.
+    # A key that both towers need may be given once.
     shared = {key: config[key] for key in ('projection_dim',) if key in config}
     text = TextConfig.from_json(shared | config['text_config'], f'{folder}: text_config')
     vision = VisionConfig.from_json(shared | config['vision_config'], f'{folder}: vision_config')
@@ -125,7 +126,7 @@ class Clip:
     captions: Sequence[str],
     edited_captions: Sequence[str],
   ) -> Scores:
-    """Of uint8 images [B, H, W, 3] before and after, and their captions."""
+    """Scores of uint8 images [B, H, W, 3] before and after, and their captions."""
     images = np.float32(np.stack([inputs, edits])) / 255
     tokens = np.stack([self.tokenizer(captions), self.tokenizer(edited_captions)])
     return Scores(*map(np.asarray, quietly(self._scores, self.params, images, tokens)))
@@ -134,7 +135,7 @@ class Clip:
 def resize(images: Array, size: int) -> Array:
   """Bicubic to [B, size, size, 3], squashed and without antialiasing, as torch's `interpolate`.
 
-  That is how the thresholds of the released data were tuned (clip_similarity.py of the original).
+  The thresholds of the released data were tuned so (clip_similarity.py of the original).
   """
   height, width = images.shape[1:3]
   if (height, width) == (size, size):
@@ -144,7 +145,7 @@ def resize(images: Array, size: int) -> Array:
 
 
 def cubic_weights(size: int, new_size: int) -> np.ndarray:
-  """float32 [new_size, size]: each new pixel from four old ones; the outermost are repeated."""
+  """float32 [new_size, size]: each new pixel from four old ones; edge pixels are repeated."""
   centres = (np.arange(new_size) + 0.5) * size / new_size - 0.5
   first = np.floor(centres).astype(int)
   weights = np.zeros((new_size, size))
@@ -169,9 +170,9 @@ def _dot(a, b):
 
 
 def _is_still(embeddings, inputs, params):
-  """bool [B]: whether inputs [2, B, ...] are equal, or their embeddings but for rounding.
+  """bool [B]: whether inputs [2, B, ...] are equal, or their embeddings up to rounding.
 
-  Embeddings are rounded as the weights are. False where they are not finite.
+  The precision of embeddings is that of the weights. False if they are not finite.
   """
   precision = float(jnp.finfo(jax.tree.leaves(params)[0].dtype).eps)
   length = jnp.linalg.norm(embeddings[1] - embeddings[0], axis=-1)

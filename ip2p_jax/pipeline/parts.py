@@ -1,12 +1,12 @@
 """Parts of every program that makes images: pixels, latents, texts, guidance and noise.
 
 B images, H W pixels, h w latents' sides, L text tokens, C width of the text encoder, K branches of
-guidance. `params` has a tree each for 'unet', 'vae' and 'text_encoder'. All of it is for use inside
-jit.
+guidance. `params` has a tree each for 'unet', 'vae' and 'text_encoder'. All functions are for use
+inside jit.
 
-There are two ways from the decoder to uint8, and both stay, since their roundings differ where a
-value lies between two levels: `to_uint8` at once (edits, and images drawn from a text), and
-`to_unit_range` with `unit_to_uint8` (pairs, which CLIP sees in between).
+There are two ways from the decoder to uint8, and both are needed, because they round values between
+two levels differently: `to_uint8` (edits, and images drawn from a text), and `to_unit_range` with
+`unit_to_uint8` (pairs; CLIP sees the values in between).
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ from ip2p_jax.models.layers import Params
 from ip2p_jax.models.vae import Posterior
 from ip2p_jax.pipeline.networks import Networks
 
-# With no image to guide by, both scales are equal, and the branch between these two has no weight.
+# Without image guidance both scales are equal, and the third branch has weight 0.
 BY_TEXT = (guidance.TEXT_AND_IMAGE, guidance.UNCONDITIONAL)
 
 # (branches, x [B, h, w, 4], timestep []) -> the network's predictions [K, B, h, w, 4].
@@ -34,12 +34,12 @@ def to_model_range(images: Array) -> Array:
 
 
 def to_uint8(decoded: Array) -> Array:
-  """float32 [..., 3] in about -1..1, as the decoder gives it -> uint8, rounded in float32."""
+  """The decoder's float32 [..., 3] in about -1..1 -> uint8, rounded in float32."""
   return jnp.round(jnp.clip(decoded * 127.5 + 127.5, 0, 255)).astype(jnp.uint8)
 
 
 def to_unit_range(decoded: Array) -> Array:
-  """float32 [..., 3] in about -1..1, as the decoder gives it -> float32 in 0..1."""
+  """The decoder's float32 [..., 3] in about -1..1 -> float32 in 0..1."""
   return jnp.clip(decoded / 2 + 0.5, 0, 1)
 
 
@@ -56,13 +56,13 @@ def encode(vae_def: nnx.GraphDef, vae_params: Params, images: Array) -> Posterio
 def image_latents(networks: Networks, params, images: Array) -> Array:
   """uint8 [B, H, W, 3] -> unscaled latents [B, h, w, 4], without noise: the posterior's mode.
 
-  The UNet of an editor takes them so: every released checkpoint was trained with these.
+  They are the input of an editor's UNet: every released checkpoint was trained with them.
   """
   return encode(networks.vae_def, params['vae'], images).mode()
 
 
 def scaled_latents(networks: Networks, params, images: Array) -> Array:
-  """uint8 [B, H, W, 3] -> latents [B, h, w, 4] at the scale that the diffusion knows."""
+  """uint8 [B, H, W, 3] -> latents [B, h, w, 4] at the scale of the diffusion."""
   return image_latents(networks, params, images) * networks.vae_config.scaling_factor
 
 
@@ -77,7 +77,7 @@ def encode_texts(
 ) -> tuple[Array, Array]:
   """Contexts of tokens [..., L] and of the null text [1, L]: [..., L, C] and [1, L, C].
 
-  The null text is the empty one, or a negative one. All texts are one batch of the text encoder.
+  The null text is empty or negative. All texts are one batch of the text encoder.
   """
   texts = token_ids.reshape(-1, token_ids.shape[-1])
   text_encoder = nnx.merge(networks.text_encoder_def, params['text_encoder'])
@@ -95,8 +95,8 @@ def predict_branches(
 ) -> Array:
   """The UNet's predictions [K, B, h, w, 4] of K branches, in one call of the network.
 
-  Each branch has its `latents` [B, h, w, 4 or 8] and `contexts` [B, L, C]. `attention` None is the
-  networks' own.
+  Each branch has its `latents` [B, h, w, 4 or 8] and `contexts` [B, L, C]. `attention` None takes
+  that of the networks.
   """
   unet = nnx.merge(networks.unet_def, params['unet'])
   predictions = unet(
@@ -117,7 +117,7 @@ def predict_by_text(
 ) -> Array:
   """`predict_branches` of a text-to-image model; `branches` are some of BY_TEXT.
 
-  `context` is [B, L, C]; `null_context` is the same, or [1, L, C].
+  `context` is [B, L, C]; `null_context` is [B, L, C] or [1, L, C].
   """
   contexts = {
     guidance.TEXT_AND_IMAGE: context,
@@ -128,14 +128,14 @@ def predict_by_text(
 
 
 def initial_noise(keys: Array, shape: tuple[int, ...], given: Array | None = None) -> Array:
-  """Standard normal noise [B, h, w, 4] to begin with: as given, or made by the images' keys [B]."""
+  """Standard normal noise [B, h, w, 4] of the start: `given`, or drawn by the images' keys [B]."""
   return noise.initial_noise(keys, shape) if given is None else given
 
 
 def step_noise(
   sampler: str, keys: Array, i: Array, shape: tuple[int, ...], given: Array | None = None
 ) -> Array | None:
-  """Standard normal noise [B, h, w, 4] of step `i`: of `given` [S, B, h, w, 4], or made by keys.
+  """Standard normal noise [B, h, w, 4] of step `i`: from `given` [S, B, h, w, 4], or drawn by keys.
 
   None for a sampler that takes none.
   """

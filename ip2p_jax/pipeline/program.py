@@ -1,8 +1,8 @@
 """A run of a sampler as jitted programs: from a request to images, at once or step by step.
 
 B images, H W pixels, h w the latents' sides, L text tokens (77), C width of the text encoder, S
-steps. A request is traced, so that other texts, scales, seeds and noise never recompile; a spec,
-hashable, is what a program is compiled for.
+steps. A request is traced, so that other texts, scales, seeds and noise never recompile. A spec is
+hashable and static: a program is compiled for each.
 """
 
 import functools
@@ -24,7 +24,7 @@ from ip2p_jax.xla_alarms import quietly
 
 
 class Request(NamedTuple):
-  """The traced inputs of one call; optional arrays are None when not given."""
+  """The traced inputs of one call; optional arrays may be None."""
 
   token_ids: Array  # int32 [B, L]
   negative_ids: Array  # int32 [1, L]
@@ -34,29 +34,29 @@ class Request(NamedTuple):
   grid: samplers.Grid
   guided_sigmas: Array  # float32 [2]: guide where [0] < sigma <= [1]
   rescale: Array | None = None  # float32 []
-  images: Array | None = None  # uint8 [B, H, W, 3], to edit, or to begin with at `grid.first`
-  image_guidance: Array | None = None  # float32 [B], of edits
-  mask: Array | None = None  # float32 [B, h, w, 1], of edits; 1 = edit
+  images: Array | None = None  # uint8 [B, H, W, 3], to edit, or to start from at `grid.first`
+  image_guidance: Array | None = None  # float32 [B], for edits
+  mask: Array | None = None  # float32 [B, h, w, 1], for edits; 1 = edit
   init_noise: Array | None = None  # float32 [B, h, w, 4], standard normal
   step_noise: Array | None = None  # float32 [S, B, h, w, 4], standard normal
 
 
 class Conditions(NamedTuple):
-  """What is computed once per image, before the first step."""
+  """Values computed once per image, before the first step."""
 
   context: Array  # [B, L, C]
   null_context: Array  # [1, L, C]
   keys: Array  # [B], of each image's noise
-  image_latents: Array | None = None  # [B, h, w, 4], unscaled, of edits
+  image_latents: Array | None = None  # [B, h, w, 4], unscaled, for edits
 
 
-# How devices share these, field by field.
+# How devices split the fields.
 SPLIT = Request(ROWS, WHOLE, ROWS, ROWS, ROWS, WHOLE, WHOLE, WHOLE, ROWS, ROWS, ROWS, ROWS, SECOND)
 SPLIT_CONDITIONS = Conditions(ROWS, WHOLE, ROWS, ROWS)
 
 
 class Kind(NamedTuple):
-  """What one kind of program is made of. Its spec has `sampler`, `branches` and `has_interval`.
+  """One kind of program. Its spec has `sampler`, `branches` and `has_interval`.
 
   Attributes:
     name: of the program, in profiles and logs.
@@ -79,7 +79,7 @@ class Images(NamedTuple):
 class Programs(NamedTuple):
   """The whole run, and its three parts, jitted. They take a spec (static), parameters, a request.
 
-  `advance` also takes conditions, state and the step's number; `end` also takes the state.
+  `advance` also takes conditions, state and step number; `end` also takes the state.
   """
 
   whole: Callable
@@ -89,36 +89,39 @@ class Programs(NamedTuple):
 
 
 def compiled(kind: Kind, networks: Networks, mesh: Mesh | None = None) -> Programs:
-  """Each device of the mesh makes its own rows; without a mesh, where the parameters lie."""
-  given = (WHOLE, SPLIT)  # parameters, and the request
+  """The programs of a kind. Each device of the mesh makes its own rows.
+
+  Without a mesh they run where the parameters are.
+  """
+  specs = (WHOLE, SPLIT)  # parameters, and the request
 
   def jitted(name, f, in_specs, out_specs):
     def run(spec, *inputs):
-      whole = functools.partial(f, networks, spec)
-      return each_its_rows(whole, mesh, in_specs, out_specs)(*inputs)
+      program = functools.partial(f, networks, spec)
+      return each_its_rows(program, mesh, in_specs, out_specs)(*inputs)
 
-    run.__name__ = name  # what profiles and logs show
+    run.__name__ = name  # shown in profiles and logs
     return jax.jit(run, static_argnums=0)
 
   of_kind = lambda f: functools.partial(f, kind)
   return Programs(
-    jitted(kind.name, of_kind(whole), given, ROWS),
-    jitted('begin', kind.begin, given, (SPLIT_CONDITIONS, ROWS)),
-    jitted('advance', of_kind(advance), (*given, SPLIT_CONDITIONS, ROWS, WHOLE), ROWS),
-    jitted('end', end, (*given, ROWS), ROWS),
+    jitted(kind.name, of_kind(whole), specs, ROWS),
+    jitted('begin', kind.begin, specs, (SPLIT_CONDITIONS, ROWS)),
+    jitted('advance', of_kind(advance), (*specs, SPLIT_CONDITIONS, ROWS, WHOLE), ROWS),
+    jitted('end', end, (*specs, ROWS), ROWS),
   )
 
 
 def encode_texts(networks: Networks, params, request: Request) -> Conditions:
-  """The conditions of a text alone."""
+  """The conditions by text alone."""
   contexts = parts.encode_texts(networks, params, request.token_ids, request.negative_ids)
   return Conditions(*contexts, noise.image_keys(request.seeds, request.indices))
 
 
 def guided_denoiser(networks: Networks, spec, request: Request, predict: parts.Predict):
-  """`denoise(x, sigma)` with guidance, in all steps or those of the interval."""
+  """`denoise(x, sigma)` with guidance, in all steps or in those of the interval."""
   image_guidance = request.image_guidance
-  if image_guidance is None:  # the same scale leaves no weight to the branch of the image alone
+  if image_guidance is None:  # with equal scales the branch of the image alone has weight 0
     image_guidance = request.text_guidance
 
   def denoise_by(branches):
@@ -168,7 +171,7 @@ def end(networks: Networks, spec, params, request, state) -> Images:
 def run(
   programs: Programs, spec, params, request: Request, progress: Progress | None = None
 ) -> Images:
-  """The whole program; with `progress` its parts, so that the host can count the steps."""
+  """Runs the whole program, or with `progress` its parts, so that the host can count the steps."""
   if progress is None:
     return quietly(programs.whole, spec, params, request)
   conditions, state = quietly(programs.begin, spec, params, request)
@@ -176,7 +179,7 @@ def run(
   for done, i in enumerate(steps):
     previous = state
     state = quietly(programs.advance, spec, params, request, conditions, state, np.int32(i))
-    jax.block_until_ready(previous)  # one step is always in flight
+    jax.block_until_ready(previous)  # so that one step always runs ahead
     progress(done, len(steps))
   images = jax.block_until_ready(quietly(programs.end, spec, params, request, state))
   progress(len(steps), len(steps))

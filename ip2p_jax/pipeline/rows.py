@@ -1,4 +1,4 @@
-"""What a caller gives, as rows: one for each image to make. InputError for what does not fit."""
+"""Arguments of a caller as rows, one for each image to make; InputError if they do not fit."""
 
 import secrets
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ def some_seed() -> int:
 
 
 def repeated(**columns: Sequence) -> dict[str, list]:
-  """Repeats each column of one entry as often as the others have entries."""
+  """Repeats each column of one entry to the length of the others."""
   count = max(map(len, columns.values()))
   for name, column in columns.items():
     if len(column) not in (1, count):
@@ -36,7 +36,7 @@ def check_positive(**values: int | None) -> None:
 
 
 def groups(sizes: Sequence[tuple[int, int]], batch_size: int | None) -> list[list[int]]:
-  """Rows of equal working size, at most `batch_size` together if that is given."""
+  """Groups of rows of equal working size; `batch_size` limits a group, None does not."""
   by_size = {}
   for row, size in enumerate(sizes):
     by_size.setdefault(size, []).append(row)
@@ -48,7 +48,7 @@ def groups(sizes: Sequence[tuple[int, int]], batch_size: int | None) -> list[lis
 
 
 def padded(rows: list[int], batch_size: int | None) -> list[int]:
-  """The rows, repeated until they fill a batch, so that one compiled program serves all."""
+  """The rows, repeated to fill a batch, so that one compiled program serves all batches."""
   return (rows * batch_size)[:batch_size] if batch_size else rows
 
 
@@ -96,7 +96,7 @@ def pixels(images: np.ndarray, factor: int) -> np.ndarray:
 
 
 def check_noise(init_noise: np.ndarray | None, step_noise: np.ndarray | None, count: int) -> None:
-  """Raises InputError unless given noise has a row for each of `count` results."""
+  """Raises InputError unless noise is None or has a row for each of `count` results."""
   for name, value, axis in (('init_noise', init_noise, 0), ('step_noise', step_noise, 1)):
     shape = np.shape(value)
     if value is not None and shape[axis : axis + 1] != (count,):
@@ -108,14 +108,14 @@ def check_noise(init_noise: np.ndarray | None, step_noise: np.ndarray | None, co
 def noise_of(
   rows: list[int], init_noise: np.ndarray | None, step_noise: np.ndarray | None
 ) -> dict[str, np.ndarray | None]:
-  """The given noise of some rows, as arguments by name."""
+  """The noise of `rows`, as arguments by name."""
   return {
     'init_noise': None if init_noise is None else np.asarray(init_noise)[rows],
     'step_noise': None if step_noise is None else np.asarray(step_noise)[:, rows],
   }
 
 
-def check_finite(made: str, latents: np.ndarray) -> None:
-  """Raises InputError for what overflowed."""
+def check_finite(what: str, latents: np.ndarray) -> None:
+  """Raises InputError if latents overflowed; `what` they are, for the message."""
   if not np.isfinite(latents).all():
-    raise InputError(f'the {made} overflowed; use lower scales, or the dtype bfloat16 or float32.')
+    raise InputError(f'the {what} overflowed; use lower scales, or the dtype bfloat16 or float32.')

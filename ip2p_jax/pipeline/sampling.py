@@ -1,4 +1,4 @@
-"""How to walk from noise to latents, and which settings of an edit can act at all."""
+"""Settings of a sampler, and checks that each setting of an edit has an effect."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,15 +12,15 @@ from ip2p_jax.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """How to walk from noise to latents.
+  """Settings of the way from noise to latents.
 
   Attributes:
     sampler: 'euler_ancestral', 'euler', 'heun', 'ddim', 'dpmpp_2m' or 'lcm'.
-    spacing: of the timesteps: 'linspace', 'leading', 'trailing'; None is the sampler's own.
-    karras: whether to space the noise levels after Karras et al. (2022).
+    spacing: of the timesteps: 'linspace', 'leading', 'trailing'; None is the sampler's default.
+    karras: whether to space the noise levels as Karras et al. (2022) do.
     rescale: 0 to 1, against overexposure at high scales (Lin et al. 2023).
-    interval: the part of the steps to guide in, as in (0.2, 0.8); outside it the network runs once
-      per step instead of up to three times (Kynkaanniemi et al. 2024).
+    interval: the part of the steps with guidance, as in (0.2, 0.8); in other steps the network runs
+      once instead of up to three times (Kynkaanniemi et al. 2024).
   """
 
   steps: int = 100
@@ -31,7 +31,7 @@ class Sampling:
   interval: tuple[float, float] = (0.0, 1.0)
 
   def __post_init__(self):
-    self.grid(Schedule())  # most mistakes show with any schedule, and before a checkpoint is read
+    self.grid(Schedule())  # finds most mistakes before a checkpoint is read
     if not 0 <= self.rescale <= 1:
       raise InputError(f'rescale is {self.rescale}; it goes from 0 (none) to 1.')
     start, stop = self.interval
@@ -40,12 +40,12 @@ class Sampling:
     self._check_acts()
 
   def _check_acts(self):
-    """Refuses what changes no noise level, of which there may be too few, or others decide."""
+    """Raises InputError for a setting that changes no noise level."""
     plain = dataclasses.replace(self, karras=False) if self.karras else self
     own, plain = (sampling.grid(Schedule()).sigmas for sampling in (self, plain))
     if self.karras and np.array_equal(own, plain):
       raise InputError(f'karras changes nothing in {self.steps} steps; leave it out.')
-    # From end to end, whatever else; 'linspace' is its own.
+    # These levels always span the whole schedule; 'linspace' is the default.
     if self.karras and self.sampler == 'dpmpp_2m' and self.spacing not in (None, 'linspace'):
       raise InputError('spacing changes nothing in dpmpp_2m with karras; leave one of them out.')
 
@@ -53,16 +53,16 @@ class Sampling:
     return samplers.noise_levels(schedule, self.sampler, self.steps, self.spacing, self.karras)
 
   def has_interval(self, branches: tuple[str, ...]) -> bool:
-    """Whether steps differ in guidance; `branches` are those of the guided ones."""
+    """Whether only some steps are guided; `branches` are those of the guided steps."""
     return tuple(self.interval) != (0.0, 1.0) and branches != guidance.CONDITIONAL
 
   def guided_steps(self) -> tuple[int, int]:
-    """The first step that is guided, and the first one after that is not."""
+    """The first guided step, and the first step after the guided ones."""
     start, stop = (round(fraction * self.steps) for fraction in self.interval)
     return start, stop
 
   def guided_sigmas(self, sigmas: np.ndarray) -> np.ndarray:
-    """float32 [2]: guide at noise levels over the first and up to the second."""
+    """float32 [2]: guide at noise levels above the first and up to the second."""
     start, stop = self.guided_steps()
     return np.float32([sigmas[stop], np.inf if start == 0 else sigmas[start]])
 
@@ -78,7 +78,7 @@ def check_acts(
   low, high = sampling.interval
   window, steps = f'interval {low:g} to {high:g}', sampling.steps
   if negative and not negative.strip():
-    raise InputError('negative is blank, which is what it is without it; leave it out.')
+    raise InputError('negative is blank, which is the default; leave it out.')
   scales = np.asarray(text_guidance), np.asarray(image_guidance)
   if guidance.branches(*scales) != (guidance.TEXT_AND_IMAGE,):
     if start == stop:
@@ -86,8 +86,8 @@ def check_acts(
     if (low, high) != (0, 1) and (start, stop) == (0, steps):
       raise InputError(f'{window} holds all of {steps} steps; leave it out.')
     return
-  given = {'negative': negative, 'rescale': sampling.rescale, 'interval': (low, high) != (0, 1)}
-  if idle := ' and '.join(name for name, value in given.items() if value):
+  options = {'negative': negative, 'rescale': sampling.rescale, 'interval': (low, high) != (0, 1)}
+  if idle := ' and '.join(name for name, value in options.items() if value):
     raise InputError(
       f'{idle}: of no use with guidance of scale 1, which guides nothing; leave it out, or give'
       ' another scale.'
@@ -101,7 +101,7 @@ def check_noise_acts(
   init_noise: np.ndarray | None,
   step_noise: np.ndarray | None,
 ) -> None:
-  """Raises InputError for noise that a sampler does not take, or a seed of noise that is given."""
+  """Raises InputError for noise that the sampler does not use, or a seed that has no effect."""
   if step_noise is not None and sampler not in samplers.STOCHASTIC:
     raise InputError(f'step_noise: the sampler {sampler} takes none; leave it out.')
   is_given = init_noise is not None and (
@@ -110,4 +110,4 @@ def check_noise_acts(
   if is_given and not (seed is None and indices is None):
     raise InputError('seed and indices make noise, and all noise is given; leave them out.')
   if seed is None and indices is not None:
-    raise InputError('indices: of no use without a seed, which is then drawn; give one.')
+    raise InputError('indices: of no use without a seed, which is then random; give one.')

@@ -1,4 +1,4 @@
-"""The four numbers that CLIP has for a pair; without CLIP, so that it is read in no time."""
+"""CLIP's four scores of a pair; this file needs no CLIP, so that it loads fast."""
 
 from typing import Any, NamedTuple
 

@@ -1,8 +1,8 @@
 """Images from texts: `TextToImage.load(path).draw('a photo of a lake')`, alone or from an image.
 
-From an image (img2img, as in SDEdit: Meng et al. 2022), its latents get noise up to a part of the
-way and are denoised from there. B images of one call of the program, H W their size, h w the
-latents' (H and W over the VAE's factor, 8), L text tokens (77), S steps.
+From an image (img2img, as in SDEdit: Meng et al. 2022): its latents get noise of a middle step, and
+are denoised from there. B images of one call of the program, H W their size, h w the latents' size
+(H and W over the VAE's factor, 8), L text tokens (77), S steps.
 """
 
 import functools
@@ -24,7 +24,7 @@ from ip2p_jax.progress import Progress, part_of
 
 
 class DrawSpec(NamedTuple):
-  """What a compiled program is made for; everything else is traced."""
+  """The static settings of a compiled program; everything else is traced."""
 
   sampler: str
   branches: tuple[str, ...]
@@ -77,28 +77,28 @@ class TextToImage(Pipeline):
     batch_size: int | None = None,
     progress: Progress | None = None,
   ) -> list[Image.Image]:
-    """Draws an image for each text. One text goes with any number of seeds, and so on.
+    """Draws an image for each text. One text may have any number of seeds, and so on.
 
     Args:
       texts: what to draw, as in 'a photo of a lake'.
       sampling: steps, sampler and so on.
-      init: an image to begin with; results have its size, colours and transparency.
-      strength: with `init`, the part of the steps that is done; see `first_step`.
-      size: side of the square images in pixels, or with `init` the longer side at work; None is the
-        checkpoint's own.
+      init: an image to start from; results have its size, colours and transparency.
+      strength: with `init`, the fraction of the steps that is done; see `first_step`.
+      size: side of the square images in pixels, or with `init` the longer working side; None takes
+        the checkpoint's.
       text_guidance: how strongly to follow the text (5 to 15 make sense).
-      negative: what the result should not be; takes the place of the empty text.
-      seed: 0 to 2**32 - 1. An image's noise depends on its seed and index only, never on the batch
-        it is in. None draws one seed for the call.
-      indices: one per result; by default 0, 1, 2 ... counting the texts, so that all variations of
-        one text have 0.
+      negative: what the result should not be; replaces the empty text.
+      seed: 0 to 2**32 - 1. An image's noise depends on its seed and index only, never on its batch.
+        None draws one seed for the call.
+      indices: one per result; by default 0, 1, 2 ... over the texts, so that all variations of one
+        text have 0.
       init_noise, step_noise: standard normal [B, h, w, 4] and [S, B, h, w, 4], to repeat a run of
         another framework.
       batch_size: images per call of the program, on all devices together; fewer are padded. None
         puts all into one call.
-      progress: called as (steps done, steps in all); the program then runs step by step.
+      progress: called as (steps done, total steps); the program then runs step by step.
 
-    Raises InputError on bad values, and for settings that cannot act.
+    Raises InputError for bad values, and for settings without effect.
     """
     check_acts(sampling, text_guidance, text_guidance, negative)
     check_noise_acts(sampling.sampler, seed, indices, init_noise, step_noise)
@@ -141,7 +141,7 @@ class TextToImage(Pipeline):
     return results
 
   def _size(self, original: Image.Image | None, size: int | None) -> tuple[int, int]:
-    """(width, height) to work at."""
+    """The working size (width, height)."""
     size = self.networks.resolution if size is None else size
     if original is None:
       return size, size
@@ -163,11 +163,11 @@ class TextToImage(Pipeline):
     step_noise: np.ndarray | None = None,
     progress: Progress | None = None,
   ) -> Images:
-    """Runs the program on a batch of texts: images and latents out, on the devices.
+    """Runs the program on a batch of texts; returns images and latents on the devices.
 
-    `size` is (height, width), multiples of the VAE's factor; None is the checkpoint's own. Or
-    `images` uint8 [B, H, W, 3] are those to begin with. The rest is as in `draw`. Several images
-    are shared by all devices.
+    `size` is (height, width), multiples of the VAE's factor; None takes the checkpoint's. `images`
+    uint8 [B, H, W, 3] are images to start from, instead of `size`. The rest is as in `draw`. All
+    devices share several images.
     """
     batch, factor = len(texts), self.networks.vae_config.factor
     size = size or [self.networks.resolution] * 2
@@ -193,10 +193,10 @@ class TextToImage(Pipeline):
 
 
 def first_step(steps: int, strength: float) -> int:
-  """The step to begin an image with: the part `strength` of the steps is done, rounded down.
+  """The first step from an image: the fraction `strength` of the steps is done, rounded down.
 
-  That is diffusers' rule. At 0 nothing is done, and the image comes back as the autoencoder sees
-  it; at 1 it gets the most noise there is, which leaves very little of it.
+  This is diffusers' rule. At 0 no step is done: the result is the image through the autoencoder. At
+  1 the image gets the most noise, which leaves very little of it.
   """
   if not 0 <= strength <= 1:
     raise InputError(f'strength is {strength}; it goes from 0 (the image) to 1 (a new one).')

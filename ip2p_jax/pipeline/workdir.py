@@ -1,11 +1,11 @@
-"""The workdir of a training run: its config, its checkpoints, and the weights to take out of it.
+"""The workdir of a training run: its config, its checkpoints, and how to read its weights.
 
-  config.json    the knobs
-  base/          what training leaves alone: VAE, text encoder, tokenizer, untrained weights
+  config.json    the settings
+  base/          parts that are not trained: VAE, text encoder, tokenizer, untrained weights
   checkpoints/   STEP/state and STEP/extras, by Orbax
 
-A workdir is a local folder or gs://bucket/folder. A run is killed at any time: what is not complete
-is never read, and cleared by the next start.
+A workdir is a local folder or gs://bucket/folder. A run may be killed at any time: incomplete files
+are never read, and the next start deletes them.
 """
 
 import dataclasses
@@ -42,9 +42,9 @@ def load(
   ema: bool | None = None,
   prediction_type: str | None = None,
 ) -> weights.Checkpoint:
-  """The weights of a workdir's latest checkpoint, or of any file or folder that `weights.read` can.
+  """The weights of a workdir's latest checkpoint, or of any checkpoint that `weights.read` reads.
 
-  Raises InputError for anything that is missing, damaged or not supported.
+  Raises InputError if something is missing, damaged or not supported.
   """
   if not is_workdir(path):
     return weights.read(path, variant=variant, ema=ema, prediction_type=prediction_type)
@@ -57,13 +57,13 @@ def load(
 def read(workdir: Workdir, ema: bool = True, step: int | None = None) -> weights.Checkpoint:
   """A run's weights as a checkpoint, float32, adapters merged; runs on any number of devices.
 
-  The run may be going on. Only the weights asked for are read, and not the optimizer's state.
+  The run may still go on. Only the requested weights are read, not the optimizer's state.
 
   Args:
-    ema: the moving average, or the weights that are being trained.
+    ema: whether to read the moving average or the trained weights.
     step: None takes the latest checkpoint.
 
-  Raises InputError if there is none, or if something of it is missing or damaged.
+  Raises InputError if there is no checkpoint, or a part of it is missing or damaged.
   """
   base = load_base(workdir)
   if base is None:
@@ -78,7 +78,7 @@ def read(workdir: Workdir, ema: bool = True, step: int | None = None) -> weights
 
 
 def read_adapters(workdir: Workdir, ema: bool = True) -> tuple[dict[str, np.ndarray], LoraConfig]:
-  """The adapters of a LoRA run, {dotted name: float32}, and their settings; as `read` otherwise."""
+  """The adapters of a LoRA run, {dotted name: float32}, and their settings; otherwise as `read`."""
   config = lora_config(workdir)
   if not config.rank:
     raise InputError(f'{workdir}: trained the weights themselves (lora.rank is 0), so it has no '
@@ -87,12 +87,12 @@ def read_adapters(workdir: Workdir, ema: bool = True) -> tuple[dict[str, np.ndar
 
 
 def save_base(workdir: Workdir, checkpoint: weights.Checkpoint, trained: Collection[str]) -> None:
-  """Keeps what training does not change, float32, so that a run needs its starting point only once.
+  """Writes what training does not change, float32, so that a run reads its checkpoint only once.
 
   Does nothing if the workdir has a base and a training checkpoint. Every process must call it.
 
   Args:
-    trained: dotted names of the UNet's parameters that lie in the state instead.
+    trained: dotted names of the UNet's parameters that the state holds instead.
 
   Raises OSError if the disk refuses it, InputError if a weight is not finite.
   """
@@ -104,7 +104,7 @@ def save_base(workdir: Workdir, checkpoint: weights.Checkpoint, trained: Collect
 
 
 def load_base(workdir: Workdir) -> weights.Checkpoint | None:
-  """What `save_base` kept, read lazily; its 'unet' has only what is not trained. None if absent."""
+  """The result of `save_base`, read lazily; 'unet' has only untrained weights. None if missing."""
   folder = storage.folder(workdir) / BASE
   if not (folder / BASE_CONFIGS).exists():
     return None
@@ -118,45 +118,45 @@ def load_base(workdir: Workdir) -> weights.Checkpoint | None:
 
 
 def read_unet(checkpoint: weights.Checkpoint, shapes: Mapping[str, Any]) -> dict[str, np.ndarray]:
-  """{dotted name: array} of those parameters of the UNet, typed as `shapes`.
+  """{dotted name: array} of the UNet's parameters that `shapes` names, typed as there.
 
-  Raises InputError naming tensors that are missing, misshapen or not finite.
+  Raises InputError that names tensors that are missing, of another shape or not finite.
   """
   tensors = checkpoint.tensors['unet']
-  found = [name for name in map(tensor_name, shapes) if name in tensors]
-  chosen = weights.Tensors({name: lambda name=name: tensors[name] for name in found})
+  stored = [name for name in map(tensor_name, shapes) if name in tensors]
+  chosen = weights.Tensors({name: lambda name=name: tensors[name] for name in stored})
   tree = names.to_params(chosen, parameters.unflatten(shapes), 'unet', source=checkpoint.source)
   return parameters.flatten(tree)
 
 
 def write_config(workdir: Workdir, config: Mapping[str, Any]) -> None:
-  """Writes config.json, at once or not at all; only the first process does."""
+  """Writes config.json, whole or not at all; only the first process writes."""
   if jax.process_index() == 0:
     storage.write_json(storage.folder(workdir) / CONFIG, config)
 
 
 def read_config(workdir: Workdir) -> dict[str, Any] | None:
-  """The config.json of a run, with lists where tuples were; None if there is none."""
+  """The config.json of a run, with lists for tuples; None if there is none."""
   file = storage.folder(workdir) / CONFIG
   return storage.read_json(file) if file.exists() else None
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-  """A line per knob that differs: 'optimizer.learning_rate: 0.0001 -> 3e-05'."""
+  """A line per setting that differs: 'optimizer.learning_rate: 0.0001 -> 3e-05'."""
   as_text = lambda config: {k: json.dumps(v) for k, v in parameters.flatten(config).items()}
   old, new = as_text(old), as_text(new)
-  knobs = [*old, *(knob for knob in new if knob not in old)]
+  settings = [*old, *(name for name in new if name not in old)]
   return [
-    f'{knob}: {old.get(knob, "absent")} -> {new.get(knob, "absent")}'
-    for knob in knobs
-    if old.get(knob) != new.get(knob)
+    f'{name}: {old.get(name, "absent")} -> {new.get(name, "absent")}'
+    for name in settings
+    if old.get(name) != new.get(name)
   ]
 
 
 def tensor_makers(params: Mapping[str, np.ndarray]) -> dict[str, Callable[[], np.ndarray]]:
-  """Torch names -> functions that make the tensor, so that no more than one is there twice."""
-  one = lambda name: names.to_tensors(parameters.unflatten({name: params[name]}))
-  return {tensor_name(name): lambda name=name: one(name)[tensor_name(name)] for name in params}
+  """Torch names -> functions that make the tensor, so that at most one is in memory twice."""
+  tensors = lambda name: names.to_tensors(parameters.unflatten({name: params[name]}))
+  return {tensor_name(name): lambda name=name: tensors(name)[tensor_name(name)] for name in params}
 
 
 def tensor_name(name: str) -> str:
@@ -165,7 +165,7 @@ def tensor_name(name: str) -> str:
 
 
 def lora_config(workdir: Workdir) -> LoraConfig:
-  """The run's; InputError if it has no config.json."""
+  """The run's LoRA settings; InputError if it has no config.json."""
   config = read_config(workdir)
   if config is None or 'lora' not in config:
     raise InputError(f'{workdir}: has no {CONFIG} of a training run; give the workdir of one.')
@@ -173,7 +173,7 @@ def lora_config(workdir: Workdir) -> LoraConfig:
 
 
 def _merged(base, adapters, config):
-  """{kernel: array} of the kernels that have adapters, with those merged into them."""
+  """{kernel: array} of the kernels that have adapters, with the adapters merged."""
   shapes = parameters.flatten(networks_of(base).shapes['unet'])
   has_adapter = lambda name: name.removesuffix('kernel') + 'lora_down' in adapters
   kernels = {name: shape for name, shape in shapes.items() if has_adapter(name)}
@@ -187,8 +187,8 @@ def _write_base(folder, checkpoint, trained):
     (folder / 'tokenizer' / name).write_bytes(content)
   for part in COMPONENTS:
     tensors = checkpoint.tensors[part]
-    kept = [name for name in tensors if part != 'unet' or name not in trained]
-    lazy = weights.Tensors({name: lambda name=name, all=tensors: all[name] for name in kept})
+    fixed = [name for name in tensors if part != 'unet' or name not in trained]
+    lazy = weights.Tensors({name: lambda name=name, all=tensors: all[name] for name in fixed})
     with storage.sent(folder / f'{part}.safetensors') as file:
       weights.write_safetensors(file, lazy)
   storage.write_json(folder / BASE_CONFIGS, checkpoint.configs)

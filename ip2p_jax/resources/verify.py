@@ -1,10 +1,10 @@
-"""Repeats a stored edit in PyTorch and compares: did the checkpoint arrive whole?
+"""Repeats a stored edit in PyTorch and compares the results: is the checkpoint intact?
 
   pip install torch diffusers transformers
   python verify.py
 
-Needs nothing else. Beside this file lies verify.safetensors: a small picture, its noise, and the
-latents and pixels that JAX made of them from these very weights. Exit status 1 if PyTorch differs.
+Needs nothing else. verify.safetensors, beside this file, holds a small image, its noise, and the
+latents and pixels that JAX computed from them with these weights. Exit status 1 if PyTorch differs.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def main():
   pipeline.set_progress_bar_config(disable=True)
 
   expected = stored['token_ids'].tolist()
-  # A learned token of several vectors is written out, as the pipeline does itself.
+  # A learned token of several vectors becomes several tokens, as in the pipeline.
   text = pipeline.maybe_convert_prompt(settings['instruction'], pipeline.tokenizer)
   ids = pipeline.tokenizer(text, padding='max_length', max_length=len(expected)).input_ids
   if ids != expected:

@@ -1,7 +1,7 @@
 """Checkpoints as files: read from and written to diffusers folders and single LDM files.
 
-Both formats are read into, and written from, one form, `Checkpoint`: diffusers' names and configs.
-`to_params` and `to_tensors` go between those names and our parameter trees.
+Both formats share one form in memory, `Checkpoint`: diffusers' names and configs. `to_params` and
+`to_tensors` convert between those names and our parameter trees.
 """
 
 import os
@@ -34,7 +34,7 @@ __all__ = [
   'write_safetensors',
 ]
 
-SUFFIXES = {'ldm': '.safetensors', 'original': '.ckpt'}  # of single files, by what reads them
+SUFFIXES = {'ldm': '.safetensors', 'original': '.ckpt'}  # of single files, by format
 
 
 def read(
@@ -47,14 +47,14 @@ def read(
 
   Args:
     path: a local folder, `.safetensors` or `.ckpt`.
-    variant: of a folder, which weight files ('fp16', 'non_ema').
-    ema: of a file that holds a moving average too, whether to take it; None takes it unless the
-      live weights were changed without it, as merging does.
-    prediction_type: 'epsilon' or 'v_prediction', over what the checkpoint says. A single file that
-      is not ours says nothing and is taken for epsilon; SD 2.x at 768 px is v_prediction.
+    variant: for a folder: its weight files ('fp16', 'non_ema').
+    ema: for a file with a moving average: whether to take it. None takes it unless the live weights
+      were changed without it, as by a merge.
+    prediction_type: 'epsilon' or 'v_prediction'; None takes the checkpoint's. Most single files
+      have none and count as epsilon; SD 2.x at 768 px is v_prediction.
 
   Raises:
-    InputError: naming the file and what is wrong with it.
+    InputError: names the file and the problem.
   """
   path = Path(path)
   if prediction_type not in (None, *PREDICTION_TYPES):
@@ -87,15 +87,15 @@ def write(
 ) -> None:
   """Writes a checkpoint as a diffusers folder or as one LDM file.
 
-  Nothing is left of a write that fails, and what was written is read back and compared.
+  A failed write leaves nothing. The written file is read back and compared.
 
   Args:
     checkpoint: what to write.
     path: the folder ('diffusers'), the `.safetensors` ('ldm') or the `.ckpt` file ('original').
-    to: 'diffusers', 'ldm' (what A1111 and ComfyUI load), or 'original' (what its own code loads,
-      and what needs torch to be written).
-    dtype: 'float32', 'float16' or 'bfloat16', which all weights are cast to.
-    variant: of a folder, 'fp16' to name its weight files so.
+    to: 'diffusers', 'ldm' (A1111 and ComfyUI load it), or 'original' (InstructPix2Pix's own code
+      loads it; writing needs torch).
+    dtype: of all written weights: 'float32', 'float16' or 'bfloat16'.
+    variant: for a folder: 'fp16' puts it into the names of the weight files.
     overwrite: whether an older file, or an older diffusers folder, may be replaced.
 
   Raises:
@@ -119,7 +119,7 @@ def check_destination(
   float_dtype(dtype)
   if to == 'diffusers':
     if path.suffix in SUFFIXES.values():
-      raise InputError(f'{path}: is the name of a file, and diffusers wants a folder.')
+      raise InputError(f'{path}: is the name of a file; diffusers needs a folder.')
     diffusers_folder.check_free(path, overwrite)
     return
   if to not in SUFFIXES:

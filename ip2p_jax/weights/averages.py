@@ -1,13 +1,13 @@
 """Live weights and moving average of one file: could they come from one training run?
 
-The original's files hold both: `model.diffusion_model.*` as last trained, and `model_ema.*`. What
-merges models or bakes adapters in changes the live ones alone, and leaves an average that no longer
-belongs to them. Nothing in the file says so for certain, hence this judgement.
+The original's files hold both: `model.diffusion_model.*` as last trained, and `model_ema.*`. A
+program that merges models or adapters changes only the live weights; then the average no longer
+belongs to them. The file does not reliably say so, so this module compares the weights.
 
-It rests on Adam, which every trainer of such files uses: whatever the gradients are, each weight is
-moved by about the learning rate in each step. So between average and live weights the root mean
-square difference is nearly the same in every tensor, in all of the first convolution, and small
-beside the weights. Measured: docs/parity.md.
+Every trainer of such files uses Adam: for any gradients, each step moves each weight by about the
+learning rate. So the root mean square difference of average and live weights is nearly the same in
+every tensor and in all of the first convolution, and it is small compared with the weights.
+Measured: docs/parity.md.
 """
 
 import logging
@@ -23,16 +23,16 @@ from ip2p_jax.weights.tensors import renamed
 
 _log = logging.getLogger(__name__)
 
-# What programs that merge checkpoints note in a file's metadata.
+# Metadata keys of programs that merge checkpoints.
 _MERGED = ('sd_merge_recipe', 'sd_merge_models', 'modelspec.merged_from')
 FIRST = 'input_blocks.0.0.weight'
-NOISY_CHANNELS = 4  # of the first convolution; what an editor has more, others' models lack
+NOISY_CHANNELS = 4  # input channels that editors and text-to-image models share
 UNEVEN = 5.0  # a tensor's difference over the median one; in training it was at most 3.2
 UNEVEN_KINDS = 3.0  # kernels' over biases' and norms', medians; in training it was at most 1.6
-LARGE = 64  # numbers of a tensor that has a root mean square to speak of
-FEW = 0.02  # part of the tensors that may differ so
-FAR = 0.3  # of an average from live kernels, over their own size; in training it was at most 0.02
-_CHUNKS, _CHUNK = 8, 4096  # what is looked at of a large tensor
+LARGE = 64  # numbers of a tensor; the root mean square of a smaller one is too noisy
+FEW = 0.02  # fraction of the tensors that may be uneven
+FAR = 0.3  # distance of average and live kernels over their size; in training it was at most 0.02
+_CHUNKS, _CHUNK = 8, 4096  # the sample of a large tensor
 
 
 class Change(NamedTuple):
@@ -40,7 +40,7 @@ class Change(NamedTuple):
 
   difference: float  # of live weights and average
   weights: float  # of the average
-  rounding: float  # what the stored precision alone may make of a difference, twice over
+  rounding: float  # twice the difference that the stored precision alone may cause
 
 
 def chosen(
@@ -50,13 +50,13 @@ def chosen(
   metadata: Mapping[str, str],
   ema: bool | None,
 ) -> Mapping[str, np.ndarray]:
-  """The UNet's live weights or their moving average, without `prefix`; logs which, of both.
+  """The UNet's live weights or their moving average, without `prefix`; logs the choice.
 
   Args:
-    path: of the file, for messages.
-    tensors: all of the file.
-    prefix: of the live weights' names.
-    metadata: of the file.
+    path: the file, for messages.
+    tensors: all tensors of the file.
+    prefix: prefix of the live weights' names.
+    metadata: metadata of the file.
     ema: whether to take the average; None takes it unless there is a `doubt`.
 
   Raises InputError if an average is asked for and there is none, or only part of one.
@@ -92,7 +92,7 @@ def chosen(
 
 
 def _averaged(path, tensors, names):
-  """The moving average of `names` if the file holds all of it, None if it holds nothing of it."""
+  """The moving average of `names`; None if the file has none, InputError if it has only a part."""
   new_to_old = {name: ldm_names.ema_name(full) for name, full in names.items()}
   absent = [name for name in new_to_old.values() if name not in tensors]
   if len(absent) == len(new_to_old):
@@ -105,7 +105,7 @@ def _averaged(path, tensors, names):
 
 
 def doubt(live: Mapping[str, np.ndarray], average: Mapping[str, np.ndarray]) -> str:
-  """Why `average` is none of the training that ended in `live`; '' if it may be.
+  """Why `average` and `live` cannot come from one training run; '' if they may.
 
   Args:
     live, average: the UNet in LDM names, both with all tensors.
@@ -131,7 +131,7 @@ def relative_distance(live: Mapping[str, np.ndarray], average: Mapping[str, np.n
 
 
 def _uneven_kinds(changes: Mapping[str, Change], live) -> str:
-  """Whether kernels differ far more than biases and norms, which no adapter touches."""
+  """The problem that kernels differ far more than biases and norms (adapters change no biases)."""
   kinds = {'attention': [], 'convolutions': [], 'biases': []}
   for name, change in changes.items():
     kind = 'convolutions' if live[name].ndim > 1 else 'biases'
@@ -139,14 +139,14 @@ def _uneven_kinds(changes: Mapping[str, Change], live) -> str:
   if not kinds['biases']:
     return ''
   usual = np.median([max(x.difference, x.rounding) for x in kinds.pop('biases')])
-  for kind, found in kinds.items():
-    if found and np.median([x.difference for x in found]) > UNEVEN_KINDS * usual:
+  for kind, members in kinds.items():
+    if members and np.median([x.difference for x in members]) > UNEVEN_KINDS * usual:
       return f'the kernels of {kind} differ over {UNEVEN_KINDS:g} times as much as biases and norms'
   return ''
 
 
 def _uneven(changes: Mapping[str, Change]) -> str:
-  """Whether some tensors differ far more than most, or not at all while most do."""
+  """The problem that some tensors differ far more than most, or not at all while most do."""
   if not changes:
     return ''
   usual = float(np.median([max(x.difference, x.rounding) for x in changes.values()]))
@@ -161,13 +161,13 @@ def _uneven(changes: Mapping[str, Change]) -> str:
 
 
 def _uneven_first(live, average) -> str:
-  """Whether of the first convolution only what text-to-image models have too differs."""
+  """The problem that the first convolution differs only in the channels of text-to-image models."""
   if FIRST not in live or live[FIRST].shape[1] <= NOISY_CHANNELS:
     return ''
   parts = [(x[:, :NOISY_CHANNELS], x[:, NOISY_CHANNELS:]) for x in (live[FIRST], average[FIRST])]
   common, own = (_change(*pair) for pair in zip(*parts, strict=True))
   if common.difference > UNEVEN * max(own.difference, own.rounding, common.rounding):
-    return 'of the first convolution only what text-to-image models have too differs'
+    return 'the first convolution differs only in the channels of text-to-image models'
   return ''
 
 

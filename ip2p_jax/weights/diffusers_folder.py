@@ -28,7 +28,7 @@ _STEMS = {
   'text_encoder': ('model', 'pytorch_model'),  # .safetensors, .bin
 }
 _PIPELINES = {8: 'StableDiffusionInstructPix2PixPipeline', 9: 'StableDiffusionInpaintPipeline'}
-# What a scheduler's JSON says of training; the rest belongs to one sampler and not to the model.
+# Keys of a scheduler's JSON that describe training; the others describe one sampler.
 _SCHEDULE = ('beta_end', 'beta_schedule', 'beta_start', 'num_train_timesteps', 'prediction_type',
              'rescale_betas_zero_snr', 'steps_offset', 'trained_betas')  # fmt: skip
 
@@ -38,9 +38,9 @@ def read(path: str | os.PathLike, variant: str | None = None) -> Checkpoint:
 
   Args:
     path: the folder that holds `unet/`, `vae/`, `text_encoder/`, `scheduler/` and `tokenizer/`.
-    variant: 'fp16', 'non_ema', ...: which weight files. The UNet must have it; other components
-      fall back on their plain files, as hubs store only the UNet twice. None takes the plain files,
-      or fp16 where there are no others.
+    variant: of the weight files: 'fp16', 'non_ema', ... The UNet must have it; other components
+      fall back to their plain files, since hubs store only the UNet twice. None takes the plain
+      files, or fp16 if there are no others.
 
   Raises:
     InputError: it is another kind of pipeline, or a file is missing or damaged.
@@ -51,13 +51,13 @@ def read(path: str | os.PathLike, variant: str | None = None) -> Checkpoint:
   _check_kind(path)
   configs = {part: storage.read_json(path / part / file, dict) for part, file in _CONFIGS.items()}
   for part, (_, wanted) in _CLASSES.items():
-    found = configs[part].get('_class_name', wanted)
-    if found != wanted:
-      raise InputError(f'{path / part / "config.json"}: is a {found}; only {wanted} is supported.')
+    kind = configs[part].get('_class_name', wanted)
+    if kind != wanted:
+      raise InputError(f'{path / part / "config.json"}: is a {kind}; only {wanted} is supported.')
   tensors = {}
   for part in COMPONENTS:
-    found, _ = read_tensors(_weight_file(path / part, part, variant))
-    tensors[part] = names.normalized(found, part)
+    stored, _ = read_tensors(_weight_file(path / part, part, variant))
+    tensors[part] = names.normalized(stored, part)
   return Checkpoint(configs, tensors, tokenizer_files.read(path / 'tokenizer'), str(path))
 
 
@@ -68,13 +68,13 @@ def write(
   variant: str | None = None,
   overwrite: bool = False,
 ) -> None:
-  """Writes the folder that diffusers' `from_pretrained` loads; nothing is left of a failed write.
+  """Writes the folder that diffusers' `from_pretrained` loads; a failed write leaves nothing.
 
   Args:
     checkpoint: what to write; its scheduler becomes EulerAncestral with the same noise schedule.
     path: the folder, which may exist if it is empty.
     dtype: 'float32', 'float16' or 'bfloat16'.
-    variant: None, or 'fp16' to name the weight files so; then dtype must be 'float16'.
+    variant: None, or 'fp16' in the names of the weight files; then dtype must be 'float16'.
     overwrite: replace an older folder of this kind.
 
   Raises:
@@ -99,7 +99,7 @@ def write(
 
 
 def write_configs(checkpoint: Checkpoint, folder: str | os.PathLike) -> None:
-  """Writes all of a folder but its weights: what `from_single_file(..., config=folder)` needs."""
+  """Writes a folder without its weights, as `from_single_file(..., config=folder)` needs it."""
   folder = Path(folder)
   for part, config in _written_configs(checkpoint).items():
     _write_json(folder / part / _CONFIGS[part], config)
@@ -110,7 +110,7 @@ def write_configs(checkpoint: Checkpoint, folder: str | os.PathLike) -> None:
 
 
 def check_free(path: Path, overwrite: bool) -> None:
-  """Refuses a folder's destination that holds something, unless it may replace an older one."""
+  """Raises InputError if the destination is not empty, unless an older folder may be replaced."""
   if not path.exists() or (path.is_dir() and not any(path.iterdir())):
     return
   if not overwrite:
@@ -125,7 +125,7 @@ def _check_kind(path):
     return
   index = storage.read_json(path / 'model_index.json', dict)
   kind = index.get('_class_name', 'unknown')
-  # A component that the pipeline goes without is listed as [null, null].
+  # A missing component is listed as [null, null].
   present = {key: value[1] for key, value in index.items()
              if isinstance(value, list) and len(value) == 2 and value[1]}  # fmt: skip
   extra = [part for part in ('text_encoder_2', 'transformer', 'prior') if part in present]
@@ -165,11 +165,11 @@ def _written_configs(checkpoint) -> dict[str, dict[str, Any]]:
   for part in ('unet', 'vae'):
     configs[part] = {'_class_name': _CLASSES[part][1], **configs[part]}
   configs['text_encoder'] |= {'architectures': ['CLIPTextModel'], 'model_type': 'clip_text_model'}
-  given = checkpoint.configs['scheduler']
+  scheduler = checkpoint.configs['scheduler']
   keys = _SCHEDULE
-  if given.get('_class_name') == 'EulerAncestralDiscreteScheduler':
+  if scheduler.get('_class_name') == 'EulerAncestralDiscreteScheduler':
     keys += ('timestep_spacing',)
-  schedule = {key: given[key] for key in keys if key in given}
+  schedule = {key: scheduler[key] for key in keys if key in scheduler}
   configs['scheduler'] = {'_class_name': 'EulerAncestralDiscreteScheduler', **schedule}
   return configs
 
@@ -197,7 +197,7 @@ def _write_json(path, value):
 
 
 def model_card(checkpoint: Checkpoint, dtype: str, variant: str | None = None) -> str:
-  """The README.md of a written folder: what it is and how to run it elsewhere."""
+  """The README.md of a written folder: its content, and how to run it in other programs."""
   pipeline = _pipeline(checkpoint)
   is_editor = pipeline == _PIPELINES[8]
   side = checkpoint.configs['unet'].get('sample_size', 64) * 2 ** (

@@ -1,8 +1,8 @@
 """Files that hold tensors: `.safetensors`, shards of them, and torch files.
 
-Reading is lazy: a `Tensors` maps names to arrays that are read when asked for, so that a 4 GB file
-costs memory only for the tensor in hand. Writing goes to a temporary name beside the destination,
-is read back and compared, and only then takes the destination's name.
+Reading is lazy: a `Tensors` reads an array on each access, so that a 4 GB file needs memory for one
+tensor only. A file is written to a temporary name beside the destination, read back and compared,
+and only then renamed.
 """
 
 import json
@@ -47,7 +47,7 @@ def read_tensors(path: str | os.PathLike) -> tuple[Tensors, dict[str, str]]:
   """The tensors and the metadata of a `.safetensors`, `.safetensors.index*.json` or torch file.
 
   Raises:
-    InputError: the file is absent, damaged, of another kind, or would run code when loaded.
+    InputError: the file is missing, damaged, of another kind, or would run code when loaded.
   """
   path = Path(path)
   if not path.is_file():
@@ -58,8 +58,8 @@ def read_tensors(path: str | os.PathLike) -> tuple[Tensors, dict[str, str]]:
     return _read_shards(path), {}
   if path.suffix in torch_file.SUFFIXES:
     return torch_file.read(path)
-  known = ', '.join(('.safetensors', *torch_file.SUFFIXES))
-  raise InputError(f'{path}: not a checkpoint file; give one that ends in {known}, or a folder.')
+  suffixes = ', '.join(('.safetensors', *torch_file.SUFFIXES))
+  raise InputError(f'{path}: not a checkpoint file; give one that ends in {suffixes}, or a folder.')
 
 
 def _read_safetensors(path):
@@ -100,7 +100,7 @@ def write_safetensors(
 
   Raises:
     InputError: `dtype` is unknown, or a tensor is not finite or does not fit it.
-    OSError: the file does not read back as it was to be written.
+    OSError: the file does not read back as it was written.
   """
   kind = float_dtype(dtype)
   path = Path(path)
@@ -121,7 +121,7 @@ def _layout(tensors, dtype):
   for name in tensors:
     array = tensors[name]
     layout[name] = dtype if array.dtype in FLOATS else array.dtype, array.shape
-  # Wide types first, so that every tensor is aligned; then by name, so that files are repeatable.
+  # Wide types first, so that every tensor is aligned; then by name, so that the order is fixed.
   return dict(sorted(layout.items(), key=lambda item: (-item[1][0].itemsize, item[0])))
 
 

@@ -1,4 +1,4 @@
-"""The folder in which transformers keeps a language model: config, weights, tokenizer."""
+"""The folder of a language model as transformers saves it: config, weights, tokenizer."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ from ip2p_jax.weights.tensors import float_dtype, renamed
 _CONFIG, _TOKENIZER = 'config.json', 'tokenizer.json'
 _WEIGHTS = ('model.safetensors', 'model.safetensors.index.json', 'pytorch_model.bin',
             'pytorch_model.bin.index.json')  # fmt: skip
-# Of use to others, and carried along as they are.
+# Files for other programs; they are copied unchanged.
 _GENERATION = 'generation_config.json'
 _OTHERS = ('tokenizer_config.json', _GENERATION, 'special_tokens_map.json',
            'chat_template.jinja')  # fmt: skip
@@ -25,16 +25,16 @@ _OTHERS = ('tokenizer_config.json', _GENERATION, 'special_tokens_map.json',
 
 @dataclasses.dataclass
 class LanguageCheckpoint:
-  """A language model as transformers has it.
+  """A language model in transformers' form.
 
   Attributes:
-    config: what config.json says, but for `eos_token_id` where generation_config.json has one:
-      transformers goes by that, and models that chat name more ends there.
-    tensors: transformers name -> array in torch's layout, read when asked for. A head that is the
-      embedding (`tie_word_embeddings`) is not among them.
+    config: config.json, with `eos_token_id` of generation_config.json if it has one: transformers
+      uses that, and chat models name more end tokens there.
+    tensors: transformers name -> array in torch's layout, read on each access. A head that equals
+      the embedding (`tie_word_embeddings`) is left out.
     tokenizer: contents of tokenizer.json.
-    source: where it came from, for messages.
-    others: file name -> contents, of files that are only carried along.
+    source: its path, for messages.
+    others: file name -> contents, of files that are only copied.
   """
 
   config: dict[str, Any]
@@ -48,21 +48,21 @@ def read_language(path: str | os.PathLike) -> LanguageCheckpoint:
   """Reads a local folder, its weights in one file or in shards.
 
   Raises:
-    InputError: naming the file that is missing or damaged.
+    InputError: names the file that is missing or damaged.
   """
   path = Path(path)
   if not path.is_dir():
-    raise InputError(f'{path}: no such folder; give one as transformers saves a language model.')
+    raise InputError(f'{path}: no such folder; give a language model that transformers saved.')
   config = storage.read_json(path / _CONFIG, dict)
   if not (path / _TOKENIZER).is_file():
     raise InputError(f'{path / _TOKENIZER}: no such file; a language model needs its tokenizer in '
                      'the one-file form (AutoTokenizer.from_pretrained(...).save_pretrained(...) '
                      'of transformers writes it).')  # fmt: skip
-  found = next((path / name for name in _WEIGHTS if (path / name).is_file()), None)
-  if found is None:
+  file = next((path / name for name in _WEIGHTS if (path / name).is_file()), None)
+  if file is None:
     raise InputError(f'{path}: has no weights; expected {" or ".join(_WEIGHTS[:2])}.')
-  tensors, _ = read_tensors(found)
-  kept = [name for name in tensors if not _is_surplus(name, config)]
+  tensors, _ = read_tensors(file)
+  names = [name for name in tensors if not _is_surplus(name, config)]
   others = {name: (path / name).read_bytes() for name in _OTHERS if (path / name).is_file()}
   if _GENERATION in others:
     ends = storage.read_json(path / _GENERATION, dict).get('eos_token_id')
@@ -70,7 +70,7 @@ def read_language(path: str | os.PathLike) -> LanguageCheckpoint:
       config['eos_token_id'] = ends
   tokenizer = (path / _TOKENIZER).read_bytes()
   return LanguageCheckpoint(
-    config, renamed(tensors, dict(zip(kept, kept, strict=True))), tokenizer, str(path), others
+    config, renamed(tensors, dict(zip(names, names, strict=True))), tokenizer, str(path), others
   )
 
 
@@ -80,7 +80,7 @@ def write_language(
   dtype: str = 'float32',
   overwrite: bool = False,
 ) -> None:
-  """Writes the folder that transformers' `from_pretrained` loads, at once or not at all.
+  """Writes the folder that transformers' `from_pretrained` loads; a failed write leaves nothing.
 
   Args:
     checkpoint: what to write.
@@ -96,7 +96,7 @@ def write_language(
   _check_free(path, overwrite)
   config = {key: value for key, value in checkpoint.config.items() if key != 'dtype'}
   tensors = checkpoint.tensors
-  kept = [name for name in tensors if not _is_surplus(name, config)]
+  names = [name for name in tensors if not _is_surplus(name, config)]
   with storage.replacing(path) as folder:
     folder.mkdir()
     text = json.dumps({**config, 'torch_dtype': dtype}, indent=2, sort_keys=True)
@@ -105,12 +105,12 @@ def write_language(
     for name, content in checkpoint.others.items():
       (folder / name).write_bytes(content)
     write_safetensors(
-      folder / _WEIGHTS[0], renamed(tensors, dict(zip(kept, kept, strict=True))), dtype
+      folder / _WEIGHTS[0], renamed(tensors, dict(zip(names, names, strict=True))), dtype
     )
 
 
 def _is_surplus(name, config):
-  """A tensor that says nothing new: a copy of the embedding, or a buffer of old versions."""
+  """Whether a tensor is redundant: a copy of the embedding, or a buffer of old versions."""
   is_copy = name == 'lm_head.weight' and config.get('tie_word_embeddings') is True
   return is_copy or name.endswith('rotary_emb.inv_freq')
 

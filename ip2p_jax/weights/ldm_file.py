@@ -1,11 +1,11 @@
-"""One file in the layout of the original (LDM) code: what A1111, ComfyUI and `.ckpt` hubs exchange.
+"""One file in the layout of the original (LDM) code, as A1111, ComfyUI and `.ckpt` hubs use it.
 
-Such a file holds three models under three prefixes and says nothing of their architecture, so the
-configs are inferred from the shapes. Files that we write also carry the configs, and a tokenizer
-that is not CLIP's, in their metadata; those win.
+Such a file holds three models under three prefixes and no configs, so the configs are inferred from
+the shapes. Files that we write also hold the configs, and a tokenizer that is not CLIP's, in their
+metadata; those are used instead.
 
-Other tools know CLIP's tokenizer alone and refuse an embedding of more rows. The rows of learned
-tokens therefore lie in a tensor of their own, which only we read.
+Other programs know only CLIP's tokenizer and refuse an embedding with more rows. So the rows of
+learned tokens are in a separate tensor, which only we read.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ METADATA = 'ip2p_jax'
 EMBEDDING = 'text_model.embeddings.token_embedding.weight'
 LEARNED = 'ip2p_jax.learned_tokens'  # the embedding's rows of learned tokens
 
-# Marks of files that are something else; the first that occurs names it.
+# Parts of names that show another kind of file; the first match names it.
 _OTHER_KINDS = (
   ('conditioner.embedders.', 'an SDXL checkpoint'),
   ('joint_blocks.', 'an SD 3 checkpoint'),
@@ -43,12 +43,12 @@ _LORA_MARKS = ('lora_down.', 'lora_up.', 'lora_A.', 'lora_B.', 'lora_unet_', '.l
 def read(path: str | os.PathLike, ema: bool | None = None) -> Checkpoint:
   """Reads a single-file checkpoint, `.safetensors` or `.ckpt`.
 
-  Which of two sets of weights was taken is logged.
+  If it holds two sets of weights, the choice is logged.
 
   Args:
     path: the file.
-    ema: of a file that also holds the UNet's moving average, whether to take that; None does so
-      unless the live weights were changed without it, as `averages.doubt` judges.
+    ema: for a file with the UNet's moving average: whether to take it. None takes it unless the
+      live weights were changed without it (`averages.doubt`).
 
   Raises:
     InputError: the file is not Stable Diffusion 1.x or 2.x, lacks a component, has part of a moving
@@ -59,7 +59,7 @@ def read(path: str | os.PathLike, ema: bool | None = None) -> Checkpoint:
   _check_kind(path, tensors)
   vae = _under(tensors, VAE)
   unet = averages.chosen(path, tensors, UNET, metadata, ema)
-  # What the autoencoder was trained against is no part of it.
+  # The loss networks of its training do not belong to the autoencoder.
   vae = renamed(vae, {name: name for name in vae if not name.startswith('loss.')})
   is_open_clip = any(name.startswith(OPEN_CLIP) for name in tensors)
   ours = _metadata(path, metadata)
@@ -73,24 +73,23 @@ def read(path: str | os.PathLike, ema: bool | None = None) -> Checkpoint:
       text = ldm_names.from_ldm(_under(tensors, CLIP), 'text_encoder')
     if LEARNED in tensors:
       text = _with_rows(text, tensors)
-    found = {
+    components = {
       'unet': ldm_names.from_ldm(unet, 'unet'),
       'vae': ldm_names.from_ldm(vae, 'vae'),
       'text_encoder': text,
     }
-    configs = ours.get('configs') or _configs(found, tensors, is_open_clip)
+    configs = ours.get('configs') or _configs(components, tensors, is_open_clip)
   except (InputError, KeyError) as error:
     reason = f'lacks tensor {error}' if isinstance(error, KeyError) else error
     raise InputError(f'{path}: {reason}') from None
   tokenizer = _with_standard(ours.get('tokenizer'), clip_tokenizer('!' if is_open_clip else None))
-  return Checkpoint(configs, found, tokenizer, str(path))
+  return Checkpoint(configs, components, tokenizer, str(path))
 
 
 def write(checkpoint: Checkpoint, path: str | os.PathLike, dtype: str = 'float32') -> None:
-  """Writes one safetensors file in LDM names, atomically; `dtype` is what floats are cast to.
+  """Writes one safetensors file in LDM names, atomically; floats are cast to `dtype`.
 
-  A text encoder with SD 2.x's activation (`gelu`) is written as OpenCLIP names it, any other as
-  SD 1.x's.
+  A text encoder with SD 2.x's activation (`gelu`) gets OpenCLIP's names, any other SD 1.x's.
 
   Raises:
     InputError: a tensor has no LDM name, or does not fit `dtype`.
@@ -100,13 +99,13 @@ def write(checkpoint: Checkpoint, path: str | os.PathLike, dtype: str = 'float32
 
 
 def write_original(checkpoint: Checkpoint, path: str | os.PathLike, dtype: str = 'float32') -> None:
-  """Writes the `.ckpt` that the original's code loads: torch's, with averages beside the weights.
+  """Writes the `.ckpt` that the original's code loads: a torch file of weights and averages.
 
-  The original samples with the averages, `model_ema.*`, and starts from random ones if a file has
-  none. What we hold is one set of weights, which stands for both and is stored once.
+  The original samples with the averages, `model_ema.*`, and uses random ones if a file has none. We
+  have one set of weights; it is stored once, under both names.
 
   Raises:
-    InputError: torch is not installed, or as `write`.
+    InputError: torch is not installed, or the cases of `write`.
   """
   if _is_open_clip(checkpoint):
     raise InputError(f"{path}: the original's code reads SD 1.x's text encoder, and this is SD "
@@ -118,7 +117,7 @@ def write_original(checkpoint: Checkpoint, path: str | os.PathLike, dtype: str =
 
 
 def _in_ldm(checkpoint: Checkpoint) -> tuple[Tensors, str]:
-  """All tensors under their names in the file, and our metadata."""
+  """All tensors under the names of the file, and our metadata."""
   is_open_clip, tensors = _is_open_clip(checkpoint), checkpoint.tensors
   text = names.normalized(tensors['text_encoder'], 'text_encoder')
   parts = {
@@ -155,7 +154,7 @@ def _is_open_clip(checkpoint):
 
 
 def without_learned(checkpoint: Checkpoint) -> Checkpoint:
-  """The checkpoint as others read the single file: its learned tokens are unknown to them."""
+  """The checkpoint as other programs read the single file: without learned tokens."""
   text = names.normalized(checkpoint.tensors['text_encoder'], 'text_encoder')
   rows = base_rows(checkpoint)
   if text[EMBEDDING].shape[0] <= rows:
@@ -172,7 +171,7 @@ def without_learned(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def base_rows(checkpoint: Checkpoint) -> int:
-  """Rows of the embedding that the vocabulary without learned tokens has: 49,408 for CLIP's."""
+  """Rows of the embedding without learned tokens: 49,408 for CLIP."""
   return 1 + max(json.loads(checkpoint.tokenizer[VOCABULARY]).values())
 
 
@@ -200,12 +199,12 @@ def _check_kind(path, tensors):
 
 
 def _under(tensors, prefix):
-  found = {name.removeprefix(prefix): name for name in tensors if name.startswith(prefix)}
-  return renamed(tensors, found)
+  new_to_old = {name.removeprefix(prefix): name for name in tensors if name.startswith(prefix)}
+  return renamed(tensors, new_to_old)
 
 
 def _with_rows(text, tensors):
-  """The text encoder with the rows of learned tokens back in its embedding."""
+  """The text encoder with the rows of learned tokens appended to its embedding."""
   makers = {name: lambda name=name: text[name] for name in text}
   makers[EMBEDDING] = lambda: np.concatenate([text[EMBEDDING], tensors[LEARNED]])
   return Tensors(makers)
@@ -231,7 +230,7 @@ def _with_standard(stored, standard):
 
 
 def _same_file(name, content, standard):
-  """Whether a tokenizer file says what CLIP's does; hubs format the two large ones differently."""
+  """Whether a tokenizer file equals CLIP's; hubs format the two large files differently."""
   if standard is None:
     return False
   if name == 'vocab.json':
@@ -242,10 +241,10 @@ def _same_file(name, content, standard):
 
 
 def _configs(tensors: Mapping[str, Tensors], file: Tensors, is_open_clip: bool) -> dict[str, dict]:
-  """The configs that the shapes imply, with Stable Diffusion's constants for what they do not.
+  """The configs that the shapes imply; other values are Stable Diffusion's constants.
 
-  Shapes do not tell the parameterization: `prediction_type` is epsilon here, which is wrong for
-  SD 2.x at 768 px (v_prediction); who reads such a file must say so.
+  Shapes do not show the parameterization: `prediction_type` is epsilon here. That is wrong for SD
+  2.x at 768 px (v_prediction); the caller must say so.
   """
   configs = {
     'unet': _unet_config(tensors['unet']),
@@ -262,7 +261,7 @@ def _configs(tensors: Mapping[str, Tensors], file: Tensors, is_open_clip: bool) 
       'trained_betas': None,
     },
   }
-  if 'scale_factor' in file:  # a buffer, in models that measured it instead of taking SD's
+  if 'scale_factor' in file:  # a buffer, in models with a measured factor instead of SD's
     configs['vae']['scaling_factor'] = float(str(np.float32(file['scale_factor'])))
   return configs
 
@@ -275,7 +274,7 @@ def _unet_config(tensors):
   return {
     '_class_name': 'UNet2DConditionModel',
     'act_fn': 'silu',
-    # In spite of the name, the number of heads: always 8 in SD 1.x, 64 wide in SD 2.x.
+    # Despite its name the number of heads: always 8 in SD 1.x; heads are 64 wide in SD 2.x.
     'attention_head_dim': [_heads(width) for width in widths] if is_linear else 8,
     'block_out_channels': widths,
     'center_input_sample': False,

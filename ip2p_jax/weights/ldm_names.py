@@ -1,7 +1,7 @@
-"""Names: the LDM (original) single file's, and OpenCLIP's, <-> diffusers'.
+"""Names: LDM's (the original single file) and OpenCLIP's <-> diffusers'.
 
-The grammar is data: a table of places (a module's name there and here), built for the number of
-levels and layers that the names themselves show, and used in both directions.
+A table maps each module's name to the name in the other format. It is built for the number of
+levels and layers that the names show, and is used in both directions.
 
   diffusers  `down_blocks.0.resnets.1.conv1.weight`
   LDM        `input_blocks.2.0.in_layers.2.weight`
@@ -65,7 +65,7 @@ _OPEN_CLIP_UNUSED = ('text_projection', 'logit_scale', 'attn_mask')
 
 @dataclasses.dataclass(frozen=True)
 class Level:
-  """One level of a UNet, as its names show it."""
+  """One level of a UNet, inferred from its names."""
 
   layers: int
   attention: bool
@@ -78,19 +78,19 @@ def to_ldm(tensors: Mapping[str, np.ndarray], component: str) -> Tensors:
   Raises:
     InputError: a tensor has no place in a Stable Diffusion `component`.
   """
-  found = renamed(tensors, _translated(tensors, _places(tensors, component), component))
+  result = renamed(tensors, _translated(tensors, _places(tensors, component), component))
   if component != 'vae':
-    return found
+    return result
 
   def convolution(name):
-    array = found[name]
+    array = result[name]
     return array[:, :, None, None] if _LDM_VAE_PROJECTION.fullmatch(name) else array
 
-  return Tensors({name: lambda name=name: convolution(name) for name in found})
+  return Tensors({name: lambda name=name: convolution(name) for name in result})
 
 
 def from_ldm(tensors: Mapping[str, np.ndarray], component: str) -> Tensors:
-  """The inverse of `to_ldm`: a component, its prefix taken off, under its diffusers names."""
+  """The inverse of `to_ldm`: a component, without its prefix, under its diffusers names."""
   tensors = normalized(tensors, component)  # a text encoder may lack its prefix
   places = {ldm: ours for ours, ldm in _ldm_places(tensors, component).items()}
   return normalized(renamed(tensors, _translated(tensors, places, component)), component)
@@ -98,20 +98,20 @@ def from_ldm(tensors: Mapping[str, np.ndarray], component: str) -> Tensors:
 
 def levels(names: Iterable[str], side: str) -> list[Level]:
   """The levels of `side` ('down_blocks' or 'up_blocks') that a UNet's diffusers names show."""
-  found: dict[int, set] = defaultdict(set)
+  blocks: dict[int, set] = defaultdict(set)
   for name in names:
     if match := re.match(side + r'\.(\d+)\.(\w+)\.(\d+)\.', name):
-      found[int(match[1])].add((match[2], int(match[3])))
+      blocks[int(match[1])].add((match[2], int(match[3])))
   result = []
-  for i in range(len(found)):
-    kinds = [kind for kind, _ in found.get(i, ())]
+  for i in range(len(blocks)):
+    kinds = [kind for kind, _ in blocks.get(i, ())]
     sampler = any(kind.endswith('samplers') for kind in kinds)
     result.append(Level(kinds.count('resnets'), 'attentions' in kinds, sampler))
   return result
 
 
 def _ldm_levels(names, side):
-  """As `levels`, from LDM names; `side` is 'input_blocks' or 'output_blocks'."""
+  """`levels` from LDM names; `side` is 'input_blocks' or 'output_blocks'."""
   blocks: dict[int, set] = defaultdict(set)
   for name in names:
     if match := re.match(side + r'\.(\d+)\.(\d+)\.(\w+)', name):
@@ -157,7 +157,7 @@ def _unet_places(down, up):
       if level.attention:
         places[f'up_blocks.{i}.attentions.{j}'] = f'output_blocks.{index}.1'
       index += 1
-    if level.sampler:  # stands in the last layer's block, after its attention if it has one
+    if level.sampler:  # in the block of the last layer, after its attention if it has one
       after = 2 if level.attention else 1
       places[f'up_blocks.{i}.upsamplers.0.conv'] = f'output_blocks.{index - 1}.{after}.conv'
   return places
@@ -207,12 +207,12 @@ def _ldm_places(names, component):
 
 
 def _counts(names, pattern):
-  found = [match.groups() for name in names if (match := re.match(pattern, name))]
-  return tuple(1 + max((int(pair[i]) for pair in found), default=-1) for i in (0, 1))
+  pairs = [match.groups() for name in names if (match := re.match(pattern, name))]
+  return tuple(1 + max((int(pair[i]) for pair in pairs), default=-1) for i in (0, 1))
 
 
 def _translated(names, places, component):
-  """{new name: old name} by the longest module of each name that has a place."""
+  """{new name: old name}, by the longest module of each name in `places`."""
   new_to_old = {}
   for name in names:
     parts = name.split('.')
@@ -225,11 +225,11 @@ def _translated(names, places, component):
 
 
 def from_open_clip(tensors: Mapping[str, np.ndarray], num_layers: int | None = None) -> Tensors:
-  """SD 2.x's text encoder as OpenCLIP names it, under transformers' names.
+  """SD 2.x's text encoder: from OpenCLIP's names to transformers' names.
 
-  SD 2.x conditions on the last but one of 24 layers, so diffusers' encoder has 23: the last layer,
+  SD 2.x conditions on layer 23 of 24, so diffusers' encoder has 23: the last layer,
   `text_projection` and `logit_scale` are dropped. Without `num_layers`, a tower of SD 2.x's width
-  (1024) keeps at most 23 layers; one of another width loses its last if it has a
+  (1024) keeps at most 23 layers. A tower of another width loses its last layer if it has a
   `text_projection`, which only whole towers have.
   """
   names = [name for name in tensors if name not in _OPEN_CLIP_UNUSED]
@@ -241,8 +241,8 @@ def from_open_clip(tensors: Mapping[str, np.ndarray], num_layers: int | None = N
   fused = [name for name in names if re.search(r'\.attn\.in_proj_(weight|bias)$', name)]
   places = {ldm: ours for ours, ldm in _open_clip_places(count).items()}
   rest = [name for name in names if name not in fused]
-  found = renamed(tensors, _translated(rest, places, 'text_encoder'))
-  makers = {name: lambda name=name: found[name] for name in found}
+  result = renamed(tensors, _translated(rest, places, 'text_encoder'))
+  makers = {name: lambda name=name: result[name] for name in result}
   for name in fused:
     head, kind = f'text_model.encoder.layers.{_resblock(name)}.self_attn', name.split('_')[-1]
     for i, part in enumerate('qkv'):
@@ -258,8 +258,8 @@ def to_open_clip(tensors: Mapping[str, np.ndarray]) -> Tensors:
   fused = {name: match for name in tensors if (match := query.fullmatch(name))}
   rest = [name for name in tensors if name not in fused]
   places = _open_clip_places(len(rest))  # more layers than there can be
-  found = renamed(tensors, _translated(rest, places, 'text_encoder'))
-  makers = {name: lambda name=name: found[name] for name in found}
+  result = renamed(tensors, _translated(rest, places, 'text_encoder'))
+  makers = {name: lambda name=name: result[name] for name in result}
 
   def joined(head, kind):
     return np.concatenate([tensors[f'{head}.{part}_proj.{kind}'] for part in 'qkv'])
@@ -284,5 +284,5 @@ def _resblock(name):
 
 
 def ema_name(name: str) -> str:
-  """Where LDM keeps the moving average of `model.diffusion_model...`: the same without dots."""
+  """LDM's name for the moving average of `model.diffusion_model...`: the same without dots."""
   return 'model_ema.' + name.removeprefix('model.').replace('.', '')

@@ -1,4 +1,4 @@
-"""LoRA adapters as diffusers' files (`pytorch_lora_weights.safetensors`), out and in."""
+"""LoRA adapters as diffusers' files (`pytorch_lora_weights.safetensors`), written and read."""
 
 import json
 import os
@@ -18,9 +18,9 @@ from ip2p_jax.models.lora import kernels_of, names_of, shapes_of
 from ip2p_jax.parameters import flatten, unflatten
 from ip2p_jax.weights import names
 
-FILE_NAME = 'pytorch_lora_weights.safetensors'  # what diffusers looks for in a folder
+FILE_NAME = 'pytorch_lora_weights.safetensors'  # diffusers' name of the file in a folder
 
-# The two styles of names that diffusers writes: peft's, and its own.
+# diffusers writes two styles of names: peft's and its own.
 _TENSOR = re.compile(r'unet\.(.+)\.(lora_A|lora_B|lora\.down|lora\.up)\.weight')
 _HALVES = {'lora_A': 'down', 'lora.down': 'down', 'lora_B': 'up', 'lora.up': 'up'}
 _OUR_NOTE, _PEFT_NOTE = 'ip2p_jax_lora', 'lora_adapter_metadata'  # keys of a file's metadata
@@ -30,8 +30,8 @@ _NOT_PLAIN = ('use_dora', 'use_rslora', 'lora_bias', 'rank_pattern', 'alpha_patt
 def to_diffusers(adapters: Mapping[str, Array], config: LoraConfig) -> dict[str, np.ndarray]:
   """The adapters under diffusers' names ('unet...to_q.lora_A.weight') and in torch's layout.
 
-  alpha / rank is multiplied into lora_B, so that the file's own alpha is its rank. Every reader
-  takes that for granted, while another alpha would be a note that only some of them look up.
+  lora_B is multiplied by alpha / rank, so that the file's alpha equals its rank. Every reader
+  assumes this; only some readers look up another alpha.
   """
   halves = {'lora_A': {}, 'lora_B': {}}
   for kernel in kernels_of(adapters):
@@ -75,7 +75,7 @@ def write(
 def read(
   path: str | os.PathLike, shapes: Mapping[str, Any]
 ) -> tuple[dict[str, np.ndarray], LoraConfig]:
-  """Adapters, float32, and their config, from a file of ours, diffusers' or peft's.
+  """Adapters, float32, and their config, from a file of ours, of diffusers or of peft.
 
   Args:
     path: the file, or a folder with `pytorch_lora_weights.safetensors`.
@@ -91,12 +91,12 @@ def read(
   if len(ranks) != 1:
     raise InputError(f'{file}: has adapters of ranks {sorted(ranks)}; one rank for all is needed.')
   rank = ranks.pop()
-  found = _to_adapters(file, halves, shapes, rank)
-  config, factor = _config(file, metadata, rank, kernels_of(found))
-  for name in found:
+  adapters = _to_adapters(file, halves, shapes, rank)
+  config, factor = _config(file, metadata, rank, kernels_of(adapters))
+  for name in adapters:
     if name.endswith('.lora_up'):
-      found[name] = found[name] / np.float32(factor)
-  return found, config
+      adapters[name] = adapters[name] / np.float32(factor)
+  return adapters, config
 
 
 def _file(path):
@@ -117,26 +117,26 @@ def _split(file, tensors):
 
 
 def _to_adapters(file, halves, shapes, rank):
-  """Our names, layout and float32; refuses what does not fit the UNet."""
+  """Adapters in our names, our layout and float32; InputError if they do not fit the UNet."""
   kernels = [name for name in shapes if name.endswith('.kernel')]
   kernel_of = {names.tensor_name(tuple(kernel.split('.'))): kernel for kernel in kernels}
   adapted = halves['down'] | halves['up']
   unknown = [name for name in adapted if name not in kernel_of]
   if unknown:
     raise InputError(f'{file}: adapts layers that the UNet does not have, such as {unknown[0]}.')
-  found = {}
+  adapters = {}
   for i, half in enumerate(('down', 'up')):
     wanted = {}
     for kernel in map(kernel_of.get, adapted):
       wanted[kernel] = jax.ShapeDtypeStruct(shapes_of(shapes[kernel].shape, rank)[i], np.float32)
     source = f'{file}: lora_{half}'
     params = weights.to_params(halves[half], unflatten(wanted), 'unet', source=source)
-    found |= {names_of(kernel)[i]: array for kernel, array in flatten(params).items()}
-  return found
+    adapters |= {names_of(kernel)[i]: array for kernel, array in flatten(params).items()}
+  return adapters
 
 
 def _config(file, metadata, rank, kernels):
-  """The config, and what lora_up in the file is multiplied by, compared with ours."""
+  """The config, and the factor of lora_up in the file over ours."""
   if _OUR_NOTE in metadata:
     note = _json(file, metadata[_OUR_NOTE])
     config = LoraConfig(rank, note.get('alpha', rank), note.get('targets', ''))

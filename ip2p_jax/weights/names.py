@@ -1,6 +1,6 @@
 """Names: our parameter trees <-> diffusers.
 
-Our path *is* the diffusers name but for three renames, so converting is transposing.
+Our path is the diffusers name except for three renames, so conversion only transposes arrays.
 
   ours       `down_blocks.0.resnets.1.conv1.kernel`, Conv HWIO, Linear [in, out]
   diffusers  `down_blocks.0.resnets.1.conv1.weight`, Conv OIHW, Linear [out, in]
@@ -16,7 +16,7 @@ import numpy as np
 from ip2p_jax.errors import InputError
 from ip2p_jax.weights.tensors import Checkpoint, Tensors, cast, renamed
 
-# Leaves of ours that are torch's `weight`; all others (`bias`, bare parameters) keep their name.
+# Our leaves that torch calls `weight`; all others (`bias`, bare parameters) keep their name.
 _WEIGHTS = ('kernel', 'scale', 'embedding')
 _RENAMES = (
   ('.to_out.', '.to_out.0.'),
@@ -24,7 +24,7 @@ _RENAMES = (
   ('.ff.out.', '.ff.net.2.'),
 )
 
-# What transformers 5 leaves out of the names of a lone CLIP tower.
+# The prefix that transformers 5 leaves out of the names of a single CLIP tower.
 _TOWER_PREFIX = {'text_encoder': 'text_model.', 'image_encoder': 'vision_model.'}
 _TOWER_PART = re.compile(r'(embeddings|encoder|final_layer_norm|pre_layrnorm|post_layernorm)\.')
 _CLIP_PART = re.compile(
@@ -48,19 +48,19 @@ def to_params(
   source: str = 'the checkpoint',
   place: Callable[[np.ndarray, Any], Any] = lambda view, leaf: np.asarray(view, order='C'),
 ) -> dict:
-  """A parameter tree, shaped and typed as `abstract`, from torch tensors; nothing may be left over.
+  """A parameter tree, shaped and typed as `abstract`, from torch tensors; all tensors must be used.
 
   Args:
     tensors: diffusers or transformers name -> array in torch's layout.
     abstract: nested dict of leaves with `.shape` and `.dtype`, as `nnx.to_pure_dict` gives.
     component: 'unet', 'vae', 'text_encoder', 'image_encoder' (CLIP's vision tower alone) or 'clip'.
-    tower: 'text' or 'vision' to take one tower out of a file of the whole CLIP model.
-    source: where the tensors come from, for messages.
-    place: takes each array, and its leaf of `abstract`, to where it will live; the array may be a
-      view in any order.
+    tower: 'text' or 'vision' to take one tower from a file of the whole CLIP model.
+    source: origin of the tensors, for messages.
+    place: puts an array on its device, by its leaf of `abstract`; the array may be a view in any
+      order.
 
   Raises:
-    InputError: naming the tensors that are missing, unknown, of another shape or not finite.
+    InputError: names the tensors that are missing, unknown, of another shape or not finite.
   """
   where = f'{source}: {component}'
   wanted = {tensor_name(path): (path, leaf) for path, leaf in _leaves(abstract)}
@@ -123,33 +123,33 @@ def _from_torch(leaf, array):
 
 
 def _torch_shape(leaf, shape):
-  # Through a stand-in without memory, so that layouts are written down once.
+  # By an array without memory, so that layouts are defined once.
   return _to_torch(leaf, np.broadcast_to(np.uint8(0), shape)).shape
 
 
-def _refuse(where, what, found):
-  if found:
-    first = ', '.join(found[:4]) + (', ...' if len(found) > 4 else '')
-    plural = 's' if len(found) > 1 else ''
-    raise InputError(f'{where} {what} {len(found)} tensor{plural}: {first}.')
+def _refuse(where, what, tensors):
+  if tensors:
+    first = ', '.join(tensors[:4]) + (', ...' if len(tensors) > 4 else '')
+    plural = 's' if len(tensors) > 1 else ''
+    raise InputError(f'{where} {what} {len(tensors)} tensor{plural}: {first}.')
 
 
 def _check_shapes(where, tensors, wanted):
   wrong = []
   for name, (path, leaf) in wanted.items():
-    found, shape = tensors[name].shape, _torch_shape(path[-1], leaf.shape)
-    if found != shape:
-      wrong.append(f'{name} is {found} and should be {shape}')
+    stored, shape = tensors[name].shape, _torch_shape(path[-1], leaf.shape)
+    if stored != shape:
+      wrong.append(f'{name} is {stored} and should be {shape}')
   if wrong:
     rest = f'; and {len(wrong) - 3} more' if len(wrong) > 3 else ''
     raise InputError(f'{where} does not fit its config: {"; ".join(wrong[:3])}{rest}.')
 
 
 def normalized(tensors: Mapping[str, np.ndarray], component: str) -> Tensors:
-  """The same tensors under today's names, whatever version of diffusers or transformers wrote them.
+  """The same tensors under today's names, from any version of diffusers or transformers.
 
-  Puts back the `text_model.` that transformers 5 leaves out, drops `position_ids` buffers, and
-  brings VAE attention of before diffusers 0.13, or saved as 1x1 convolutions, to linear layers.
+  Adds the `text_model.` that transformers 5 leaves out, drops `position_ids` buffers, and turns VAE
+  attention from before diffusers 0.13, or saved as 1x1 convolutions, into linear layers.
   """
   names = [name for name in tensors if not name.endswith('position_ids')]
   prefix = _TOWER_PREFIX.get(component, '')
@@ -162,23 +162,23 @@ def normalized(tensors: Mapping[str, np.ndarray], component: str) -> Tensors:
       for theirs, ours in _OLD_VAE_ATTENTION.items():
         new = new.replace(theirs, ours)
     new_to_old[new] = old
-  found = renamed(tensors, new_to_old)
+  result = renamed(tensors, new_to_old)
   if component != 'vae':
-    return found
+    return result
 
   def linear(name):
-    array = found[name]
+    array = result[name]
     is_projection = _VAE_PROJECTION.fullmatch(name) and set(array.shape[2:]) == {1}
     return array.reshape(array.shape[:2]) if is_projection else array
 
-  return Tensors({name: lambda name=name: linear(name) for name in found})
+  return Tensors({name: lambda name=name: linear(name) for name in result})
 
 
 def with_input_channels(checkpoint: Checkpoint, channels: int) -> Checkpoint:
-  """The checkpoint with a UNet that takes `channels` channels, its output unmoved (paper, 3.2).
+  """The checkpoint with a UNet of `channels` input channels and the same output (paper, 3.2).
 
-  From a text-to-image UNet of 4 channels: the new weights of the first convolution are zero, the
-  old ones and the bias are kept. A UNet that already takes `channels` is returned as it is.
+  For a text-to-image UNet of 4 channels: the new weights of the first convolution are zero; the old
+  ones and the bias stay. A UNet that already takes `channels` is returned unchanged.
 
   Raises:
     InputError: the UNet takes neither 4 nor `channels` channels.

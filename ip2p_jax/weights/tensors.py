@@ -1,4 +1,4 @@
-"""A checkpoint in memory: named arrays that are made when asked for, and their types."""
+"""A checkpoint in memory: named arrays that are read on access, and their types."""
 
 import dataclasses
 import os
@@ -21,14 +21,14 @@ FLOATS = (np.dtype(np.float64), *DTYPES.values())
 
 @dataclasses.dataclass
 class Checkpoint:
-  """A Stable Diffusion checkpoint in diffusers' form, whatever file it came from.
+  """A Stable Diffusion checkpoint in diffusers' form, from any kind of file.
 
   Attributes:
     configs: 'unet', 'vae', 'text_encoder', 'scheduler' -> the component's JSON.
     tensors: 'unet', 'vae', 'text_encoder' -> {diffusers or transformers name: array in torch's
-      layout}. Read from a file they are `Tensors`, made anew at each access.
+      layout}. From a file they are `Tensors`, read on each access.
     tokenizer: file name -> contents; `vocab.json` and `merges.txt` are always there.
-    source: where it came from, for messages.
+    source: its path, for messages.
   """
 
   configs: dict[str, dict[str, Any]]
@@ -38,7 +38,7 @@ class Checkpoint:
 
 
 class Tensors(Mapping):
-  """Names to arrays; each array is made by a function when it is asked for, and not kept."""
+  """Names to arrays; a function makes an array on each access, and it is not kept."""
 
   def __init__(self, makers: Mapping[str, Callable[[], np.ndarray]]):
     self._makers = dict(makers)
@@ -46,7 +46,7 @@ class Tensors(Mapping):
   def __getitem__(self, name: str) -> np.ndarray:
     return self._makers[name]()
 
-  def __contains__(self, name: object) -> bool:  # Mapping's own would make the array
+  def __contains__(self, name: object) -> bool:  # Mapping's version would make the array
     return name in self._makers
 
   def __iter__(self) -> Iterator[str]:
@@ -74,10 +74,10 @@ def is_finite(array: np.ndarray) -> bool:
 
 
 def cast(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-  """A float array as `dtype`, other arrays as they are.
+  """A float array as `dtype`; other arrays unchanged.
 
   Raises:
-    InputError: naming the tensor, if it is not finite before or after.
+    InputError: names the tensor if it is not finite before or after.
   """
   if array.dtype not in FLOATS:
     return array
@@ -101,11 +101,11 @@ def check_same(
   tensors: Mapping[str, np.ndarray],
   dtype: np.dtype,
 ) -> None:
-  """Raises OSError if what was written as `dtype` does not read back as it should."""
+  """Raises OSError if `written` is not `tensors` as `dtype`."""
   for name in tensors:
-    found, wanted = written[name], cast(name, tensors[name], dtype)
-    same = found.dtype == wanted.dtype and found.shape == wanted.shape
-    if not same or not np.array_equal(as_bytes(found), as_bytes(wanted)):
+    array, wanted = written[name], cast(name, tensors[name], dtype)
+    same = array.dtype == wanted.dtype and array.shape == wanted.shape
+    if not same or not np.array_equal(as_bytes(array), as_bytes(wanted)):
       raise OSError(f'{path}: {name} does not read back as it was written; is the disk sound?')
 
 

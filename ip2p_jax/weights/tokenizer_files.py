@@ -1,9 +1,8 @@
-"""CLIP's tokenizer as files: the standard one, and one layout for all that were ever written.
+"""CLIP's tokenizer as files: the standard one, and one layout for all versions.
 
-Tokens that were added to the vocabulary, as textual inversion does, lie in `added_tokens.json`
-(names and ids), in `tokenizer_config.json` under `added_tokens_decoder` (with their flags, since
-transformers 4.34), or in the one `tokenizer.json` of transformers 5. Every reader knows the first
-two, so that is what we hold and write.
+Tokens that textual inversion adds to the vocabulary are in `added_tokens.json` (names and ids), in
+`tokenizer_config.json` under `added_tokens_decoder` (with their flags, since transformers 4.34), or
+in the one `tokenizer.json` of transformers 5. Every reader knows the first two, so we use those.
 """
 
 import gzip
@@ -27,15 +26,15 @@ from ip2p_jax.models.learned_tokens import (
 
 FILES = (VOCABULARY, MERGES, CONFIG, SPECIAL, ADDED)
 
-# What transformers 5 notes of itself; 4 stumbles over the list of extra_special_tokens.
+# Keys that only transformers 5 writes; version 4 fails on the list of extra_special_tokens.
 _NOT_FOR_ALL = ('backend', 'is_local', 'local_files_only')
 
 
 def read(folder: Path) -> dict[str, bytes]:
-  """A tokenizer's folder as `FILES`, of which the first two are always there.
+  """A tokenizer's folder as `FILES`; the first two are always there.
 
   Raises:
-    InputError: the folder or a file of it is missing or damaged.
+    InputError: the folder or one of its files is missing or damaged.
   """
   if not folder.is_dir():
     raise InputError(f'{folder}: no such folder; a diffusers checkpoint has one per component.')
@@ -52,27 +51,27 @@ def read(folder: Path) -> dict[str, bytes]:
     except UnicodeDecodeError:
       raise InputError(f'{folder / name}: not UTF-8 text; fetch the file again.') from None
     if name.endswith('.json') and (folder / name).is_file():
-      storage.read_json(folder / name, dict)  # refuses a damaged one
+      storage.read_json(folder / name, dict)  # raises if it is damaged
   return _in_one_layout(files, str(folder))
 
 
 def without_learned(files: Mapping[str, bytes]) -> dict[str, bytes]:
-  """The tokenizer as it was before tokens were added to it."""
+  """The tokenizer without its added tokens."""
   if not learned_tokens(files):
     return dict(files)
-  gone = {token.content for token in learned_tokens(files)}
+  learned = {token.content for token in learned_tokens(files)}
   config = json.loads(files.get(CONFIG, b'{}'))
   notes = config.get('added_tokens_decoder') or {}
-  kept = {number: note for number, note in notes.items() if note['content'] not in gone}
+  rest = {number: note for number, note in notes.items() if note['content'] not in learned}
   special = json.loads(files.get(SPECIAL, b'{}'))
   for note in (config, special):
     note.pop('additional_special_tokens', None)
   result = {name: content for name, content in files.items() if name != ADDED}
-  return result | {CONFIG: _json(config | {'added_tokens_decoder': kept}), SPECIAL: _json(special)}
+  return result | {CONFIG: _json(config | {'added_tokens_decoder': rest}), SPECIAL: _json(special)}
 
 
 def clip_tokenizer(pad_token: str | None = None) -> dict[str, bytes]:
-  """The files of CLIP's tokenizer (49,408 tokens): what both SD 1.x and SD 2.x read text with.
+  """The files of CLIP's tokenizer (49,408 tokens), which SD 1.x and SD 2.x use.
 
   Args:
     pad_token: SD 1.x pads with the end token (None), SD 2.x with '!'.
@@ -81,7 +80,7 @@ def clip_tokenizer(pad_token: str | None = None) -> dict[str, bytes]:
   merges = gzip.decompress(packed)
   pairs = merges.decode().splitlines()[1:]
   printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-  # Every byte has a printable character: its own, or one past 255.
+  # Every byte has a printable character: its own, or one above 255.
   characters = [chr(byte) for byte in printable] + [
     chr(256 + i) for i in range(256 - len(printable))
   ]
@@ -111,7 +110,7 @@ def clip_tokenizer(pad_token: str | None = None) -> dict[str, bytes]:
 
 
 def _in_one_layout(files: dict[str, bytes], source: str) -> dict[str, bytes]:
-  """`FILES` of any layout; what has no learned tokens stays as it is, byte for byte."""
+  """`FILES` from any layout; a tokenizer without learned tokens stays, byte for byte."""
   learned = learned_tokens(files, source)
   result = {name: files[name] for name in FILES if name in files}
   if not learned:
@@ -130,7 +129,7 @@ def _in_one_layout(files: dict[str, bytes], source: str) -> dict[str, bytes]:
 
 
 def _split(path: Path) -> dict[str, bytes]:
-  """The vocabulary and merges out of the one file that transformers 5 saves."""
+  """The vocabulary and merges from the one file of transformers 5."""
   model = storage.read_json(path, dict).get('model', {})
   if model.get('type') != 'BPE':
     raise InputError(f"{path}: is not a BPE tokenizer, as CLIP's is.")

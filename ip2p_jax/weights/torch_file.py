@@ -1,4 +1,4 @@
-"""Checkpoints that PyTorch pickled (`.ckpt`, `.bin`, `.pt`), read without running their code."""
+"""Checkpoints pickled by PyTorch (`.ckpt`, `.bin`, `.pt`), read without running their code."""
 
 import os
 import pickle
@@ -15,12 +15,12 @@ from ip2p_jax.errors import InputError
 from ip2p_jax.weights.tensors import DTYPES, Tensors, cast, check_same, damaged, float_dtype
 
 SUFFIXES = ('.ckpt', '.bin', '.pt', '.pth')
-# Packages whose objects in a torch file say how it was trained, and never matter for its tensors.
+# Packages whose objects in a torch file describe its training and do not affect its tensors.
 _BOOKKEEPING = ('pytorch_lightning', 'lightning', 'lightning_fabric', 'omegaconf', 'numpy')
 
 
 def read(path: Path) -> tuple[Tensors, dict[str, str]]:
-  """The tensors of a state_dict, and the texts beside it; InputError as `files.read_tensors`."""
+  """The tensors of a state_dict, and the texts beside it; InputError as in `files.read_tensors`."""
   torch = need_torch(path)
   is_zip = zipfile.is_zipfile(path)
   try:
@@ -51,7 +51,7 @@ def read(path: Path) -> tuple[Tensors, dict[str, str]]:
 
 
 class Inert:
-  """Stands for a class that a training program pickled beside its tensors; does nothing at all."""
+  """Replaces a class that a training program pickled beside its tensors; does nothing."""
 
   def __init__(self, *args, **kwargs):
     pass
@@ -61,7 +61,7 @@ class Inert:
 
 
 def _stand_ins(names):
-  """Inert stand-ins for classes known to lie in checkpoints, so that none of their code is needed.
+  """`Inert` for classes that occur in checkpoints, so that none of their code is needed.
 
   The original InstructPix2Pix and Stable Diffusion files hold Lightning's callbacks.
   """
@@ -79,12 +79,12 @@ def write(
   """Writes `{'state_dict': ..., **notes}` by torch.save, atomically, floats cast to `dtype`.
 
   Args:
-    also: further names of tensors, {new: old}; they take no more room.
-    counters: further tensors, kept as they are.
+    also: further names of tensors, {new: old}; they take no space.
+    counters: further tensors, not cast.
 
   Raises:
-    InputError: torch is not installed, or as `write_safetensors`.
-    OSError: the file does not read back as it was to be written.
+    InputError: torch is not installed, or the cases of `write_safetensors`.
+    OSError: the file does not read back as it was written.
   """
   torch, kind, path = need_torch(Path(path)), float_dtype(dtype), Path(path)
 
@@ -106,7 +106,7 @@ def write(
 
 
 def need_torch(path: Path) -> Any:
-  """torch, or an InputError that says for which file it is needed."""
+  """torch; InputError that names the file if torch is not installed."""
   try:
     import torch
   except ImportError:

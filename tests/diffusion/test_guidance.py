@@ -1,4 +1,4 @@
-"""Two-scale guidance: whatever is left out, the answer is that of all three branches."""
+"""Two-scale guidance: fewer branches give the same result as all three."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ def predictions(rng):
 
 
 def guided(predictions, text_guidance, image_guidance):
-  """(InstructPix2Pix, equation 3) as it stands, in float64."""
+  """InstructPix2Pix, equation 3, in float64."""
   both, image, neither = predictions.astype(np.float64)
   s_T, s_I = (np.reshape(s, (-1, 1, 1, 1)) for s in (text_guidance, image_guidance))
   return neither + s_I * (image - neither) + s_T * (both - image)
@@ -45,7 +45,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(('text_guidance', 'image_guidance', 'expected'), CASES)
-def test_only_branches_that_matter_are_asked_and_nothing_is_lost(
+def test_only_needed_branches_run_and_the_result_is_the_same(
   predictions, text_guidance, image_guidance, expected
 ):
   text_guidance, image_guidance = np.array(text_guidance), np.array(image_guidance)

@@ -45,7 +45,7 @@ def test_stable_diffusion_has_its_known_noise_levels():
   )
 
 
-def test_schedule_is_read_from_the_config_of_any_sister_scheduler():
+def test_the_config_of_any_related_scheduler_is_read():
   options = {'beta_start': 0.00085, 'beta_end': 0.012, 'beta_schedule': 'scaled_linear'}
   options |= {'prediction_type': 'v_prediction', 'steps_offset': 1}
   sisters = ('DDIM', 'PNDM', 'EulerAncestralDiscrete', 'EulerDiscrete', 'HeunDiscrete', 'LCM')
@@ -61,7 +61,7 @@ def test_schedule_survives_being_written_and_read():
     assert Schedule.from_json(schedule.to_json()) == schedule
 
 
-def test_written_config_keeps_its_meaning_for_every_scheduler_of_diffusers():
+def test_every_scheduler_of_diffusers_reads_the_written_config():
   config = Schedule(prediction_type='v_prediction').to_json()
   for name in ('EulerAncestralDiscrete', 'DDIM', 'PNDM', 'DPMSolverMultistep', 'LCM'):
     theirs = getattr(diffusers, f'{name}Scheduler').from_config(config)
@@ -84,7 +84,7 @@ def test_written_config_keeps_its_meaning_for_every_scheduler_of_diffusers():
     ('steps_offset', 0.5),
   ],
 )
-def test_unsupported_schedule_is_refused_by_the_name_of_file_and_key(key, value):
+def test_an_unsupported_schedule_names_the_file_and_the_key(key, value):
   config = Schedule().to_json() | {key: value}
   with pytest.raises(InputError, match=rf'scheduler/config.json.*{key}'):
     Schedule.from_json(config, name='scheduler/config.json')
@@ -118,7 +118,7 @@ def _noise(seeds, indices):
   return np.stack([noise.initial_noise(keys, SHAPE), *steps], 1)  # [B, 3, h, w, 4]
 
 
-def test_noise_of_an_image_is_the_same_alone_and_in_a_batch():
+def test_an_image_has_the_same_noise_alone_and_batched():
   seeds, indices = [5, 5, 9, 2**32 - 1, 0, 1, 2, 3], [0, 1, 0, 3, 2**32 - 1, 1, 2, 3]
   together = _noise(seeds, indices)
   for i in range(8):
@@ -138,7 +138,7 @@ def test_noise_is_standard_normal():
     assert abs(float(values.std()) - 1) < 0.007
 
 
-def test_noise_is_the_same_under_jit_and_on_any_number_of_devices():
+def test_noise_is_the_same_under_jit_and_on_eight_devices():
   def draw(seeds, indices, i):
     keys = noise.image_keys(seeds, indices)
     return noise.initial_noise(keys, SHAPE), noise.step_noise(keys, i, SHAPE)

@@ -20,6 +20,11 @@ LINEAR = {'beta_start': 1e-4, 'beta_end': 0.02, 'beta_schedule': 'linear'}
 UNIT_VARIANCE = ('ddim', 'dpmpp_2m', 'lcm')
 
 
+@pytest.fixture
+def init(rng):
+  return rng.standard_normal(SHAPE, dtype=np.float32)
+
+
 def their_scheduler(sampler, steps, schedule=Schedule(), **options):
   scheduler = reference.scheduler(sampler, schedule, **options)
   scheduler.set_timesteps(steps)
@@ -27,18 +32,18 @@ def their_scheduler(sampler, steps, schedule=Schedule(), **options):
 
 
 def torch_noise(steps, shape=SHAPE):
-  """What a torch generator of seed 0 gives out step by step, [S, *shape]."""
+  """The noise of a torch generator with seed 0, step by step, [S, *shape]."""
   generator = torch.Generator().manual_seed(0)
   return np.stack([torch.randn(shape, generator=generator).numpy() for _ in range(steps)])
 
 
 def network(x, t, lib):
-  """Some function that bends with x and turns with the timestep."""
+  """A function that is not linear in x and depends on the timestep."""
   return 0.8 * lib.tanh(x) + 0.3 * x * lib.cos(t / 200)
 
 
 def their_sample(scheduler, init, timesteps=None):
-  """The loop of a diffusers pipeline; `timesteps` replaces those the network is asked at."""
+  """The loop of a diffusers pipeline; `timesteps` replaces those that the network gets."""
   x, generator = torch.tensor(init) * scheduler.init_noise_sigma, torch.Generator().manual_seed(0)
   random = {'generator': generator} if 'Heun' not in type(scheduler).__name__ else {}
   for i, t in enumerate(scheduler.timesteps):
@@ -92,7 +97,7 @@ def test_grid_agrees_with_diffusers(sampler, spacing):
 
 
 @pytest.mark.parametrize('sampler', SAMPLERS)
-def test_own_spacing_is_that_of_diffusers(sampler):
+def test_the_default_spacing_is_that_of_diffusers(sampler):
   for steps in (2, 4, 8, 20, 50):
     grid = noise_levels(Schedule(), sampler, steps)
     assert_same_grid(grid, their_scheduler(sampler, steps), sampler)
@@ -165,7 +170,7 @@ def test_hundred_steps_end_as_the_original_does():
   np.testing.assert_allclose(grid.sigmas[[0, 1, 2, -4, -3, -2, -1]], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_levels_are_within_a_ten_thousandth_of_those_of_k_diffusion():
+def test_levels_agree_with_k_diffusion_to_1e_4():
   log_sigmas = np.log(Schedule().sigmas.astype(np.float64))  # it interpolates these
   for steps in (2, 20, 50, 100):
     timesteps = np.linspace(999, 0, steps)
@@ -187,7 +192,7 @@ def timestep_to_sigma(schedule, timestep):
   return jnp.interp(timestep, timesteps, jnp.asarray(schedule.sigmas))
 
 
-def test_sigma_and_timestep_are_two_names_of_one_level():
+def test_sigma_and_timestep_convert_into_each_other():
   timesteps = np.array([0, 0.5, 1, 52.579, 500, 946.4211, 999], np.float32)
   for timestep in timesteps:
     sigma = timestep_to_sigma(Schedule(), timestep)
@@ -201,9 +206,8 @@ def test_sigma_and_timestep_are_two_names_of_one_level():
 
 @pytest.mark.parametrize('prediction_type', ['epsilon', 'v_prediction'])
 @pytest.mark.parametrize('sampler', SAMPLERS)
-def test_sampler_agrees_with_diffusers_given_its_noise(rng, sampler, prediction_type):
+def test_a_sampler_agrees_with_diffusers_for_equal_noise(init, sampler, prediction_type):
   schedule = Schedule(prediction_type=prediction_type)
-  init = rng.standard_normal(SHAPE, dtype=np.float32)
   expected = their_sample(their_scheduler(sampler, 20, schedule), init)
   ours = our_sample(sampler, schedule, noise_levels(schedule, sampler, 20), init)
   assert_relative(ours, expected, 1e-5)
@@ -211,17 +215,15 @@ def test_sampler_agrees_with_diffusers_given_its_noise(rng, sampler, prediction_
 
 @pytest.mark.parametrize('steps', [1, 2, 4])
 @pytest.mark.parametrize('sampler', SAMPLERS)
-def test_few_steps_agree_with_diffusers(rng, sampler, steps):
+def test_few_steps_agree_with_diffusers(init, sampler, steps):
   spacing = 'trailing' if sampler != 'lcm' else None
   options = {'timestep_spacing': spacing} if spacing else {}
-  init = rng.standard_normal(SHAPE, dtype=np.float32)
   expected = their_sample(their_scheduler(sampler, steps, **options), init)
   ours = our_sample(sampler, Schedule(), noise_levels(Schedule(), sampler, steps, spacing), init)
   assert_relative(ours, expected, 1e-5)
 
 
-def test_ddim_may_end_without_noise(rng):
-  init = rng.standard_normal(SHAPE, dtype=np.float32)
+def test_ddim_may_end_without_noise(init):
   for to_one in (True, False):
     schedule = Schedule(set_alpha_to_one=to_one)
     grid = noise_levels(schedule, 'ddim', 20)
@@ -234,8 +236,7 @@ def test_ddim_may_end_without_noise(rng):
 
 
 @pytest.mark.parametrize('sampler', ['euler', 'dpmpp_2m'])
-def test_karras_run_agrees_with_diffusers_asked_at_our_timesteps(rng, sampler):
-  init = rng.standard_normal(SHAPE, dtype=np.float32)
+def test_a_karras_run_agrees_with_diffusers_at_our_timesteps(init, sampler):
   grid = noise_levels(Schedule(), sampler, 20, karras=True)
   theirs = their_scheduler(sampler, 20, use_karras_sigmas=True)
   expected = their_sample(theirs, init, grid.timesteps)
@@ -246,9 +247,9 @@ def test_karras_run_agrees_with_diffusers_asked_at_our_timesteps(rng, sampler):
 
 
 @pytest.mark.parametrize('sampler', SAMPLERS)
-def test_a_run_from_a_later_step_is_that_of_the_rest_of_the_grid(rng, sampler):
-  whole = noise_levels(Schedule(), sampler, 8)
-  rest = whole._replace(sigmas=whole.sigmas[3:], timesteps=whole.timesteps[3:])
+def test_a_later_start_uses_the_rest_of_the_grid(rng, sampler):
+  full = noise_levels(Schedule(), sampler, 8)
+  rest = full._replace(sigmas=full.sigmas[3:], timesteps=full.timesteps[3:])
   latents, init = rng.standard_normal((2, *SHAPE), np.float32)
   noises = jnp.asarray(rng.standard_normal((8, *SHAPE), np.float32))
   denoise = denoiser(lambda x, t: network(x, t, jnp), Schedule())
@@ -258,9 +259,9 @@ def test_a_run_from_a_later_step_is_that_of_the_rest_of_the_grid(rng, sampler):
     step = SAMPLERS[sampler](denoise, grid)
     return samplers.walk(lambda state, i: step(state, i, noises[i]), grid, state)[0]
 
-  later = samplers.begin_at(whole, 3)
+  later = samplers.begin_at(full, 3)
   state = samplers.noisy_state(later, latents, init)
-  np.testing.assert_allclose(state[0], latents + whole.sigmas[3] * init, rtol=1e-6)
+  np.testing.assert_allclose(state[0], latents + full.sigmas[3] * init, rtol=1e-6)
   expected = np.asarray(run(rest, state, noises[3:]))
   assert_relative(np.asarray(run(later, state, noises)), expected, 1e-6)
   assert samplers.steps_of(later) == range(3, 8)
@@ -275,7 +276,7 @@ def test_a_run_from_the_end_does_nothing(rng):
   )
 
 
-# Golden numbers: sums of absolute values that diffusers' own tests hold
+# Golden numbers: sums of absolute values in diffusers' tests
 
 
 def golden_start():
@@ -287,7 +288,7 @@ def golden_network(x, t):
 
 
 def rescaled_run(schedule, sampler, karras=False):
-  """10 steps as those tests take them: the input's scaling is kept, and steps go on from it."""
+  """10 steps as in those tests: each step continues from the scaled input."""
   grid, noises = noise_levels(schedule, sampler, 10, karras=karras), torch_noise(10, (4, 3, 8, 8))
   x, previous = samplers.initial_state(grid, golden_start())
   for i in range(10):
@@ -353,7 +354,7 @@ def test_golden_sums_of_lcm(steps, expected):
   ],
 )
 def test_golden_latents_of_k_diffusion(sampler, expected):
-  """From k-diffusion 0.1.1, over its eight Karras levels from 14.6 to 0.03."""
+  """Results of k-diffusion 0.1.1, with its eight Karras levels from 14.6 to 0.03."""
   largest, smallest = 14.6 ** (1 / 7), 0.03 ** (1 / 7)
   sigmas = np.append(np.linspace(largest, smallest, 8) ** 7, 0).astype(np.float32)
   grid = Grid(sigmas, np.zeros(8, np.float32), np.float32(14.6), np.float32(1))
@@ -373,10 +374,10 @@ def shrink(x, sigma):
 
 
 @pytest.mark.parametrize('sampler', SAMPLERS)
-def test_scanning_equals_stepping(rng, sampler):
+def test_scanning_equals_stepping(init, sampler):
   grid, schedule = noise_levels(Schedule(), sampler, 6), Schedule()
   denoise = denoiser(lambda x, t: network(x, t, jnp), schedule)
-  init, noises = rng.standard_normal(SHAPE, dtype=np.float32), jnp.asarray(torch_noise(6))
+  noises = jnp.asarray(torch_noise(6))
   scanned = jax.jit(lambda: sample(sampler, denoise, grid, init, lambda i: noises[i]))()
   step = jax.jit(SAMPLERS[sampler](denoise, grid))
   state = samplers.initial_state(grid, init)
@@ -387,17 +388,16 @@ def test_scanning_equals_stepping(rng, sampler):
 
 
 @pytest.mark.parametrize('sampler', SAMPLERS)
-def test_one_step_starts_from_the_noisiest_level(rng, sampler):
+def test_one_step_starts_from_the_noisiest_level(init, sampler):
   grid = noise_levels(Schedule(), sampler, 1)
   assert grid.timesteps == ([1] if sampler == 'ddim' else [999])  # leading: the offset alone
-  init = rng.standard_normal(SHAPE, dtype=np.float32)
   latents = sample(sampler, shrink, grid, init, lambda i: init)
   assert np.all(np.isfinite(latents))
 
 
 @pytest.mark.parametrize('sampler', SAMPLERS)
-def test_new_levels_do_not_recompile(rng, sampler):
-  init, traces = rng.standard_normal(SHAPE, dtype=np.float32), []
+def test_new_levels_do_not_recompile(init, sampler):
+  traces = []
 
   @jax.jit
   def run(grid):
@@ -411,17 +411,16 @@ def test_new_levels_do_not_recompile(rng, sampler):
 
 
 @pytest.mark.parametrize('sampler', SAMPLERS)
-def test_noise_is_asked_for_by_stochastic_samplers_only(rng, sampler):
-  asked, init = [], rng.standard_normal(SHAPE, dtype=np.float32)
+def test_only_stochastic_samplers_use_noise(init, sampler):
+  asked = []
   grid = noise_levels(Schedule(), sampler, 3)
   sample(sampler, shrink, grid, init, lambda i: asked.append(i) or jnp.zeros(SHAPE))
   assert bool(asked) == (sampler in STOCHASTIC)
 
 
 @pytest.mark.parametrize('sampler', STOCHASTIC)
-def test_noise_of_the_last_step_does_not_matter_and_all_other_noise_does(rng, sampler):
-  grid, init = noise_levels(Schedule(), sampler, 4), rng.standard_normal(SHAPE, dtype=np.float32)
-  noises = torch_noise(4)
+def test_only_the_noise_of_the_last_step_has_no_effect(init, sampler):
+  grid, noises = noise_levels(Schedule(), sampler, 4), torch_noise(4)
   run = jax.jit(lambda noises: sample(sampler, shrink, grid, init, lambda i: noises[i]))
   for i in range(4):
     changed = noises.copy()
@@ -430,8 +429,8 @@ def test_noise_of_the_last_step_does_not_matter_and_all_other_noise_does(rng, sa
 
 
 @pytest.mark.parametrize(('sampler', 'expected'), [('heun', 39), ('dpmpp_2m', 20), ('euler', 20)])
-def test_network_is_called_as_often_as_stated(rng, sampler, expected):
-  calls, init = [], rng.standard_normal(SHAPE, dtype=np.float32)
+def test_the_number_of_network_calls_is_as_stated(init, sampler, expected):
+  calls = []
   denoise = lambda x, sigma: calls.append(1) or shrink(x, sigma)
   with jax.disable_jit():
     sample(sampler, denoise, noise_levels(Schedule(), sampler, 20), init)
@@ -439,7 +438,7 @@ def test_network_is_called_as_often_as_stated(rng, sampler, expected):
 
 
 def test_ancestral_sampling_of_normal_data_is_normal(rng):
-  """The variance its noise must restore: without it, the spread would shrink to 0.07."""
+  """The noise restores the variance: without it, the spread would shrink to 0.07."""
   init = rng.standard_normal((1, 64, 64, 4), dtype=np.float32)
   noises = jnp.asarray(rng.standard_normal((200, *init.shape), dtype=np.float32))
   grid = noise_levels(Schedule(), 'euler_ancestral', 200)
@@ -470,14 +469,14 @@ def test_mistakes_are_named_with_the_choices(arguments, message):
     noise_levels(Schedule(), *arguments)
 
 
-def test_unknown_sampler_is_named_when_sampling_too():
+def test_sampling_names_an_unknown_sampler():
   with pytest.raises(InputError, match='euler_ancestral, euler'):
     sample('plms', shrink, noise_levels(Schedule(), 'euler', 2), jnp.zeros(SHAPE))
 
 
 @pytest.mark.parametrize('prediction_type', ['epsilon', 'v_prediction'])
-def test_half_precision_costs_lcm_little_more_than_other_samplers(prediction_type, rng):
-  """A network that knows normal data, and reads and answers in bfloat16 as ours do."""
+def test_half_precision_errors_of_lcm_are_near_those_of_others(prediction_type, rng):
+  """The exact network of normal data, with bfloat16 input and output as ours."""
   schedule = Schedule(prediction_type=prediction_type)
   shape, spread = (2, 16, 16, 4), 0.3
   mean, start = (rng.standard_normal(shape).astype(np.float32) for _ in range(2))

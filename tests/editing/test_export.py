@@ -85,7 +85,7 @@ def test_a_checkpoint_keeps_the_spacing_of_its_scheduler(tmp_path):
 def test_a_name_that_ends_in_safetensors_means_one_file(source, tmp_path):
   convert_checkpoint(source, tmp_path / 'x.safetensors', **QUIET)
   assert (tmp_path / 'x.safetensors').is_file()
-  with pytest.raises(InputError, match='diffusers wants a folder'):
+  with pytest.raises(InputError, match='diffusers needs a folder'):
     convert_checkpoint(source, tmp_path / 'y.safetensors', 'diffusers')
 
 

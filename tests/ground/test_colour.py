@@ -1,4 +1,4 @@
-"""Images in colours of their own: models see sRGB, results have what their images had."""
+"""Images with colour profiles: models see sRGB, and results have the profile of their image."""
 
 import io
 import struct
@@ -39,32 +39,32 @@ def half():
   return mask
 
 
-def pixels(picture):
-  return np.asarray(picture).astype(int)
+def pixels(image):
+  return np.asarray(image).astype(int)
 
 
 def opened(path):
-  """As other software opens it; the file is closed again."""
+  """The image as Pillow opens it; the file is closed."""
   with Image.open(path) as image:
     image.load()
   return image
 
 
-def difference(one, other):
-  """In levels of 255, on average."""
-  return np.abs(pixels(one) - pixels(other)).mean()
+def difference(a, b):
+  """The mean absolute difference, in levels of 255."""
+  return np.abs(pixels(a) - pixels(b)).mean()
 
 
-def write(picture, path, **options):
-  """A file as other software writes it."""
+def write(image, path, **options):
+  """Writes a file as other software does."""
   extra = {'lossless': True} if path.suffix == '.webp' else {'subsampling': 0, 'quality': 98}
   extra = {} if path.suffix in ('.png', '.tif') else extra
-  picture.save(path, icc_profile=picture.info.get('icc_profile'), **extra, **options)
+  image.save(path, icc_profile=image.info.get('icc_profile'), **extra, **options)
   return path
 
 
 def negative(array):
-  """An edit that moves every colour far."""
+  """An edit that changes every colour much."""
   return 255 - array
 
 
@@ -73,20 +73,20 @@ def negative(array):
 
 @pytest.mark.parametrize('name', [*profiles.WIDE, 'CMYK'])
 @pytest.mark.parametrize('extension', ['png', 'jpg', 'tif', 'webp'])
-def test_an_image_is_seen_by_its_profile(tmp_path, photo, name, extension):
+def test_an_image_is_converted_by_its_profile(tmp_path, photo, name, extension):
   if name == 'CMYK' and extension in ('png', 'webp'):
-    return  # which have no CMYK
+    return  # these formats have no CMYK
   own = profiles.tagged(photo, name)
   path = write(own, tmp_path / f'in.{extension}')
   seen = images.to_array(images.read(path), photo.size)
-  assert difference(own.convert('RGB'), photo) > 5  # what the numbers alone would show
+  assert difference(own.convert('RGB'), photo) > 5  # without the profile
   assert difference(seen, photo) < (1.5 if extension == 'jpg' else 0.8)
   assert difference(examples.decode_image(path.read_bytes(), 48, 'squash'),
                     photo.resize((48, 48), Image.Resampling.LANCZOS)) < 1.5  # fmt: skip
 
 
 @pytest.mark.parametrize('mode', ['L', 'LA', 'I;16'])
-def test_greys_are_seen_by_their_profile_and_stay_what_they_were(tmp_path, mode, half):
+def test_grey_images_are_converted_by_profile_and_stay_equal(tmp_path, mode, half):
   values = np.tile(np.linspace(0, 255, 64).round().astype(np.uint8), (48, 1))
   grey = Image.fromarray(values)
   seen = pixels(profiles.converted(grey, profiles.ALL['grey'], None, 'RGB'))
@@ -107,7 +107,7 @@ def test_greys_are_seen_by_their_profile_and_stay_what_they_were(tmp_path, mode,
   assert difference(shown[:24], 255 - seen[:24]) < 1
 
 
-def test_a_palette_is_seen_by_its_profile(tmp_path, photo):
+def test_a_palette_is_converted_by_its_profile(tmp_path, photo):
   own = profiles.tagged(photo, 'Adobe RGB')
   palette = own.quantize(256)
   palette.info = dict(own.info)
@@ -134,7 +134,7 @@ SOURCES += ('16-bit RGBA', 'rotated JPEG')
 
 @pytest.mark.parametrize('source', SOURCES)
 @pytest.mark.filterwarnings('error')
-def test_odd_files_are_edited_by_their_profile_and_kept_under_a_mask(tmp_path, photo, half, source):
+def test_unusual_files_are_edited_by_profile_and_kept_by_masks(tmp_path, photo, half, source):
   path, alpha = tmp_path / 'in.png', None
   name = 'grey' if 'grey' in source else 'ProPhoto'
   own = profiles.tagged(photo.convert('L').convert('RGB') if name == 'grey' else photo, name)
@@ -180,7 +180,7 @@ def test_lab_needs_no_profile(tmp_path, photo):
   assert difference(images.read(tmp_path / 'lab.tif'), photo) < 2
 
 
-def test_transparency_is_no_colour(tmp_path, photo):
+def test_transparency_is_not_converted(tmp_path, photo):
   own = profiles.tagged(photo, 'ProPhoto').convert('RGBA')
   alpha = Image.linear_gradient('L').resize(photo.size)
   own.putalpha(alpha)
@@ -198,9 +198,9 @@ def test_transparency_is_no_colour(tmp_path, photo):
 
 
 @pytest.mark.parametrize('profile', [None, 'sRGB'])
-def test_srgb_by_any_name_is_not_touched(tmp_path, photo, profile):
-  made = {'lcms': ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes()}
-  for content in (profiles.ALL['sRGB'], made['lcms']) if profile else (None,):
+def test_srgb_profiles_are_not_converted(tmp_path, photo, profile):
+  variants = {'lcms': ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes()}
+  for content in (profiles.ALL['sRGB'], variants['lcms']) if profile else (None,):
     photo.info = {'icc_profile': content} if content else {}
     original = images.read(write(photo, tmp_path / 'in.png'))
     assert original.info == photo.info
@@ -211,14 +211,12 @@ def test_srgb_by_any_name_is_not_touched(tmp_path, photo, profile):
     assert result.tobytes() == expected.tobytes() and result.info == photo.info
 
 
-# And the result has the colours of its image.
+# The result has the colours of its image.
 
 
 @pytest.mark.parametrize('name', profiles.WIDE)
 @pytest.mark.parametrize('extension', ['png', 'jpg', 'tif', 'webp'])
-def test_a_result_keeps_the_profile_and_is_shown_as_it_was_edited(
-  tmp_path, photo, half, name, extension
-):
+def test_a_result_keeps_the_profile_and_the_edited_colours(tmp_path, photo, half, name, extension):
   own = profiles.tagged(photo, name)
   original = images.read(write(own, tmp_path / 'in.png'))
   edited = negative(images.to_array(original, photo.size))
@@ -226,7 +224,7 @@ def test_a_result_keeps_the_profile_and_is_shown_as_it_was_edited(
   written = opened(tmp_path / f'out.{extension}')
   assert written.info['icc_profile'] == profiles.ALL[name]
   shown = pixels(profiles.as_seen(written))
-  close = 3.5 if extension == 'webp' else 2  # which loses 2.1 of this image without a profile
+  close = 3.5 if extension == 'webp' else 2  # WebP alone loses 2.1
   assert difference(shown[:24], edited[:24]) < close
   assert difference(shown[24:], pixels(photo)[24:]) < close
   if extension in LOSSLESS:
@@ -237,9 +235,7 @@ def test_a_result_keeps_the_profile_and_is_shown_as_it_was_edited(
 @pytest.mark.parametrize(
   ('extension', 'mode'), [('tif', 'CMYK'), ('jpg', 'CMYK'), ('png', 'RGB'), ('webp', 'RGB')]
 )
-def test_cmyk_stays_cmyk_where_the_format_has_it_and_else_becomes_srgb(
-  tmp_path, photo, half, extension, mode
-):
+def test_cmyk_stays_if_the_format_has_it_or_becomes_srgb(tmp_path, photo, half, extension, mode):
   own, path = profiles.tagged(photo, 'CMYK'), tmp_path / f'out.{extension}'
   original = images.read(write(own, tmp_path / 'in.tif'))
   assert original.mode == 'CMYK' and original.tobytes() == own.tobytes()
@@ -255,13 +251,13 @@ def test_cmyk_stays_cmyk_where_the_format_has_it_and_else_becomes_srgb(
   assert difference(shown[24:], pixels(photo)[24:]) < close
   if extension == 'tif':
     assert (pixels(written)[24:] == pixels(own)[24:]).all()
-  images.save(images.read(tmp_path / 'in.tif'), path, {})  # and whoever saves without asking
+  images.save(images.read(tmp_path / 'in.tif'), path, {})  # without `for_file`
   assert difference(profiles.as_seen(opened(path)), photo) < 2
 
 
 @pytest.fixture(params=['made', 'SWOP'], scope='module')
 def press(request):
-  """A profile of inks that show fewer colours than sRGB: one made here, and one of libgs-common."""
+  """A profile of inks with fewer colours than sRGB: one made here, and one of libgs-common."""
   if request.param == 'made':
     return profiles.offset()
   if not SWOP.exists():
@@ -269,7 +265,7 @@ def press(request):
   return SWOP.read_bytes()
 
 
-def test_cmyk_shows_an_edit_as_well_as_its_inks_can(tmp_path, photo, press):
+def test_cmyk_results_are_as_close_as_the_inks_allow(tmp_path, photo, press):
   original = profiles.converted(photo, None, press, 'CMYK')
   original.info = {'icc_profile': press}
   original = images.plain(original)
@@ -289,29 +285,29 @@ def test_cmyk_shows_an_edit_as_well_as_its_inks_can(tmp_path, photo, press):
       written = opened(path)
       assert written.mode == 'CMYK' and written.info['icc_profile'] == press
       assert difference(profiles.as_seen(written), edited) < best[name] + loss, (name, extension)
-    assert max(ways) > best[name] + 4  # the other ways are worse by far
+    assert max(ways) > best[name] + 4  # other ways are much worse
   assert best['printable'] < 1.5 and best['sRGB'] > 5
 
 
-def test_a_soft_mask_mixes_between_the_images_own_numbers(photo):
+def test_a_soft_mask_mixes_in_the_profile_of_the_image(photo):
   original = images.plain(profiles.tagged(photo, 'CMYK'))
   edited = negative(images.to_array(original, photo.size))
-  whole = pixels(images.restore(edited, original))
+  full = pixels(images.restore(edited, original))
   mixed = pixels(images.restore(edited, original, np.full((48, 64), 0.5, np.float32)))
-  assert np.abs(mixed - (whole + pixels(original)) / 2).max() <= 0.5
+  assert np.abs(mixed - (full + pixels(original)) / 2).max() <= 0.5
 
 
-def test_a_profile_without_a_way_back_leads_to_srgb(tmp_path, photo):
+def test_an_image_with_a_one_way_profile_becomes_srgb(tmp_path, photo):
   photo.info = {'icc_profile': profiles.scanner()}
   write(photo, tmp_path / 'scan.png')
-  with pytest.warns(UserWarning, match=r'scan\.png: its colour profile has no way back.*sRGB'):
+  with pytest.warns(UserWarning, match=r'scan\.png: its colour profile has no inverse.*sRGB'):
     original = images.read(tmp_path / 'scan.png')
   assert original.info == {}
   assert difference(original, profiles.as_seen(photo)) == 0
   assert difference(photo, original) > 5
 
 
-# What cannot be honoured is said once, by name.
+# One warning names a problem with the colours.
 
 
 BROKEN = {
@@ -325,28 +321,28 @@ BROKEN = {
 
 
 @pytest.mark.parametrize('what', BROKEN)
-def test_a_profile_that_cannot_be_read_is_one_warning_that_names_the_file(tmp_path, photo, what):
+def test_an_unreadable_profile_gives_one_warning_with_the_file_name(tmp_path, photo, what):
   mode, profile = BROKEN[what]
   own = photo.convert(mode)
   own.info = {'icc_profile': profile}
   write(own, tmp_path / 'odd.tif')
-  with warnings.catch_warnings(record=True, action='always') as heard:
+  with warnings.catch_warnings(record=True, action='always') as caught:
     original = images.read(tmp_path / 'odd.tif')
-  (warning,) = heard
+  (warning,) = caught
   assert str(warning.message).startswith(f'{tmp_path}/odd.tif: its colour profile ')
   assert str(warning.message).endswith('its colours are taken as sRGB')
   assert original.info == {} and original.tobytes() == own.convert('RGB').tobytes()
   with pytest.warns(UserWarning, match='the image: its colour profile'):
     images.with_metadata(own)
-  encoded = (tmp_path / 'odd.tif').read_bytes()  # of data sets, `ip2p check` warns
+  encoded = (tmp_path / 'odd.tif').read_bytes()  # for data sets, `ip2p check` warns
   expected = own.convert('RGB').resize((48, 48), Image.Resampling.LANCZOS)
   assert difference(examples.decode_image(encoded, 48, 'squash'), expected) == 0
   row = Row('row 3', ('go',), (Pair(encoded, encoded),), False)
-  found = check._check_images(row, type('Tokenizer', (), {'cut_off': lambda self, text: ''})())
-  assert sum('image: its colour profile' in text for _, text in found.warnings) == 2
+  report = check._check_images(row, type('Tokenizer', (), {'cut_off': lambda self, text: ''})())
+  assert sum('image: its colour profile' in text for _, text in report.warnings) == 2
 
 
-def test_adobe_rgb_of_a_cameras_exif_is_read_and_written_as_a_profile(tmp_path, photo):
+def test_adobe_rgb_in_exif_is_read_and_becomes_a_profile(tmp_path, photo):
   own = Image.fromarray(np.asarray(profiles.tagged(photo, 'Adobe RGB')))
   exif = Image.Exif()
   exif[B.Make] = 'Camera'
@@ -358,7 +354,7 @@ def test_adobe_rgb_of_a_cameras_exif_is_read_and_written_as_a_profile(tmp_path, 
   assert difference(original, photo) > 5
   images.save(original, tmp_path / 'out.png', {})
   assert difference(profiles.as_seen(opened(tmp_path / 'out.png')), photo) < 1.5
-  exif.get_ifd(IFD.Exif)[B.ColorSpace] = 1  # sRGB: the other mark is a leftover
+  exif.get_ifd(IFD.Exif)[B.ColorSpace] = 1  # sRGB; then R03 does not count
   own.save(tmp_path / 'camera.jpg', exif=exif.tobytes())
   assert 'icc_profile' not in images.read(tmp_path / 'camera.jpg').info
 
@@ -381,7 +377,7 @@ SRGB_CHRM = struct.pack('>8I', 31270, 32900, 64000, 33000, 30000, 60000, 15000, 
 
 
 @pytest.mark.parametrize(
-  ('chunks', 'told'),
+  ('chunks', 'named'),
   [
     ({'gAMA': struct.pack('>I', 45455), 'cHRM': SRGB_CHRM}, None),
     ({'gAMA': struct.pack('>I', 100000), 'sRGB': b'\0'}, None),
@@ -392,28 +388,29 @@ SRGB_CHRM = struct.pack('>8I', 31270, 32900, 64000, 33000, 30000, 60000, 15000, 
   ],
   ids=str,
 )
-def test_colours_told_by_chunks_of_png_are_not_read_and_it_is_said(tmp_path, photo, chunks, told):
+def test_colour_chunks_of_png_are_ignored_with_a_warning(tmp_path, photo, chunks, named):
   path = png_with(photo, tmp_path / 'chunks.png', **chunks)
-  with warnings.catch_warnings(record=True, action='always') as heard:
+  with warnings.catch_warnings(record=True, action='always') as caught:
     original = images.read(path)
   assert difference(original, photo) == 0 and original.info == {}
-  assert len(heard) == (told is not None)
-  assert all('chunks.png' in str(one.message) and told in str(one.message) for one in heard)
+  assert len(caught) == (named is not None)
+  messages = [str(warning.message) for warning in caught]
+  assert all('chunks.png' in message and named in message for message in messages)
 
 
-# Everything else that reads images.
+# Other readers of images.
 
 
-def test_only_jpegs_of_srgb_take_the_fast_way(photo):
+def test_only_srgb_jpegs_use_the_fast_decoder(photo):
   encode = lambda name: jpeg(profiles.tagged(photo, name))
   assert images.decode_jpeg(encode('sRGB')) is not None
   for name in (*profiles.WIDE, 'grey', 'CMYK'):
     assert images.decode_jpeg(encode(name)) is None, name
 
 
-def jpeg(picture):
+def jpeg(image):
   file = io.BytesIO()
-  picture.save(file, 'JPEG', quality=98, subsampling=0, icc_profile=picture.info['icc_profile'])
+  image.save(file, 'JPEG', quality=98, subsampling=0, icc_profile=image.info['icc_profile'])
   return file.getvalue()
 
 
@@ -423,20 +420,20 @@ def test_packed_images_are_srgb_or_keep_their_profile(photo, quality):
   encoded = jpeg(profiles.tagged(large, 'ProPhoto'))
   shrunk = pack.smaller(encoded, 32, quality)
   assert 'icc_profile' not in Image.open(io.BytesIO(shrunk)).info
-  for file in (shrunk, pack.smaller(encoded, 120, quality)):  # which is left as it is
+  for file in (shrunk, pack.smaller(encoded, 120, quality)):  # the second is unchanged
     expected = large.resize((32, 32), Image.Resampling.LANCZOS)
     assert difference(examples.decode_image(file, 32, 'squash'), expected) < 2
 
 
-def test_a_pair_is_compared_in_one_space_whatever_its_files_are(photo):
+def test_both_images_of_a_pair_become_srgb(photo):
   files = jpeg(profiles.tagged(photo, 'sRGB')), jpeg(profiles.tagged(photo, 'CMYK'))
   framing = Framing(48, resize='squash')
   row = Row('row', ('keep it',), (Pair(*files),), False)
-  made = examples.example(row, None, framing, lambda texts: np.zeros((1, 1), np.int32))
-  assert difference(made['input_image'], made['edited_image']) < 1.5
+  example = examples.example(row, None, framing, lambda texts: np.zeros((1, 1), np.int32))
+  assert difference(example['input_image'], example['edited_image']) < 1.5
 
 
-def test_a_mask_counts_by_the_brightness_that_is_seen(tmp_path):
+def test_a_mask_counts_by_its_brightness_in_srgb(tmp_path):
   grey = Image.new('L', (8, 8), 100)
   grey.info = {'icc_profile': profiles.ALL['grey']}
   write(grey, tmp_path / 'mask.png')
@@ -468,7 +465,7 @@ def exif_of_a_camera():
 
 @pytest.mark.parametrize('source', ['jpg', 'png', 'tif', 'webp'])
 @pytest.mark.parametrize('target', ['jpg', 'png', 'tif', 'webp'])
-def test_exif_and_dpi_are_kept_and_the_turn_is_not_made_twice(tmp_path, photo, source, target):
+def test_exif_and_dpi_are_kept_except_the_orientation(tmp_path, photo, source, target):
   exif = Image.Exif()
   exif.load(exif_of_a_camera())
   exif[B.XResolution], exif[B.YResolution], exif[B.ResolutionUnit] = 300, 150, 2
@@ -478,16 +475,16 @@ def test_exif_and_dpi_are_kept_and_the_turn_is_not_made_twice(tmp_path, photo, s
   result = images.restore(images.to_array(original, (48, 64)), original)
   images.save(result, tmp_path / f'out.{target}', {'seed': 1})
   with Image.open(tmp_path / f'out.{target}') as written:
-    found = written.getexif()
-    camera, place = found.get_ifd(IFD.Exif), found.get_ifd(IFD.GPSInfo)
-    assert (found[B.Make], found[B.Copyright]) == ('Camera', 'someone')
-    assert found.get(B.Orientation, 1) == 1
+    tags = written.getexif()
+    camera, place = tags.get_ifd(IFD.Exif), tags.get_ifd(IFD.GPSInfo)
+    assert (tags[B.Make], tags[B.Copyright]) == ('Camera', 'someone')
+    assert tags.get(B.Orientation, 1) == 1
     assert (camera[B.DateTimeOriginal], camera[B.ISOSpeedRatings]) == ('2026:01:02 03:04:05', 200)
     assert place[1] == 'N' and [float(part) for part in place[2]] == [48, 51, 30]
     assert not {B.MakerNote, B.ExifImageWidth} & set(camera)
   again = images.read(tmp_path / f'out.{target}')
   assert again.size == (48, 64)
-  assert np.round(again.info['dpi']).tolist() == [150, 300]  # turned with the image
+  assert np.round(again.info['dpi']).tolist() == [150, 300]  # rotated with the image
   assert images.read_settings(tmp_path / f'out.{target}') == {'seed': 1}
 
 
@@ -495,12 +492,12 @@ def test_a_file_without_exif_or_dpi_gets_none(tmp_path, photo):
   for extension in ('jpg', 'png', 'tif', 'webp', 'bmp', 'gif'):
     photo.save(tmp_path / f'in.{extension}')
     read = images.read(tmp_path / f'in.{extension}').info
-    assert read == ({'dpi': read['dpi']} if extension == 'bmp' else {})  # a BMP always says
+    assert read == ({'dpi': read['dpi']} if extension == 'bmp' else {})  # a BMP always has dpi
     images.save(photo, tmp_path / 'out.jpg', {})
     assert images.read(tmp_path / 'out.jpg').info == {}
 
 
-def test_exif_in_ruins_or_without_end_stops_nothing(tmp_path, photo):
+def test_damaged_or_too_long_exif_is_dropped(tmp_path, photo):
   photo.save(tmp_path / 'ruins.jpg', exif=b'Exif\0\0MM\0*\0\0\0\x08\0\x05\x01\x0f')
   assert images.read(tmp_path / 'ruins.jpg').info.get('exif') is None
   exif = Image.Exif()
@@ -515,7 +512,7 @@ def test_exif_in_ruins_or_without_end_stops_nothing(tmp_path, photo):
 
 
 @pytest.mark.parametrize('brand', [b'heic', b'avif', b'mif1'])
-def test_heic_is_named_and_what_to_do(tmp_path, brand):
+def test_heic_is_refused_with_advice(tmp_path, brand):
   (tmp_path / 'phone.heic').write_bytes(struct.pack('>I', 24) + b'ftyp' + brand + bytes(100))
   with pytest.raises(images.InputError, match=r'phone\.heic is HEIC or AVIF; convert it to JPEG'):
     images.read(tmp_path / 'phone.heic')
@@ -525,11 +522,11 @@ def test_heic_is_named_and_what_to_do(tmp_path, brand):
 
 
 @pytest.mark.long
-def test_the_miniatures_edits_are_the_same_in_all_colours_and_kept_outside_a_mask(tmp_path):
+def test_edits_are_the_same_in_all_colour_profiles(tmp_path):
   import world
 
-  one = world.example(11, 'test')
-  scene = Image.fromarray(world.picture(one.scene))
+  example = world.example(11, 'test')
+  scene = Image.fromarray(world.picture(example.scene))
   mask = Image.new('L', scene.size)
   mask.paste(255, (0, 0, 64, 32))
   mask.save(tmp_path / 'mask.png')
@@ -539,7 +536,7 @@ def test_the_miniatures_edits_are_the_same_in_all_colours_and_kept_outside_a_mas
   for name, file in files.items():
     write(profiles.tagged(scene, name), file)
   editor = Editor.load(dtype='float32')
-  made = {}
+  results = {}
   for name, file in ({'plain': tmp_path / 'plain.png'} | files).items():
     jobs = plan_jobs(
       file, tmp_path / f'out-{name}{file.suffix}',
@@ -548,15 +545,15 @@ def test_the_miniatures_edits_are_the_same_in_all_colours_and_kept_outside_a_mas
     )  # fmt: skip
     options = {'steps': 8, 'sampler': bundled.SAMPLER}
     ((job, result),) = run_jobs(
-      editor, jobs, one.instruction, resolution=64, batch_size=1,
+      editor, jobs, example.instruction, resolution=64, batch_size=1,
       mask=tmp_path / 'mask.png', options=options,
     )  # fmt: skip
     images.save(result, job.output, {})
-    made[name] = opened(job.output)
-  assert difference(made['plain'], scene) > 1  # it is an edit
-  assert difference(made['sRGB'], made['plain']) == 0
+    results[name] = opened(job.output)
+  assert difference(results['plain'], scene) > 1  # it is an edit
+  assert difference(results['sRGB'], results['plain']) == 0
   for name, file in files.items():
-    assert difference(profiles.as_seen(made[name]), made['plain']) < 2, name
-    assert made[name].mode == opened(file).mode
-    assert (pixels(made[name])[32:] == pixels(opened(file))[32:]).all(), name
-    assert made[name].info['icc_profile'] == profiles.ALL[name]
+    assert difference(profiles.as_seen(results[name]), results['plain']) < 2, name
+    assert results[name].mode == opened(file).mode
+    assert (pixels(results[name])[32:] == pixels(opened(file))[32:]).all(), name
+    assert results[name].info['icc_profile'] == profiles.ALL[name]

@@ -1,4 +1,4 @@
-"""Settings: how people write them, and which would do nothing."""
+"""Settings: their forms on the command line, and settings without effect."""
 
 import re
 
@@ -25,7 +25,7 @@ RATES = TrainConfig().optimizer.rates
     ("[['attn', 1.0]]", (('attn', 1.0),)),
   ],
 )
-def test_rules_may_be_written_as_people_do(text, value):
+def test_rules_may_be_written_in_many_forms(text, value):
   assert parse('optimizer.rates', text, RATES) == value
   flags = [f'--config.optimizer.rates={text}', '--config.optimizer.rates', text, '--config.steps=3']
   written = plain_overrides(flags, [TrainConfig, LanguageConfig])
@@ -34,13 +34,13 @@ def test_rules_may_be_written_as_people_do(text, value):
 
 
 @pytest.mark.parametrize('text', ['attn', 'attn=fast', '3', '', 'attn=1,b'])
-def test_what_is_no_rule_is_one_sentence_that_shows_how(text):
+def test_a_wrong_rule_gives_an_error_with_an_example(text):
   with pytest.raises(InputError, match=r"optimizer\.rates takes rules, as in .*'attn2=0.5,\.\*=1'"):
     parse('optimizer.rates', text, RATES)
 
 
 @pytest.mark.parametrize(
-  'name, text, known, value',
+  'name, text, current, value',
   [
     ('log.profile', '100,5', (0, 0), (100, 5)),
     ('log.profile', '(100, 5)', (0, 0), (100, 5)),
@@ -51,13 +51,13 @@ def test_what_is_no_rule_is_one_sentence_that_shows_how(text):
     ('data.path', 'a=3,b=1', '', 'a=3,b=1'),
   ],
 )
-def test_a_value_is_of_its_settings_type(name, text, known, value):
-  found = parse(name, text, known)
-  assert found == value and type(found) is type(value)
+def test_a_value_gets_the_type_of_its_setting(name, text, current, value):
+  result = parse(name, text, current)
+  assert result == value and type(result) is type(value)
 
 
 @pytest.mark.parametrize(
-  'name, text, known',
+  'name, text, current',
   [
     ('log.profile', '100', (0, 0)),
     ('log.profile', '1,2,3', (0, 0)),
@@ -69,25 +69,25 @@ def test_a_value_is_of_its_settings_type(name, text, known, value):
     ('optimizer.learning_rate', 'True', 1e-4),
   ],
 )
-def test_a_value_of_another_type_names_the_setting(name, text, known):
+def test_a_value_of_another_type_names_the_setting(name, text, current):
   with pytest.raises(InputError, match=re.escape(f'{name} takes ')):
-    parse(name, text, known)
+    parse(name, text, current)
 
 
 def changed(kind, **values):
-  """A config with settings changed; '__' stands for the dot."""
-  made = kind()
+  """A config with changed settings; '__' stands for the dot."""
+  config = kind()
   for name, value in values.items():
     *sections, knob = name.split('__')
-    owner = made
+    owner = config
     for section in sections:
       owner = getattr(owner, section)
     setattr(owner, knob, value)
-  return made
+  return config
 
 
 BOTH = (TrainConfig, LanguageConfig)
-# Settings that cannot act, and what the sentence names.
+# Settings without effect, and a part of the message.
 INERT = [
   (BOTH, {'lora__alpha': 8.0}, 'lora.alpha is 8.0, which does nothing while lora.rank is 0'),
   (BOTH, {'lora__targets': 'attn'}, 'lora.targets .* while lora.rank is 0'),
@@ -107,18 +107,18 @@ INERT = [
 
 
 @pytest.mark.parametrize('kinds, values, message', INERT)
-def test_a_setting_that_cannot_act_is_refused(kinds, values, message):
+def test_a_setting_without_effect_is_refused(kinds, values, message):
   for kind in kinds if isinstance(kinds, tuple) else (kinds,):
-    made = changed(kind, **values)
+    config = changed(kind, **values)
     with pytest.raises(InputError, match=message):
       if kind is TrainConfig:
-        check_values(made)
+        check_values(config)
       else:
-        made.checkpoint = made.data.path = 'x'
-        check_language(made)
+        config.checkpoint = config.data.path = 'x'
+        check_language(config)
 
 
-def test_what_is_switched_off_as_a_whole_is_no_mistake():
+def test_a_feature_may_be_switched_off_as_a_whole():
   check_values(changed(TrainConfig, log__validate_every=0, log__previews=0))
   check_values(changed(TrainConfig, log__validate_every=0, log__validation_examples=0))
   check_values(changed(TrainConfig, optimizer__schedule='cosine', optimizer__final_rate=0.1))
@@ -126,7 +126,7 @@ def test_what_is_switched_off_as_a_whole_is_no_mistake():
   check_values(changed(TrainConfig, log__profile=(100, 5)))
 
 
-SWITCHED = [  # (what a file sets, what was set for one run, what is left of the first)
+SWITCHED = [  # (settings of a file, changes of a run, resulting value of the file's setting)
   ({'log.validate_every': 20}, {'log.validation_examples': 0}, {'log.validate_every': 1000}),
   ({'log.validation_examples': 64}, {'log.validate_every': 0}, {'log.validation_examples': 512}),
   ({'log.preview_steps': 50}, {'log.previews': 0}, {'log.preview_steps': 20}),
@@ -136,32 +136,30 @@ SWITCHED = [  # (what a file sets, what was set for one run, what is left of the
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize('in_file, given, left', SWITCHED)
-def test_what_a_file_sets_goes_with_what_was_switched_off_for_one_run(
-  in_file, given, left, tmp_path
-):
+@pytest.mark.parametrize('in_file, changes, left', SWITCHED)
+def test_idle_settings_of_a_file_become_defaults(in_file, changes, left, tmp_path):
   file = tmp_path / 'config.py'
 
   def write(settings):
-    made = [f'  config.{name} = {value!r}' for name, value in settings.items()]
+    lines = [f'  config.{name} = {value!r}' for name, value in settings.items()]
     head = [
       'from ip2p_jax.config import TrainConfig',
       'def get_config():',
       '  config = TrainConfig()',
     ]
-    file.write_text('\n'.join([*head, *made, '  return config', '']))
+    file.write_text('\n'.join([*head, *lines, '  return config', '']))
 
   def loaded(settings):
     return load_config(file, [f'{name}={value}' for name, value in settings.items()])
 
   write(in_file)
-  found = loaded(given)
-  check_values(found)
-  assert dict(knobs(found)) == dict(knobs(TrainConfig())) | given | left
-  (name,) = left  # also set for this run, it is a mistake; as it is if the file has both
+  config = loaded(changes)
+  check_values(config)
+  assert dict(knobs(config)) == dict(knobs(TrainConfig())) | changes | left
+  (name,) = left  # an error if the run sets it, too, or if the file sets both
   with pytest.raises(InputError, match=f'{name} .* does nothing'):
-    check_values(loaded({name: in_file[name]} | given))
-  write(in_file | given)
+    check_values(loaded({name: in_file[name]} | changes))
+  write(in_file | changes)
   with pytest.raises(InputError, match=f'{name} .* does nothing'):
     check_values(loaded({}))
 

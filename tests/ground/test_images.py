@@ -39,11 +39,11 @@ def test_a_folder_gives_its_images_sorted_by_name(tmp_path):
   for name in ('b.PNG', 'a.jpeg', 'c.tiff', 'd.Webp', '.hidden.png', 'notes.txt', 'e.gif.part'):
     (tmp_path / name).touch()
   (tmp_path / 'folder.png').mkdir()
-  found = [path.name for path in images.find_images(tmp_path)]
-  assert found == ['a.jpeg', 'b.PNG', 'c.tiff', 'd.Webp']
+  names = [path.name for path in images.find_images(tmp_path)]
+  assert names == ['a.jpeg', 'b.PNG', 'c.tiff', 'd.Webp']
 
 
-def test_a_file_gives_itself_whatever_its_name(tmp_path):
+def test_any_file_name_is_returned_as_it_is(tmp_path):
   (tmp_path / 'photo').touch()
   assert images.find_images(str(tmp_path / 'photo')) == [tmp_path / 'photo']
 
@@ -76,9 +76,9 @@ def test_nothing_to_find_is_refused(tmp_path):
 def test_every_mode_becomes_rgb_or_rgba(tmp_path, mode, colour, extension, expected):
   path = tmp_path / f'image.{extension}'
   Image.new(mode, (8, 8), colour).save(path)
-  picture = images.read(path)
-  assert picture.mode == ('RGBA' if len(expected) == 4 else 'RGB')
-  assert picture.getpixel((3, 3)) == expected
+  image = images.read(path)
+  assert image.mode == ('RGBA' if len(expected) == 4 else 'RGB')
+  assert image.getpixel((3, 3)) == expected
 
 
 def test_a_palette_keeps_its_transparency(tmp_path):
@@ -96,9 +96,9 @@ def test_a_palette_keeps_its_transparency(tmp_path):
 
 
 def test_a_transparent_colour_becomes_alpha(tmp_path):
-  picture = Image.new('RGB', (8, 8), (1, 2, 3))
-  picture.putpixel((0, 0), (9, 9, 9))
-  picture.save(tmp_path / 'key.png', transparency=(1, 2, 3))
+  image = Image.new('RGB', (8, 8), (1, 2, 3))
+  image.putpixel((0, 0), (9, 9, 9))
+  image.save(tmp_path / 'key.png', transparency=(1, 2, 3))
   alpha = np.asarray(images.read(tmp_path / 'key.png'))[..., 3]
   assert alpha[0, 0] == 255 and alpha.sum() == 255
 
@@ -125,10 +125,10 @@ def test_sixteen_bits_are_rounded_to_eight(tmp_path, dtype, extension):
     (np.float32([-1, 0, 1]), [0, 128, 255]),
   ],
 )
-def test_integers_and_floats_of_32_bits_follow_the_stated_rule(tmp_path, values, expected):
+def test_values_of_32_bits_are_scaled_by_the_documented_rule(tmp_path, values, expected):
   Image.fromarray(np.tile(np.repeat(values, 4), (8, 1))).save(tmp_path / 'deep.tif')
-  picture = np.asarray(images.read(tmp_path / 'deep.tif'))
-  np.testing.assert_array_equal(picture[0, ::4], np.repeat(expected, 3).reshape(3, 3))
+  image = np.asarray(images.read(tmp_path / 'deep.tif'))
+  np.testing.assert_array_equal(image[0, ::4], np.repeat(expected, 3).reshape(3, 3))
 
 
 def test_an_image_of_not_a_number_is_refused(tmp_path):
@@ -149,12 +149,12 @@ def test_the_first_frame_is_read(tmp_path, extension):
 @pytest.mark.parametrize('orientation', range(1, 9))
 @pytest.mark.parametrize('extension', ['png', 'tif', 'webp'])
 def test_exif_orientation_is_applied_once(tmp_path, rng, orientation, extension):
-  picture = noise_image(rng)
+  image = noise_image(rng)
   exif = Image.Exif()
   exif[ORIENTATION] = orientation
   path = tmp_path / f'turned.{extension}'
-  picture.save(path, exif=exif, **({'lossless': True} if extension == 'webp' else {}))
-  expected = picture.copy()
+  image.save(path, exif=exif, **({'lossless': True} if extension == 'webp' else {}))
+  expected = image.copy()
   expected.info['exif'] = exif.tobytes()
   upright = images.read(path)
   assert upright.tobytes() == ImageOps.exif_transpose(expected).tobytes()
@@ -162,7 +162,7 @@ def test_exif_orientation_is_applied_once(tmp_path, rng, orientation, extension)
   assert images.size_of(path) == upright.size
 
 
-def test_a_size_is_known_before_the_pixels_are_read(tmp_path, monkeypatch):
+def test_size_of_does_not_read_pixels(tmp_path, monkeypatch):
   photo, exif = Image.new('RGB', (64, 32)), Image.Exif()
   exif[ORIENTATION] = 6
   photo.save(tmp_path / 'phone.jpg', exif=exif)
@@ -172,7 +172,7 @@ def test_a_size_is_known_before_the_pixels_are_read(tmp_path, monkeypatch):
   assert images.size_of(tmp_path / 'plain.png') == (64, 32)
 
 
-def test_a_size_knows_of_exif_behind_the_pixels_of_a_png(tmp_path):
+def test_size_of_reads_exif_behind_the_pixels_of_png(tmp_path):
   exif = Image.Exif()
   exif[ORIENTATION] = 6
   Image.new('RGB', (64, 32)).save(tmp_path / 'x.png')
@@ -205,7 +205,7 @@ def test_unreadable_exif_does_not_hide_the_image(tmp_path, rng):
   [{}, {'subsampling': 0}, {'subsampling': 1, 'quality': 30}, {'progressive': True}],
   ids=str,
 )
-def test_an_everyday_jpeg_is_decoded_to_the_bytes_that_pillow_makes(rng, mode, options):
+def test_a_usual_jpeg_is_decoded_as_by_pillow(rng, mode, options):
   small = rng.integers(0, 256, (8, 6, 3), np.uint8)
   file = encoded(Image.fromarray(small).resize((61, 83)).convert(mode), **options)
   array = images.decode_jpeg(file)
@@ -231,7 +231,7 @@ GREY = Image.new('RGB', (16, 16), 'grey')
   ],
   ids=['turned by EXIF', 'turned by XMP', 'CMYK', 'too small', 'cut short', 'PNG', 'empty'],
 )
-def test_what_is_no_everyday_jpeg_is_left_to_pillow(file):
+def test_other_files_are_left_to_pillow(file):
   assert images.decode_jpeg(encoded(GREY)) is not None
   assert images.decode_jpeg(file) is None
 
@@ -250,16 +250,16 @@ def test_an_rgb_colour_profile_travels_with_the_image(tmp_path, rng):
 
 @pytest.mark.parametrize('extension', ['png', 'jpg', 'webp', 'bmp', 'gif', 'tif'])
 def test_a_file_cut_short_is_refused(tmp_path, rng, extension):
-  whole, half = tmp_path / f'whole.{extension}', tmp_path / f'half.{extension}'
-  noise_image(rng, 64, 64).save(whole)
-  assert images.read(whole).size == (64, 64)
+  full, half = tmp_path / f'whole.{extension}', tmp_path / f'half.{extension}'
+  noise_image(rng, 64, 64).save(full)
+  assert images.read(full).size == (64, 64)
   for share in (0.3, 0.6, 0.9):
-    half.write_bytes(whole.read_bytes()[: int(whole.stat().st_size * share)])
+    half.write_bytes(full.read_bytes()[: int(full.stat().st_size * share)])
     with pytest.raises(InputError, match=f'half.{extension} '):
       images.read(half)
 
 
-def test_what_is_no_image_file_is_refused_by_name(tmp_path):
+def test_a_file_that_is_no_image_is_named(tmp_path):
   (tmp_path / 'text.png').write_text('hello')
   (tmp_path / 'empty.jpg').touch()
   Image.new('RGB', (8, 8)).save(tmp_path / 'vector.eps')
@@ -281,7 +281,7 @@ def test_a_decompression_bomb_is_refused_from_its_header(tmp_path, monkeypatch, 
       images.read(tmp_path / 'bomb.png')
 
 
-def test_a_large_image_under_the_limit_is_neither_refused_nor_warned_of(tmp_path, recwarn):
+def test_a_large_image_under_the_limit_gives_no_warning(tmp_path, recwarn):
   (tmp_path / 'large.png').write_bytes(png_header(10000, 10000))  # Pillow warns from 89 million
   with pytest.raises(InputError, match='cut short') as caught:  # only for its missing pixels
     images.read(tmp_path / 'large.png')
@@ -318,7 +318,7 @@ def test_a_rectangle_keeps_its_aspect_within_half_a_multiple(rng, multiple):
 
 
 @pytest.mark.parametrize(
-  ('given', 'expected'),
+  ('arguments', 'expected'),
   [
     ((640, 480, 512), (512, 384)),
     ((1920, 1080, 512), (512, 288)),
@@ -329,8 +329,8 @@ def test_a_rectangle_keeps_its_aspect_within_half_a_multiple(rng, multiple):
     ((1000, 1000, 500, 64), (512, 512)),
   ],
 )
-def test_working_sizes_by_hand(given, expected):
-  assert images.working_size(*given) == expected
+def test_working_sizes_by_hand(arguments, expected):
+  assert images.working_size(*arguments) == expected
 
 
 def test_a_resolution_of_nothing_is_refused():
@@ -342,11 +342,11 @@ def test_a_resolution_of_nothing_is_refused():
 
 
 def test_an_opaque_image_is_resized_by_lanczos(rng):
-  picture = noise_image(rng, 60, 40)
-  array = images.to_array(picture, (24, 16))
+  image = noise_image(rng, 60, 40)
+  array = images.to_array(image, (24, 16))
   assert array.shape == (16, 24, 3) and array.dtype == np.uint8 and array.flags.writeable
-  np.testing.assert_array_equal(array, picture.resize((24, 16), Image.Resampling.LANCZOS))
-  np.testing.assert_array_equal(images.to_array(picture, picture.size), picture)
+  np.testing.assert_array_equal(array, image.resize((24, 16), Image.Resampling.LANCZOS))
+  np.testing.assert_array_equal(images.to_array(image, image.size), image)
 
 
 def test_hidden_colours_do_not_bleed_and_transparency_is_white(rng):
@@ -372,11 +372,11 @@ def test_compositing_first_equals_resizing_premultiplied_colours():
 def test_an_edit_returns_at_the_original_size_with_its_alpha(rng):
   edited = rng.integers(0, 256, (16, 24, 3), np.uint8)
   original = noise_image(rng, 60, 40, 4)
-  picture = images.restore(edited, original)
-  assert (picture.size, picture.mode) == ((60, 40), 'RGBA')
-  assert picture.getchannel('A').tobytes() == original.getchannel('A').tobytes()
+  image = images.restore(edited, original)
+  assert (image.size, image.mode) == ((60, 40), 'RGBA')
+  assert image.getchannel('A').tobytes() == original.getchannel('A').tobytes()
   expected = Image.fromarray(edited).resize((60, 40), Image.Resampling.LANCZOS)
-  assert picture.convert('RGB').tobytes() == expected.tobytes()
+  assert image.convert('RGB').tobytes() == expected.tobytes()
   opaque = images.restore(edited, original.convert('RGB'))
   assert (opaque.mode, opaque.tobytes()) == ('RGB', expected.tobytes())
 
@@ -440,7 +440,7 @@ def test_a_mask_of_another_size_is_scaled_without_overshoot(tmp_path, size):
   assert (np.diff(mask, axis=1) >= 0).all()
 
 
-def test_transparent_parts_of_a_mask_are_kept_from_the_edit(tmp_path):
+def test_transparent_parts_of_a_mask_count_as_black(tmp_path):
   mask_file = Image.new('RGBA', (8, 8), (255, 255, 255, 0))
   mask_file.paste((255, 255, 255, 255), (0, 0, 4, 8))
   mask_file.save(tmp_path / 'mask.png')
@@ -450,14 +450,14 @@ def test_transparent_parts_of_a_mask_are_kept_from_the_edit(tmp_path):
 
 def test_a_black_mask_is_refused(tmp_path):
   speck = Image.new('L', (800, 800))
-  speck.putpixel((400, 400), 255)  # is black once it has the image's size
+  speck.putpixel((400, 400), 255)  # black after scaling to the image's size
   for mask in (Image.new('L', (8, 8)), speck):
     mask.save(tmp_path / 'mask.png')
     with pytest.raises(InputError, match=r'mask\.png is all black, so nothing would be edited'):
       images.read_mask(tmp_path / 'mask.png', (8, 8))
 
 
-def test_a_mask_of_another_shape_is_refused_but_a_rounded_side_is_not(tmp_path):
+def test_a_mask_may_differ_in_shape_by_rounding_only(tmp_path):
   Image.new('L', (400, 267), 255).save(tmp_path / 'rounded.png')
   assert images.read_mask(tmp_path / 'rounded.png', (3000, 2000)).shape == (2000, 3000)
   Image.new('L', (400, 400), 255).save(tmp_path / 'square.png')
@@ -489,25 +489,25 @@ def test_settings_of_a_png_are_its_text_chunk(tmp_path, rng):
 
 
 def test_an_image_without_our_settings_has_none(tmp_path, rng):
-  picture = noise_image(rng)
+  image = noise_image(rng)
   for name in ('plain.png', 'plain.jpg', 'plain.gif'):
-    picture.save(tmp_path / name)
+    image.save(tmp_path / name)
     assert images.read_settings(tmp_path / name) is None
   for comment in (b'ASCII\0\0\0{"seed": 1}', b'{"seed": 1}', b'', 'a word'):
     exif = Image.Exif()
     exif.get_ifd(EXIF_IFD)[USER_COMMENT] = comment
-    picture.save(tmp_path / 'camera.jpg', exif=exif)
+    image.save(tmp_path / 'camera.jpg', exif=exif)
     assert images.read_settings(tmp_path / 'camera.jpg') is None
-  picture.save(tmp_path / 'ruins.jpg', exif=b'Exif\0\0garbage, no TIFF header at all')
+  image.save(tmp_path / 'ruins.jpg', exif=b'Exif\0\0garbage, no TIFF header at all')
   assert images.read_settings(tmp_path / 'ruins.jpg') is None
   with pytest.raises(InputError, match='not found'):
     images.read_settings(tmp_path / 'absent.png')
 
 
-def test_a_png_keeps_every_byte_and_a_jpeg_shows_transparency_on_white(tmp_path, rng):
-  picture = noise_image(rng, channels=4)
-  images.save(picture, tmp_path / 'edit.png', {})
-  assert images.read(tmp_path / 'edit.png').tobytes() == picture.tobytes()
+def test_png_and_webp_keep_transparency_and_jpeg_gets_white(tmp_path, rng):
+  image = noise_image(rng, channels=4)
+  images.save(image, tmp_path / 'edit.png', {})
+  assert images.read(tmp_path / 'edit.png').tobytes() == image.tobytes()
   images.save(Image.new('RGBA', (8, 8), (255, 0, 0, 0)), tmp_path / 'edit.jpg', {})
   assert images.read(tmp_path / 'edit.jpg').getpixel((3, 3)) == (255, 255, 255)
   images.save(Image.new('RGBA', (8, 8), (255, 0, 0, 0)), tmp_path / 'edit.webp', {})
@@ -519,8 +519,8 @@ def test_a_jpeg_keeps_fine_colour(tmp_path):
   stripes[:, ::2] = (255, 0, 0)
   stripes[:, 1::2] = (0, 0, 255)
   images.save(Image.fromarray(stripes), tmp_path / 'stripes.jpg', {})
-  kept = np.asarray(images.read(tmp_path / 'stripes.jpg')).astype(int)
-  assert np.abs(kept - stripes).max() < 16  # halved colour resolution gives over 100
+  decoded = np.asarray(images.read(tmp_path / 'stripes.jpg')).astype(int)
+  assert np.abs(decoded - stripes).max() < 16  # halved colour resolution gives over 100
   Image.fromarray(stripes).save(tmp_path / 'reference.jpg', quality=95)
   with Image.open(tmp_path / 'stripes.jpg') as a, Image.open(tmp_path / 'reference.jpg') as b:
     assert a.quantization == b.quantization
@@ -536,7 +536,7 @@ def test_another_extension_is_refused_with_those_that_work(tmp_path, name):
       attempt(tmp_path / name)
 
 
-def test_a_saved_image_has_the_permissions_of_any_other_file(tmp_path):
+def test_a_saved_image_has_the_usual_permissions(tmp_path):
   images.save(Image.new('RGB', (8, 8)), tmp_path / 'edit.png', {})
   (tmp_path / 'other').touch()
   assert (tmp_path / 'edit.png').stat().st_mode == (tmp_path / 'other').stat().st_mode
@@ -567,8 +567,8 @@ def test_an_interrupt_while_saving_leaves_nothing(tmp_path, monkeypatch):
   assert os.listdir(tmp_path) == []
 
 
-def test_what_cannot_be_saved_is_said_in_one_sentence(tmp_path):
-  picture = Image.new('RGB', (8, 8))
+def test_a_failed_save_gives_one_sentence(tmp_path):
+  image = Image.new('RGB', (8, 8))
   (tmp_path / 'folder.png').mkdir()
   for path, settings in [
     (tmp_path / 'absent' / 'edit.png', {}),
@@ -576,7 +576,7 @@ def test_what_cannot_be_saved_is_said_in_one_sentence(tmp_path):
     (tmp_path / 'long.jpg', {'instruction': 'x' * 70000}),  # EXIF holds 64 kB
   ]:
     with pytest.raises(InputError, match=f'{path.name} cannot be written') as caught:
-      images.save(picture, path, settings)
+      images.save(image, path, settings)
     assert '\n' not in str(caught.value)
   assert os.listdir(tmp_path) == ['folder.png']
 
@@ -609,9 +609,9 @@ def test_checking_refuses_what_saving_would(tmp_path, monkeypatch):
 # Grids
 
 
-def find(sheet, picture):
-  """Where an image of one colour lies in the sheet: its box."""
-  rows, columns = np.nonzero((np.asarray(sheet) == picture.getpixel((0, 0))[:3]).all(-1))
+def find(sheet, image):
+  """The box of an image of one colour in the sheet."""
+  rows, columns = np.nonzero((np.asarray(sheet) == image.getpixel((0, 0))[:3]).all(-1))
   return columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
 
 
@@ -628,7 +628,7 @@ def test_a_grid_holds_every_image_whole_in_rows_and_columns(size):
   sheet = images.image_grid(
     rows, ['image 1.2', 'image 1.5'], ['text 3', 'text 5', 'text 7.5'], 'snow'
   )
-  boxes = np.array([[find(sheet, picture) for picture in row] for row in rows])
+  boxes = np.array([[find(sheet, image) for image in row] for row in rows])
   assert sheet.mode == 'RGB'
   assert (boxes[..., 2] - boxes[..., 0] == size[0]).all()
   assert (boxes[..., 3] - boxes[..., 1] == size[1]).all()
@@ -639,7 +639,7 @@ def test_a_grid_holds_every_image_whole_in_rows_and_columns(size):
 
 @pytest.mark.parametrize('title', ['', 'snow', 'turn the whole street into a snowy night ' * 9])
 @pytest.mark.parametrize('label', ['7.5', 'a label that is far too long for an image ' * 3])
-def test_words_are_dark_and_stay_clear_of_the_images_and_the_margin(title, label):
+def test_labels_are_dark_and_do_not_touch_images_or_margin(title, label):
   rows = colours(2, 2, (64, 64))
   bare = np.asarray(images.image_grid(rows, [label] * 2, [label] * 2, title))
   left, top, _, _ = find(Image.fromarray(bare), rows[0][0])
@@ -683,7 +683,7 @@ def test_a_grid_centres_smaller_images_and_shows_transparency_on_white():
   assert clear.getextrema() == ((255, 255),) * 3
 
 
-def test_a_grid_with_a_missing_label_or_image_is_an_error():
+def test_a_missing_label_or_image_of_a_grid_raises():
   rows = colours(2, 2, (16, 16))
   for arguments in [
     (rows, ['a'], ['b', 'c']),

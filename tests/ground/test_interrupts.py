@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, while Python hears them and while it does not."""
+"""Ctrl-C and SIGTERM, while Python handles signals and while it does not."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ import pytest
 
 from ip2p_jax import interrupts
 
-# Begins by a signal to itself, in two seconds, while no Python runs in the main thread.
+# Sends itself a signal after two seconds, while the main thread runs no Python code.
 UNHEARD = """
 import hashlib, os, signal, sys, threading
 from ip2p_jax.cli.console import run
@@ -23,14 +23,14 @@ run(command, 'ip2p')
 
 
 @pytest.mark.parametrize('name', ['SIGINT', 'SIGTERM'])
-def test_a_signal_ends_a_command_that_python_cannot_hear(name):
+def test_a_signal_ends_a_command_while_python_cannot_handle_it(name):
   code = UNHEARD.format(name=name)
   done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=60)
   assert (done.returncode, done.stderr) == (130, 'ip2p: stopped\n')
 
 
 def test_a_signal_within_a_collection_is_not_dropped():
-  def _xla_gc_callback():  # as jax's; Python drops what is raised there
+  def _xla_gc_callback():  # as in jax; Python drops exceptions in it
     signal.raise_signal(signal.SIGINT)
     return 'undisturbed'
 
@@ -44,7 +44,7 @@ def test_a_signal_within_a_collection_is_not_dropped():
   assert not ended
 
 
-def test_signals_that_are_heard_end_nothing():
+def test_signals_that_python_handles_do_not_end_the_process():
   heard, ended = [], []
   before = signal.signal(signal.SIGTERM, lambda *_: heard.append(1))
   with interrupts.interruptible(ended.append):

@@ -26,7 +26,7 @@ def test_names_are_paths_joined_by_dots(unet):
   assert len(flat) == len(jax.tree.leaves(unet[1]))
 
 
-def test_a_unets_tree_comes_back_and_merges_into_a_module(unet):
+def test_a_unet_survives_flatten_and_unflatten(unet):
   unet_def, shapes = unet
   again = unflatten(flatten(shapes))
   assert again == shapes
@@ -34,7 +34,7 @@ def test_a_unets_tree_comes_back_and_merges_into_a_module(unet):
   assert isinstance(nnx.merge(unet_def, again), UNet)
 
 
-def test_the_first_rule_that_is_found_in_the_name_wins():
+def test_the_first_rule_that_matches_a_name_wins():
   rules = (('norm', 1.0), (r'\.kernel$', 2.0), ('', 3.0))
   assert [first_match(rules, name, 'rates') for name in NAMES] == [2.0, 3.0, 1.0]
 
@@ -54,7 +54,7 @@ def test_a_rule_hidden_by_an_earlier_one_is_no_typo():
   check_rules((('', 0.0), ('norm', 0.1)), NAMES, 'rates')
 
 
-def test_a_rule_that_never_is_the_first_match_is_named():
+def test_a_rule_that_is_never_the_first_match_is_named():
   check_order((('norm', 0.0), ('conv', 0.5), ('', 0.1)), NAMES, 'rates')
   for rules in ((('', 0.0), ('norm', 0.1)), (('in', 1), ('norm', 1), ('conv_in', 0), ('', 2))):
     with pytest.raises(InputError, match=r"rates: rule '(norm|conv_in)' does nothing"):

@@ -1,4 +1,4 @@
-"""What is said while something takes long."""
+"""Messages while something takes long."""
 
 import os
 import pty
@@ -11,7 +11,7 @@ from alarms import ERROR, SLOW
 from ip2p_jax import progress
 
 
-def test_a_log_file_gets_one_line_and_nothing_for_what_is_fast(capfd):
+def test_a_log_file_gets_one_line_per_slow_job(capfd):
   with progress.waiting('compiling', after=0.05):
     os.write(2, SLOW + ERROR)  # as C++ does
     print('of Python', file=sys.stderr)
@@ -20,8 +20,8 @@ def test_a_log_file_gets_one_line_and_nothing_for_what_is_fast(capfd):
     pass
   with progress.waiting('of another process', is_quiet=True, after=0):
     time.sleep(0.05)
-  said = capfd.readouterr().err.splitlines()
-  assert sorted(said) == sorted(['compiling', ERROR.decode().strip(), 'of Python'])
+  lines = capfd.readouterr().err.splitlines()
+  assert sorted(lines) == sorted(['compiling', ERROR.decode().strip(), 'of Python'])
 
 
 DIES = """
@@ -33,7 +33,7 @@ with progress.waiting('compiling', after=60):
 """
 
 
-def test_the_last_words_of_a_process_that_aborts_are_shown():
+def test_the_last_output_of_an_aborted_process_is_shown():
   done = subprocess.run([sys.executable, '-c', DIES], capture_output=True, text=True)
   assert done.returncode < 0 and 'Check failed: the last words' in done.stderr
 
@@ -51,14 +51,14 @@ def test_a_terminal_gets_a_clock_that_goes_away():
   ours, theirs = pty.openpty()
   with subprocess.Popen([sys.executable, '-c', CLOCK], stderr=theirs) as process:
     os.close(theirs)
-    said = b''
+    output = b''
     try:
       while part := os.read(ours, 1000):
-        said += part
+        output += part
     except OSError:  # the terminal's end is closed
       pass
   os.close(ours)
   assert process.returncode == 0
-  shown = said.split(b'\r')
+  shown = output.split(b'\r')
   assert b'compiling: 0 s' in shown and b'compiling: 1 s' in shown
-  assert said.endswith(b'\rready\r\n') and b'\r' + b' ' * 14 + b'\r' in said
+  assert output.endswith(b'\rready\r\n') and b'\r' + b' ' * 14 + b'\r' in output

@@ -1,4 +1,4 @@
-"""Programs compiled in somebody's own Python: XLA's alarms are left out, all else stays."""
+"""Programs compiled in a user's Python: XLA's alarms are left out, all other output stays."""
 
 import dataclasses
 import os
@@ -20,10 +20,10 @@ from ip2p_jax.xla_alarms import left_out, quietly, without_alarms
 WAIT = xla_alarms.SOONEST + 0.3
 
 
-def alarmed(*said):
-  """As a compiler that takes long, and writes the alarm amid lines of others."""
+def alarmed(*extra):
+  """A slow compiler, which writes the alarm among other lines."""
   time.sleep(WAIT)
-  for text in (b'before\n', SLOW, ERROR, *said, SLOW, b'after\n'):
+  for text in (b'before\n', SLOW, ERROR, *extra, SLOW, b'after\n'):
     os.write(2, text)
   return 'compiled'
 
@@ -31,7 +31,7 @@ def alarmed(*said):
 SHOWN = 'before\n' + ERROR.decode() + 'after\n'
 
 
-def test_what_is_written_while_it_compiles_stays_but_for_alarms(capfd):
+def test_output_during_compilation_stays_except_alarms(capfd):
   was = os.fstat(2)
   print('first', file=sys.stderr)
   assert quietly(alarmed) == 'compiled'
@@ -40,7 +40,7 @@ def test_what_is_written_while_it_compiles_stays_but_for_alarms(capfd):
   assert capfd.readouterr().err == f'first\n{SHOWN}last\n'
 
 
-def test_what_takes_no_time_is_not_touched(monkeypatch):
+def test_a_fast_program_starts_no_filter(monkeypatch):
   monkeypatch.setattr(xla_alarms, 'diverted', None)
   for _ in range(3):
     quietly(time.sleep, 0)
@@ -48,7 +48,7 @@ def test_what_takes_no_time_is_not_touched(monkeypatch):
 
 
 def test_lines_of_other_threads_stay_in_order(capfd):
-  """Several compile, one within another's time, while two write."""
+  """Several threads compile at overlapping times, while two write."""
   is_over, counts = threading.Event(), [0, 0]
 
   def write(i):
@@ -76,7 +76,7 @@ def test_lines_of_other_threads_stay_in_order(capfd):
   assert len(lines) == sum(counts) + 3 * 3
 
 
-def test_what_comes_later_waits_for_a_slow_filter(capfd):
+def test_later_output_waits_for_a_slow_filter(capfd):
   with left_out():
     time.sleep(WAIT)
     process = xla_alarms._diversion.process
@@ -90,7 +90,7 @@ def test_what_comes_later_waits_for_a_slow_filter(capfd):
   assert capfd.readouterr().err == 'before\nmeanwhile\nafter\n'
 
 
-def test_all_that_was_written_is_shown_when_it_is_over(capfd):
+def test_all_output_is_shown_before_the_filter_ends(capfd):
   many = [b'line %d\n' % i for i in range(20_000)]  # more than a pipe holds
   quietly(alarmed, *many)
   assert capfd.readouterr().err == SHOWN.replace('after', b''.join(many).decode() + 'after')
@@ -110,18 +110,18 @@ quietly(compiles)
 @pytest.mark.parametrize(
   ('end', 'status'), [("raise ValueError('refused')", 1), ('os.abort()', -6), ('os._exit(3)', 3)]
 )
-def test_the_last_words_are_shown_however_it_ends(end, status):
+def test_the_last_output_of_a_process_is_shown(end, status):
   code = RAISES.format(wait=WAIT, end=end)
   done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
   assert done.returncode == status
-  said = done.stderr.splitlines()
-  assert said[0].endswith('xla.cc:1] the last words')
+  lines = done.stderr.splitlines()
+  assert lines[0].endswith('xla.cc:1] the last words')
   if status == 1:
-    assert said[1].startswith('Traceback') and said[-1] == 'ValueError: refused'
+    assert lines[1].startswith('Traceback') and lines[-1] == 'ValueError: refused'
 
 
 def test_the_beginning_of_a_line_is_shown_before_its_end():
-  """A bar of progress has none."""
+  """A progress bar has no end of line."""
   source, sink = os.pipe()
   lines = xla_alarms._lines(source, -1)
   os.write(sink, b'done\n 5%|')
@@ -132,20 +132,20 @@ def test_the_beginning_of_a_line_is_shown_before_its_end():
   os.close(source)
 
 
-def test_what_somebody_else_made_of_stderr_meanwhile_stays(capfd, tmp_path):
-  kept = os.dup(2)
+def test_a_redirection_of_stderr_by_other_code_stays(capfd, tmp_path):
+  stderr = os.dup(2)
   with (tmp_path / 'log').open('w') as file, left_out():
     time.sleep(WAIT)
     os.write(2, b'ours\n')
     os.dup2(file.fileno(), 2)
   os.write(2, b'theirs\n')
-  os.dup2(kept, 2)
-  os.close(kept)
+  os.dup2(stderr, 2)
+  os.close(stderr)
   assert capfd.readouterr().err == 'ours\n' and (tmp_path / 'log').read_text() == 'theirs\n'
 
 
 @pytest.mark.parametrize('alone', [True, False])
-def test_a_filter_that_is_killed_or_cannot_start_stops_nobody(capfd, monkeypatch, alone):
+def test_a_killed_or_missing_filter_stops_nothing(capfd, monkeypatch, alone):
   if alone:
     monkeypatch.setattr(sys, 'executable', '')
   with left_out():
@@ -160,7 +160,7 @@ def test_a_filter_that_is_killed_or_cannot_start_stops_nobody(capfd, monkeypatch
 
 
 class Once:
-  """Attention that is computed as it was, and alarms while the program is made of it."""
+  """The same attention, with alarms while it is traced."""
 
   def __init__(self, attention):
     self.attention, self.is_said = attention, False
@@ -174,7 +174,7 @@ class Once:
 
 @pytest.mark.long
 @pytest.mark.parametrize('progress', [None, lambda done, total: None])
-def test_editing_in_somebodys_own_program_leaves_alarms_out(capfd, progress):
+def test_edits_from_python_leave_alarms_out(capfd, progress):
   loaded = Editor.from_checkpoint(tiny_models.checkpoint(tiny_models.ONE_LEVEL))
   networks = loaded.networks._replace(attention=Once(loaded.networks.attention))
   editor = Editor(networks, loaded.params, loaded.tokenizer)
@@ -183,7 +183,7 @@ def test_editing_in_somebodys_own_program_leaves_alarms_out(capfd, progress):
   assert capfd.readouterr().err == SHOWN
 
 
-def test_compiling_for_a_device_that_is_not_there_leaves_alarms_out(capfd):
+def test_compiling_for_an_absent_device_leaves_alarms_out(capfd):
   @dataclasses.dataclass
   class Lowered:
     def compile(self, options):
@@ -194,10 +194,10 @@ def test_compiling_for_a_device_that_is_not_there_leaves_alarms_out(capfd):
 
 
 @pytest.mark.parametrize('alarm', [SLOW, FOLDING])
-@pytest.mark.parametrize('other', [ERROR, b'a warning\nof two lines\n', b''])
-def test_alarms_are_left_out_and_nothing_else(alarm, other):
-  lines = (other + alarm + other).splitlines(keepends=True)
-  assert b''.join(without_alarms(lines)) == other + other
+@pytest.mark.parametrize('rest', [ERROR, b'a warning\nof two lines\n', b''])
+def test_alarms_are_left_out_and_nothing_else(alarm, rest):
+  lines = (rest + alarm + rest).splitlines(keepends=True)
+  assert b''.join(without_alarms(lines)) == rest + rest
 
 
 def test_an_error_amid_an_alarm_is_kept():

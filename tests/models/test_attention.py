@@ -1,4 +1,4 @@
-"""Attention: the same numbers as PyTorch, whichever way they are computed."""
+"""Attention: every kernel gives PyTorch's numbers."""
 
 import itertools
 import types
@@ -42,14 +42,14 @@ def test_attention_can_be_differentiated_in_blocks(rng):
   ours = jax.jit(jax.grad(loss, (0, 1, 2)))(q, k, v)
   theirs = [torch.from_numpy(x).transpose(1, 2).requires_grad_() for x in (q, k, v)]
   (torch.nn.functional.scaled_dot_product_attention(*theirs) ** 2).sum().backward()
-  for mine, other in zip(ours, theirs, strict=True):
-    assert relative_error(mine, other.grad.transpose(1, 2)) <= 1e-5
+  for gradient, tensor in zip(ours, theirs, strict=True):
+    assert relative_error(gradient, tensor.grad.transpose(1, 2)) <= 1e-5
 
 
-def test_a_large_attention_never_holds_all_its_scores_on_a_cpu(rng):
+def test_a_cpu_never_holds_all_scores_of_large_attention(rng):
   shape = jax.ShapeDtypeStruct((1, 4096, 8, 40), np.float32)
   memory = jax.jit(attend).lower(shape, shape, shape).compile().memory_analysis()
-  assert memory.temp_size_in_bytes < 4096 * 4096 * 4  # one head's scores; all are eight times that
+  assert memory.temp_size_in_bytes < 4096 * 4096 * 4  # scores of one of eight heads
 
 
 # Kernels, by platform.
@@ -60,18 +60,18 @@ def test_a_large_attention_never_holds_all_its_scores_on_a_cpu(rng):
   [
     (('tpu', 5.0), 1024, 1024, 40, 'bfloat16', 'splash'),
     (('tpu', 5.0), 4096, 4096, 80, 'float32', 'splash'),
-    (('tpu', 5.0), 256, 256, 80, 'bfloat16', 'xla'),  # too short to pay
+    (('tpu', 5.0), 256, 256, 80, 'bfloat16', 'xla'),  # too short to be faster
     (('tpu', 5.0), 1024, 77, 40, 'bfloat16', 'xla'),  # no whole block of keys
     (('tpu', 5.0), 1000, 1000, 40, 'bfloat16', 'xla'),
     (('tpu', 4.0), 1024, 1024, 40, 'bfloat16', 'splash'),
-    (('tpu', 3.0), 1024, 1024, 40, 'bfloat16', 'xla'),  # its matrix unit cannot do the kernel's
+    (('tpu', 3.0), 1024, 1024, 40, 'bfloat16', 'xla'),  # its matrix unit cannot run the kernel
     (('gpu', 9.0), 1024, 77, 40, 'bfloat16', 'cudnn'),
     (('gpu', 9.0), 256, 256, 160, 'float16', 'cudnn'),
     (('gpu', 8.0), 256, 256, 128, 'bfloat16', 'cudnn'),
     (('gpu', 8.0), 1024, 77, 80, 'bfloat16', 'cudnn'),
     (('gpu', 8.6), 289, 289, 64, 'bfloat16', 'cudnn'),  # 17 x 17, odd
     (('gpu', 8.0), 256, 256, 160, 'bfloat16', 'xla'),  # too wide before Hopper
-    (('gpu', 10.0), 256, 256, 160, 'bfloat16', 'xla'),  # and after it has no gradients
+    (('gpu', 10.0), 256, 256, 160, 'bfloat16', 'xla'),  # no gradients after Hopper
     (('gpu', 10.0), 1024, 77, 80, 'bfloat16', 'cudnn'),
     (('gpu', 12.0), 256, 256, 160, 'float16', 'xla'),
     (('gpu', 9.0), 1024, 77, 40, 'float32', 'xla'),
@@ -87,13 +87,13 @@ def test_the_table_picks_a_kernel_that_can_run(device, queries, keys, width, dty
   assert kernel_for(*device, queries, keys, width, dtype) == kernel
 
 
-def test_a_named_kernel_is_used_however_short_the_attention_but_only_where_it_can_run():
+def test_a_requested_kernel_runs_at_any_length_if_it_can():
   assert kernel_for('gpu', 9.0, 64, 77, 40, 'bfloat16', 'cudnn') == 'cudnn'
   assert kernel_for('tpu', 5.0, 256, 256, 40, 'bfloat16', 'splash') == 'splash'
   assert kernel_for('tpu', 5.0, 256, 77, 40, 'bfloat16', 'splash') == 'xla'
 
 
-def test_a_kernel_that_the_devices_lack_is_one_sentence():
+def test_a_kernel_that_the_devices_lack_is_refused():
   with pytest.raises(InputError, match="'splash', which cpu does not have; use 'auto'"):
     dispatch('splash')
   with pytest.raises(InputError, match='use one of auto, xla, splash, cudnn'):
@@ -102,8 +102,8 @@ def test_a_kernel_that_the_devices_lack_is_one_sentence():
 
 
 @pytest.mark.parametrize('capability', ['7.5', '8.0', '9.0', '10.0'])
-def test_whatever_the_table_picks_on_a_gpu_has_gradients(capability, monkeypatch):
-  """As jax itself checks while it traces, with no GPU: odd tokens, wide heads, every dtype."""
+def test_every_kernel_picked_for_a_gpu_has_gradients(capability, monkeypatch):
+  """By jax's checks while it traces, without a GPU: odd tokens, wide heads, every dtype."""
   monkeypatch.setattr(fused_attention_stablehlo, 'check_cudnn_version', lambda: 91200)
   device = types.SimpleNamespace(
     platform='gpu', device_kind=capability, compute_capability=capability
@@ -124,7 +124,7 @@ def test_whatever_the_table_picks_on_a_gpu_has_gradients(capability, monkeypatch
       assert list(jax.eval_shape(jax.grad(loss, (0, 1, 2)), *shapes)) == shapes
 
 
-def test_cudnn_is_refused_for_a_run_in_float32_where_it_never_acts():
+def test_cudnn_is_refused_for_a_float32_run():
   settings = lambda dtype: TrainConfig(attention='cudnn', dtype=dtype)
   check_values(settings('bfloat16'))
   with pytest.raises(InputError, match="'cudnn', which does not compute in dtype='float32'"):
@@ -132,29 +132,20 @@ def test_cudnn_is_refused_for_a_run_in_float32_where_it_never_acts():
 
 
 @pytest.mark.parametrize(
-  ('kind', 'is_there'),
-  [('TPU v3', False), ('TPU v4', True), ('TPU v5 lite', True), ('TPU v6 lite', True),
-   ('TPU7x', True)],
+  ('platform', 'kind', 'kernel', 'is_there'),
+  [('tpu', 'TPU v3', 'splash', False), ('tpu', 'TPU v4', 'splash', True),
+   ('tpu', 'TPU v5 lite', 'splash', True), ('tpu', 'TPU v6 lite', 'splash', True),
+   ('tpu', 'TPU7x', 'splash', True), ('rocm', 'AMD Instinct', 'cudnn', False)],
 )  # fmt: skip
-def test_the_generation_of_a_tpu_is_read_from_its_name(monkeypatch, kind, is_there):
-  device = types.SimpleNamespace(platform='tpu', device_kind=kind)
+def test_a_device_has_a_kernel_by_its_generation(monkeypatch, platform, kind, kernel, is_there):
+  device = types.SimpleNamespace(platform=platform, device_kind=kind, compute_capability='gfx942')
   monkeypatch.setattr(jax, 'devices', lambda: [device])
   assert dispatch('auto') is not attend
   if is_there:
-    dispatch('splash')
+    dispatch(kernel)
   else:
-    with pytest.raises(InputError, match=f"'splash', which {kind} does not have"):
-      dispatch('splash')
-
-
-def test_a_gpu_of_amd_has_no_cudnn(monkeypatch):
-  device = types.SimpleNamespace(
-    platform='rocm', device_kind='AMD Instinct', compute_capability='gfx942'
-  )
-  monkeypatch.setattr(jax, 'devices', lambda: [device])
-  dispatch('auto')
-  with pytest.raises(InputError, match="'cudnn', which AMD Instinct does not have"):
-    dispatch('cudnn')
+    with pytest.raises(InputError, match=f"'{kernel}', which {kind} does not have"):
+      dispatch(kernel)
 
 
 def qkv(rng, shape, dtype):
@@ -184,10 +175,8 @@ def test_the_tpu_kernel_gives_the_same_numbers(dtype, tolerance, rng):
   ids=['text', 'odd', 'odd queries', 'even'],
 )
 @pytest.mark.parametrize('devices', [1, 2])
-def test_what_is_laid_beside_odd_tokens_for_cudnn_is_not_seen(
-  queries, keys, devices, rng, monkeypatch
-):
-  """By XLA's arithmetic in place of cuDNN's, which takes the same lengths."""
+def test_padding_of_odd_lengths_for_cudnn_has_no_effect(queries, keys, devices, rng, monkeypatch):
+  """XLA computes instead of cuDNN, with the same lengths."""
   asked = []
 
   def plain(q, k, v, implementation, **lengths):
@@ -210,7 +199,7 @@ def test_what_is_laid_beside_odd_tokens_for_cudnn_is_not_seen(
   assert asked == [('cudnn', 0, 0, *lengths)]
 
 
-def test_the_tpu_kernel_runs_where_each_device_has_its_rows_already(rng):
+def test_the_tpu_kernel_runs_inside_shard_map(rng):
   mesh = sharding.make_mesh(2)
   q, k, v = qkv(rng, (8, 128, 1, 16), 'float32')
   kernel = lambda *rows: splash(*rows, mesh=mesh, interpret=True)
@@ -225,9 +214,10 @@ def test_the_tpu_kernel_runs_over_a_mesh(batch, rng):
     assert relative_error(ours, exact) <= 1e-5
 
 
-def test_what_the_tpu_kernel_needs_backwards_is_kept(rng, capsys):
+def test_remat_keeps_the_residuals_of_the_tpu_kernel(rng, capsys):
   q, k, v = qkv(rng, (1, 128, 1, 16), 'float32')
   layer = REMATS['convdot'](lambda q, k, v: splash(jnp.sin(q), k, v))
   print_saved_residuals(lambda *args: layer(*args).sum(), q, k, v)
-  kept = [line.split()[0] for line in capsys.readouterr().out.splitlines() if 'output of' in line]
-  assert kept == ['f32[1,1,128,16]', 'f32[1,1,128]']  # the result, and the sums of its softmax
+  lines = capsys.readouterr().out.splitlines()
+  residuals = [line.split()[0] for line in lines if 'output of' in line]
+  assert residuals == ['f32[1,1,128,16]', 'f32[1,1,128]']  # the result, and the sums of its softmax

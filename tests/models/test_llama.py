@@ -23,19 +23,19 @@ transformers = peers.module('transformers')
 
 TOLERANCE = 1e-4
 KINDS = list(tiny_llamas.CONFIGS)
-B, N = 3, 70  # beyond the 48 tokens that llama3's scaling was made for
+B, N = 3, 70  # over llama3's original length of 48 tokens
 
 
 class Pair:
-  """transformers' model and ours, the same weights."""
+  """transformers' model and ours with the same weights."""
 
   def __init__(self, kind):
     self.kind = kind
-    made = tiny_llamas.checkpoint(kind)
-    self.config = LlamaConfig.from_json(made.config)
+    source = tiny_llamas.checkpoint(kind)
+    self.config = LlamaConfig.from_json(source.config)
     make = lambda keys: Llama(self.config, rngs=keys)
     definition, shapes = abstract(make)
-    self.params = jax.device_put(reference.names.to_params(made.tensors, shapes, 'language'))
+    self.params = jax.device_put(reference.names.to_params(source.tensors, shapes, 'language'))
     self.run = jax.jit(lambda params, *inputs: nnx.merge(definition, params)(*inputs))
 
   @functools.cached_property
@@ -67,20 +67,20 @@ def close(ours, theirs):
 
 
 def test_logits_are_those_of_transformers(pair, tokens):
-  found = pair.run(pair.params, tokens)
-  assert found.dtype == np.float32
-  close(found, pair.logits(tokens))
+  logits = pair.run(pair.params, tokens)
+  assert logits.dtype == np.float32
+  close(logits, pair.logits(tokens))
 
 
-def test_with_a_cache_logits_are_the_same_token_by_token(pair, tokens):
+def test_logits_with_a_cache_are_the_same(pair, tokens):
   expected = pair.logits(tokens)
   cache = llama.empty_cache(pair.config, B, N + 10, jnp.float32)
   places = np.broadcast_to(np.arange(N, dtype=np.int32), (B, N))
-  found, cache = pair.run(pair.params, tokens[:, :50], places[:, :50], cache)
-  close(found, expected[:, :50])
+  logits, cache = pair.run(pair.params, tokens[:, :50], places[:, :50], cache)
+  close(logits, expected[:, :50])
   for n in range(50, N):
-    found, cache = pair.run(pair.params, tokens[:, n : n + 1], places[:, n : n + 1], cache)
-    close(found[:, 0], expected[:, n])
+    logits, cache = pair.run(pair.params, tokens[:, n : n + 1], places[:, n : n + 1], cache)
+    close(logits[:, 0], expected[:, n])
 
 
 @pytest.mark.parametrize('side', ['left', 'right'])
@@ -93,13 +93,13 @@ def test_padding_changes_nothing(small, tokens, side, rng):
     padded[b, begin : begin + length] = tokens[b, :length]
     positions[b, begin : begin + length] = np.arange(length)
   cache = llama.empty_cache(small.config, B, 80, jnp.float32)
-  for found in (
+  for logits in (
     small.run(small.params, padded, positions),
     small.run(small.params, padded, positions, cache)[0],
   ):
-    assert np.isfinite(found).all()
+    assert np.isfinite(logits).all()
     for b, length in enumerate(lengths):
-      close(found[b][positions[b] >= 0], small.logits(tokens[b : b + 1, :length])[0])
+      close(logits[b][positions[b] >= 0], small.logits(tokens[b : b + 1, :length])[0])
 
 
 def test_padding_leaves_the_cache_alone(small, tokens):
@@ -108,7 +108,7 @@ def test_padding_leaves_the_cache_alone(small, tokens):
   jax.tree.map(np.testing.assert_array_equal, after, cache)
 
 
-def test_what_an_older_row_left_in_the_cache_is_not_seen(small, tokens):
+def test_old_entries_of_the_cache_have_no_effect(small, tokens):
   cache = llama.empty_cache(small.config, B, N, jnp.float32)
   places = np.broadcast_to(np.arange(N, dtype=np.int32), (B, N))
   _, used = small.run(small.params, tokens[:, ::-1], places, cache)
@@ -146,16 +146,16 @@ def test_gradients_are_those_of_transformers(small, tokens):
       assert reference.relative_error(gradient, theirs[name]) <= TOLERANCE, name
 
 
-def test_weights_of_half_precision_compute_in_it_and_answer_in_float32(small, tokens):
+def test_half_precision_weights_give_float32_logits(small, tokens):
   half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), small.params)
   cache = llama.empty_cache(small.config, B, N, jnp.bfloat16)
-  found, cache = small.run(half, tokens, None, cache)
-  assert found.dtype == jnp.float32
+  logits, cache = small.run(half, tokens, None, cache)
+  assert logits.dtype == jnp.float32
   assert {leaf.dtype for leaf in jax.tree.leaves(cache)} == {jnp.dtype(jnp.bfloat16)}
-  assert reference.relative_error(found, small.logits(tokens)) < 0.05
+  assert reference.relative_error(logits, small.logits(tokens)) < 0.05
 
 
-def test_a_config_says_the_same_in_the_words_of_transformers_4_and_5():
+def test_configs_of_transformers_4_and_5_are_equal():
   new = {**tiny_llamas.SIZES, **tiny_llamas.CONFIGS['llama3']}
   rope = dict(new['rope_parameters'])
   old = {key: value for key, value in new.items() if key != 'rope_parameters'}
@@ -169,7 +169,7 @@ def test_a_config_says_the_same_in_the_words_of_transformers_4_and_5():
 
 
 @pytest.mark.parametrize('kind', KINDS)
-def test_a_written_config_is_read_alike_here_and_by_transformers(kind, tmp_path):
+def test_transformers_reads_a_written_config_as_we_do(kind, tmp_path):
   config = LlamaConfig.from_json({**tiny_llamas.SIZES, **tiny_llamas.CONFIGS[kind]})
   assert LlamaConfig.from_json(config.to_json()) == config
   (tmp_path / 'config.json').write_text(json.dumps(config.to_json()))
@@ -201,7 +201,7 @@ def test_a_written_config_is_read_alike_here_and_by_transformers(kind, tmp_path)
     ({'rope_scaling': 'linear'}, "rope_scaling='linear' is not an object"),
   ],
 )
-def test_what_is_not_supported_is_a_sentence_that_names_the_key(change, message):
+def test_an_unsupported_value_names_the_key(change, message):
   config = {**tiny_llamas.SIZES, 'model_type': 'llama', **change}
   with pytest.raises(InputError, match=r'^folder/config.json: ') as error:
     LlamaConfig.from_json(config, 'folder/config.json')

@@ -1,4 +1,4 @@
-"""Adapters: what they stand for, their gradients, and the files that PyTorch reads."""
+"""Adapters: merging, gradients, and files that PyTorch reads."""
 
 import json
 import logging
@@ -64,8 +64,8 @@ def inputs():
 
 def filled(shapes, config, rng):
   """Adapters of a trained model: no half is zero."""
-  found = lora.adapters(shapes, config, rng)
-  return {name: rng.normal(0, 0.2, array.shape).astype(np.float32) for name, array in found.items()}
+  new = lora.adapters(shapes, config, rng)
+  return {name: rng.normal(0, 0.2, array.shape).astype(np.float32) for name, array in new.items()}
 
 
 def torch_output(pipeline, latents, timestep, context):
@@ -75,7 +75,7 @@ def torch_output(pipeline, latents, timestep, context):
 
 @pytest.fixture
 def warned(caplog):
-  """What diffusers and peft warn of while a test runs."""
+  """The warnings of diffusers and peft while a test runs."""
   loggers = [logging.getLogger(name) for name in ('diffusers', 'peft')]
   for logger in loggers:
     logger.addHandler(caplog.handler)
@@ -85,21 +85,21 @@ def warned(caplog):
 
 
 def test_by_default_the_attentions_projections_get_adapters(params):
-  found = lora.adapters(params, LoraConfig(rank=4), np.random.default_rng(0))
-  kernels = {name.rsplit('.', 1)[0] for name in found}
-  assert len(found) == 2 * len(kernels) == 2 * 8 * 4  # 4 transformer blocks of 2 attentions
+  adapters = lora.adapters(params, LoraConfig(rank=4), np.random.default_rng(0))
+  kernels = {name.rsplit('.', 1)[0] for name in adapters}
+  assert len(adapters) == 2 * len(kernels) == 2 * 8 * 4  # 4 transformer blocks of 2 attentions
   assert {name.rsplit('.', 1)[1] for name in kernels} == {'to_q', 'to_k', 'to_v', 'to_out'}
 
 
 def test_an_adapters_shapes_follow_its_kernels(rng):
-  found = lora.adapters(SHAPES, EVERY_KERNEL, rng)
-  assert {name: array.shape for name, array in found.items()} == {
+  adapters = lora.adapters(SHAPES, EVERY_KERNEL, rng)
+  assert {name: array.shape for name, array in adapters.items()} == {
     'conv.lora_down': (3, 3, 6, 3),
     'conv.lora_up': (1, 1, 3, 8),
     'to_q.lora_down': (6, 3),
     'to_q.lora_up': (3, 8),
   }
-  assert all(array.dtype == np.float32 for array in found.values())
+  assert all(array.dtype == np.float32 for array in adapters.values())
 
 
 def test_adapters_start_like_pefts(rng):
@@ -107,13 +107,13 @@ def test_adapters_start_like_pefts(rng):
     'to_q.kernel': jax.ShapeDtypeStruct((50, 8), np.float32),
     'conv.kernel': jax.ShapeDtypeStruct((3, 3, 20, 8), np.float32),
   }
-  found = lora.adapters(shapes, LoraConfig(rank=64, targets=''), rng)
+  adapters = lora.adapters(shapes, LoraConfig(rank=64, targets=''), rng)
   for name, torch_shape in (('to_q', (64, 50)), ('conv', (64, 20, 3, 3))):
     theirs = torch.nn.init.kaiming_uniform_(torch.empty(torch_shape), a=5**0.5).numpy()
-    ours = found[f'{name}.lora_down']
+    ours = adapters[f'{name}.lora_down']
     np.testing.assert_allclose(np.abs(ours).max(), np.abs(theirs).max(), rtol=0.01)
     np.testing.assert_allclose(ours.std(), theirs.std(), rtol=0.05)
-    assert not found[f'{name}.lora_up'].any()
+    assert not adapters[f'{name}.lora_up'].any()
 
 
 def test_the_same_seed_gives_the_same_adapters_in_any_order():
@@ -150,7 +150,7 @@ def convolution(strides):
   ('conv', convolution((1, 1)), (2, 7, 7, 6)),
   ('conv', convolution((2, 2)), (2, 7, 7, 6)),
 ])  # fmt: skip
-def test_merging_equals_a_second_branch_and_so_do_its_gradients(name, layer, shape, rng):
+def test_merging_and_its_gradients_equal_a_second_branch(name, layer, shape, rng):
   shapes = {f'{name}.kernel': SHAPES[f'{name}.kernel']}
   kernel = rng.normal(size=shapes[f'{name}.kernel'].shape).astype(np.float32)
   adapters = filled(shapes, EVERY_KERNEL, rng)
@@ -176,19 +176,19 @@ def test_merging_equals_a_second_branch_and_so_do_its_gradients(name, layer, sha
     assert relative_error(ours[1][part], np.asarray(theirs[1][part], np.float64)) <= 2e-6
 
 
-def test_a_kernel_keeps_its_type_and_the_sum_is_in_float32(rng):
+def test_merging_computes_in_float32_and_keeps_the_type(rng):
   kernel = rng.normal(size=(6, 8)).astype(jnp.bfloat16)
   adapters = filled({'to_q.kernel': kernel}, EVERY_KERNEL, rng)
   small = {name: array.astype(jnp.bfloat16) for name, array in adapters.items()}
   product = small['to_q.lora_down'].astype(np.float64) @ small['to_q.lora_up'].astype(np.float64)
   wanted = (kernel.astype(np.float64) + 5 / 3 * product).astype(jnp.bfloat16)
-  found = lora.merged({'to_q.kernel': jnp.asarray(kernel)}, small, EVERY_KERNEL)['to_q.kernel']
-  assert found.dtype == jnp.bfloat16
-  np.testing.assert_array_equal(np.asarray(found), wanted)
+  result = lora.merged({'to_q.kernel': jnp.asarray(kernel)}, small, EVERY_KERNEL)['to_q.kernel']
+  assert result.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(np.asarray(result), wanted)
 
 
 @pytest.mark.parametrize('config', [EVERY_KERNEL, ATTENTIONS], ids=['every kernel', 'attentions'])
-def test_a_diffusers_pipeline_with_our_file_is_our_merged_unet(
+def test_diffusers_with_our_file_equals_our_merged_unet(
   models, inputs, config, tmp_path, rng, warned
 ):
   pipeline, run, params = models
@@ -203,28 +203,28 @@ def test_a_diffusers_pipeline_with_our_file_is_our_merged_unet(
   ours = run(lora.merged(params, adapters, config), *inputs)
   assert relative_error(ours, theirs) <= 1e-5
   assert relative_error(without, theirs) > 0.1
-  # There are none for the text encoder, which diffusers calls safe to ignore.
+  # The file has no adapters for the text encoder; diffusers says that this is safe to ignore.
   assert all('No LoRA keys associated to CLIPTextModel' in message for message in warned())
 
 
-@pytest.mark.parametrize('config', [EVERY_KERNEL, ATTENTIONS], ids=['every kernel', 'attentions'])
-def test_a_file_comes_back(params, config, tmp_path, rng):
+@pytest.mark.parametrize(
+  ('config', 'name', 'dtype', 'tolerances'),
+  [
+    (EVERY_KERNEL, 'some/mine.safetensors', 'float32', {'rtol': 3e-7}),
+    (ATTENTIONS, 'some/mine.safetensors', 'float32', {'rtol': 3e-7}),
+    (ATTENTIONS, '', 'float16', {'rtol': 1e-3, 'atol': 1e-6}),
+  ],
+  ids=['every kernel', 'attentions', 'half precision'],
+)
+def test_a_written_file_is_read_as_float32(params, config, name, dtype, tolerances, tmp_path, rng):
   adapters = filled(params, config, rng)
-  file = lora_file.write(adapters, config, tmp_path / 'some' / 'mine.safetensors')
-  found, found_config = lora_file.read(file, params)
-  assert found_config == config
-  assert found.keys() == adapters.keys()
+  file = lora_file.write(adapters, config, tmp_path / name, dtype)
+  result, result_config = lora_file.read(file, params)
+  assert result_config == config
+  assert result.keys() == adapters.keys()
   for name in adapters:
-    assert found[name].dtype == np.float32
-    np.testing.assert_allclose(found[name], adapters[name], rtol=3e-7)
-
-
-def test_half_precision_files_are_read_as_float32(params, tmp_path, rng):
-  adapters = filled(params, ATTENTIONS, rng)
-  found, _ = lora_file.read(lora_file.write(adapters, ATTENTIONS, tmp_path, 'float16'), params)
-  for name in adapters:
-    assert found[name].dtype == np.float32
-    np.testing.assert_allclose(found[name], adapters[name], rtol=1e-3, atol=1e-6)
+    assert result[name].dtype == np.float32
+    np.testing.assert_allclose(result[name], adapters[name], **tolerances)
 
 
 @pytest.mark.parametrize('style', ['peft', 'diffusers'])
@@ -245,20 +245,20 @@ def test_files_that_diffusers_writes_are_read(models, inputs, style, tmp_path):
     theirs = torch_output(pipeline, *inputs)
   finally:
     pipeline.unload_lora_weights()
-  adapters, found = lora_file.read(tmp_path, params)
-  assert (found.rank, found.alpha) == (4, 6)
-  assert relative_error(run(lora.merged(params, adapters, found), *inputs), theirs) <= 1e-5
-  assert lora.adapters(params, found, np.random.default_rng(0)).keys() == adapters.keys()
+  adapters, settings = lora_file.read(tmp_path, params)
+  assert (settings.rank, settings.alpha) == (4, 6)
+  assert relative_error(run(lora.merged(params, adapters, settings), *inputs), theirs) <= 1e-5
+  assert lora.adapters(params, settings, np.random.default_rng(0)).keys() == adapters.keys()
 
 
 def test_without_a_note_alpha_is_the_rank(params, tmp_path, rng):
   adapters = filled(params, ATTENTIONS, rng)
   tensors = lora_file.to_diffusers(adapters, LoraConfig(rank=4, alpha=4.0))
   weights.write_safetensors(tmp_path / lora_file.FILE_NAME, tensors)
-  found, config = lora_file.read(tmp_path, params)
+  result, config = lora_file.read(tmp_path, params)
   assert (config.rank, config.alpha) == (4, 4)
   np.testing.assert_array_equal(
-    found['mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_up'],
+    result['mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_up'],
     adapters['mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_up'],
   )
 
@@ -270,7 +270,7 @@ def test_without_a_note_alpha_is_the_rank(params, tmp_path, rng):
   (LoraConfig(rank=0), 'lora.rank is 0'),
   (LoraConfig(rank=4, alpha=0.0), 'lora.alpha is 0.0'),
 ])  # fmt: skip
-def test_a_wrong_knob_is_named(config, message, rng):
+def test_a_wrong_setting_is_named(config, message, rng):
   with pytest.raises(InputError, match=message):
     lora.adapters(SHAPES, config, rng)
 
@@ -293,7 +293,7 @@ def test_an_older_file_is_not_replaced_unasked(tmp_path, rng):
 
 
 def wrong_file(change):
-  """Tensors and metadata of a good file for `SHAPES`, and what makes it a wrong one."""
+  """Tensors and metadata of a file for `SHAPES`, with one mistake."""
   tensors = lora_file.to_diffusers(
     filled(SHAPES, EVERY_KERNEL, np.random.default_rng(0)), EVERY_KERNEL
   )

@@ -33,40 +33,36 @@ def unet_error(config, size, rng, timestep=301.7, text_tokens=7):
   return relative_error(run(params, latents, np.float32(timestep), context), nhwc(theirs))
 
 
-@pytest.mark.long
-@pytest.mark.parametrize('in_channels', [4, 8, 9])
-def test_unet_agrees_with_diffusers_for_any_number_of_input_channels(in_channels, rng):
-  assert unet_error({**reference.TINY_UNET, 'in_channels': in_channels}, (8, 8), rng) <= TOLERANCE
+THREE_LEVELS = {
+  **reference.TINY_UNET,
+  'block_out_channels': [16, 32, 32],
+  'layers_per_block': 2,
+  'down_block_types': ['CrossAttnDownBlock2D', 'CrossAttnDownBlock2D', 'DownBlock2D'],
+  'up_block_types': ['UpBlock2D', 'CrossAttnUpBlock2D', 'CrossAttnUpBlock2D'],
+}
+SD2_OPTIONS = {'use_linear_projection': True, 'attention_head_dim': [2, 4]}
 
 
-def test_unet_agrees_with_diffusers_with_linear_projections_and_heads_per_level(rng):
-  config = {**reference.TINY_UNET, 'use_linear_projection': True, 'attention_head_dim': [2, 4]}
-  assert unet_error(config, (8, 8), rng) <= TOLERANCE
-
-
-def test_unet_agrees_with_diffusers_at_sizes_that_do_not_halve_evenly(rng):
-  config = {
-    **reference.TINY_UNET,
-    'block_out_channels': [16, 32, 32],
-    'layers_per_block': 2,
-    'down_block_types': ['CrossAttnDownBlock2D', 'CrossAttnDownBlock2D', 'DownBlock2D'],
-    'up_block_types': ['UpBlock2D', 'CrossAttnUpBlock2D', 'CrossAttnUpBlock2D'],
-  }
-  assert unet_error(config, (7, 11), rng) <= TOLERANCE
-
-
-@slow
-def test_full_size_sd15_unet_with_eight_channels_agrees_with_diffusers(rng):
-  assert unet_error(reference.SD15_UNET, (64, 64), rng, text_tokens=77) <= TOLERANCE
-
-
-@slow
-def test_full_size_sd21_unet_agrees_with_diffusers(rng):
-  assert unet_error(reference.SD21_UNET, (32, 32), rng, text_tokens=77) <= TOLERANCE
+@pytest.mark.parametrize(
+  ('config', 'size', 'text_tokens'),
+  [
+    *[
+      pytest.param(reference.TINY_UNET | {'in_channels': channels}, (8, 8), 7,
+                   marks=pytest.mark.long, id=f'{channels} channels')
+      for channels in (4, 8, 9)
+    ],
+    pytest.param(reference.TINY_UNET | SD2_OPTIONS, (8, 8), 7, id='SD 2.x'),
+    pytest.param(THREE_LEVELS, (7, 11), 7, id='odd size'),
+    pytest.param(reference.SD15_UNET, (64, 64), 77, marks=slow, id='full SD 1.5'),
+    pytest.param(reference.SD21_UNET, (32, 32), 77, marks=slow, id='full SD 2.1'),
+  ],
+)  # fmt: skip
+def test_unet_agrees_with_diffusers(config, size, text_tokens, rng):
+  assert unet_error(config, size, rng, text_tokens=text_tokens) <= TOLERANCE
 
 
 def vae_errors(config, size, rng):
-  """Errors of mean, log-variance, a sample, and the decoded picture."""
+  """Errors of mean, log-variance, a sample, and the decoded image."""
   torch_vae = reference.vae(config)
   ours = VAEConfig.from_json(dict(torch_vae.config))
   vae_def, params = reference.convert(torch_vae, lambda keys: VAE(ours, rngs=keys), 'vae')
@@ -86,13 +82,15 @@ def vae_errors(config, size, rng):
   )
 
 
-def test_vae_agrees_with_diffusers(rng):
-  assert max(vae_errors(reference.TINY_VAE, (16, 24), rng)) <= TOLERANCE
-
-
-@slow
-def test_full_size_vae_agrees_with_diffusers_at_256_pixels(rng):
-  assert max(vae_errors(reference.SD_VAE, (256, 256), rng)) <= TOLERANCE
+@pytest.mark.parametrize(
+  ('config', 'size'),
+  [
+    pytest.param(reference.TINY_VAE, (16, 24), id='tiny'),
+    pytest.param(reference.SD_VAE, (256, 256), marks=slow, id='full'),
+  ],
+)
+def test_vae_agrees_with_diffusers(config, size, rng):
+  assert max(vae_errors(config, size, rng)) <= TOLERANCE
 
 
 def text_errors(config, rng):
@@ -113,18 +111,17 @@ def text_errors(config, rng):
   )
 
 
-@pytest.mark.parametrize('activation', ['quick_gelu', 'gelu'])
-def test_text_tower_agrees_with_transformers(activation, rng):
-  assert max(text_errors({**reference.TINY_TEXT, 'hidden_act': activation}, rng)) <= TOLERANCE
-
-
-def test_text_tower_finds_the_end_of_the_text_under_old_configs_that_call_it_token_2(rng):
-  assert max(text_errors({**reference.TINY_TEXT, 'eos_token_id': 2}, rng)) <= TOLERANCE
-
-
-@slow
-def test_full_size_text_tower_agrees_with_transformers(rng):
-  assert max(text_errors(reference.CLIP_L_TEXT, rng)) <= TOLERANCE
+@pytest.mark.parametrize(
+  'config',
+  [
+    pytest.param(reference.TINY_TEXT | {'hidden_act': 'quick_gelu'}, id='quick_gelu'),
+    pytest.param(reference.TINY_TEXT | {'hidden_act': 'gelu'}, id='gelu'),
+    pytest.param(reference.TINY_TEXT | {'eos_token_id': 2}, id='old config'),
+    pytest.param(reference.CLIP_L_TEXT, marks=slow, id='full'),
+  ],
+)
+def test_text_tower_agrees_with_transformers(config, rng):
+  assert max(text_errors(config, rng)) <= TOLERANCE
 
 
 def vision_error(config, rng):
@@ -138,19 +135,21 @@ def vision_error(config, rng):
   return relative_error(jax.jit(lambda p: nnx.merge(vision_def, p)(images))(params), theirs)
 
 
-@pytest.mark.parametrize('activation', ['quick_gelu', 'gelu'])
-def test_vision_tower_agrees_with_transformers(activation, rng):
-  assert vision_error({**reference.TINY_VISION, 'hidden_act': activation}, rng) <= TOLERANCE
-
-
-@slow
-@pytest.mark.parametrize('config', [reference.CLIP_L_VISION, reference.CLIP_B32_VISION])
-def test_full_size_vision_towers_agree_with_transformers(config, rng):
+@pytest.mark.parametrize(
+  'config',
+  [
+    pytest.param(reference.TINY_VISION | {'hidden_act': 'quick_gelu'}, id='quick_gelu'),
+    pytest.param(reference.TINY_VISION | {'hidden_act': 'gelu'}, id='gelu'),
+    pytest.param(reference.CLIP_L_VISION, marks=slow, id='full L/14'),
+    pytest.param(reference.CLIP_B32_VISION, marks=slow, id='full B/32'),
+  ],
+)
+def test_vision_tower_agrees_with_transformers(config, rng):
   assert vision_error(config, rng) <= TOLERANCE
 
 
 @pytest.mark.long
-def test_every_attention_of_the_unet_goes_through_the_one_seam(rng):
+def test_every_attention_of_the_unet_uses_the_interface(rng):
   config = UNetConfig.from_json(reference.TINY_UNET)
   torch_unet = reference.unet(reference.TINY_UNET)
   unet_def, params = reference.convert(torch_unet, lambda keys: UNet(config, rngs=keys), 'unet')
@@ -168,7 +167,7 @@ def test_every_attention_of_the_unet_goes_through_the_one_seam(rng):
 
 
 @pytest.mark.long
-def test_half_precision_weights_compute_in_half_precision_and_answer_in_float32(rng):
+def test_half_precision_unet_answers_in_float32(rng):
   config = UNetConfig.from_json(reference.TINY_UNET)
   torch_unet = reference.unet(reference.TINY_UNET)
   unet_def, params = reference.convert(torch_unet, lambda keys: UNet(config, rngs=keys), 'unet')
@@ -188,7 +187,7 @@ def test_half_precision_weights_compute_in_half_precision_and_answer_in_float32(
    ('resnet_time_scale_shift', 'scale_shift'), ('transformer_layers_per_block', 2),
    ('down_block_types', ['AttnDownBlock2D', 'DownBlock2D']), ('brand_new_key', 3)],
 )  # fmt: skip
-def test_an_architecture_we_do_not_have_is_an_error_that_names_the_key(key, value):
+def test_an_unsupported_architecture_names_the_key(key, value):
   shown = 'block type' if key == 'down_block_types' else key
   with pytest.raises(InputError, match=shown):
     UNetConfig.from_json({**reference.TINY_UNET, key: value})
@@ -200,11 +199,11 @@ def test_an_architecture_we_do_not_have_is_an_error_that_names_the_key(key, valu
    ('layers_per_block', 1.5), ('norm_num_groups', 0), ('attention_head_dim', 0),
    ('attention_head_dim', 3), ('norm_eps', -1), ('in_channels', True)],
 )  # fmt: skip
-def test_a_nonsensical_value_is_an_error_that_names_the_key(key, value):
+def test_a_wrong_value_names_the_key(key, value):
   with pytest.raises(InputError, match=key):
     UNetConfig.from_json({**reference.TINY_UNET, key: value})
 
 
-def test_unet_config_survives_the_way_through_json():
+def test_unet_config_survives_json():
   config = UNetConfig.from_json(reference.SD21_UNET)
   assert UNetConfig.from_json(config.to_json()) == config

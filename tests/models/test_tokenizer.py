@@ -1,4 +1,4 @@
-"""The tokenizer: the ids of transformers' CLIPTokenizer, and damage noticed."""
+"""The tokenizer: the ids of transformers' CLIPTokenizer, and damaged files."""
 
 import json
 import random
@@ -20,17 +20,23 @@ TEXTS = [
 ]  # fmt: skip
 
 
+def their_tokenizer(files, folder):
+  """transformers' tokenizer of these files, which are written to `folder`."""
+  folder.mkdir(exist_ok=True)
+  for name, content in files.items():
+    (folder / name).write_bytes(content)
+  return transformers.CLIPTokenizer.from_pretrained(folder)
+
+
 @pytest.mark.parametrize('pad_token', [None, '!'])
 def test_ids_are_those_of_transformers(pad_token, tmp_path):
   files = clip_tokenizer(pad_token)
-  for name, content in files.items():
-    (tmp_path / name).write_bytes(content)
-  theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path)
+  theirs = their_tokenizer(files, tmp_path)
   expected = theirs(TEXTS, padding='max_length', truncation=True, max_length=77)['input_ids']
   assert (ClipTokenizer(files)(TEXTS) == np.array(expected)).all()
 
 
-def test_what_is_cut_off_is_told():
+def test_cut_off_text_is_returned():
   tokenizer = ClipTokenizer(clip_tokenizer())
   assert tokenizer.cut_off('x ' * 75) == ''
   assert tokenizer.cut_off('x ' * 75 + 'and the rest').strip() == 'and the rest'
@@ -38,9 +44,7 @@ def test_what_is_cut_off_is_told():
 
 def test_the_one_file_of_transformers_5_is_read_too(tmp_path):
   files = reference.tokenizer_files()
-  for name, content in files.items():
-    (tmp_path / name).write_bytes(content)
-  transformers.CLIPTokenizer.from_pretrained(tmp_path).save_pretrained(tmp_path / 'new')
+  their_tokenizer(files, tmp_path).save_pretrained(tmp_path / 'new')
   new = {path.name: path.read_bytes() for path in (tmp_path / 'new').iterdir()}
   assert 'merges.txt' not in new
   assert (ClipTokenizer(new)(TEXTS) == ClipTokenizer(files)(TEXTS)).all()
@@ -60,23 +64,21 @@ WITH_LEARNED = [
 
 @pytest.fixture(scope='module')
 def learned(tmp_path_factory):
-  """transformers' tokenizer with learned tokens, and its folder as transformers 5 saves it."""
+  """The folder of a tokenizer with learned tokens, saved by transformers 5."""
   folder = tmp_path_factory.mktemp('learned')
-  for name, content in clip_tokenizer().items():
-    (folder / name).write_bytes(content)
-  tokenizer = transformers.CLIPTokenizer.from_pretrained(folder)
+  tokenizer = their_tokenizer(clip_tokenizer(), folder)
   assert tokenizer.add_tokens(LEARNED) == 6
   tokenizer.add_special_tokens({'additional_special_tokens': ['<Special>']})
   tokenizer.save_pretrained(folder / 'new')
-  return tokenizer, folder / 'new'
+  return folder / 'new'
 
 
 def in_layout(layout, files):
-  """The files as versions of transformers have written them: 5, from 4.34 on, and before that."""
+  """The files as versions of transformers write them: 5, from 4.34 on, and before 4.34."""
   if layout == 'tokenizer.json':
     return files
-  one = json.loads(files['tokenizer.json'])
-  noted = {x['content']: x for x in one['added_tokens'] if x['id'] > 49407}
+  content = json.loads(files['tokenizer.json'])
+  noted = {x['content']: x for x in content['added_tokens'] if x['id'] > 49407}
   old = clip_tokenizer() | {
     'added_tokens.json': json.dumps({name: x['id'] for name, x in noted.items()}).encode(),
   }
@@ -91,11 +93,8 @@ def in_layout(layout, files):
 
 @pytest.mark.parametrize('layout', ['tokenizer.json', 'tokenizer_config.json', 'added_tokens.json'])
 def test_learned_tokens_are_one_id_each_as_in_transformers(learned, layout, tmp_path):
-  _, folder = learned
-  files = in_layout(layout, {path.name: path.read_bytes() for path in folder.iterdir()})
-  for name, content in files.items():
-    (tmp_path / name).write_bytes(content)
-  theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path)
+  files = in_layout(layout, {path.name: path.read_bytes() for path in learned.iterdir()})
+  theirs = their_tokenizer(files, tmp_path)
   rng = random.Random(0)
   pieces = [
     *map(str, LEARNED),
@@ -117,19 +116,16 @@ def test_learned_tokens_are_one_id_each_as_in_transformers(learned, layout, tmp_
   expected = theirs(texts, padding='max_length', truncation=True, max_length=77)['input_ids']
   assert (ClipTokenizer(files)(texts) == np.array(expected)).all()
   assert len(theirs) == 49415
-  # What is written holds them as both transformers 4 and 5 read them, and gives the same ids.
+  # Transformers 4 and 5 read the written files, and give the same ids.
   written = tokenizer_files.read(tmp_path)
   assert 'tokenizer.json' not in written
   assert learned_tokens(written) == learned_tokens(files)
   assert {'added_tokens.json', 'tokenizer_config.json'} <= written.keys()
-  (tmp_path / 'written').mkdir()
-  for name, content in written.items():
-    (tmp_path / 'written' / name).write_bytes(content)
-  again = transformers.CLIPTokenizer.from_pretrained(tmp_path / 'written')
+  again = their_tokenizer(written, tmp_path / 'written')
   assert again(texts)['input_ids'] == theirs(texts)['input_ids']
 
 
-def test_a_learned_token_of_several_vectors_is_written_out_as_in_diffusers():
+def test_a_learned_token_of_several_vectors_becomes_several_tokens():
   added = {'<cat>': 49408, '<cat>_1': 49409, '<cat>_2': 49410, '<dog>': 49411}
   tokenizer = ClipTokenizer(clip_tokenizer() | {'added_tokens.json': json.dumps(added).encode()})
   ids = tokenizer(['a <cat> and <dog>'])[0]
@@ -137,8 +133,8 @@ def test_a_learned_token_of_several_vectors_is_written_out_as_in_diffusers():
   assert [word for word, _ in tokenizer.words('a <cat> sits')][-1] == 'sits'
 
 
-def test_without_its_learned_tokens_a_tokenizer_is_clips(learned):
-  files = tokenizer_files.read(learned[1])
+def test_without_learned_gives_clips_tokenizer(learned):
+  files = tokenizer_files.read(learned)
   plain = tokenizer_files.without_learned(files)
   assert learned_tokens(plain) == [] and 'added_tokens.json' not in plain
   assert (ClipTokenizer(plain)(WITH_LEARNED) == ClipTokenizer(clip_tokenizer())(WITH_LEARNED)).all()
@@ -180,6 +176,6 @@ def with_id(text, token, value):
     ('vocab.json', lambda _: '[]', 'not a list of tokens and ids'),
   ],
 )
-def test_damaged_files_are_noticed(name, change, message):
+def test_damaged_files_are_refused(name, change, message):
   with pytest.raises(InputError, match=message):
     ClipTokenizer(changed(clip_tokenizer(), name, change), 77, 49408)

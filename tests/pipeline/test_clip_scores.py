@@ -32,7 +32,7 @@ def their_scores(model, images, ids):
   unit = torch.nn.functional.normalize
   mean = torch.tensor(clip_scores.MEAN.ravel()).reshape(1, 3, 1, 1)
   std = torch.tensor(clip_scores.STD.ravel()).reshape(1, 3, 1, 1)
-  seen, said = [], []
+  images_embedded, texts_embedded = [], []
   with torch.no_grad():
     for image, tokens in zip(images, ids, strict=True):
       small = torch.nn.functional.interpolate(
@@ -40,14 +40,14 @@ def their_scores(model, images, ids):
       )
       tokens = torch.from_numpy(tokens).long()
       out = model(input_ids=tokens, pixel_values=(small - mean) / std)
-      seen.append(unit(out.image_embeds))
-      said.append(unit(out.text_embeds))
+      images_embedded.append(unit(out.image_embeds))
+      texts_embedded.append(unit(out.text_embeds))
   cosine = torch.nn.functional.cosine_similarity
   return [
-    cosine(seen[0], said[0]),
-    cosine(seen[1], said[1]),
-    cosine(seen[1] - seen[0], said[1] - said[0]),
-    cosine(seen[0], seen[1]),
+    cosine(images_embedded[0], texts_embedded[0]),
+    cosine(images_embedded[1], texts_embedded[1]),
+    cosine(images_embedded[1] - images_embedded[0], texts_embedded[1] - texts_embedded[0]),
+    cosine(images_embedded[0], images_embedded[1]),
   ]
 
 
@@ -57,9 +57,9 @@ def test_scores_are_those_of_the_original(model, shape, rng):
   folder, clip = model
   theirs = transformers.CLIPModel.from_pretrained(folder)
   images = rng.integers(0, 256, (2, 3, *shape, 3), np.uint8)
-  found = clip.scores(*images, *CAPTIONS)
+  scores = clip.scores(*images, *CAPTIONS)
   expected = their_scores(theirs, images, [clip.tokenizer(texts) for texts in CAPTIONS])
-  for ours, theirs in zip(found, expected, strict=True):
+  for ours, theirs in zip(scores, expected, strict=True):
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
@@ -74,7 +74,7 @@ def test_resizing_is_that_of_torch(size, new_size, rng):
 
 @pytest.mark.long
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_what_did_not_change_has_no_direction(dtype, rng):
+def test_an_unchanged_image_or_caption_has_no_direction(dtype, rng):
   """With the miniature's CLIP; before, rounding gave -0.46 to 0.45."""
   clip = Clip.load(MINIATURE, dtype)
   colours = rng.integers(0, 256, (2, 24, 4, 4, 3), np.uint8)
@@ -89,7 +89,7 @@ def test_what_did_not_change_has_no_direction(dtype, rng):
     np.testing.assert_array_equal(clip.scores(*images, *texts).clip_sim_dir, 0)
   assert (clip.scores(before, after, captions, edited).clip_sim_dir != 0).all()
 
-  # Equal images in other rows of the batch, and before they are rounded to 8 bits.
+  # Images that are equal after rounding to 8 bits.
   noisy = np.float32(np.stack([before, before])) / 255
   noisy[1] += 1e-6 * rng.standard_normal(noisy[1].shape, np.float32)
   ids = np.stack([clip.tokenizer(captions), clip.tokenizer(edited)])
@@ -100,14 +100,14 @@ def test_what_did_not_change_has_no_direction(dtype, rng):
   ]
 
 
-def test_an_image_that_did_not_change_is_itself(model, rng):
+def test_an_unchanged_image_has_similarity_1(model, rng):
   images = rng.integers(0, 256, (3, 32, 32, 3), np.uint8)
-  found = model[1].scores(images, images, *CAPTIONS)
-  np.testing.assert_array_equal(found.clip_sim_dir, 0)
-  np.testing.assert_allclose(found.clip_sim_image, 1, atol=1e-6)
+  scores = model[1].scores(images, images, *CAPTIONS)
+  np.testing.assert_array_equal(scores.clip_sim_dir, 0)
+  np.testing.assert_allclose(scores.clip_sim_image, 1, atol=1e-6)
 
 
-def test_what_is_no_clip_is_a_sentence(tmp_path):
+def test_a_folder_without_clip_is_refused(tmp_path):
   with pytest.raises(InputError, match='no CLIP here'):
     Clip.load(tmp_path)
   (tmp_path / 'config.json').write_text('{}')

@@ -1,4 +1,4 @@
-"""Pixels in and out of a network's range, and noise that is given or made."""
+"""Pixels in and out of a network's range, and noise that is given or drawn."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -25,12 +25,12 @@ def test_values_out_of_range_are_clipped_and_others_rounded():
 
 
 @pytest.mark.parametrize('sampler', SAMPLERS)
-def test_noise_of_a_step_is_made_given_or_not_needed(sampler, rng):
+def test_step_noise_is_drawn_taken_or_none(sampler, rng):
   shape, keys = (2, 2, 4), noise.image_keys(np.full(3, 7), np.arange(3))
-  given = rng.standard_normal((5, 3, *shape), np.float32)
-  made, taken = (parts.step_noise(sampler, keys, 2, shape, some) for some in (None, given))
+  step_noise = rng.standard_normal((5, 3, *shape), np.float32)
+  drawn, taken = (parts.step_noise(sampler, keys, 2, shape, some) for some in (None, step_noise))
   if sampler not in STOCHASTIC:
-    assert made is None and taken is None
+    assert drawn is None and taken is None
     return
-  np.testing.assert_array_equal(made, noise.step_noise(keys, 2, shape))
-  np.testing.assert_array_equal(taken, given[2])
+  np.testing.assert_array_equal(drawn, noise.step_noise(keys, 2, shape))
+  np.testing.assert_array_equal(taken, step_noise[2])

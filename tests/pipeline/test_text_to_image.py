@@ -1,4 +1,4 @@
-"""Images from texts: against diffusers' pipelines, and what holds whatever the weights."""
+"""Images from texts: agreement with diffusers' pipelines, and properties for any weights."""
 
 import jax
 import numpy as np
@@ -132,18 +132,18 @@ def test_other_texts_scales_seeds_and_strengths_compile_nothing(model, photos):
   assert model._alone.whole._cache_size() == before
 
 
-def test_step_by_step_it_is_the_same_and_only_steps_that_are_left_count(model, photos):
+def test_progress_counts_remaining_steps_and_does_not_change_the_result(model, photos):
   seen = []
-  whole = small(model, images=photos[:1], strength=0.5)
+  expected = small(model, images=photos[:1], strength=0.5)
   counted = small(
     model, images=photos[:1], strength=0.5, progress=lambda *numbers: seen.append(numbers)
   )
-  assert reference.relative_error(counted.latents, np.asarray(whole.latents)) <= 1e-5
+  assert reference.relative_error(counted.latents, np.asarray(expected.latents)) <= 1e-5
   assert seen == [(0, 1), (1, 1)]
 
 
 @pytest.mark.long
-def test_without_guidance_one_branch_runs_and_the_result_is_the_same(model):
+def test_without_guidance_one_branch_gives_the_same_result(model):
   nearly = np.nextafter(np.float32(1), np.float32(2))
   unguided = np.asarray(small(model, text_guidance=1.0).latents)
   assert reference.relative_error(small(model, text_guidance=nearly).latents, unguided) <= 1e-4
@@ -152,15 +152,15 @@ def test_without_guidance_one_branch_runs_and_the_result_is_the_same(model):
   assert reference.relative_error(run((0.0, 0.5)), unguided) > 1e-3
 
 
-def test_a_variation_is_the_image_of_its_own_seed(model):
+def test_a_variation_equals_the_image_of_its_seed(model):
   both = model.draw('a boat', Sampling(2), seed=[1, 2], batch_size=1)
   (second,) = model.draw('a boat', Sampling(2), seed=2)
-  assert [image.size for image in both] == [(32, 32)] * 2  # the checkpoint's own
+  assert [image.size for image in both] == [(32, 32)] * 2  # the checkpoint's size
   assert np.abs(np.asarray(both[1], int) - np.asarray(second, int)).max() <= 1
   assert np.any(np.asarray(both[0]) != np.asarray(both[1]))
 
 
-def test_from_an_image_the_result_has_its_size_and_transparency(model):
+def test_a_result_has_the_size_and_transparency_of_init(model):
   init = Image.new('RGBA', (50, 50), (200, 10, 10, 77))
   (image,) = model.draw('a boat', Sampling(2), init=init, seed=1)
   assert image.size == (50, 50) and image.mode == 'RGBA'
@@ -185,7 +185,7 @@ INIT = Image.new('RGB', (32, 32))
     ({'batch_size': 0}, 'batch_size'),
   ],
 )
-def test_a_wrong_value_is_an_error_that_names_it(model, options, message):
+def test_a_wrong_value_is_named(model, options, message):
   arguments = {'texts': 'a boat', 'sampling': Sampling(2), 'size': 32} | options
   with pytest.raises(InputError, match=message):
     model.draw(**arguments)

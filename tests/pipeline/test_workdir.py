@@ -1,4 +1,4 @@
-"""What a run writes comes back whole, whenever it was killed and wherever it goes on."""
+"""A run's checkpoints: complete after a kill at any time, and readable on any devices."""
 
 import os
 import socket
@@ -70,25 +70,25 @@ def saved(workdir, state, step=1, extras=None):
 
 def restored(workdir, target):
   run = Checkpoints(workdir)
-  found = run.restore(target)
+  result = run.restore(target)
   run.close()
-  return found
+  return result
 
 
-def assert_same(found, wanted):
-  assert jax.tree.structure(found) == jax.tree.structure(wanted)
-  for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+def assert_same(tree, wanted):
+  assert jax.tree.structure(tree) == jax.tree.structure(wanted)
+  for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(wanted), strict=True):
     np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
 # Checkpoints
 
 
-def test_what_is_saved_comes_back_to_the_bit(tmp_path, rng):
+def test_a_saved_state_is_restored_exactly(tmp_path, rng):
   state = state_of(small_params(rng))
   saved(tmp_path, state, 3, {'seconds': 1.5, 'note': 'ä'})
-  found, extras = restored(tmp_path, target_of(state))
-  assert_same(found, state)
+  result, extras = restored(tmp_path, target_of(state))
+  assert_same(result, state)
   assert extras == {'seconds': 1.5, 'note': 'ä'}
 
 
@@ -121,7 +121,7 @@ def test_the_newest_stay_and_saving_twice_is_no_error(tmp_path, rng):
   assert restored(tmp_path, target_of(state))[1] == {'step': 3}
 
 
-def test_a_good_checkpoint_stays_however_many_newer_there_are(tmp_path, rng):
+def test_a_good_checkpoint_stays_among_newer_ones(tmp_path, rng):
   run = Checkpoints(tmp_path, keep=2)
   state = state_of(small_params(rng))
   for step, good in ((1, None), (2, 1), (3, 1), (4, 1), (5, 1)):
@@ -149,11 +149,11 @@ def test_a_run_goes_on_with_other_devices(tmp_path, rng, meshes):
     assert shardings == wanted_shardings
 
 
-def test_what_was_half_written_is_ignored_and_cleared(tmp_path, rng):
+def test_half_written_files_are_ignored_and_deleted(tmp_path, rng):
   state = state_of(small_params(rng))
   saved(tmp_path, state, 1)
-  whole, part = tmp_path / 'checkpoints/1', tmp_path / 'checkpoints/9.orbax-checkpoint-tmp'
-  subprocess.run(['cp', '-r', whole, part], check=True)
+  full, part = tmp_path / 'checkpoints/1', tmp_path / 'checkpoints/9.orbax-checkpoint-tmp'
+  subprocess.run(['cp', '-r', full, part], check=True)
   (part / 'state' / 'manifest.ocdbt').unlink()
   assert saved_steps(tmp_path) == [1]
   run = Checkpoints(tmp_path)
@@ -176,7 +176,7 @@ ADAPTERS = {'a.to_q.lora_down': (6, 2), 'a.to_q.lora_up': (2, 6)}
 
 
 @pytest.mark.parametrize(
-  'was, now, knob',
+  'was, now, setting',
   [
     (ADAPTERS, {'a.to_q.lora_down': (6, 3), 'a.to_q.lora_up': (3, 6)}, 'lora.rank'),
     (ADAPTERS, {'a.to_q.kernel': (6, 6)}, 'lora.rank'),
@@ -185,14 +185,14 @@ ADAPTERS = {'a.to_q.lora_down': (6, 2), 'a.to_q.lora_up': (2, 6)}
     ({'a.kernel': (2, 3)}, {'a.kernel': (4, 3)}, 'checkpoint'),
   ],
 )
-def test_a_state_that_does_not_fit_is_put_down_to_a_knob(tmp_path, rng, was, now, knob):
+def test_a_state_that_does_not_fit_names_the_setting(tmp_path, rng, was, now, setting):
   saved(tmp_path, state_of(small_params(rng, **was)))
-  with pytest.raises(InputError, match=f'checkpoints/1: .* set {knob} as it was') as caught:
+  with pytest.raises(InputError, match=f'checkpoints/1: .* set {setting} as it was') as caught:
     restored(tmp_path, target_of(state_of(small_params(rng, **now))))
   assert 'params/' in str(caught.value) and len(str(caught.value)) < 400 + len(str(tmp_path))
 
 
-def test_whether_a_state_fits_can_be_asked_first_even_while_one_is_written(tmp_path, rng):
+def test_check_fits_works_before_and_during_a_save(tmp_path, rng):
   state = state_of(small_params(rng, **{'a.kernel': (500, 500)}))
   run = Checkpoints(tmp_path)
   run.check_fits(target_of(state))  # nothing there, so anything fits
@@ -203,12 +203,12 @@ def test_whether_a_state_fits_can_be_asked_first_even_while_one_is_written(tmp_p
   run.close()
 
 
-def test_another_optimizer_is_put_down_to_the_optimizer(tmp_path, rng):
+def test_another_optimizer_is_named(tmp_path, rng):
   params = small_params(rng)
   saved(tmp_path, state_of(params))
-  other = state_of(params) | {'opt_state': optax.sgd(0.1, momentum=0.9).init(params)}
+  state = state_of(params) | {'opt_state': optax.sgd(0.1, momentum=0.9).init(params)}
   with pytest.raises(InputError, match='set optimizer as it was'):
-    restored(tmp_path, target_of(other))
+    restored(tmp_path, target_of(state))
 
 
 FULL_DISK = """
@@ -232,15 +232,15 @@ run.close()
 """
 
 
-def test_a_full_disk_is_one_error_and_the_run_may_try_again(tmp_path):
-  """In a process of its own, which must not hear of it from Orbax's threads."""
+def test_after_a_full_disk_the_run_may_save_again(tmp_path):
+  """In a new process; Orbax's threads must print nothing."""
   command = [sys.executable, '-c', FULL_DISK, tmp_path]
   done = subprocess.run(command, capture_output=True, text=True)
   assert (done.stdout, done.stderr) == (f'{tmp_path}/checkpoints: File too large\n', '')
   assert saved_steps(tmp_path) == [2]
 
 
-# Imports once and then forks, so that a life costs a fraction of a second.
+# Imports once and then forks, so that a run costs a fraction of a second.
 LIVES = """
 import os, signal, sys, time
 import jax, numpy as np
@@ -316,7 +316,7 @@ assert not any('tmp' in name for name in os.listdir(workdir + '/checkpoints'))
 
 
 def survive(workdir, kills):
-  """How many of the kills hit a checkpoint on its way; everything else the script asserts."""
+  """How many of the kills hit an unfinished checkpoint; the script asserts everything else."""
   workdir.mkdir()
   env = dict(os.environ, XLA_FLAGS='', PYTHONWARNINGS='ignore')
   command = [sys.executable, '-c', LIVES, str(workdir), str(kills)]
@@ -325,12 +325,12 @@ def survive(workdir, kills):
   return int(done.stdout.split()[-1])
 
 
-def test_a_killed_run_goes_on_from_a_whole_checkpoint(tmp_path):
+def test_a_killed_run_resumes_from_a_complete_checkpoint(tmp_path):
   survive(tmp_path / 'run', kills=2)
 
 
 @pytest.mark.slow
-def test_many_kills_lose_nothing_that_was_waited_for(tmp_path):
+def test_many_kills_lose_no_finished_checkpoint(tmp_path):
   assert survive(tmp_path / 'run', kills=20) >= 3
 
 
@@ -416,7 +416,7 @@ def unet(start):
 
 
 def weights_of(params):
-  """A state that has weights alone; the average is the parameters plus one."""
+  """A state of weights alone; the average is the parameters plus one."""
   return {'params': params, 'ema': {name: value + 1 for name, value in params.items()}}
 
 
@@ -430,15 +430,15 @@ def run_of(workdir, start, params, config=None):
 def test_a_run_is_read_as_a_whole_checkpoint(tmp_path, start, unet):
   params = {name: 2 * value for name, value in unet.items()}
   run_of(tmp_path, start, params)
-  saved(tmp_path, placed(weights_of(params), 8, 4), 20)  # with however many devices
+  saved(tmp_path, placed(weights_of(params), 8, 4), 20)  # on other devices
   for ema, offset in ((True, 1), (False, 0)):
-    found = read(tmp_path, ema)
-    assert found.configs == start.configs and found.tokenizer == start.tokenizer
-    assert found.tensors['unet'].keys() == start.tensors['unet'].keys()
-    for name, tensor in found.tensors['unet'].items():
+    checkpoint = read(tmp_path, ema)
+    assert checkpoint.configs == start.configs and checkpoint.tokenizer == start.tokenizer
+    assert checkpoint.tensors['unet'].keys() == start.tensors['unet'].keys()
+    for name, tensor in checkpoint.tensors['unet'].items():
       np.testing.assert_array_equal(tensor, 2 * start.tensors['unet'][name] + offset)
     for part in ('vae', 'text_encoder'):
-      assert_same(dict(found.tensors[part]), dict(start.tensors[part]))
+      assert_same(dict(checkpoint.tensors[part]), dict(start.tensors[part]))
 
 
 def test_frozen_weights_come_from_the_base(tmp_path, start, unet):
@@ -448,10 +448,10 @@ def test_frozen_weights_come_from_the_base(tmp_path, start, unet):
   base = load_base(tmp_path).tensors['unet']
   assert not any('attn2' in name for name in base)
   assert len(base) + len(trained) == len(unet)
-  found = read(tmp_path).tensors['unet']
+  tensors = read(tmp_path).tensors['unet']
   for name in start.tensors['unet']:
     wanted = np.ones_like if '.attn2.' in name else np.asarray
-    np.testing.assert_array_equal(found[name], wanted(start.tensors['unet'][name]))
+    np.testing.assert_array_equal(tensors[name], wanted(start.tensors['unet'][name]))
 
 
 def test_adapters_are_merged_and_can_be_read_alone(tmp_path, start, unet, rng):
@@ -460,9 +460,9 @@ def test_adapters_are_merged_and_can_be_read_alone(tmp_path, start, unet, rng):
   adapters = {name: value + np.float32(0.1) for name, value in adapters.items()}
   run_of(tmp_path, start, adapters, {'rank': 3, 'alpha': 1.5, 'targets': config.targets})
   assert load_base(tmp_path).tensors['unet'].keys() == start.tensors['unet'].keys()
-  found, found_config = read_adapters(tmp_path, ema=False)
-  assert found_config == config
-  assert_same(found, adapters)
+  adapters_read, config_read = read_adapters(tmp_path, ema=False)
+  assert config_read == config
+  assert_same(adapters_read, adapters)
   assert_same(read_adapters(tmp_path)[0], {k: v + 1 for k, v in adapters.items()})
   merged = parameters.unflatten(lora.merged(unet, adapters, config))
   merged_back = read(tmp_path, ema=False).tensors['unet']
@@ -481,7 +481,7 @@ def test_a_run_without_adapters_says_so(tmp_path, start, unet):
     read_adapters(tmp_path)
 
 
-def test_an_older_step_can_be_read_and_an_absent_one_is_refused(tmp_path, start, unet):
+def test_an_older_step_is_read_and_a_missing_one_refused(tmp_path, start, unet):
   run_of(tmp_path, start, unet)
   saved(tmp_path, weights_of({name: value * 0 for name, value in unet.items()}), 20)
   name = 'conv_in.bias'
@@ -493,7 +493,7 @@ def test_an_older_step_can_be_read_and_an_absent_one_is_refused(tmp_path, start,
     read(tmp_path, step=15)
 
 
-def test_reading_goes_on_when_the_run_removes_what_is_read(tmp_path, rng, monkeypatch):
+def test_reading_continues_if_the_run_removes_a_checkpoint(tmp_path, rng, monkeypatch):
   part_of, state = _part_of, weights_of(small_params(rng))
   saved(tmp_path, state, 1)
 
@@ -508,7 +508,7 @@ def test_reading_goes_on_when_the_run_removes_what_is_read(tmp_path, rng, monkey
   assert read_part(tmp_path, 'ema')[0] == 2 and saved_steps(tmp_path) == [2]
 
 
-def test_reading_leaves_a_checkpoint_on_its_way_alone(tmp_path, start, unet):
+def test_reading_does_not_disturb_an_unfinished_checkpoint(tmp_path, start, unet):
   run_of(tmp_path, start, unet)
   on_its_way = tmp_path / 'checkpoints/20.orbax-checkpoint-tmp'
   on_its_way.mkdir()
@@ -524,7 +524,7 @@ def test_a_run_that_wrote_nothing_yet_has_no_weights(tmp_path, start):
     load(tmp_path)
 
 
-def test_what_is_no_workdir_is_read_as_any_checkpoint(tmp_path, start):
+def test_load_also_reads_other_checkpoints(tmp_path, start):
   assert not is_workdir(tmp_path) and not is_workdir(start.source)
   assert load(start.source).source == start.source
   with pytest.raises(InputError, match='unet'):
@@ -545,9 +545,9 @@ def test_a_base_keeps_all_that_is_not_trained(tmp_path, start, unet, monkeypatch
   save_base(tmp_path, start, trained)
   base = load_base(tmp_path)
   assert base.configs == start.configs and base.tokenizer == start.tokenizer
-  kept = {name: x for name, x in start.tensors['unet'].items() if 'up_blocks' not in name}
-  assert 0 < len(kept) < len(unet)
-  assert_same(dict(base.tensors['unet']), kept)
+  fixed = {name: x for name, x in start.tensors['unet'].items() if 'up_blocks' not in name}
+  assert 0 < len(fixed) < len(unet)
+  assert_same(dict(base.tensors['unet']), fixed)
   assert_same(dict(base.tensors['vae']), dict(start.tensors['vae']))
   assert_same(dict(base.tensors['text_encoder']), dict(start.tensors['text_encoder']))
 
@@ -558,13 +558,13 @@ def test_a_base_is_float32(tmp_path, start):
     start.configs, start.tensors | {'vae': half}, start.tokenizer, start.source
   )
   save_base(tmp_path, checkpoint, ())
-  found = load_base(tmp_path).tensors['vae']
-  assert {tensor.dtype for tensor in found.values()} == {np.dtype(np.float32)}
+  tensors = load_base(tmp_path).tensors['vae']
+  assert {tensor.dtype for tensor in tensors.values()} == {np.dtype(np.float32)}
   name = 'quant_conv.bias'
-  np.testing.assert_array_equal(found[name], half[name].astype(np.float32))
+  np.testing.assert_array_equal(tensors[name], half[name].astype(np.float32))
 
 
-def test_a_base_that_was_cut_short_is_none_and_is_written_anew(tmp_path, start, monkeypatch):
+def test_an_incomplete_base_is_none_and_is_rewritten(tmp_path, start, monkeypatch):
   save_base(tmp_path, start, ())
 
   def stop(file, tensors):
@@ -581,26 +581,26 @@ def test_a_base_that_was_cut_short_is_none_and_is_written_anew(tmp_path, start, 
   assert_same(dict(load_base(tmp_path).tensors['vae']), dict(start.tensors['vae']))
 
 
-def test_a_base_is_settled_by_the_first_checkpoint(tmp_path, start, unet):
+def test_a_base_is_final_after_the_first_checkpoint(tmp_path, start, unet):
   def kept():
     return len(load_base(tmp_path).tensors['unet'])
 
   save_base(tmp_path, start, ())
-  save_base(tmp_path, start, unet)  # the config was mended before anything was trained
+  save_base(tmp_path, start, unet)  # the config was changed before the first training step
   assert kept() == 0
   saved(tmp_path, weights_of(unet))
   save_base(tmp_path, start, ())
   assert kept() == 0
 
 
-def test_a_config_comes_back_and_differences_are_told(tmp_path):
+def test_a_config_survives_and_differences_are_listed(tmp_path):
   assert read_config(tmp_path) is None
   old = {'steps': 10, 'optimizer': {'learning_rate': 1e-4, 'rates': (('', 1.0),)}, 'path': 'a'}
   write_config(tmp_path, old)
-  found = read_config(tmp_path)
-  assert differences(found, old) == []
+  config = read_config(tmp_path)
+  assert differences(config, old) == []
   new = {'optimizer': {'learning_rate': 3e-5, 'rates': (('', 1.0),)}, 'path': 'b', 'seed': 1}
-  assert differences(found, new) == [
+  assert differences(config, new) == [
     'steps: 10 -> absent',
     'optimizer.learning_rate: 0.0001 -> 3e-05',
     'path: "a" -> "b"',
@@ -623,15 +623,15 @@ def test_a_bucket_without_its_library_is_one_line(monkeypatch):
 
 def test_a_run_is_converted_and_edits(tmp_path, start, unet):
   run_of(tmp_path / 'run', start, {name: x + 0 for name, x in unet.items()})
-  checkpoint, said = read(tmp_path / 'run', ema=False), []
-  convert_checkpoint(tmp_path / 'run', tmp_path / 'live', ema=False, verify=False, say=said.append)
-  assert said[0].startswith(f'read {tmp_path / "run"} (step 10): ')
+  checkpoint, lines = read(tmp_path / 'run', ema=False), []
+  convert_checkpoint(tmp_path / 'run', tmp_path / 'live', ema=False, verify=False, say=lines.append)
+  assert lines[0].startswith(f'read {tmp_path / "run"} (step 10): ')
   assert_same(
     dict(weights.read(tmp_path / 'live').tensors['unet']), dict(checkpoint.tensors['unet'])
   )
-  convert_checkpoint(tmp_path / 'run', tmp_path / 'ema.safetensors', verify=False, say=said.append)
-  found = weights.read(tmp_path / 'ema.safetensors').tensors['unet']
-  np.testing.assert_array_equal(found['conv_in.bias'], unet['conv_in.bias'] + 1)
+  convert_checkpoint(tmp_path / 'run', tmp_path / 'ema.safetensors', verify=False, say=lines.append)
+  tensors = weights.read(tmp_path / 'ema.safetensors').tensors['unet']
+  np.testing.assert_array_equal(tensors['conv_in.bias'], unet['conv_in.bias'] + 1)
   editor = Editor.load(tmp_path / 'run', ema=False)
   assert_same(parameters.flatten(editor.params['unet']), unet)
 

@@ -1,4 +1,4 @@
-"""Two sets of weights in one file: which is taken, and what is said of it."""
+"""Two sets of weights in one file: which is taken, and the log message."""
 
 import json
 import logging
@@ -28,7 +28,7 @@ def file(tmp_path_factory):
 
 
 def trained(tensors, rate, steps, decay, seed=0):
-  """(live, average) after AdamW on gradients that are mostly noise, as those of diffusion are."""
+  """(live, average) after AdamW on gradients that are mostly noise, as in diffusion."""
   rng = np.random.default_rng(seed)
   live, average = {}, {}
   for name, start in tensors.items():
@@ -51,12 +51,12 @@ def unet_of(tensors):
 
 @pytest.fixture(scope='module', params=[(1e-4, 30, 0.9999), (1e-4, 80, 0.99), (1e-3, 60, 0.999)])
 def run(request, file):
-  """(live, average) of a training, under the names of the file."""
+  """(live, average) of a training run, under the names of the file."""
   return trained(unet_of(file[1]), *request.param)
 
 
 def save(path, file, live, average, dtype=np.float32, **metadata):
-  """A file of both, its metadata ours, since a small model needs it."""
+  """A file with both, and our metadata, which a small model needs."""
   _, tensors, ours = file
   both = live | {ldm_names.ema_name(name): array for name, array in average.items()}
   save_file({k: v.astype(dtype) for k, v in (tensors | both).items()}, path, ours | metadata)
@@ -64,7 +64,7 @@ def save(path, file, live, average, dtype=np.float32, **metadata):
 
 
 def taken(path, ema=None):
-  """The first convolution that is read."""
+  """The first convolution of the weights that are read."""
   return weights.read(path, ema=ema).tensors['unet']['conv_in.weight']
 
 
@@ -74,7 +74,7 @@ def distance(live, average):
 
 
 @pytest.mark.parametrize('dtype', [np.float32, np.float16])
-def test_the_average_of_a_training_is_taken_and_said_to_be(tmp_path, file, run, dtype, caplog):
+def test_the_average_of_a_training_is_taken_and_logged(tmp_path, file, run, dtype, caplog):
   live, average = run
   path = save(tmp_path / 'x.safetensors', file, live, average, dtype)
   with caplog.at_level(logging.INFO):
@@ -86,11 +86,11 @@ def test_the_average_of_a_training_is_taken_and_said_to_be(tmp_path, file, run, 
 
 
 def merged(live, kind, size, seed=1):
-  """The live weights as a merge or adapter of a relative `size` leaves them."""
+  """The live weights after a merge or an adapter of a relative `size`."""
   rng, result = np.random.default_rng(seed), dict(live)
   for name, array in live.items():
     matrix = array.reshape(len(array), -1)
-    if kind == 'add difference':  # models without the picture's channels know 4 of the first ones
+    if kind == 'add difference':  # text-to-image models have only 4 input channels
       change = rng.standard_normal(array.shape) * size * array.std()
       if name == FIRST:
         change[:, 4:] = 0
@@ -107,7 +107,7 @@ def merged(live, kind, size, seed=1):
 @pytest.mark.parametrize('dtype', [np.float32, np.float16])
 @pytest.mark.parametrize('kind', ['add difference', 'attention adapter', 'adapter of all kernels'])
 @pytest.mark.parametrize('multiplier', [0.3, 1.0])
-def test_the_live_weights_of_a_merge_are_taken_with_a_warning(
+def test_live_weights_of_a_merge_are_taken_with_a_warning(
   tmp_path, file, run, kind, multiplier, dtype, caplog
 ):
   live, average = run
@@ -125,9 +125,7 @@ def test_the_live_weights_of_a_merge_are_taken_with_a_warning(
 
 
 @pytest.mark.parametrize('kind', ['attention adapter', 'adapter of all kernels', 'add difference'])
-def test_an_average_that_was_the_live_weights_before_a_merge_is_known_by_what_is_the_same(
-  tmp_path, file, kind
-):
+def test_an_average_equal_to_premerge_weights_is_not_taken(tmp_path, file, kind):
   live = unet_of(file[1])
   changed = merged(live, kind, 0.01)
   assert np.array_equal(
@@ -137,16 +135,16 @@ def test_an_average_that_was_the_live_weights_before_a_merge_is_known_by_what_is
 
 def test_an_average_of_another_model_is_not_taken(tmp_path, file, caplog):
   live, _ = trained(unet_of(file[1]), 1e-4, 20, 0.9999)
-  other = {
+  average = {
     name: array
     + np.float32(0.1) * np.random.default_rng(1).standard_normal(array.shape, np.float32)
     for name, array in live.items()
   }
-  assert np.array_equal(taken(save(tmp_path / 'x.safetensors', file, live, other)), live[FIRST])
+  assert np.array_equal(taken(save(tmp_path / 'x.safetensors', file, live, average)), live[FIRST])
   assert 'of their size' in caplog.text
 
 
-def test_equal_sets_need_no_word(tmp_path, file, caplog):
+def test_equal_sets_log_nothing(tmp_path, file, caplog):
   live = unet_of(file[1])
   with caplog.at_level(logging.INFO):
     taken(save(tmp_path / 'x.safetensors', file, live, live))
@@ -154,7 +152,7 @@ def test_equal_sets_need_no_word(tmp_path, file, caplog):
 
 
 @pytest.mark.parametrize('note', ['sd_merge_recipe', 'modelspec.merged_from'])
-def test_a_file_that_calls_itself_a_merge_is_believed(tmp_path, file, run, note, caplog):
+def test_merge_metadata_is_believed(tmp_path, file, run, note, caplog):
   live, average = run
   path = save(tmp_path / 'x.safetensors', file, live, average, **{note: json.dumps({})})
   assert np.array_equal(taken(path), live[FIRST])
@@ -162,7 +160,7 @@ def test_a_file_that_calls_itself_a_merge_is_believed(tmp_path, file, run, note,
 
 
 def test_weights_in_another_precision_than_the_average_were_merged(tmp_path, file, run, caplog):
-  """A1111's merger halves what it has merged, and leaves the average as it was."""
+  """A1111's merger writes merged weights in float16 and does not change the average."""
   live, average = run
   half = {name: array.astype(np.float16) for name, array in live.items()}
   both = half | {ldm_names.ema_name(name): array for name, array in average.items()}
@@ -180,7 +178,7 @@ def test_training_starts_from_the_weights_that_its_config_names(tmp_path, file, 
     assert np.array_equal(start.tensors['unet']['conv_in.weight'], wanted[FIRST]), choice
 
 
-def test_a_choice_that_a_file_or_folder_does_not_have_is_refused(tmp_path, file):
+def test_a_missing_set_of_weights_is_refused(tmp_path, file):
   with pytest.raises(InputError, match=r'model\.safetensors: holds no moving average'):
     weights.read(file[0], ema=True)
   assert weights.read(file[0], ema=False).tensors['unet']

@@ -1,4 +1,4 @@
-"""Full-size Stable Diffusion, as names and shapes: no weight is stored, files are sparse."""
+"""Full-size Stable Diffusion as names and shapes: no weights are stored, files are sparse."""
 
 import json
 import math
@@ -81,8 +81,8 @@ def family(request):
 
 def shapes_of(modules, part):
   prefix = 'text_model.' if part == 'text_encoder' else ''
-  found = modules[part].state_dict().items()
-  return {prefix + name: tuple(tensor.shape) for name, tensor in found}
+  tensors = modules[part].state_dict().items()
+  return {prefix + name: tuple(tensor.shape) for name, tensor in tensors}
 
 
 def without_memory(shapes):
@@ -92,7 +92,7 @@ def without_memory(shapes):
 def in_ldm(modules):
   """The whole checkpoint under LDM names, without memory."""
   is_open_clip = modules['text_encoder'].config.hidden_act == 'gelu'
-  found = {}
+  result = {}
   for part in COMPONENTS:
     tensors = without_memory(shapes_of(modules, part))
     prefix = {'unet': ldm_file.UNET, 'vae': ldm_file.VAE, 'text_encoder': ldm_file.CLIP}[part]
@@ -100,8 +100,8 @@ def in_ldm(modules):
       tensors, prefix = ldm_names.to_open_clip(tensors), ldm_file.OPEN_CLIP
     else:
       tensors = ldm_names.to_ldm(tensors, part)
-    found |= {prefix + name: tensors[name] for name in tensors}
-  return found
+    result |= {prefix + name: tensors[name] for name in tensors}
+  return result
 
 
 def sparse_safetensors(path, shapes):
@@ -130,12 +130,12 @@ def test_our_trees_have_diffusers_names_and_shapes(family):
   }
   for part in COMPONENTS:
     _, tree = layers.abstract(make[part])
-    found = {
+    shapes = {
       names.tensor_name(path): names._torch_shape(path[-1], leaf.shape)
       for path, leaf in names._leaves(tree)
     }
-    assert found == shapes_of(modules, part)
-    assert len(found) == counts[part]
+    assert shapes == shapes_of(modules, part)
+    assert len(shapes) == counts[part]
 
 
 def test_diffusers_reads_every_ldm_name_as_we_write_it(family):
@@ -158,35 +158,35 @@ def test_diffusers_reads_every_ldm_name_as_we_write_it(family):
   else:
     theirs['text_encoder'] = single_file_utils.convert_ldm_clip_checkpoint(dict(tensors))
   for part in COMPONENTS:
-    found = {name: tuple(tensor.shape) for name, tensor in theirs[part].items()}
-    assert found == shapes_of(modules, part)
-    assert len(found) == counts[part]
+    shapes = {name: tuple(tensor.shape) for name, tensor in theirs[part].items()}
+    assert shapes == shapes_of(modules, part)
+    assert len(shapes) == counts[part]
 
 
 def original_unet_modules():
-  """The blocks of SD 1.5's UNet as its own constructor lists them, with what each holds."""
-  found, last = {'input_blocks.0.0'}, 3
+  """The blocks of SD 1.5's UNet as in its constructor, with their modules."""
+  modules, last = {'input_blocks.0.0'}, 3
   index = 1
   for level in range(4):
     for _ in range(2):
-      found |= {f'input_blocks.{index}.{place}' for place in range(1 if level == last else 2)}
+      modules |= {f'input_blocks.{index}.{place}' for place in range(1 if level == last else 2)}
       index += 1
     if level != last:
-      found.add(f'input_blocks.{index}.0')
+      modules.add(f'input_blocks.{index}.0')
       index += 1
-  found |= {f'middle_block.{place}' for place in range(3)}
+  modules |= {f'middle_block.{place}' for place in range(3)}
   index = 0
   for level in reversed(range(4)):
     for layer in range(3):
-      # A residual block, attention but at the smallest size, and the way up behind a level.
+      # A residual block, attention except at the smallest size, and the upsampler of a level.
       held = 1 + (level != last) + (level > 0 and layer == 2)
-      found |= {f'output_blocks.{index}.{place}' for place in range(held)}
+      modules |= {f'output_blocks.{index}.{place}' for place in range(held)}
       index += 1
-  return found
+  return modules
 
 
 def test_ldm_names_are_the_original_ones(family):
-  """diffusers' reader takes either place for the way up, the original only the right one."""
+  """diffusers' reader accepts two places of the upsampler, the original only one."""
   modules, _ = family
   tensors = ldm_names.to_ldm(without_memory(shapes_of(modules, 'unet')), 'unet')
   blocks = {
@@ -202,27 +202,27 @@ def test_ldm_names_are_the_original_ones(family):
   }
 
 
-def test_a_file_of_strangers_is_read_with_the_right_names_and_configs(family, tmp_path):
+def test_a_full_size_file_gets_the_right_names_and_configs(family, tmp_path):
   modules, counts = family
   shapes = {name: array.shape for name, array in in_ldm(modules).items()}
   path = sparse_safetensors(tmp_path / 'full.safetensors', shapes)
-  found = weights.read(path, prediction_type='v_prediction')
+  checkpoint = weights.read(path, prediction_type='v_prediction')
   for part in COMPONENTS:
-    tensors = found.tensors[part]
+    tensors = checkpoint.tensors[part]
     assert {name: tensors[name].shape for name in tensors} == shapes_of(modules, part)
     assert len(tensors) == counts[part]
-  assert found.configs['scheduler']['prediction_type'] == 'v_prediction'
+  assert checkpoint.configs['scheduler']['prediction_type'] == 'v_prediction'
   theirs = configs.UNetConfig.from_json(dict(modules['unet'].config))
-  assert configs.UNetConfig.from_json(found.configs['unet']) == theirs
+  assert configs.UNetConfig.from_json(checkpoint.configs['unet']) == theirs
   theirs = configs.VAEConfig.from_json(dict(modules['vae'].config))
-  assert configs.VAEConfig.from_json(found.configs['vae']) == theirs
+  assert configs.VAEConfig.from_json(checkpoint.configs['vae']) == theirs
   is_first = modules['text_encoder'].config.hidden_act == 'quick_gelu'
-  assert found.tokenizer == weights.clip_tokenizer(None if is_first else '!')
+  assert checkpoint.tokenizer == weights.clip_tokenizer(None if is_first else '!')
   for part in ('unet', 'vae'):
     as_json = json.loads(modules[part].to_json_string())
-    ours = {key: value for key, value in found.configs[part].items() if key[0] != '_'}
+    ours = {key: value for key, value in checkpoint.configs[part].items() if key[0] != '_'}
     assert ours == {key: as_json[key] for key in ours}
-    # What we leave out means diffusers' default, which is what these models have.
+    # A missing key means diffusers' default, which these models have.
     rebuilt = {'unet': UNet2DConditionModel, 'vae': AutoencoderKL}[part]
     with torch.device('meta'):
       assert json.loads(rebuilt(**ours).to_json_string()) == as_json
@@ -238,13 +238,13 @@ def test_a_file_of_strangers_is_read_with_the_right_names_and_configs(family, tm
     'layer_norm_eps',
     'model_type',
   )
-  assert {key: found.configs['text_encoder'][key] for key in keys} == {
+  assert {key: checkpoint.configs['text_encoder'][key] for key in keys} == {
     key: text[key] for key in keys
   }
 
 
 def test_configs_are_those_of_the_original_yaml(tmp_path):
-  """v1-inference.yaml and v2-inference.yaml, through diffusers' own reading of them."""
+  """v1-inference.yaml and v2-inference.yaml, as diffusers reads them."""
   common = {
     'model_channels': 320,
     'channel_mult': [1, 2, 4, 4],

@@ -1,5 +1,6 @@
-"""Checkpoints both ways, byte for byte and strictly: diffusers folders, LDM files, our trees."""
+"""Checkpoints read and written, byte for byte: diffusers folders, LDM files, our trees."""
 
+import dataclasses
 import json
 import shutil
 
@@ -35,7 +36,7 @@ CONV_IN = 'conv_in.weight'
 
 
 def randomized(module):
-  """No two tensors alike and no norm at one, so that a swapped name cannot pass."""
+  """Random tensors, all different, norms too, so that swapped names are found."""
   generator = torch.Generator().manual_seed(1)
   with torch.no_grad():
     for tensor in module.parameters():
@@ -106,7 +107,7 @@ def modules():
 
 @pytest.fixture(scope='module')
 def wanted(modules):
-  """The tensors in our interchange form: transformers 5 leaves out `text_model.`."""
+  """The tensors in our form: transformers 5 leaves out `text_model.`."""
   return {
     part: torch_tensors(module, 'text_model.' if part == 'text_encoder' else '')
     for part, module in modules.items()
@@ -160,10 +161,10 @@ def trees(checkpoint):
   return {part: abstract(part, checkpoint.configs[part]) for part in COMPONENTS}
 
 
-def assert_equal(found, wanted):
-  assert found.keys() == wanted.keys()
+def assert_equal(tensors, wanted):
+  assert tensors.keys() == wanted.keys()
   for name in wanted:
-    array = found[name]
+    array = tensors[name]
     assert (array.dtype, array.shape) == (wanted[name].dtype, wanted[name].shape), name
     assert array.tobytes() == wanted[name].tobytes(), name
 
@@ -172,6 +173,24 @@ def files_of(path):
   return {
     str(file.relative_to(path)): file.read_bytes() for file in path.rglob('*') if file.is_file()
   }
+
+
+def changed(tensors, **changes):
+  result = {name: tensors[name] for name in tensors} | changes
+  return {name: array for name, array in result.items() if array is not None}
+
+
+def with_unet(checkpoint, config=None, **changes):
+  """The checkpoint with changes of the UNet's config and tensors."""
+  return dataclasses.replace(
+    checkpoint,
+    configs=checkpoint.configs | {'unet': checkpoint.configs['unet'] | (config or {})},
+    tensors=checkpoint.tensors | {'unet': changed(checkpoint.tensors['unet'], **changes)},
+  )
+
+
+def with_first_kernel(checkpoint, kernel):
+  return with_unet(checkpoint, {'in_channels': kernel.shape[1]}, **{CONV_IN: kernel})
 
 
 # Reading folders.
@@ -217,17 +236,16 @@ def test_parameters_take_the_type_of_the_tree(checkpoint, trees):
   assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
 
 
-def test_a_variant_is_read_where_asked_for(copied, modules, wanted):
+def test_a_variant_is_read_on_request(copied, modules, wanted):
   for part in COMPONENTS:
     half = torch_modules()[part].half()
     half.save_pretrained(copied / part, variant='fp16')
   half_conv = wanted['unet'][CONV_IN].astype(np.float16)
   assert weights.read(copied).tensors['unet'][CONV_IN].dtype == np.float32
-  found = weights.read(copied, variant='fp16')
-  assert {
-    found.tensors[part][name].dtype for part in COMPONENTS for name in found.tensors[part]
-  } == {np.dtype(np.float16)}
-  assert np.array_equal(found.tensors['unet'][CONV_IN], half_conv)
+  half_checkpoint = weights.read(copied, variant='fp16')
+  parts = half_checkpoint.tensors.values()
+  assert {tensors[name].dtype for tensors in parts for name in tensors} == {np.dtype(np.float16)}
+  assert np.array_equal(half_checkpoint.tensors['unet'][CONV_IN], half_conv)
   for plain in copied.rglob('*model.safetensors'):
     plain.unlink()
   assert np.array_equal(weights.read(copied).tensors['unet'][CONV_IN], half_conv)
@@ -285,21 +303,16 @@ def test_old_names_of_vae_attention_are_read(copied, wanted, as_convolution):
   assert_equal(weights.read(copied).tensors['vae'], wanted['vae'])
 
 
-def test_prediction_type_can_be_told(folder, ldm):
+def test_prediction_type_can_be_given(folder, ldm):
   for path in (folder, ldm):
     assert weights.read(path).configs['scheduler']['prediction_type'] == 'epsilon'
-    told = weights.read(path, prediction_type='v_prediction')
-    assert told.configs['scheduler']['prediction_type'] == 'v_prediction'
+    checkpoint = weights.read(path, prediction_type='v_prediction')
+    assert checkpoint.configs['scheduler']['prediction_type'] == 'v_prediction'
   with pytest.raises(InputError, match="prediction_type 'v' is unknown"):
     weights.read(folder, prediction_type='v')
 
 
 # What to_params refuses.
-
-
-def changed(tensors, **changes):
-  kept = {name: tensors[name] for name in tensors} | changes
-  return {name: array for name, array in kept.items() if array is not None}
 
 
 def test_missing_tensors_are_named_and_counted(wanted, trees):
@@ -313,32 +326,31 @@ def test_missing_tensors_are_named_and_counted(wanted, trees):
     weights.to_params({}, trees['unet'], 'unet')
 
 
-def test_unknown_tensors_are_named(wanted, trees):
-  tensors = changed(wanted['vae'], **{'encoder.adapter.weight': np.zeros(3, np.float32)})
-  with pytest.raises(InputError, match=r'vae has unknown 1 tensor: encoder\.adapter\.weight'):
-    weights.to_params(tensors, trees['vae'], 'vae')
+def with_value(array, value):
+  array = array.copy()
+  array[3, 2, 1, 0] = value
+  return array
 
 
-def test_misshapen_tensors_are_named_with_both_shapes(wanted, trees):
-  tensors = changed(wanted['unet'], **{CONV_IN: wanted['unet'][CONV_IN][:, :4]})
-  with pytest.raises(
-    InputError, match=r'conv_in\.weight is \(32, 4, 3, 3\) and should be \(32, 8, 3, 3\)'
-  ):
-    weights.to_params(tensors, trees['unet'], 'unet')
-
-
-@pytest.mark.parametrize('value', [np.nan, np.inf])
-def test_tensors_that_are_not_finite_are_named(wanted, trees, value):
-  bad = wanted['unet'][CONV_IN].copy()
-  bad[3, 2, 1, 0] = value
-  with pytest.raises(InputError, match=r'tensor conv_in\.weight holds NaN or infinity'):
-    weights.to_params(changed(wanted['unet'], **{CONV_IN: bad}), trees['unet'], 'unet')
-
-
-def test_integers_are_not_weights(wanted, trees):
-  tensors = changed(wanted['unet'], **{CONV_IN: wanted['unet'][CONV_IN].astype(np.int8)})
-  with pytest.raises(InputError, match=r'conv_in\.weight holds int8'):
-    weights.to_params(tensors, trees['unet'], 'unet')
+@pytest.mark.parametrize(
+  ('part', 'name', 'change', 'message'),
+  [
+    ('vae', 'encoder.adapter.weight', lambda _: np.zeros(3, np.float32),
+     r'vae has unknown 1 tensor: encoder\.adapter\.weight'),
+    ('unet', CONV_IN, lambda x: x[:, :4],
+     r'conv_in\.weight is \(32, 4, 3, 3\) and should be \(32, 8, 3, 3\)'),
+    ('unet', CONV_IN, lambda x: with_value(x, np.nan),
+     r'tensor conv_in\.weight holds NaN or infinity'),
+    ('unet', CONV_IN, lambda x: with_value(x, np.inf),
+     r'tensor conv_in\.weight holds NaN or infinity'),
+    ('unet', CONV_IN, lambda x: x.astype(np.int8), r'conv_in\.weight holds int8'),
+  ],
+  ids=['unknown', 'another shape', 'nan', 'inf', 'int8'],
+)  # fmt: skip
+def test_a_wrong_tensor_is_named(wanted, trees, part, name, change, message):
+  tensors = changed(wanted[part], **{name: change(wanted[part].get(name))})
+  with pytest.raises(InputError, match=message):
+    weights.to_params(tensors, trees[part], part)
 
 
 # CLIP's two towers.
@@ -368,7 +380,7 @@ def clip_abstract(model, tower):
 
 
 @pytest.mark.parametrize('tower, projection', [('text', 'text'), ('vision', 'visual')])
-def test_one_tower_is_taken_out_of_clip_only_when_asked_for(clip_model, tower, projection):
+def test_one_tower_of_clip_is_taken_on_request(clip_model, tower, projection):
   tensors, tree = torch_tensors(clip_model), clip_abstract(clip_model, tower)
   with pytest.raises(InputError, match='clip has unknown'):
     weights.to_params(tensors, tree, 'clip')
@@ -408,7 +420,7 @@ def test_a_written_folder_loads_in_diffusers(written, wanted):
   )
 
 
-def test_a_written_text_encoder_has_the_names_both_transformers_know(written):
+def test_a_written_text_encoder_keeps_the_old_prefix(written):
   tensors = load_file(written / 'text_encoder' / 'model.safetensors')
   assert all(name.startswith('text_model.') for name in tensors)
 
@@ -422,16 +434,8 @@ def test_a_written_text_encoder_has_the_names_both_transformers_know(written):
   ],
 )
 def test_the_pipeline_follows_from_the_input_channels(tmp_path, checkpoint, channels, pipeline):
-  array = np.zeros((32, channels, 3, 3), np.float32)
-  tensors = changed(checkpoint.tensors['unet'], **{CONV_IN: array})
-  unet_config = checkpoint.configs['unet'] | {'in_channels': channels}
-  other = weights.Checkpoint(
-    checkpoint.configs | {'unet': unet_config},
-    checkpoint.tensors | {'unet': tensors},
-    checkpoint.tokenizer,
-    '',
-  )
-  weights.write(other, tmp_path / 'x')
+  kernel = np.zeros((32, channels, 3, 3), np.float32)
+  weights.write(with_first_kernel(checkpoint, kernel), tmp_path / 'x')
   index = json.loads((tmp_path / 'x' / 'model_index.json').read_text())
   assert index['_class_name'] == pipeline
   assert f'import {pipeline}' in (tmp_path / 'x' / 'README.md').read_text()
@@ -450,8 +454,8 @@ def test_half_precision_is_written_under_its_name(tmp_path, checkpoint, wanted):
   loaded = diffusers.StableDiffusionInstructPix2PixPipeline.from_pretrained(
     tmp_path / 'x', variant='fp16', torch_dtype=torch.float16
   )
-  found = torch_tensors(loaded.unet)
-  assert_equal(found, {name: array.astype(np.float16) for name, array in wanted['unet'].items()})
+  tensors = torch_tensors(loaded.unet)
+  assert_equal(tensors, {name: array.astype(np.float16) for name, array in wanted['unet'].items()})
   with pytest.raises(InputError, match='variant fp16 with dtype float16'):
     weights.write(checkpoint, tmp_path / 'y', variant='fp16')
 
@@ -490,7 +494,7 @@ def test_only_a_checkpoint_is_ever_overwritten(tmp_path, checkpoint):
 
 
 def breaking(checkpoint):
-  """The checkpoint, whose last tensor fails once the writing is under way."""
+  """The checkpoint with a last tensor that raises while it is written."""
   text = checkpoint.tensors['text_encoder']
   asked = []
 
@@ -502,9 +506,7 @@ def breaking(checkpoint):
 
   makers = {name: lambda name=name: text[name] for name in text}
   tensors = Tensors(makers | {'text_model.final_layer_norm.bias': fails})
-  return weights.Checkpoint(
-    checkpoint.configs, checkpoint.tensors | {'text_encoder': tensors}, checkpoint.tokenizer, ''
-  )
+  return dataclasses.replace(checkpoint, tensors=checkpoint.tensors | {'text_encoder': tensors})
 
 
 @pytest.mark.parametrize('to, name', [('diffusers', 'x'), ('ldm', 'x.safetensors')])
@@ -534,11 +536,11 @@ def test_ldm_to_ldm_is_byte_identical(tmp_path, ldm):
 
 
 def test_an_ldm_file_restores_configs_and_tokenizer(checkpoint, ldm, wanted):
-  found = weights.read(ldm)
-  assert found.configs == checkpoint.configs
-  assert found.tokenizer == checkpoint.tokenizer
+  result = weights.read(ldm)
+  assert result.configs == checkpoint.configs
+  assert result.tokenizer == checkpoint.tokenizer
   for part in COMPONENTS:
-    assert_equal(found.tensors[part], wanted[part])
+    assert_equal(result.tensors[part], wanted[part])
 
 
 def test_diffusers_reads_our_ldm_names_as_we_do(ldm, checkpoint, wanted):
@@ -555,10 +557,10 @@ def test_diffusers_reads_our_ldm_names_as_we_do(ldm, checkpoint, wanted):
   assert_equal({name: array.numpy() for name, array in their_text.items()}, wanted['text_encoder'])
 
 
-def test_the_way_up_stands_behind_attention_where_there_is_some(ldm):
+def test_the_upsampler_comes_after_attention(ldm):
   tensors = load_file(ldm)
-  found = {name.removeprefix(ldm_file.UNET) for name in tensors if name.endswith('conv.weight')}
-  assert {name for name in found if name.startswith('output_blocks')} == {
+  names = {name.removeprefix(ldm_file.UNET) for name in tensors if name.endswith('conv.weight')}
+  assert {name for name in names if name.startswith('output_blocks')} == {
     'output_blocks.2.1.conv.weight',
     'output_blocks.5.2.conv.weight',
   }
@@ -576,7 +578,7 @@ def test_diffusers_loads_our_ldm_file(ldm, checkpoint, wanted, tmp_path):
 
 
 def altered(ldm, path, change, metadata=None):
-  """The LDM file again, its tensors passed through `change`; without our metadata."""
+  """Writes the LDM file with tensors changed by `change`, without our metadata."""
   save_file(change(load_file(ldm)), path, metadata)
   return path
 
@@ -603,11 +605,11 @@ def test_the_average_of_the_first_convolution_has_the_original_name():
 
 
 def test_half_a_moving_average_is_an_error(tmp_path, ldm, wanted):
-  one = 'model.diffusion_model.out.2.bias'
+  name = 'model.diffusion_model.out.2.bias'
   path = altered(
     ldm,
     tmp_path / 'half.safetensors',
-    lambda tensors: tensors | {ldm_names.ema_name(one): tensors[one]},
+    lambda tensors: tensors | {ldm_names.ema_name(name): tensors[name]},
     weights.read_tensors(ldm)[1],
   )
   with pytest.raises(InputError, match=r'half\.safetensors: holds only part of a moving average'):
@@ -639,13 +641,13 @@ def test_a_ckpt_with_training_leftovers_is_read(tmp_path, ldm, wanted):
     key = f'embeddings.{name}_embedding.weight'
     state['cond_stage_model.transformer.' + key] = torch.tensor(wide['text_model.' + key])
   torch.save({'state_dict': state, 'global_step': 22000}, tmp_path / 'x.ckpt')
-  found = weights.read(tmp_path / 'x.ckpt')
-  assert_equal(found.tensors['unet'], wanted['unet'])
-  assert_equal(found.tensors['vae'], wanted['vae'])
-  assert_equal(found.tensors['text_encoder'], wide)
-  assert found.configs['vae']['scaling_factor'] == 0.2
-  assert found.configs['unet']['attention_head_dim'] == 8
-  assert found.tokenizer == weights.clip_tokenizer()
+  result = weights.read(tmp_path / 'x.ckpt')
+  assert_equal(result.tensors['unet'], wanted['unet'])
+  assert_equal(result.tensors['vae'], wanted['vae'])
+  assert_equal(result.tensors['text_encoder'], wide)
+  assert result.configs['vae']['scaling_factor'] == 0.2
+  assert result.configs['unet']['attention_head_dim'] == 8
+  assert result.tokenizer == weights.clip_tokenizer()
 
 
 OTHER_FILES = {
@@ -660,7 +662,7 @@ OTHER_FILES = {
 
 
 @pytest.mark.parametrize('kind', OTHER_FILES)
-def test_other_files_are_called_by_their_name(tmp_path, kind):
+def test_other_kinds_of_files_are_named(tmp_path, kind):
   tensors, message = OTHER_FILES[kind]
   path = tmp_path / 'other.safetensors'
   save_file({name: np.zeros(1, np.float32) for name in tensors}, path)
@@ -702,7 +704,7 @@ def test_a_tensor_without_a_place_is_named(tmp_path, ldm, name):
     weights.read(path)
 
 
-def test_a_hole_in_the_unet_is_named(tmp_path, ldm):
+def test_a_missing_part_of_the_unet_is_named(tmp_path, ldm):
   path = altered(
     ldm,
     tmp_path / 'x.safetensors',
@@ -722,13 +724,10 @@ def test_damaged_metadata_of_ours_is_an_error(tmp_path, ldm, metadata):
 
 
 def test_a_name_that_ldm_does_not_know_is_not_written(tmp_path, checkpoint):
-  tensors = changed(checkpoint.tensors['unet'], **{'adapter.weight': np.zeros(1, np.float32)})
-  other = weights.Checkpoint(
-    checkpoint.configs, checkpoint.tensors | {'unet': tensors}, checkpoint.tokenizer, ''
-  )
+  unknown = with_unet(checkpoint, **{'adapter.weight': np.zeros(1, np.float32)})
   for to, name in (('ldm', 'x.safetensors'), ('diffusers', 'x')):
     with pytest.raises(InputError, match=r'adapter\.weight has no place in the unet'):
-      weights.write(other, tmp_path / name, to=to)
+      weights.write(unknown, tmp_path / name, to=to)
   assert not list(tmp_path.iterdir())
 
 
@@ -746,7 +745,7 @@ def test_write_refuses_what_it_cannot_do(tmp_path, checkpoint, arguments, messag
   assert not list(tmp_path.iterdir())
 
 
-def test_an_ldm_file_is_not_overwritten_unless_told(ldm, checkpoint, tmp_path):
+def test_an_ldm_file_is_overwritten_on_request_only(ldm, checkpoint, tmp_path):
   path = tmp_path / 'x.safetensors'
   path.write_text('mine')
   with pytest.raises(InputError, match=r'x\.safetensors: already exists'):
@@ -772,12 +771,12 @@ def test_sd2_names_are_open_clips(tmp_path, second):
   assert not any(name.startswith('cond_stage_model.transformer.') for name in tensors)
   assert 'cond_stage_model.model.transformer.resblocks.2.attn.in_proj_weight' in text
   assert 'cond_stage_model.model.text_projection' not in text
-  found = weights.read(tmp_path / 'x.safetensors')
+  result = weights.read(tmp_path / 'x.safetensors')
   for part in COMPONENTS:
     assert_equal(
-      found.tensors[part], {name: second.tensors[part][name] for name in second.tensors[part]}
+      result.tensors[part], {name: second.tensors[part][name] for name in second.tensors[part]}
     )
-  assert found.configs == second.configs
+  assert result.configs == second.configs
 
 
 def open_clip_tower(rng, layers, width):
@@ -811,7 +810,7 @@ def open_clip_tower(rng, layers, width):
   return tensors
 
 
-def test_open_clip_is_read_as_diffusers_reads_it_but_for_the_last_layer(rng):
+def test_open_clip_agrees_with_diffusers_except_the_last_layer(rng):
   tower = open_clip_tower(rng, layers=3, width=16)
   ours = ldm_names.from_open_clip(tower)
   prefixed = {
@@ -835,7 +834,7 @@ def test_queries_keys_and_values_are_cut_in_that_order(rng):
     assert np.array_equal(ours[f'{head}.{part}_proj.weight'], fused[16 * i : 16 * (i + 1)])
 
 
-def test_open_clip_there_and_back_keeps_all_but_what_diffusers_drops(rng):
+def test_an_open_clip_round_trip_loses_only_unused_tensors(rng):
   tower = open_clip_tower(rng, layers=3, width=16)
   back = ldm_names.to_open_clip(ldm_names.from_open_clip(tower))
   assert_equal(
@@ -848,20 +847,20 @@ def test_open_clip_there_and_back_keeps_all_but_what_diffusers_drops(rng):
   )
 
 
-@pytest.mark.parametrize('layers, whole, kept', [(3, True, 2), (3, False, 3)])
-def test_only_a_whole_open_clip_tower_loses_its_last_layer(rng, layers, whole, kept):
+@pytest.mark.parametrize('layers, is_whole, num_layers', [(3, True, 2), (3, False, 3)])
+def test_only_a_whole_open_clip_tower_drops_its_last_layer(rng, layers, is_whole, num_layers):
   tower = open_clip_tower(rng, layers, width=8)
-  if not whole:
+  if not is_whole:
     del tower['text_projection']
   ours = ldm_names.from_open_clip(tower)
-  assert {int(name.split('.')[3]) for name in ours if '.layers.' in name} == set(range(kept))
+  assert {int(name.split('.')[3]) for name in ours if '.layers.' in name} == set(range(num_layers))
 
 
-@pytest.mark.parametrize('layers, whole', [(24, True), (24, False), (23, True), (23, False)])
-def test_sd2_has_23_layers_whoever_wrote_the_file(layers, whole):
+@pytest.mark.parametrize('layers, is_whole', [(24, True), (24, False), (23, True), (23, False)])
+def test_sd2_has_23_layers_in_any_file(layers, is_whole):
   tower = {'positional_embedding': np.zeros((1, 1024), np.float32)}
   tower |= {f'transformer.resblocks.{i}.ln_1.bias': np.zeros(1) for i in range(layers)}
-  if whole:
+  if is_whole:
     tower['text_projection'] = np.zeros(1)
   assert len(ldm_names.from_open_clip(tower)) == 1 + 23
 
@@ -869,21 +868,8 @@ def test_sd2_has_23_layers_whoever_wrote_the_file(layers, whole):
 # Widening the first convolution.
 
 
-def four_channels(checkpoint):
-  tensors = changed(
-    checkpoint.tensors['unet'], **{CONV_IN: checkpoint.tensors['unet'][CONV_IN][:, :4]}
-  )
-  unet_config = checkpoint.configs['unet'] | {'in_channels': 4}
-  return weights.Checkpoint(
-    checkpoint.configs | {'unet': unet_config},
-    checkpoint.tensors | {'unet': tensors},
-    checkpoint.tokenizer,
-    'base',
-  )
-
-
 def test_new_input_channels_are_zero_and_all_else_is_kept(checkpoint):
-  base = four_channels(checkpoint)
+  base = with_first_kernel(checkpoint, checkpoint.tensors['unet'][CONV_IN][:, :4])
   wide = weights.with_input_channels(base, 8)
   kernel = wide.tensors['unet'][CONV_IN]
   assert kernel.shape == (32, 8, 3, 3) and not kernel[:, 4:].any()
@@ -964,7 +950,7 @@ def test_a_missing_tokenizer_is_named(copied):
     {'vae': ['diffusers', 'VQModel']},
   ],
 )
-def test_other_pipelines_are_called_by_their_name(copied, change):
+def test_other_pipelines_are_named(copied, change):
   index = json.loads((copied / 'model_index.json').read_text())
   index |= change | {'_class_name': 'StableDiffusionXLPipeline'}
   (copied / 'model_index.json').write_text(json.dumps(index))
@@ -972,7 +958,7 @@ def test_other_pipelines_are_called_by_their_name(copied, change):
     weights.read(copied)
 
 
-def test_a_folder_needs_no_model_index_but_its_components_must_fit(copied, wanted):
+def test_a_folder_needs_no_model_index_but_fitting_components(copied, wanted):
   (copied / 'model_index.json').unlink()
   assert_equal(weights.read(copied).tensors['vae'], wanted['vae'])
   config = json.loads((copied / 'vae' / 'config.json').read_text()) | {'_class_name': 'VQModel'}
@@ -1010,18 +996,18 @@ def test_the_bundled_tokenizer_is_clips(tmp_path, pad_token, pad_id):
 def test_clips_own_tokenizer_is_not_stored_again(tmp_path, checkpoint):
   files = weights.clip_tokenizer() | {'special_tokens_map.json': b'{}'}
   vocabulary = json.dumps(json.loads(files['vocab.json']), indent=2).encode()  # as SD 1.5's hub
-  other = weights.Checkpoint(
-    checkpoint.configs, checkpoint.tensors, files | {'vocab.json': vocabulary}, ''
-  )
-  weights.write(other, tmp_path / 'x.safetensors', to='ldm')
+  with_files = dataclasses.replace(checkpoint, tokenizer=files | {'vocab.json': vocabulary})
+  weights.write(with_files, tmp_path / 'x.safetensors', to='ldm')
   _, metadata = weights.read_tensors(tmp_path / 'x.safetensors')
   assert len(metadata[ldm_file.METADATA]) < 20_000
   assert weights.read(tmp_path / 'x.safetensors').tokenizer == files
 
 
-def test_the_schedule_is_kept_whatever_the_sampler(checkpoint):
+def test_the_schedule_is_kept_for_any_sampler(checkpoint):
   v_prediction = checkpoint.configs['scheduler'] | {'prediction_type': 'v_prediction'}
-  other = weights.Checkpoint(checkpoint.configs | {'scheduler': v_prediction}, {}, {}, '')
-  written = diffusers_folder._written_configs(other)['scheduler']
+  with_scheduler = dataclasses.replace(
+    checkpoint, configs=checkpoint.configs | {'scheduler': v_prediction}
+  )
+  written = diffusers_folder._written_configs(with_scheduler)['scheduler']
   assert written['prediction_type'] == 'v_prediction' and written['beta_start'] == 0.00085
   assert 'clip_sample' not in written and 'timestep_spacing' not in written  # DDIM's own
