@@ -4,7 +4,7 @@
   python verify.py
 
 Needs nothing else. verify.safetensors, beside this file, holds a small image, its noise, and the
-latents and pixels that JAX computed from them with these weights. Exit status 1 if PyTorch differs.
+latents and pixels that JAX made from them with these weights. Exit status 1 if PyTorch differs.
 """
 
 import argparse
