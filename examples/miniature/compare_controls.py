@@ -27,7 +27,7 @@ from PIL import Image
 from ip2p_jax import images
 from ip2p_jax.pairs import filter
 from ip2p_jax.pairs.generate import PairGenerator, PairSettings
-from ip2p_jax.pairs.pair_files import passes, stored
+from ip2p_jax.pairs.pair_files import passes, round_scores
 from ip2p_jax.pairs.prompts import Prompt
 from ip2p_jax.pipeline import workdir
 from ip2p_jax.pipeline.clip_scores import Clip
@@ -78,7 +78,7 @@ def measure(
     drawn, found, _ = generator.draw(part, samples)
     pictures.append(np.asarray(drawn)[:, : len(part)])
     rows = zip(*(np.asarray(x)[: len(part)].tolist() for x in found), strict=True)
-    scores += [stored(Scores(*row)) for row in rows]
+    scores += [round_scores(Scores(*row)) for row in rows]
   pictures = np.concatenate(pictures, 1)
   values = {'kept': [], 'changed': [], 'drawn': [], 'yield': []}
   for i, one in enumerate(some):

@@ -14,7 +14,7 @@ from ip2p_jax.data.rows import Pair, Row
 from ip2p_jax.errors import InputError
 
 # Names of columns by role, in groups. A later group counts only if no name of an earlier group is
-# present. So 'input' is a caption beside 'input_image' (HQ-Edit), and an image file without it.
+# present. So 'input' is a caption if there is 'input_image' (HQ-Edit), and else the image.
 ALIASES = {
   'input': (
     (
@@ -154,7 +154,7 @@ def to_row(
     columns: result of `find`.
     read_image: (value, column) -> an encoded image.
     inverse: whether to go from the edited image back to the input, by the inverse instruction.
-      A row without an inverse instruction goes forwards.
+      A row without an inverse instruction is used in the normal direction.
 
   Raises InputError if something is missing.
   """
@@ -195,7 +195,7 @@ def may_flip(instruction: str) -> bool:
   """Whether an English instruction stays true when both images are mirrored.
 
   False if it names a side, a sense of rotation, or writing (by a word, or in quotation marks).
-  In doubt it is False: 'right' may mean 'now', and the cost is only one flip.
+  In doubt it is False: 'right' may mean 'now', but then only one mirrored image is lost.
   """
   return not SIDED.search(instruction)
 
@@ -291,7 +291,7 @@ class _Search:
     elif choice:
       problem = f'there is no column {" or ".join(map(repr, choice))} (for the {role})'
     elif choice is not None:
-      problem = f'columns: {role}= names no column, and the {role} is needed'
+      problem = f'columns: {role}= names no column, but the {NOUNS[role]} is required'
     else:
       problem = f'no column has a name known for the {NOUNS[role]}'
       if unfit:

@@ -1,12 +1,13 @@
 """Samplers: from noise to latents by a function `denoise(x, sigma)`.
 
 B batch, h w latent height and width, S steps. x [B, h, w, 4] is clean latents + sigma * noise, in
-float32, for every sampler. Others write ddim, dpmpp_2m and lcm for latents of unit variance; here
-the same methods are at this scale.
+float32, for every sampler. The papers and diffusers write ddim, dpmpp_2m and lcm for latents of
+unit variance; here the same methods use the scale above.
 
 A sampler is `make_step(denoise, grid) -> step(state, i, noise) -> state`. The state is (x, denoised
 of the previous step); i counts from 0 and may be traced; noise [B, h, w, 4] is standard normal, and
-only the samplers in STOCHASTIC read it.
+only the samplers in STOCHASTIC read it. To add a sampler, write such a function and enter it in
+SAMPLERS, and in STOCHASTIC if it reads noise. `noise_levels` chooses its grid.
 """
 
 from collections.abc import Callable
@@ -33,13 +34,14 @@ class Grid(NamedTuple):
   timesteps: Array  # [S], the fractional training timesteps of all sigmas but the last
   initial_scale: Array  # [], factor of standard normal noise at the start
   final_scale: Array  # [], factor of x at the end
-  first: Array | None = None  # [], the first step; None is 0, and static
+  first: Array | None = None  # [], the first step; None is 0, known when the program is compiled
 
 
 def euler_ancestral(denoise: Denoise, grid: Grid):
-  """An Euler step below the next level, then new noise (Song et al. 2021, equation 12, eta = 1).
+  """An Euler step and new noise (Song et al. 2021, equation 12, eta = 1).
 
-  The step goes to sigma_next^2 / sigma; with the new noise the variance is right again.
+  The step goes to sigma_next^2 / sigma, which is below sigma_next. The new noise raises the level
+  to sigma_next.
   """
 
   def step(state, i, noise):
@@ -53,7 +55,7 @@ def euler_ancestral(denoise: Denoise, grid: Grid):
 
 
 def euler(denoise: Denoise, grid: Grid):
-  """The first-order step (Karras et al. 2022, algorithm 1); on its own grid this is DDIM."""
+  """The first-order step (Karras et al. 2022, algorithm 1). With DDIM's timesteps it is DDIM."""
 
   def step(state, i, noise):
     del noise
@@ -147,9 +149,9 @@ def sample(
   with a traced i, and only if the sampler is in STOCHASTIC. InputError for an unknown sampler.
   """
   check_choice('sampler', sampler, SAMPLERS)
-  make_step = SAMPLERS[sampler](denoise, grid)
+  take_step = SAMPLERS[sampler](denoise, grid)
   noise = lambda i: noise_at(i) if sampler in STOCHASTIC else None
-  step = lambda state, i: make_step(state, i, noise(i))
+  step = lambda state, i: take_step(state, i, noise(i))
   return finish(grid, walk(step, grid, initial_state(grid, init_noise)))
 
 
@@ -182,7 +184,7 @@ def finish(grid: Grid, state: State) -> Array:
 def begin_at(grid: Grid, first: int) -> Grid:
   """The grid of a run that begins at step `first`; at S there are no steps.
 
-  Earlier noise levels are infinite: a sampler that uses the previous level gives it weight 0.
+  Levels before `first` are infinite, so that a sampler with memory gives the step before weight 0.
   """
   sigmas = np.where(np.arange(len(grid.sigmas)) < first, np.float32(np.inf), grid.sigmas)
   return grid._replace(sigmas=sigmas, first=np.int32(first))
@@ -198,9 +200,9 @@ def noise_levels(
 ) -> Grid:
   """The grid of a run, computed on the host: timesteps, sigmas and scales are diffusers'.
 
-  Three differences are deliberate: one linspace step starts at the noisiest level, not the
-  cleanest; ddim goes to its next timestep, which diffusers' equal strides can miss; with `karras`
-  the timesteps are those of the sigmas, not rounded or interpolated differently.
+  Three differences are deliberate: with steps=1 and linspace the run starts at the noisiest level,
+  not the cleanest; ddim goes to its next timestep, which diffusers' equal strides can miss; with
+  `karras` the timesteps are those of the sigmas, not rounded or interpolated differently.
 
   `spacing` None is diffusers' default for the sampler: 'leading' for ddim, the schedule's for
   euler_ancestral, else 'linspace'; lcm has its own grid. `karras` spaces the levels as Karras et
@@ -241,7 +243,7 @@ def _timesteps(schedule, sampler, steps, spacing):
   limit = LCM_STEPS if sampler == 'lcm' else num
   if not 1 <= steps <= limit:
     raise InputError(f'steps is {steps}; the sampler {sampler} takes 1 to {limit}.')
-  points = steps + 1 if sampler == 'dpmpp_2m' else steps  # it leaves the last point out
+  points = steps + 1 if sampler == 'dpmpp_2m' else steps  # it drops the last point
   if sampler == 'lcm':
     chosen = LCM_STEPS - np.floor(np.linspace(0, LCM_STEPS, steps, endpoint=False))
     timesteps = chosen * (num // LCM_STEPS) - 1

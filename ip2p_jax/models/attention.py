@@ -51,9 +51,10 @@ class AttentionKernel(NamedTuple):
   """Where a kernel can run, and from how many queries on it is faster.
 
   Attributes:
-    capability: least compute capability of a GPU (9.0 is Hopper), or generation of a TPU; `before`
-      is the first that is excluded.
-    width: largest number of channels of a head; `multiple` divides it.
+    capability: least compute capability of a GPU (9.0 is Hopper), or generation of a TPU.
+    before: the first capability that is too high.
+    width: largest number of channels of a head.
+    multiple: a divisor of the number of channels.
     tokens: least number of queries; our choice, while the other limits are the kernel's.
     block: divides the numbers of queries and keys.
     types: dtypes it computes in.
@@ -74,7 +75,7 @@ HALVES = ('bfloat16', 'float16')
 # The first row that fits is used; if none fits, XLA's own attention. XLA writes all scores to
 # memory, which takes most of the time of a long attention; shorter ones have few scores.
 KERNELS = (
-  # A v3 cannot run it.
+  # Splash attention needs TPU v4 or newer.
   AttentionKernel('splash', 'tpu', 4.0, math.inf, 256, 8, 1024, 128, ('bfloat16', 'float32')),
   # cuDNN 9.18 has gradients of heads of over 128 channels on Hopper only.
   AttentionKernel('cudnn', 'gpu', 9.0, 10.0, 256, 8, 256, 1, HALVES),
@@ -200,7 +201,7 @@ def splash(
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     return jax.vmap(kernel)(q, k, v).swapaxes(1, 2)
 
-  # The scaled q is saved; otherwise scaling is a separate pass, and is repeated with q.
+  # Saves q after scaling. Otherwise the backward pass scales it again, in a pass of its own.
   q = checkpoint_name(q * q.shape[-1] ** -0.5, ATTENTION_OUT)
   return _split(heads_first, mesh, q.shape[0])(q, k, v)
 

@@ -25,7 +25,7 @@ from ip2p_jax.models.attention import Attention, Site, attend
 
 WITH_TEXT = 0  # the first half
 BLEND_POOL = 3  # tokens; grows the regions of words a little
-LARGE = 32 * 32  # latents; from here "coarse" is a quarter of each side, below it half
+LARGE = 32 * 32  # latents; from here on "coarse" is a quarter of each side, below it is half
 
 
 class Injection(NamedTuple):
@@ -115,7 +115,8 @@ def controlled(
 
 def _shares_self(control: Control, step, is_coarse: bool, halves: int) -> Array | None:
   """bool [K, P]: whether the second image uses queries and keys of the first. None means never."""
-  until, injection = control.share_until, control.injection if is_coarse else None
+  until = control.share_until
+  injection = control.injection if is_coarse else None
   shares = None
   if until is not None:
     shares = jnp.broadcast_to((step < until)[None], (halves, len(until)))
@@ -135,7 +136,7 @@ def _borrowed(x, shares):  # [K * 2 * P, N, heads, C], [K, P]
 
 
 def _cross(injection: Injection | None, step, record, site, q, k, v):
-  """Attention to the texts, [2 * P, ...], with probabilities to change and record."""
+  """Cross-attention [2 * P, ...], whose probabilities may be changed and recorded."""
   scores = jnp.einsum('bnhc,bmhc->bhnm', q, k, preferred_element_type=jnp.float32)
   probabilities = jax.nn.softmax(scores * q.shape[-1] ** -0.5)
   first, second = probabilities.reshape(2, -1, *probabilities.shape[1:])  # [P, heads, N, L]
@@ -149,10 +150,10 @@ def _cross(injection: Injection | None, step, record, site, q, k, v):
 
 
 def injected(injection: Injection, step: Array, first: Array, second: Array) -> Array:
-  """The second image's probabilities, from those of both images [P, heads, N, L].
+  """Cross-attention replacement: the second image's probabilities, from both [P, heads, N, L].
 
-  (Hertz et al. 2022, section 3.2: one formula for word swap, new phrases and re-weighting.) As
-  published, the result does not sum to 1.
+  This is one formula for the three edits of Hertz et al. (2022), section 3.2: word swap (replace),
+  new phrases (refine) and re-weighting. As published, the result does not sum to 1.
   """
   per_token = lambda x: x[:, None, None]  # [P, L] -> [P, 1, 1, L]
   mapped = jnp.einsum('phnw,pwl->phnl', first, injection.matrix)

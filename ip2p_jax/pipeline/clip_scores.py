@@ -56,8 +56,9 @@ class Towers(NamedTuple):
   def scores(self, params, images: Array, token_ids: Array) -> Scores:
     """Scores of images [2, B, H, W, 3] in 0..1 and their captions' tokens [2, B, L].
 
-    The direction is 0 if images (in 8 bits) or captions did not change, or changed so little that
-    it may be rounding.
+    The CLIP direction is the cosine of two differences: between the images' embeddings, and between
+    the captions' embeddings (Gal et al. 2021). It is 0 if images (in 8 bits) or captions did not
+    change, or changed so little that it may be rounding.
     """
     flat = lambda x: x.reshape(-1, *x.shape[2:])
     levels = jnp.round(images * 255)

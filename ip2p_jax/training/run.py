@@ -34,7 +34,8 @@ class Kind(NamedTuple):
   Attributes:
     fixed: settings that the saved weights depend on.
     read_start: config -> the checkpoint that a new run begins with.
-    load_start: workdir -> the same for a resumed run; None if the workdir has none.
+    load_start: workdir -> the checkpoint that this run began with, as the workdir holds it; None if
+      the workdir holds none of this kind.
     describe: (config, checkpoint, mesh, workdir) -> Task.
   """
 
@@ -50,11 +51,11 @@ class Task(NamedTuple):
   Attributes:
     config: the run's, with the settings that the checkpoint decides.
     shapes: {name: shape} of all parameters that may learn.
-    recipe: optimizer -> the inputs of a step that jit does not trace.
+    recipe: optimizer -> the static inputs of a step, which jit does not trace.
     step: like `step.train_step`.
     values: names -> {name: array} of the checkpoint.
     frozen: names of trained parameters -> the inputs that a step does not change, on the devices.
-    save_start: names of trained checkpoint parameters -> None; saves the others in the workdir.
+    save_start: names of trained parameters -> None; saves all other parameters in the workdir.
     size: of an example, as in 'at 256 px'.
     data: a description of the data, as text.
     rows: the number of rows; saved with each checkpoint.
@@ -148,7 +149,7 @@ def train(kind: Kind, config: Any, workdir: str) -> int:
     say(f'data      {task.data}')
     describe_params(state, writer)
     must_stop = stack.enter_context(signals())
-    # In batches of the present size, which may have changed, so that no example comes twice.
+    # Skips the examples that were seen, in batches of today's size, which may have changed.
     ahead = -(-extras['examples'] // config.batch_size) - step
     job = _job(task, run, workdir, checkpoints, writer, must_stop, ahead, step)
     status = loop(job, _actions(task, run, writer), state, course)
@@ -162,7 +163,7 @@ def train(kind: Kind, config: Any, workdir: str) -> int:
 def learning(
   config: Any, shapes: Mapping[str, Any], recipe: Callable[[Any], Any], mesh: Mesh
 ) -> Learning:
-  """The trained ones of parameters of these shapes, their optimizer, and the sharding of the state.
+  """Which of the parameters are trained, their optimizer, and the sharding of the state.
 
   InputError for settings of LoRA or rates that leave nothing to learn.
   """
@@ -177,7 +178,9 @@ def learning(
 def _prepare(
   kind: Kind, config: Any, workdir: str, mesh: Mesh, checkpoints: Checkpoints
 ) -> tuple[Task, Run, State, dict[str, Any]]:
-  """Starts or resumes: (task, run, state, {'examples': seen so far, 'rows': of then, or None}).
+  """Starts or resumes: (task, run, state, {'examples': seen so far, 'rows': when saved}).
+
+  'rows' is the number of rows of the data when the checkpoint was saved; None for a new run.
 
   The checkpoint decides some settings of the run's config.
   """
@@ -203,7 +206,7 @@ def _prepare(
 
 
 def _job(task, run, workdir, checkpoints, writer, must_stop, ahead, first) -> Job:
-  """A step takes the batch of place step + ahead; `first` steps are done."""
+  """The loop's job. Step n uses batch n + `ahead`; `first` steps are done already."""
   jitted = step.jitted(run.recipe, run.mesh, run.shardings, task.step)
 
   def save(step, state, course):

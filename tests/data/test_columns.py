@@ -142,7 +142,7 @@ def test_public_layouts_are_read_with_the_right_roles(tmp_path, form, name):
     ('a P, b P, d P, e T', 'input=a,edited=b,instruction=d', 'instruction must be text, but the'),
     ('a P, b P, edit T', 'input=a,edited=none', "there is no column 'none' .for the edited."),
     ('a P, b P, edit T', 'input=a,edited=b,inverse=none', "no column 'none' .for the inverse."),
-    ('a P, b P, edit T', 'input=,edited=b', 'input= names no column, and the input is needed'),
+    ('a P, b P, edit T', 'input=,edited=b', 'input= names no column, but the input image'),
     ('a P, b P, d P, edit T', 'edited=b', f'{UNKNOWN} input image'),
     ('a P, b P, edit T', 'image=a,edited=b', "'image=a' does not fit edit"),
   ],

@@ -254,8 +254,8 @@ def test_the_device_batch_decides_the_accumulation():
     (['--batch-size=4'], 'say --set resolution=256'),
     (['--of=edits', '--set=accumulation=2'], '--set: of no use with --of edits'),
     (['--of=edits', '--config=x.py', '--device-batch=2'], '--device-batch and --config'),
-    (['--device-batch=2', '--set=accumulation=2'], 'give one of them'),
-    (['--set=checkpoint=mine'], 'say it by --ckpt'),
+    (['--device-batch=2', '--set=accumulation=2'], 'leave one of them out'),
+    (['--set=checkpoint=mine'], 'give it by --ckpt'),
   ],
 )
 def test_options_that_do_not_go_together_are_refused(options, message, capsys, monkeypatch):
