@@ -37,7 +37,9 @@ def run(place, *argv):
   return done.stdout
 
 
-@pytest.mark.parametrize('latents', [False, True], ids=['images', 'latents'])
+@pytest.mark.parametrize(
+  'latents', [False, pytest.param(True, marks=pytest.mark.long)], ids=['images', 'latents']
+)
 def test_from_a_folder_of_pairs_to_an_edit_in_diffusers(place, latents):
   ip2p = '-m', 'ip2p_jax.cli'
   data, workdir, exported = (f'{name}-{latents}' for name in ('packed', 'run', 'exported'))

@@ -155,6 +155,7 @@ def inverted(tmp_path_factory):
   return folder / 'saved'
 
 
+@pytest.mark.long
 def test_learned_tokens_survive_conversion(inverted, tmp_path):
   expected, lines = weights.read(inverted), []
   convert_checkpoint(inverted, tmp_path / 'folder', say=lines.append)
