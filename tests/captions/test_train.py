@@ -3,13 +3,8 @@
 import dataclasses
 import functools
 import json
-import os
-import random
 import shutil
-import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import jax
@@ -17,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import peers
 import pytest
+import runs
 import tiny_llamas
 import torch_models as ref
 from flax import nnx
@@ -578,35 +574,18 @@ def test_settings_that_saved_weights_depend_on_are_fixed(folder, tmp_path, visib
 def command(folder, workdir, **settings):
   flags = {'checkpoint': folder / 'model', 'data.path': folder / 'triplets.jsonl', 'batch_size': 4,
            'dtype': 'float32', 'log.every': 1} | settings  # fmt: skip
-  flags = [f'--config.{key}={value}' for key, value in flags.items()]
-  file = ROOT / 'configs' / 'captions.py'
-  return [sys.executable, ROOT / 'train.py', f'--config={file}', f'--workdir={workdir}', *flags]
-
-
-def environment(folder, devices=1):
-  return os.environ | {
-    'XDG_CACHE_HOME': str(folder / 'cache'),
-    'JAX_PLATFORMS': 'cpu',
-    'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
-  }
+  return runs.command('captions.py', workdir, **flags)
 
 
 @pytest.mark.long
 def test_sigterm_writes_a_checkpoint_and_the_run_goes_on(folder, tmp_path):
   argv = command(folder, tmp_path, steps=100_000, **{'log.checkpoint_every': 10**6})
-  pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
-  with subprocess.Popen(argv, env=environment(folder), **pipes) as process:
-    for line in process.stdout:
-      if line.startswith('step 3/'):
-        process.send_signal(signal.SIGTERM)
-        break
-    out, err = process.communicate(timeout=300)
-  assert process.returncode == 143, err
-  assert 'Traceback' not in err and 'and saved; run the same command to go on' in out
+  output = runs.stopped_by_sigterm(argv, runs.environment(folder))
+  assert 'and saved; run the same command to go on' in output
   (step,) = saved_steps(tmp_path)
   assert step >= 3
   done = subprocess.run(
-    command(folder, tmp_path, steps=step + 10), env=environment(folder), capture_output=True
+    command(folder, tmp_path, steps=step + 10), env=runs.environment(folder), capture_output=True
   )
   assert done.returncode == 0 and saved_steps(tmp_path)[-1] == step + 10
 
@@ -615,18 +594,9 @@ def test_sigterm_writes_a_checkpoint_and_the_run_goes_on(folder, tmp_path):
 def test_a_killed_run_ends_with_the_same_bits(folder, tmp_path):
   settings = {'steps': 120, 'log.checkpoint_every': 4, 'log.keep': 2}
   argv = lambda name: command(folder, tmp_path / name, **settings)
-  env = environment(folder, devices=2)
+  env = runs.environment(folder, devices=2)
   subprocess.run(argv('whole'), env=env, check=True, capture_output=True)
-  moments = random.Random(0)
-  for _ in range(6):
-    stop_at = 4 + moments.randrange(8)
-    with subprocess.Popen(argv('killed'), env=env, stdout=subprocess.PIPE) as process:
-      for count, _ in enumerate(line for line in process.stdout if line.startswith(b'step ')):
-        if count == stop_at:
-          time.sleep(moments.random() * 0.1)
-          process.kill()
-          break
-    assert process.returncode == -signal.SIGKILL, 'ended before it could be killed'
+  runs.kill_often(argv('killed'), env, times=6)
   subprocess.run(argv('killed'), env=env, check=True, capture_output=True)
   for ema in (False, True):
     assert_same(weights_of(tmp_path / 'killed', ema), weights_of(tmp_path / 'whole', ema))

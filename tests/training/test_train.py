@@ -3,18 +3,16 @@
 import dataclasses
 import json
 import os
-import random
 import re
 import shutil
 import signal
 import socket
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import runs
 import tiny_models
 import tiny_pairs
 import tiny_training as tiny
@@ -361,33 +359,14 @@ def test_a_workdir_of_another_kind_of_run_is_refused(folder, uninterrupted):
 def command(folder, workdir, **settings):
   flags = {'checkpoint': folder / 'checkpoint', 'data.path': folder / 'data', 'resolution': 32,
            'batch_size': 4, 'log.previews': 0} | settings  # fmt: skip
-  flags = [f'--config.{key}={value}' for key, value in flags.items()]
-  config_file = ROOT / 'configs' / 'tiny.py'
-  return [sys.executable, ROOT / 'train.py', f'--config={config_file}', f'--workdir={workdir}',
-          *flags]  # fmt: skip
-
-
-def environment(folder, devices=1):
-  # Compiled programs are kept for the next start.
-  return os.environ | {
-    'XDG_CACHE_HOME': str(folder / 'cache'),
-    'JAX_PLATFORMS': 'cpu',
-    'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
-  }
+  return runs.command('tiny.py', workdir, **flags)
 
 
 @pytest.mark.long
 def test_sigterm_writes_a_checkpoint_and_the_run_goes_on(folder, tmp_path):
   argv = command(folder, tmp_path, steps=100_000, **{'log.every': 1, 'log.checkpoint_every': 10**6})
-  pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
-  with subprocess.Popen(argv, env=environment(folder), **pipes) as run:
-    for line in run.stdout:
-      if line.startswith('step 3/'):
-        run.send_signal(signal.SIGTERM)
-        break
-    out, err = run.communicate(timeout=120)
-  assert run.returncode == 143, err
-  assert 'Traceback' not in err and 'and saved; run the same command to go on' in out
+  output = runs.stopped_by_sigterm(argv, runs.environment(folder))
+  assert 'and saved; run the same command to go on' in output
   (step,) = saved_steps(tmp_path)
   assert step >= 3
 
@@ -396,14 +375,8 @@ def test_sigterm_writes_a_checkpoint_and_the_run_goes_on(folder, tmp_path):
 def test_sigterm_to_the_process_group_still_saves(folder, tmp_path):
   endless = {'steps': 100_000, 'log.every': 1, 'log.checkpoint_every': 10**6, 'data.workers': 2}
   argv = command(folder, tmp_path, **endless)
-  pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
-  with subprocess.Popen(argv, env=environment(folder), start_new_session=True, **pipes) as run:
-    for line in run.stdout:
-      if line.startswith('step 3/'):
-        os.killpg(run.pid, signal.SIGTERM)
-        break
-    _, err = run.communicate(timeout=120)
-  assert run.returncode == 143, err
+  to_all = lambda process: os.killpg(process.pid, signal.SIGTERM)
+  runs.stopped_by_sigterm(argv, runs.environment(folder), to_all)
   assert len(saved_steps(tmp_path)) == 1
 
 
@@ -415,7 +388,7 @@ def test_sigterm_to_the_process_group_still_saves(folder, tmp_path):
 ])  # fmt: skip
 def test_a_typo_on_the_command_line_names_the_nearest_setting(folder, tmp_path, mistake, hint):
   argv = [*command(folder, tmp_path), f'--config.{mistake}']
-  done = subprocess.run(argv, env=environment(folder), capture_output=True, text=True)
+  done = subprocess.run(argv, env=runs.environment(folder), capture_output=True, text=True)
   assert done.returncode == 2
   assert hint in done.stderr and len(done.stderr.splitlines()) == 1
 
@@ -424,22 +397,14 @@ def test_a_typo_on_the_command_line_names_the_nearest_setting(folder, tmp_path, 
 def test_a_killed_run_ends_with_the_same_bits(folder, tmp_path):
   settings = {'steps': 200, 'log.every': 1, 'log.checkpoint_every': 4, 'log.keep': 2}
   argv = lambda name: command(folder, tmp_path / name, **settings)
-  devices = environment(folder, devices=2)
+  devices = runs.environment(folder, devices=2)
   subprocess.run(argv('whole'), env=devices, check=True, capture_output=True)
 
-  moments, hit = random.Random(0), 0
-  for _ in range(10):
-    stop_at = 4 + moments.randrange(8)  # steps of this start, and some more milliseconds
-    with subprocess.Popen(argv('killed'), env=devices, stdout=subprocess.PIPE) as run:
-      lines = (line for line in run.stdout if line.startswith(b'step '))
-      for count, _ in enumerate(lines):
-        if count == stop_at:
-          time.sleep(moments.random() * 0.1)
-          run.kill()
-          break
-    assert run.returncode == -signal.SIGKILL, 'ended before it could be killed'
-    hit += bool(list((tmp_path / 'killed' / 'checkpoints').glob('*orbax-checkpoint-tmp*')))
-  assert hit, 'no kill came while a checkpoint was being written'
+  unfinished = []
+  checkpoints = tmp_path / 'killed' / 'checkpoints'
+  look = lambda: unfinished.extend(checkpoints.glob('*orbax-checkpoint-tmp*'))
+  runs.kill_often(argv('killed'), devices, times=10, after=look)
+  assert unfinished, 'no kill came while a checkpoint was being written'
   subprocess.run(argv('killed'), env=devices, check=True, capture_output=True)
   for ema in (False, True):
     assert_same(weights_of(tmp_path / 'killed', ema=ema), weights_of(tmp_path / 'whole', ema=ema))
@@ -455,7 +420,7 @@ def test_several_processes_take_the_steps_of_one(folder, tmp_path, processes, fs
   settings = {'steps': 20, 'log.every': 1, 'batch_size': 8, 'data.path': tmp_path / 'data',
               'log.validate_every': 20, 'log.previews': 2, 'log.preview_steps': 2}  # fmt: skip
   one = command(folder, tmp_path / 'one', **settings)
-  subprocess.run(one, env=environment(folder), check=True, capture_output=True)
+  subprocess.run(one, env=runs.environment(folder), check=True, capture_output=True)
   two = command(folder, tmp_path / 'two', **settings, **{'mesh.fsdp': fsdp})
   outputs = run_together(two, folder, processes)
   assert f'in {processes} processes' in outputs[0]
@@ -493,7 +458,7 @@ def start_together(argv, folder, count=2):
   cluster = [f'--coordinator=localhost:{port}', f'--num_processes={count}']
   pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
   argvs = [[*argv, *cluster, f'--process_id={i}'] for i in range(count)]
-  env = environment(folder, devices=8 // count)
+  env = runs.environment(folder, devices=8 // count)
   return [subprocess.Popen(argv, env=env, **pipes) for argv in argvs]
 
 
