@@ -1,0 +1,189 @@
+"""What an evaluation shows: means with intervals, tables and curves.
+
+A result is a dict of one image: 'id', 'method' (the name of a method with its settings), maybe
+'group' (equal for rows of one source image), and a number for each metric. NaN and None mean that
+the metric does not exist for this image; such values are left out.
+"""
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ip2p_jax.errors import InputError
+from ip2p_jax.storage import replacing, write_bytes
+
+RESAMPLES = 2000
+TAIL = 2.5  # percent on each side of an interval
+
+
+class Estimate(NamedTuple):
+  """A mean and its 95% interval, of `count` images; NaN without images."""
+
+  mean: float
+  low: float
+  high: float
+  count: int
+
+
+# By method, then by metric.
+Summary = Mapping[str, Mapping[str, Estimate]]
+
+
+class Point(NamedTuple):
+  """A point of a curve: two estimates, and the setting that it was measured at."""
+
+  x: Estimate
+  y: Estimate
+  label: str
+
+
+def bootstrap(
+  values: Sequence[float | None], groups: Sequence[str] | None = None, seed: int = 0
+) -> Estimate:
+  """The mean of N values, with the percentile bootstrap's interval (Efron 1979).
+
+  Values of one group are drawn together, since several edits of one image are not independent.
+  Without `groups` every value is its own group.
+  """
+  values = np.array(values, float)
+  is_there = ~np.isnan(values)
+  if not is_there.any():
+    return Estimate(math.nan, math.nan, math.nan, 0)
+  names = np.arange(len(values)) if groups is None else np.asarray(groups)
+  _, group = np.unique(names[is_there], return_inverse=True)
+  sums, counts = np.bincount(group, values[is_there]), np.bincount(group)
+  rng = np.random.default_rng(seed)
+  means = []
+  for _ in range(RESAMPLES):
+    drawn = rng.integers(len(sums), size=len(sums))
+    means.append(sums[drawn].sum() / counts[drawn].sum())
+  low, high = np.percentile(means, (TAIL, 100 - TAIL))
+  return Estimate(float(values[is_there].mean()), float(low), float(high), int(is_there.sum()))
+
+
+def difference(
+  first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]], metric: str
+) -> Estimate:
+  """second - first of the images that both methods edited, paired by image.
+
+  InputError if there is no such image.
+  """
+  by_id = {row['id']: row for row in first if _number(row, metric) is not None}
+  pairs = [
+    (by_id[row['id']], row)
+    for row in second
+    if row['id'] in by_id and _number(row, metric) is not None
+  ]
+  if not pairs:
+    raise InputError(f'{metric}: the two methods have no image in common, so nothing to compare.')
+  values = [row[metric] - other[metric] for other, row in pairs]
+  return bootstrap(values, [_group(row) for _, row in pairs])
+
+
+def summarize(results: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> Summary:
+  """Estimates of all methods, in the order in which they first occur."""
+  methods = dict.fromkeys(row['method'] for row in results)
+  summary = {}
+  for method in methods:
+    rows = [row for row in results if row['method'] == method]
+    groups = [_group(row) for row in rows]
+    summary[method] = {
+      metric: bootstrap([_number(row, metric) for row in rows], groups) for metric in metrics
+    }
+  return summary
+
+
+def _number(row, metric):
+  value = row.get(metric)
+  return None if value is None or math.isnan(value) else value
+
+
+def _group(row):
+  return row.get('group') or row['id']
+
+
+# Tables.
+
+
+def text(estimate: Estimate) -> str:
+  """'0.812 (0.803 to 0.820)', or '-' without images; three digits that count."""
+  if not estimate.count:
+    return '-'
+  mean, low, high = (_digits(value) for value in estimate[:3])
+  return f'{mean} ({low} to {high})'
+
+
+def _digits(value):
+  if not value:
+    return '0'
+  places = 2 - math.floor(math.log10(abs(value)))
+  return f'{value:.{min(max(places, 0), 6)}f}'
+
+
+def markdown(summary: Summary, metrics: Sequence[str], notes: Mapping[str, str] = {}) -> str:
+  """A table in Markdown: a row a method, a column a metric; `notes` say how a metric is made."""
+  lines = [['method', 'images', *metrics], ['---'] * (2 + len(metrics))]
+  for method, estimates in summary.items():
+    count = max((estimate.count for estimate in estimates.values()), default=0)
+    lines.append([method, str(count), *(text(estimates[metric]) for metric in metrics)])
+  table = ''.join(f'| {" | ".join(line)} |\n' for line in lines)
+  head = 'Means with 95% bootstrap intervals over images.\n\n'
+  made = ''.join(f'* {metric}: {notes[metric]}\n' for metric in metrics if metric in notes)
+  return head + table + ('\n' + made if made else '')
+
+
+def write_csv(path: Path, summary: Summary) -> None:
+  """One line a method and metric: method, metric, mean, low, high, images."""
+  file = io.StringIO(newline='')
+  lines = csv.writer(file)
+  lines.writerow(['method', 'metric', 'mean', 'low', 'high', 'images'])
+  for method, estimates in summary.items():
+    lines.writerows([method, metric, *estimate] for metric, estimate in estimates.items())
+  write_bytes(path, file.getvalue().encode())
+
+
+# Curves.
+
+
+def plot(
+  path: Path, curves: Mapping[str, Sequence[Point]], labels: tuple[str, str], title: str = ''
+) -> None:
+  """Writes a PNG of curves with intervals, every point labelled with its setting.
+
+  The paper's figures 8 and 10 have the CLIP direction to the right and the CLIP image similarity
+  upwards.
+  """
+  from matplotlib.figure import Figure  # takes half a second
+
+  figure = Figure(figsize=(7, 5), layout='constrained')
+  axes = figure.subplots()
+  for name, points in curves.items():
+    points = [point for point in points if point.x.count and point.y.count]
+    if not points:
+      continue
+    xs, ys = ([getattr(point, axis) for point in points] for axis in 'xy')
+    mean_xs, mean_ys = [x.mean for x in xs], [y.mean for y in ys]
+    axes.errorbar(
+      mean_xs, mean_ys, xerr=_bars(xs), yerr=_bars(ys), marker='o', markersize=4,
+      elinewidth=0.7, capsize=2, label=name,
+    )  # fmt: skip
+    for x, y, point in zip(mean_xs, mean_ys, points, strict=True):
+      axes.annotate(point.label, (x, y), xytext=(4, 4), textcoords='offset points', fontsize=7)
+  axes.set_xlabel(labels[0])
+  axes.set_ylabel(labels[1])
+  axes.set_title(title)
+  axes.grid(alpha=0.3)
+  axes.legend(fontsize=8)
+  with replacing(path) as unfinished:
+    figure.savefig(unfinished, format='png', dpi=120)
+
+
+def _bars(estimates):
+  """[2, N]: how far the intervals reach below and above the means; never negative."""
+  reach = [(x.mean - x.low, x.high - x.mean) for x in estimates]
+  return np.maximum(np.array(reach).T, 0)
