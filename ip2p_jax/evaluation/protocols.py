@@ -35,7 +35,7 @@ PIE_KINDS = (  # by editing_type_id
   'change color', 'change material', 'change background', 'change style',
 )  # fmt: skip
 MAGICBRUSH_CAPTIONS = 'local_captions.json'  # as in its README; the script's default is global
-IMGEDIT_FILES = ('basic_edit.json', 'singleturn.json', 'UGE_edit.json')
+IMGEDIT_FILES = ('basic_edit.json', 'UGE_edit.json')
 MASKS = ('mask', 'mask_image', 'mask_img')
 
 
@@ -266,7 +266,8 @@ def imgedit(path: str) -> list[EditRow]:
 def own(path: str, split: str = '', columns: str = '') -> list[EditRow]:
   """A folder of one's own. Edited images, captions, masks and ids may be absent.
 
-  White in a mask is edited; in MagicBrush's column 'mask_img' it is what is transparent. The id is the column 'id', or else the row's number, '00000' for the first.
+  White in a mask is edited; in MagicBrush's column 'mask_img' it is what is transparent.
+  The id is the column 'id', or else the row's number, '00000' for the first.
   """
   if not split:
     split = 'test' if sources.open_table(path, 'test') else 'train'
