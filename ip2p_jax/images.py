@@ -198,8 +198,12 @@ def read_mask(path: str | Path, size: tuple[int, int]) -> np.ndarray:
   Brightness in sRGB counts. Transparent is black, so white strokes on an empty layer work. A mask
   of equal size keeps its values. A mask of the same shape, up to one pixel, is scaled bilinearly.
   """
-  mask = shown(read(path), 'black').convert('L')
-  width, height = size
+  return as_mask(read(path), size, path)
+
+
+def as_mask(image: Image.Image, size: tuple[int, int], path: str | Path) -> np.ndarray:
+  """`read_mask` of an image that is read; `path` is for messages."""
+  mask, (width, height) = shown(image, 'black').convert('L'), size
   if abs(mask.width * height - mask.height * width) > max(*mask.size, *size):
     sizes = f'{mask.width}x{mask.height} and the image {width}x{height}'
     raise InputError(f'the mask {path} is {sizes}; give both the same shape')

@@ -163,7 +163,7 @@ def _check_pair(pair: Pair, where: str) -> list[tuple[str, str]]:
   """Warnings of a pair, (kind, problem). Raises InputError if the pair is broken."""
   files = {'input': pair.input_image, 'edited': pair.edited_image}
   decoded = {
-    name: _decode(encoded, f'the {name} image{where}')
+    name: decode(encoded, f'the {name} image{where}')
     for name, encoded in files.items()
     if encoded is not None
   }
@@ -194,8 +194,11 @@ def _check_pair(pair: Pair, where: str) -> list[tuple[str, str]]:
   return problems
 
 
-def _decode(encoded, name) -> tuple[Image.Image, str]:
-  """The whole image, upright, RGB or RGBA; and a problem with its colours, or ''."""
+def decode(encoded: bytes, name: str) -> tuple[Image.Image, str]:
+  """The whole image, upright, RGB or RGBA; and a problem with its colours, or ''.
+
+  Raises InputError, which begins with `name`, if the bytes are no image or a damaged one.
+  """
   try:
     with Image.open(io.BytesIO(encoded), 'r', images.READ_FORMATS) as image:
       width, height = image.size

@@ -88,7 +88,7 @@ class Columns(NamedTuple):
   """
 
   input: str | None
-  edited: str
+  edited: str | None
   instruction: str
   inverse: str | None = None
   caption: str | None = None
@@ -102,6 +102,7 @@ def find(
   task: str = 'edit',
   place: str = '',
   kinds: Mapping[str, str] | None = None,
+  needs_edited: bool = True,
 ) -> Columns:
   """Finds the column of each role. No column has two roles.
 
@@ -115,6 +116,7 @@ def find(
     place: the data set, for messages.
     kinds: what each column holds: 'image', 'text' or other words for anything else. A column
       that is absent here may hold anything.
+    needs_edited: whether edits must have an edited image; if not, its column may be None.
 
   Raises InputError if a role has no column, several possible columns, or a column that holds
   something else.
@@ -133,7 +135,7 @@ def find(
     return Columns(None, image, text, edited_caption=text, group=search.group())
   before = search.pick('input', rest='edited' in choices)
   also = ('image',) if plain(before) in CONDITIONS else ()
-  after = search.pick('edited', rest='input' in choices, also=also)
+  after = search.pick('edited', needs_edited, rest='input' in choices, also=also)
   instruction = search.pick('instruction')
   optional = [search.pick(role, required=False) for role in ROLES['edit'][3:]]
   return Columns(before, after, instruction, *optional, search.group())

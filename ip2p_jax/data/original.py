@@ -36,20 +36,22 @@ class Original:
   def __len__(self) -> int:
     return len(self._entries)
 
-  def __getitem__(self, i: int) -> Row:
+  def entry(self, i: int) -> tuple[str, list[str]]:
+    """The name of a prompt's folder, and the seeds of its pairs."""
     name, seeds = json.loads(self._entries[i])
+    if not seeds:
+      folder = os.path.join(self._folder, name)
+      raise InputError(f'{folder}: seeds.json lists no pair of it; delete seeds.json to list anew')
+    return name, seeds
+
+  def __getitem__(self, i: int) -> Row:
+    name, seeds = self.entry(i)
     folder = os.path.join(self._folder, name)
-    prompt = _read_prompt(os.path.join(folder, 'prompt.json'))
-    texts = {
-      key: ' '.join(columns.texts(prompt.get(key)))
-      for key in ('input', 'caption', 'edit', 'output')
-    }
+    texts = read_texts(folder)
     is_edit = self._task == 'edit'
     key = 'edit' if is_edit else 'output'
     if not texts[key]:
       raise InputError(f'{folder}/prompt.json: has no text {key!r}; fill it in or take it out')
-    if not seeds:
-      raise InputError(f'{folder}: seeds.json lists no pair of it; delete seeds.json to list anew')
     pairs = [
       Pair(
         _read_image(folder, f'{seed}_0.jpg') if is_edit else None,
@@ -62,10 +64,23 @@ class Original:
       (texts[key],),
       tuple(pairs),
       columns.may_flip(texts[key]),
-      (texts['input'] or texts['caption']) if is_edit else '',
+      texts['caption'] if is_edit else '',
       texts['output'],
-      ' '.join(columns.texts(prompt.get('image'))),  # the photo that all its pairs start from
+      texts['image'],
     )
+
+
+def read_texts(folder: str) -> dict[str, str]:
+  """The texts of a prompt's folder: 'caption', 'edit', 'output', and 'image'; '' if absent.
+
+  'image' names the photo that all its pairs start from.
+  """
+  prompt = _read_prompt(os.path.join(folder, 'prompt.json'))
+  texts = {
+    key: ' '.join(columns.texts(prompt.get(key)))
+    for key in ('input', 'caption', 'edit', 'output', 'image')
+  }
+  return texts | {'caption': texts.pop('input') or texts['caption']}
 
 
 def looks_original(folder: str) -> bool:

@@ -62,6 +62,17 @@ def open_source(
   return source
 
 
+def open_table(path: str, split: str) -> tables.JsonLines | tables.Csv | tables.Parquet | None:
+  """The reader of metadata or Parquet files, whatever their columns; None without a row.
+
+  A single file is every split. Raises InputError if there are no such files.
+  """
+  kind = _kind(path)
+  if kind not in ('metadata', 'parquet'):
+    raise InputError(f'{path}: has no {" or ".join(METADATA)} and no *.parquet; give its folder')
+  return _reader(kind, path, 'train' if os.path.isfile(path) else split)
+
+
 def open_splits(
   path: str, columns: str = '', task: str = 'edit', holdout: float | None = None
 ) -> dict[str, Source]:
@@ -148,16 +159,21 @@ def _open(kind, path, split, columns, task, all_train):
     return _packed(path, split, task)
   if kind == 'original':
     return original.open_original(path, split, task, all_train)
-  if kind == 'metadata':
-    file = _metadata(path, split)
-    if not file:
-      return []
-    reader = tables.Csv(file) if file.lower().endswith('.csv') else tables.JsonLines(file)
-  else:
-    reader = tables.Parquet(_parquets(path, split), path)
-  if not len(reader):
+  reader = _reader(kind, path, split)
+  if not reader:
     return []
   return tables.Table(reader, find(reader.names, columns, task, path, reader.kinds()))
+
+
+def _reader(kind, path, split):
+  """The reader of the tables of a split; None if it has no row."""
+  if kind == 'parquet':
+    reader = tables.Parquet(_parquets(path, split), path)
+  else:
+    file = _metadata(path, split) or ''
+    read = tables.Csv if file.lower().endswith('.csv') else tables.JsonLines
+    reader = read(file) if file else ()
+  return reader if len(reader) else None
 
 
 def _metadata(path, split):

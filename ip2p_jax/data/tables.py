@@ -48,7 +48,7 @@ class Table:
     number, inverse = divmod(int(i), self._ways)
     wanted = sorted({column for column in self._columns if column})
     name, folders, values = self._reader.read(number, wanted)
-    read_image = functools.partial(_read_image, name, folders)
+    read_image = functools.partial(encoded_image, name, folders)
     return columns.to_row(name, values, self._columns, read_image, bool(inverse))
 
 
@@ -263,8 +263,11 @@ def _file(folders, name) -> Path | None:
     return next((path for folder in folders if (path := Path(folder, name)).is_file()), None)
 
 
-def _read_image(name, folders, value, column):
-  """The encoded image of a cell: bytes, a path, or Hugging Face's {'bytes', 'path'}."""
+def encoded_image(name: str, folders: Sequence[str], value: Any, column: str) -> bytes:
+  """The encoded image of a cell: bytes, a path, or Hugging Face's {'bytes', 'path'}.
+
+  `name` and `folders` are as a reader gives them. Raises InputError if there is no image.
+  """
   if isinstance(value, dict):
     value = value.get('bytes') or value.get('path')
   if isinstance(value, bytes) and value:

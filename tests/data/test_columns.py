@@ -230,3 +230,11 @@ def test_no_names_give_a_column_two_roles():
       layouts += 1
       assert len(roles) == len(set(roles)), (a, b, c, choice)
   assert layouts > 100
+
+
+def test_an_edited_image_may_be_no_requirement():
+  kinds = {'image': 'image', 'mask': 'image', 'prompt': 'text'}
+  found = find(list(kinds), kinds=kinds, needs_edited=False)
+  assert (found.input, found.edited, found.instruction) == ('image', None, 'prompt')
+  with pytest.raises(InputError, match='no column has a name known for the edited image'):
+    find(list(kinds), kinds=kinds)

@@ -462,3 +462,13 @@ def test_every_layout_marks_rows_not_to_mirror(tmp_path):
   (tmp_path / 'metadata' / 'metadata.jsonl').write_text(text)
   for name in ('original', 'metadata'):
     assert not sources.open_source(str(tmp_path / name))[0].may_flip
+
+
+def test_tables_open_whatever_their_columns(tmp_path):
+  tiny_pairs.write_parquet(tmp_path / 'set' / 'test-0.parquet', 3)
+  for path, split in ((tmp_path / 'set', 'test'), (tmp_path / 'set' / 'test-0.parquet', 'train')):
+    assert len(sources.open_table(str(path), split)) == 3
+  assert sources.open_table(str(tmp_path / 'set'), 'train') is None
+  tiny_pairs.write_original(tmp_path / 'folders', prompts=2)
+  with pytest.raises(InputError, match='give its folder'):
+    sources.open_table(str(tmp_path / 'folders'), 'train')
