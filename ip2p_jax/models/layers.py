@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
@@ -230,3 +231,27 @@ def resize_nearest(x: Array, size: tuple[int, int]) -> Array:
     elif target != source:
       x = jnp.take(x, jnp.arange(target) * source // target, axis)
   return x
+
+
+CUBIC = -0.75  # of the kernel, as in torch; most other libraries have -0.5
+
+
+def cubic_weights(size: int, new_size: int, step: float | None = None) -> np.ndarray:
+  """float32 [new_size, size]: each new pixel from four old ones; edge pixels are repeated.
+
+  `step` is the distance of new pixels in old pixels; None fits the new pixels to the old edges.
+  """
+  step = size / new_size if step is None else step
+  centres = (np.arange(new_size) + 0.5) * step - 0.5
+  first = np.floor(centres).astype(int)
+  weights = np.zeros((new_size, size))
+  for tap in range(-1, 3):
+    old = np.clip(first + tap, 0, size - 1)
+    np.add.at(weights, (np.arange(new_size), old), _cubic(np.abs(centres - first - tap)))
+  return weights.astype(np.float32)
+
+
+def _cubic(x):  # (Keys 1981, equation 4)
+  near = ((CUBIC + 2) * x - (CUBIC + 3)) * x * x + 1
+  far = ((x - 5) * x + 8) * x - 4
+  return np.where(x <= 1, near, CUBIC * far)

@@ -19,7 +19,7 @@ from ip2p_jax import storage
 from ip2p_jax.errors import InputError
 from ip2p_jax.models.clip import TextEncoder, VisionEncoder
 from ip2p_jax.models.configs import TextConfig, VisionConfig
-from ip2p_jax.models.layers import Params, abstract
+from ip2p_jax.models.layers import Params, abstract, cubic_weights
 from ip2p_jax.models.tokenizer import ClipTokenizer
 from ip2p_jax.pipeline.scores import Scores
 from ip2p_jax.weights import names
@@ -28,7 +28,6 @@ from ip2p_jax.xla_alarms import quietly
 
 MEAN = np.float32([[[(0.48145466, 0.4578275, 0.40821073)]]])  # of colours in 0..1
 STD = np.float32([[[(0.26862954, 0.26130258, 0.27577711)]]])
-CUBIC = -0.75  # of the kernel, as in torch; most other libraries have -0.5
 TOKENIZER_FILES = ('.json', '.txt')
 # The least length of a change, for embeddings of length 1. Measured with the miniature's CLIP:
 # equal inputs in other rows of a batch are up to 3e-7 apart (bfloat16: 4e-3, half of its epsilon);
@@ -143,23 +142,6 @@ def resize(images: Array, size: int) -> Array:
     return images
   rows, columns = cubic_weights(height, size), cubic_weights(width, size)
   return jnp.einsum('yh,bhwc,xw->byxc', rows, images, columns, precision='highest')
-
-
-def cubic_weights(size: int, new_size: int) -> np.ndarray:
-  """float32 [new_size, size]: each new pixel from four old ones; edge pixels are repeated."""
-  centres = (np.arange(new_size) + 0.5) * size / new_size - 0.5
-  first = np.floor(centres).astype(int)
-  weights = np.zeros((new_size, size))
-  for tap in range(-1, 3):
-    old = np.clip(first + tap, 0, size - 1)
-    np.add.at(weights, (np.arange(new_size), old), _cubic(np.abs(centres - first - tap)))
-  return weights.astype(np.float32)
-
-
-def _cubic(x):  # (Keys 1981, equation 4)
-  near = ((CUBIC + 2) * x - (CUBIC + 3)) * x * x + 1
-  far = ((x - 5) * x + 8) * x - 4
-  return np.where(x <= 1, near, CUBIC * far)
 
 
 def _unit(x):
