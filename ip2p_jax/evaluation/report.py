@@ -1,8 +1,7 @@
 """What an evaluation shows: means with intervals, tables and curves.
 
-A result is a dict of one image: 'id', 'method' (the name of a method with its settings), maybe
-'group' (equal for rows of one source image), and a number for each metric. NaN and None mean that
-the metric does not exist for this image; such values are left out.
+A result is a dict of one edit: 'id', maybe 'source' (equal for edits of one image), and a number
+for each metric. NaN and None mean that the edit has no such number; these are left out.
 """
 
 import csv
@@ -82,20 +81,27 @@ def difference(
   if not pairs:
     raise InputError(f'{metric}: the two methods have no image in common, so nothing to compare.')
   values = [row[metric] - other[metric] for other, row in pairs]
-  return bootstrap(values, [_group(row) for _, row in pairs])
+  return bootstrap(values, [_source(row) for _, row in pairs])
 
 
-def summarize(results: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> Summary:
-  """Estimates of all methods, in the order in which they first occur."""
-  methods = dict.fromkeys(row['method'] for row in results)
-  summary = {}
-  for method in methods:
-    rows = [row for row in results if row['method'] == method]
-    groups = [_group(row) for row in rows]
-    summary[method] = {
-      metric: bootstrap([_number(row, metric) for row in rows], groups) for metric in metrics
+def summarize(
+  results: Mapping[str, Sequence[Mapping[str, Any]]], metrics: Sequence[str]
+) -> Summary:
+  """Estimates from the results of each method."""
+  return {
+    method: {
+      metric: bootstrap([_number(row, metric) for row in rows], [_source(row) for row in rows])
+      for metric in metrics
     }
-  return summary
+    for method, rows in results.items()
+  }
+
+
+def metrics_of(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+  """Names of all numbers in the results, in their order."""
+  known = ('id', 'group', 'turn', 'source')
+  rows = (row for every in results.values() for row in every)
+  return list(dict.fromkeys(name for row in rows for name in row if name not in known))
 
 
 def _number(row, metric):
@@ -103,8 +109,8 @@ def _number(row, metric):
   return None if value is None or math.isnan(value) else value
 
 
-def _group(row):
-  return row.get('group') or row['id']
+def _source(row):
+  return row.get('source') or row['id']
 
 
 # Tables.

@@ -12,12 +12,8 @@ from ip2p_jax.evaluation import report
 from ip2p_jax.evaluation.report import Estimate, Point
 
 
-def results(method, values, groups=None, metric='l1'):
-  groups = groups or [f'image {i}' for i in range(len(values))]
-  return [
-    {'id': str(i), 'method': method, 'group': group, metric: value}
-    for i, (value, group) in enumerate(zip(values, groups, strict=True))
-  ]
+def results(values):
+  return [{'id': str(i), 'source': f'image {i}', 'l1': value} for i, value in enumerate(values)]
 
 
 def test_an_interval_is_that_of_the_normal_distribution_for_many_images(rng):
@@ -49,21 +45,22 @@ def test_the_same_results_give_the_same_interval(rng):
 
 def test_a_paired_difference_is_narrower_than_two_intervals(rng):
   images = rng.normal(0, 5, 200)  # images differ far more than methods do
-  first, second = results('a', images), results('b', images + 1 + rng.normal(0, 0.1, 200))
+  first, second = results(images), results(images + 1 + rng.normal(0, 0.1, 200))
   estimate = report.difference(first, second, 'l1')
   assert estimate.mean == pytest.approx(1, abs=0.05) and estimate.low > 0.9
   assert report.bootstrap(images).high - report.bootstrap(images).low > 1
 
 
 def test_a_difference_is_of_common_images():
-  first, second = results('a', [1.0, 2.0, None]), results('b', [2.0, None, 5.0])
+  first, second = results([1.0, 2.0, None]), results([2.0, None, 5.0])
   assert report.difference(first, second, 'l1')[::3] == (1.0, 1)
   with pytest.raises(InputError, match='l1: the two methods have no image in common'):
-    report.difference(first, [{'id': 'x', 'method': 'b', 'l1': 1.0}], 'l1')
+    report.difference(first, [{'id': 'x', 'l1': 1.0}], 'l1')
 
 
 def test_a_table_has_a_row_a_method_and_says_how_metrics_are_made():
-  rows = results('ours', [0.5, 0.5]) + results('other', [0.25, 0.25]) + results('none', [None])
+  rows = {'ours': results([0.5, 0.5]), 'other': results([0.25, 0.25]), 'none': results([None])}
+  assert report.metrics_of(rows) == ['l1']
   summary = report.summarize(rows, ['l1'])
   lines = report.markdown(summary, ['l1'], {'l1': 'over 0..1'}).splitlines()
   assert lines[2:5] == ['| method | images | l1 |', '| --- | --- | --- |',
@@ -80,7 +77,7 @@ def test_numbers_have_three_digits(value, shown):
 
 
 def test_the_csv_holds_every_estimate(tmp_path):
-  summary = report.summarize(results('a, b', [1.0, 2.0]), ['l1'])
+  summary = report.summarize({'a, b': results([1.0, 2.0])}, ['l1'])
   report.write_csv(tmp_path / 'x.csv', summary)
   with (tmp_path / 'x.csv').open(newline='') as file:
     (line,) = csv.DictReader(file)
