@@ -66,17 +66,10 @@ def test_only_missing_edits_are_made_again(rows, tmp_path):
   assert all(np.array_equal(before[name], after[name]) for name in before)
 
 
-def test_workers_share_rows_and_keep_sessions_together(tmp_path):
-  rows = [
-    a_row(0),
-    a_row(1, turn=2, previous='row 0'),
-    a_row(2),
-    a_row(3, turn=2, previous='row 2'),
-  ]
-  shares = [[row.id for _, row in run.share_of(rows, (i, 2))] for i in range(2)]
-  assert shares == [['row 0', 'row 1', 'row 2', 'row 3'], []]
-  shares = [[number for number, _ in run.share_of(rows, (i, 3))] for i in range(3)]
-  assert shares == [[0, 1], [], [2, 3]]
+def test_workers_share_rows_and_keep_sessions_together():
+  rows = [a_row(0), a_row(1, turn=2, previous='row 0'), a_row(2), a_row(3)]
+  shares = [[number for number, _ in run.share_of(rows, (i, 2))] for i in range(2)]
+  assert shares == [[0, 1, 3], [2]]
 
 
 def test_a_later_turn_edits_the_turn_before(tmp_path):
@@ -101,8 +94,8 @@ def test_scores_compare_an_edit_with_source_and_target(tmp_path):
   image(1, (32, 32)).save(tmp_path / '1.png')
   first, second = sorted(scored(rows, tmp_path, tmp_path), key=lambda line: line['id'])
   difference = lambda other: np.abs(edit / 255 - np.asarray(other) / 255).mean()
-  assert first['l1'] == pytest.approx(difference(image(0, (32, 32))), abs=1e-6)
-  assert first['target_l1'] == pytest.approx(difference(target()), abs=1e-6)
+  assert first['l1'] == pytest.approx(difference(image(0, (32, 32))), abs=1e-5)
+  assert first['target_l1'] == pytest.approx(difference(target()), abs=1e-5)
   assert first['l1_kept'] == 0 and first['psnr_kept'] == 100 and first['group'] == 'recolour'
   assert second['l1'] == 0 and second['psnr'] == 100 and 'target_l1' not in second
   assert first['source'] != second['source']
