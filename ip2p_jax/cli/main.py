@@ -11,6 +11,7 @@ from ip2p_jax.cli.convert import convert
 from ip2p_jax.cli.data import check, pack
 from ip2p_jax.cli.draw import draw
 from ip2p_jax.cli.edit import edit
+from ip2p_jax.cli.evaluate import compare, evaluate
 from ip2p_jax.cli.pairs import filter, pairs
 from ip2p_jax.cli.plan import plan
 
@@ -21,7 +22,7 @@ def app() -> typer.Typer:
   for command in (edit, draw, convert, check, pack):
     app.command()(command)
   app.add_typer(captions.app, name='captions')
-  for command in (pairs, filter, plan):
+  for command in (pairs, filter, evaluate, compare, plan):
     app.command()(command)
   return app
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ip2p_jax.errors import InputError
+from ip2p_jax.evaluation.scorers import Scorer
 from ip2p_jax.storage import replacing, write_bytes
 
 RESAMPLES = 2000
@@ -132,15 +133,27 @@ def _digits(value):
 
 
 def markdown(summary: Summary, metrics: Sequence[str], notes: Mapping[str, str] = {}) -> str:
-  """A table in Markdown: a row a method, a column a metric; `notes` say how a metric is made."""
+  """A table in Markdown: a row a method, a column a metric; `notes` become a list below."""
   lines = [['method', 'images', *metrics], ['---'] * (2 + len(metrics))]
   for method, estimates in summary.items():
     count = max((estimate.count for estimate in estimates.values()), default=0)
     lines.append([method, str(count), *(text(estimates[metric]) for metric in metrics)])
   table = ''.join(f'| {" | ".join(line)} |\n' for line in lines)
   head = 'Means with 95% bootstrap intervals over images.\n\n'
-  made = ''.join(f'* {metric}: {notes[metric]}\n' for metric in metrics if metric in notes)
-  return head + table + ('\n' + made if made else '')
+  below = ''.join(f'* {name}: {note}\n' for name, note in notes.items())
+  return head + table + ('\n' + below if below else '')
+
+
+def described(scorers: Sequence[Scorer]) -> dict[str, str]:
+  """How the scores of each scorer are computed, as notes by its model."""
+  notes = {}
+  for scorer in scorers:
+    model, digests, preprocessing, resize_filter, quirks = scorer.description
+    weights = ''.join(f', {name} sha256 {digest[:16]}' for name, digest in digests.items())
+    published = f'; as published: {", ".join(quirks)}' if quirks else ''
+    name = model if model != 'none' else 'pixels'
+    notes[name] = f'{preprocessing}; resized by {resize_filter}{weights}{published}'
+  return notes
 
 
 def write_csv(path: Path, summary: Summary) -> None:
