@@ -22,7 +22,7 @@ def edit(
   strength: float,
   text_guidance: float,
   steps: int = 30,
-  seed: int = 0,
+  seed: int | Sequence[int] = 0,
   indices: Sequence[int] | None = None,
 ) -> np.ndarray:
   """Edits images uint8 [B, H, W, 3] so that they show what the captions say.

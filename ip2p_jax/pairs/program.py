@@ -43,6 +43,7 @@ class PairRequest(NamedTuple):
   init_noise: Array | None = None  # float32 [P, h, w, 4], standard normal
   step_noise: Array | None = None  # float32 [S, P, h, w, 4], standard normal
   null_contexts: Array | None = None  # float32 [S, P, L, C], from null-text inversion
+  first_path: Array | None = None  # float32 [S + 1, P, h, w, 4], x of the first images, given
 
 
 class Pairs(NamedTuple):
@@ -92,6 +93,7 @@ def pair_program(networks: Networks, spec: PairSpec, params, request: PairReques
     fresh = parts.step_noise(spec.sampler, keys, i, shape, request.step_noise)
     move = samplers.SAMPLERS[spec.sampler](denoiser(predict, networks.schedule), request.grid)
     state = move(state, i, None if fresh is None else twice(fresh))
+    state = on_path(request.first_path, i + 1, state)
     if wants_maps and not maps:
       raise InputError('this UNet has no attention to words at the coarse level, so no maps.')
     if blend is not None:
@@ -120,6 +122,16 @@ def scored_pairs(
   """P pairs and CLIP's scores. `params` has 'clip'; `clip_ids` [2, P, L] are CLIP's tokens."""
   pairs = pair_program(networks, spec, params, request)
   return pairs, towers.scores(params['clip'], pairs.images, clip_ids)
+
+
+def on_path(path: Array | None, level: Array, state: samplers.State) -> samplers.State:
+  """The state [2 * P, ...], with the first images' x from `path` [S + 1, P, ...], if there is one.
+
+  This is direct inversion (Ju et al. 2024), which adds the difference to the path.
+  """
+  if path is None:
+    return state
+  return jnp.concatenate([path[level], apart(state[0])[1]]), state[1]
 
 
 def twice(x: Array) -> Array:
