@@ -12,6 +12,10 @@ from ip2p_jax.errors import InputError
 from ip2p_jax.progress import unwatched
 
 REPORT = 'report'  # .md, .csv and .png
+METHODS = (
+  'identity, vae, sdedit-caption, sdedit-instruction, ddim, direct, null-text, edit-friendly or'
+  ' plug-and-play'
+)
 PROTOCOLS = 'own, paper, magicbrush, magicbrush-multi, emu, pie, gedit or imgedit'
 
 
@@ -21,6 +25,13 @@ def evaluate(
   protocol: Annotated[str, Option(help=f'{PROTOCOLS}.')] = 'own',
   ckpt: Annotated[
     str | None, Option(help='The editor that makes the edits, as for `ip2p edit`.')
+  ] = None,
+  method: Annotated[str | None, Option(help=f'Instead of --ckpt: {METHODS}.')] = None,
+  base: Annotated[
+    str | None, Option(help='With --method: its text-to-image checkpoint, as for `ip2p draw`.')
+  ] = None,
+  setting: Annotated[
+    list[str] | None, Option('--set', help='With --method: strength=0.7, and so on.')
   ] = None,
   outputs: Annotated[
     Path | None,
@@ -73,6 +84,8 @@ def evaluate(
 
   ip2p evaluate MagicBrush/test results --protocol magicbrush --outputs edits-of-any-method
 
+  ip2p evaluate my-pairs results --method sdedit-caption --base CKPT --set strength=0.7
+
   ip2p evaluate instruct-pix2pix-data results --protocol paper --ckpt CKPT --clip CLIP --samples 500
 
   Pixel scores (l1, l2, psnr, ssim) need no weights. A score with target_ before its name compares
@@ -80,21 +93,65 @@ def evaluate(
   intervals, and how each score was computed. After a kill, run it again to continue.
   """
   from ip2p_jax.data.shard_writing import parse_shard
-  from ip2p_jax.evaluation import protocols, report, run, scorers
+  from ip2p_jax.evaluation import protocols, report, run
 
-  if (ckpt is None) == (outputs is None):
-    raise InputError('give one of --ckpt (an editor) and --outputs (a folder of edits).')
+  _check_method(ckpt, method, base, setting, outputs)
+  part = parse_shard(shard)
+  rows = protocols.read_rows(str(data), protocol, samples, split, columns)
+  if drop_equal_captions:
+    rows = protocols.without_equal_captions(rows)
+  console.cache_compilations()
+  every = _scorers(clip, clip_crop, original_range, dino, structure, levels, lpips, masked_zeros)
+  how = {'seed': seed, 'resolution': resolution}
+  if ckpt:
+    how |= {'ckpt': ckpt, 'steps': steps, 'sampler': sampler, 'cfg_text': cfg_text,
+            'cfg_image': cfg_image}  # fmt: skip
+  elif method:
+    how |= {'method': method, 'base': base, 'set': setting or []}
+  else:
+    how = {'outputs': str(outputs)}
+  descriptions = [scorer.description._asdict() for scorer in every]
+  run.start(out, {'protocol': protocol, 'rows': len(rows), 'scorers': descriptions} | how)
+  if outputs is None:
+    edit, size_of = (_editor if ckpt else _method)(rows, dtype, protocol, **how)
+    with console.progress('edit', compiles=True) as progress:
+      run.make_edits(
+        rows, edit, out / run.EDITS, size_of, batch_size=batch_size, shard=part, settings=how,
+        progress=progress or unwatched,
+      )  # fmt: skip
+  with console.progress('score', compiles=True) as progress:
+    run.score_edits(
+      rows, outputs or out / run.EDITS, protocol, every, out, batch_size=batch_size, shard=part,
+      progress=progress or unwatched,
+    )  # fmt: skip
+  results = {out.name: run.read_results(out)}
+  _write(out / REPORT, results, report.described(every))
+  done, total = len(results[out.name]), sum(row.is_last for row in rows)
+  if done < total:
+    console.say(f'{done} of {total} rows so far; other workers have the rest')
+
+
+def _check_method(ckpt, method, base, setting, outputs):
+  if sum(option is not None for option in (ckpt, method, outputs)) != 1:
+    raise InputError(
+      'give one of --ckpt (an editor), --method with --base, and --outputs (a folder of edits).'
+    )
+  if method is None and (base is not None or setting):
+    raise InputError('--base and --set: of no use without --method; leave them out.')
+  if method is not None and base is None:
+    raise InputError(f'--method {method} needs --base, a text-to-image checkpoint.')
+
+
+def _scorers(clip, clip_crop, original_range, dino, structure, levels, lpips, masked_zeros):
+  """The scorers that the options ask for."""
+  from ip2p_jax.evaluation import scorers
+
   for name, is_on, needs in (
     ('--original-range', original_range, clip), ('--clip-crop', clip_crop, clip),
     ('--levels', levels, structure),
   ):  # fmt: skip
     if is_on and needs is None:
       raise InputError(f'{name}: of no use here; leave it out, or give the weights it is about.')
-  part = parse_shard(shard)
-  rows = protocols.read_rows(str(data), protocol, samples, split, columns)
-  if drop_equal_captions:
-    rows = protocols.without_equal_captions(rows)
-  console.cache_compilations()
   every = [scorers.pixels(masked_zeros=masked_zeros)]
   if clip:
     prepare = 'crop' if clip_crop else 'squash'
@@ -105,44 +162,19 @@ def evaluate(
     every.append(scorers.structure(structure, levels=levels))
   if lpips:
     every.append(scorers.lpips(lpips))
-  sampling = {'steps': steps, 'sampler': sampler, 'cfg_text': cfg_text, 'cfg_image': cfg_image,
-              'seed': seed, 'resolution': resolution}  # fmt: skip
-  settings = {
-    'protocol': protocol, 'rows': len(rows), 'ckpt': ckpt, 'outputs': outputs and str(outputs),
-    'scorers': [scorer.description._asdict() for scorer in every],
-  } | (sampling if ckpt else {})  # fmt: skip
-  run.start(out, settings)
-  if ckpt:
-    edit, size_of = _editor(ckpt, dtype, protocol, **sampling)
-    with console.progress('edit', compiles=True) as progress:
-      run.make_edits(
-        rows, edit, out / run.EDITS, size_of, batch_size=batch_size, shard=part,
-        settings={'ckpt': ckpt} | sampling, progress=progress or unwatched,
-      )  # fmt: skip
-  with console.progress('score', compiles=True) as progress:
-    run.score_edits(
-      rows, outputs or out / run.EDITS, protocol, every, out, batch_size=batch_size, shard=part,
-      progress=progress or unwatched,
-    )  # fmt: skip
-  results = {out.name: run.read_results(out)}
-  total = sum(row.is_last for row in rows)
-  _write(out / REPORT, results, report.described(every))
-  if len(results[out.name]) < total:
-    console.say(f'{len(results[out.name])} of {total} rows so far; other workers have the rest')
+  return every
 
 
-def _editor(ckpt, dtype, protocol, steps, sampler, cfg_text, cfg_image, seed, resolution):
+def _editor(rows, dtype, protocol, seed, resolution, ckpt, steps, sampler, cfg_text, cfg_image):
   """The editor as a method, and the size that it works at."""
   import numpy as np
 
   from ip2p_jax.editing.editor import Editor
-  from ip2p_jax.images import working_size
   from ip2p_jax.pipeline.sampling import Sampling, check_acts
 
   sampling = Sampling(steps, sampler)
   check_acts(sampling, cfg_text, cfg_image, '')
   model = Editor.load(ckpt, dtype)
-  side, factor = resolution or model.networks.resolution, model.networks.vae_config.factor
 
   def edit(images, rows, numbers):
     edits = model.edit_arrays(
@@ -151,12 +183,58 @@ def _editor(ckpt, dtype, protocol, steps, sampler, cfg_text, cfg_image, seed, re
     )  # fmt: skip
     return np.asarray(edits.images)
 
+  return edit, _size_of(model.networks, protocol, resolution)
+
+
+def _method(rows, dtype, protocol, seed, resolution, method, base, set):
+  """A method of the table, and the size that it works at."""
+  from ip2p_jax.evaluation.methods import table
+  from ip2p_jax.evaluation.methods.method import Texts
+  from ip2p_jax.pipeline.text_to_image import TextToImage
+
+  settings = dict(map(_setting, set))
+  table.settings_of(method, **settings)  # before loading
+  fields = {'captions': 'source_caption', 'edited_captions': 'target_caption',
+            'instructions': 'instruction'}  # fmt: skip
+  for column in table.METHODS[method].reads:
+    if lacking := [row.id for row in rows if not getattr(row, fields[column])]:
+      raise InputError(
+        f'--method {method} needs {column}, which {len(lacking)} rows lack, such as {lacking[0]};'
+        ' choose another method.'
+      )
+  model = TextToImage.load(base, dtype)
+  edited = table.method(method, model, **settings)
+
+  def edit(images, rows, numbers):
+    texts = (list(column) for column in zip(
+      *[(row.source_caption, row.target_caption, row.instruction) for row in rows], strict=True
+    ))  # fmt: skip
+    return edited(images, Texts(*texts, [seed + number for number in numbers]))
+
+  return edit, _size_of(model.networks, protocol, resolution)
+
+
+def _setting(text):
+  """(name, value) of 'name=value'; a value is a number, true or false."""
+  name, _, value = text.partition('=')
+  words = {'true': True, 'false': False}
+  try:
+    return name, words[value] if value in words else float(value) if '.' in value else int(value)
+  except ValueError:
+    raise InputError(f'--set {text}: give a name and a number, such as strength=0.7.') from None
+
+
+def _size_of(networks, protocol, resolution):
+  from ip2p_jax.images import working_size
+
+  side, factor = resolution or networks.resolution, networks.vae_config.factor
+
   def size_of(width, height):
     if protocol == 'paper':  # the original squashes every image
       width = height = side
     return working_size(width, height, side, factor)
 
-  return edit, size_of
+  return size_of
 
 
 def compare(

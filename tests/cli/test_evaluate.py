@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 from ip2p_jax import bundled
 
 COUNT = 3
+BASE = Path(bundled.path()).parent / 'miniature-base'
 
 
 @pytest.fixture(scope='module')
@@ -54,6 +56,14 @@ def test_an_editor_is_run_and_compared(ip2p, data, outputs, tmp_path):
   assert {file.suffix for file in (tmp_path / 'x').iterdir()} == {'.md', '.csv', '.png'}
 
 
+@pytest.mark.long
+def test_a_method_of_the_table_makes_the_edits(ip2p, data, tmp_path):
+  words = '--method', 'vae', '--base', BASE, '--resolution', 32
+  code, output = ip2p('evaluate', data, tmp_path / 'out', *words)
+  assert code == 0 and len(list((tmp_path / 'out' / 'edits').glob('*.png'))) == COUNT
+  assert '| out | 3 |' in output
+
+
 def test_both_workers_together_score_every_row(ip2p, data, outputs, tmp_path):
   words = 'evaluate', data, tmp_path / 'out', '--outputs', outputs
   assert '2 of 3 rows so far' in ip2p(*words, '--shard', '0/2')[1]
@@ -68,6 +78,11 @@ def test_both_workers_together_score_every_row(ip2p, data, outputs, tmp_path):
   (('--outputs', 'y', '--protocol', 'paper2'), '--protocol'),
   (('--outputs', 'y', '--shard', '2/2'), 'shard is'),
   (('--outputs', 'nowhere'), '3 of 3 edits are missing'),
+  (('--method', 'vae'), '--method vae needs --base'),
+  (('--outputs', 'y', '--set', 'steps=3'), '--base and --set: of no use without --method'),
+  (('--method', 'vae', '--base', 'x', '--set', 'steps=3'), 'steps is no setting of the method vae'),
+  (('--method', 'vae', '--base', 'x', '--set', 'steps'), '--set steps: give a name and a number'),
+  (('--method', 'morph', '--base', 'x'), 'method'),
 ])  # fmt: skip
 def test_a_mistake_is_one_line(ip2p, data, tmp_path, options, message):
   code, output = ip2p('evaluate', data, tmp_path / 'out', *options)
