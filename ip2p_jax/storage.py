@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import fsspec
 from etils import epath
@@ -133,6 +133,13 @@ def claim(file: epath.Path, value: Any) -> Any:
 def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
   """Names of settings that differ, sorted; a missing setting counts as None."""
   return sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
+
+
+def refuse_existing(path: str | os.PathLike) -> NoReturn:
+  """Raises InputError for a file or folder that exists and must not be overwritten."""
+  raise InputError(
+    f'{path}: already exists; choose another name, or add --overwrite (overwrite=True).'
+  )
 
 
 @contextlib.contextmanager

@@ -56,7 +56,7 @@ def test_a_file_imports_only_folders_to_the_right(path):
 
 
 def test_no_two_files_import_each_other():
-  names = {'.'.join(path.with_suffix('').parts): path for path in FILES}
+  names = {_dotted(path): path for path in FILES}
   graph = {name: _files_imported(path, names) for name, path in names.items()}
   done, open_now = set(), []
 
@@ -74,14 +74,19 @@ def test_no_two_files_import_each_other():
 
 
 def _files_imported(path: Path, names: dict[str, Path]) -> set[str]:
-  """Files that a file imports at its top, as dotted names."""
+  """Files that a file imports at its top, as dotted names; `x/__init__.py` is `x`."""
   wanted = set()
   for node in ast.parse((PACKAGE / path).read_text()).body:
     if isinstance(node, ast.ImportFrom) and (node.module or '').split('.')[0] == 'ip2p_jax':
       folder = '.'.join(node.module.split('.')[1:])
-      wanted |= {f'{folder}.{alias.name}'.strip('.') for alias in node.names} | {folder}
-  own = '.'.join(path.with_suffix('').parts)
-  return {name for name in wanted if name in names} - {own}
+      for alias in node.names:
+        file = f'{folder}.{alias.name}'.strip('.')
+        wanted.add(file if file in names else folder)
+  return {name for name in wanted if name in names} - {_dotted(path)}
+
+
+def _dotted(path: Path) -> str:
+  return '.'.join(path.with_suffix('').parts).removesuffix('.__init__')
 
 
 @pytest.mark.parametrize('path', FILES, ids=str)

@@ -1,6 +1,6 @@
 """Properties that speed depends on, without a clock: arithmetic, memory, layout, compilations.
 
-`test_plan.py` tests that the state is donated, and that products are in bfloat16.
+`planning/test_training.py` tests that the state is donated, and that products are in bfloat16.
 """
 
 import contextlib

@@ -83,9 +83,9 @@ def draw(
   _check(text, negative, cfg_text, sampling, init and strength, seed + num - 1)
   image = None if init is None else for_file(read(init), output)
   _check_outputs(outputs, init)
-  console.say(f'seed {seed}')
   console.cache_compilations()
   model = TextToImage.load(ckpt, dtype)
+  console.say(f'seed {seed}')
   size = size or model.networks.resolution
   with console.progress('step', compiles=True) as progress:
     images = model.draw(

@@ -152,9 +152,9 @@ def edit(
   sampling = Sampling(steps, sampler, spacing, karras, rescale, interval)
   check_acts(sampling, *zip(*scales, strict=True), negative)
   ckpt = _bundled() if ckpt is None else ckpt
-  console.say(f'seed {seed}')
   console.cache_compilations()
   model = Editor.load(ckpt, dtype, variant=variant, ema=ema, prediction_type=prediction_type)
+  console.say(f'seed {seed}')
   batch_size = batch_size or 4 * model.mesh.size
   resolution = resolution or model.networks.resolution
   settings = options | {

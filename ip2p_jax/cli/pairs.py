@@ -108,7 +108,7 @@ def pairs(
   lines = read_prompts(prompts, lambda prompt: faults(prompt, drawing, tokenizer))
   towers = Clip.load(clip)
   params = params_of(checkpoint, networks, dtype)
-  generator = PairGenerator(networks, params, tokenizer, towers, drawing)
+  generator = PairGenerator(networks, params, tokenizer, towers, drawing, source=str(ckpt))
   if show_attention:
     _show_attention(generator, lines[:show_attention], storage.local_folder(out))
     return

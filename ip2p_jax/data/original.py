@@ -163,9 +163,9 @@ def _read_prompt(path):
     prompt = json.loads(Path(path).read_bytes())
   except (OSError, ValueError, RecursionError) as error:
     reason = getattr(error, 'strerror', None) or error
-    raise InputError(f'{path}: cannot be read ({reason}); mend it or take it out') from error
+    raise InputError(f'{path}: cannot be read ({reason}); fix it or remove it') from error
   if not isinstance(prompt, dict):
-    raise InputError(f'{path}: does not hold keys and texts; mend it or take it out')
+    raise InputError(f'{path}: does not hold keys and texts; fix it or remove it')
   return prompt
 
 

@@ -139,7 +139,7 @@ def work(
   say: Callable[[str], None],
   progress: Progress,
 ) -> None:
-  """Draws all `results` (file, its broken rows). Stops if too many rows are broken."""
+  """Consumes all `results` (file, its broken rows). Stops if too many rows are broken."""
   rows = lambda files: sum(shard.stop - shard.start for shard in files)
   total, left = rows(job.mine), rows(job.todo)
   say(f'{job.folder}: {total:,} rows in {len(job.mine)} files, {len(job.todo)} of them to write')
@@ -160,8 +160,9 @@ def check_skipped(job: Job) -> None:
     more = f' ... and {count - SHOWN} more' if count > SHOWN else ''
     raise InputError(
       f'{count} broken {"row" if count == 1 else "rows"}, but --max-corrupt allows'
-      f' {job.max_corrupt}: {" | ".join(job.skipped[:SHOWN])}{more}. Mend them (ip2p check lists'
-      ' all) or allow more, and run this again to continue.'
+      f' {job.max_corrupt}: {" | ".join(line.rstrip(".") for line in job.skipped[:SHOWN])}{more}.'
+      ' Repair the files (ip2p check lists all) or allow more, and run this again to continue. To'
+      ' remove rows, start with a new folder.'
     )
 
 

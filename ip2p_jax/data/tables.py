@@ -80,7 +80,7 @@ class JsonLines:
       file.seek(self._starts[i])
       values = json.loads(file.readline())
     if not isinstance(values, dict):
-      raise InputError(f'{name}: is not an object, {{"key": "value", ...}}; mend it or take it out')
+      raise InputError(f'{name}: is not an object, {{"key": "value", ...}}; fix it or remove it')
     return name, (os.path.dirname(self._path),), values
 
   def _keys(self):

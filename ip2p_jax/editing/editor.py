@@ -31,12 +31,21 @@ class Editor(Pipeline):
   check = staticmethod(check_is_editor)
 
   @classmethod
-  def load(cls, path: str | os.PathLike | None = None, dtype: str | None = None, **options) -> Self:
+  def load(
+    cls,
+    path: str | os.PathLike | None = None,
+    dtype: str | None = None,
+    *,
+    variant: str | None = None,
+    ema: bool | None = None,
+    prediction_type: str | None = None,
+  ) -> Self:
     """As `Pipeline.load`. The UNet must have eight input channels.
 
     Without a path it loads the bundled miniature, which edits drawn scenes of 64 px, best with the
     settings in `bundled`.
     """
+    options = {'variant': variant, 'ema': ema, 'prediction_type': prediction_type}
     return super().load(bundled.path() if path is None else path, dtype, **options)
 
   def edit(

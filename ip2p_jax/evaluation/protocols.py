@@ -360,7 +360,7 @@ def _shown_file(path):
 
 def _object(item, place):
   if not isinstance(item, dict):
-    raise InputError(f'{place}: does not hold keys and values; mend it or take it out')
+    raise InputError(f'{place}: does not hold keys and values; fix it or remove it')
   return item
 
 

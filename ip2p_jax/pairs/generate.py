@@ -198,9 +198,10 @@ class PairGenerator:
     clip: Clip,
     drawing: PairSettings,
     mesh: Mesh | None = None,
+    source: str = 'the checkpoint',
   ):
-    """Raises InputError if the checkpoint is not text-to-image, or the settings do not fit it."""
-    check_is_text_to_image(networks, 'the checkpoint')
+    """Raises InputError if `source` is not text-to-image, or the settings do not fit it."""
+    check_is_text_to_image(networks, source)
     factor = networks.vae_config.factor
     check_multiple('size', drawing.size, factor)
     self.mesh = mesh or sharding.make_mesh(devices=jax.local_devices())

@@ -62,7 +62,7 @@ def check_latents(config: TrainConfig, checkpoint: Checkpoint, tokenizer: ClipTo
   """Raises InputError if latents were made with another VAE or at another size than this run's."""
   expected = None
   for path, _ in sources.mixture(config.data.path):
-    about = shards.describe(path) if shards.is_shards(path) else {'kind': 'pictures'}
+    about = shards.describe(path) if shards.is_shards(path) else {'kind': 'images'}
     if about['kind'] != 'latents':
       continue
     expected = expected or fingerprint(checkpoint, tokenizer)

@@ -7,6 +7,7 @@ Both formats share one form in memory, `Checkpoint`: diffusers' names and config
 import os
 from pathlib import Path
 
+from ip2p_jax import storage
 from ip2p_jax.diffusion.noise import PREDICTION_TYPES
 from ip2p_jax.errors import InputError
 from ip2p_jax.models.learned_tokens import learned_tokens
@@ -130,4 +131,4 @@ def check_destination(
   if to == 'original':
     torch_file.need_torch(path)
   if path.is_dir() or (path.exists() and not overwrite):
-    raise InputError(f'{path}: already exists; choose another name, or say to overwrite it.')
+    storage.refuse_existing(path)

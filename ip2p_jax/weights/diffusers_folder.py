@@ -114,7 +114,7 @@ def check_free(path: Path, overwrite: bool) -> None:
   if not path.exists() or (path.is_dir() and not any(path.iterdir())):
     return
   if not overwrite:
-    raise InputError(f'{path}: already exists; choose another name, or say to overwrite it.')
+    storage.refuse_existing(path)
   if not (path / 'model_index.json').is_file():
     raise InputError(f'{path}: is not a diffusers folder, so it is not overwritten; remove it '
                      'yourself or choose another name.')  # fmt: skip

@@ -53,6 +53,8 @@ def read_language(path: str | os.PathLike) -> LanguageCheckpoint:
   path = Path(path)
   if not path.is_dir():
     raise InputError(f'{path}: no such folder; give a language model that transformers saved.')
+  if not (path / _CONFIG).is_file():
+    raise InputError(f'{path}: has no config.json; give a language model that transformers saved.')
   config = storage.read_json(path / _CONFIG, dict)
   if not (path / _TOKENIZER).is_file():
     raise InputError(f'{path / _TOKENIZER}: no such file; a language model needs its tokenizer in '
@@ -119,7 +121,7 @@ def _check_free(path, overwrite):
   if not path.exists() or (path.is_dir() and not any(path.iterdir())):
     return
   if not overwrite:
-    raise InputError(f'{path}: already exists; choose another name, or say to overwrite it.')
+    storage.refuse_existing(path)
   if not all((path / name).is_file() for name in (_CONFIG, _TOKENIZER)):
     raise InputError(f'{path}: is not a language model, so it is not overwritten; remove it '
                      'yourself or choose another name.')  # fmt: skip

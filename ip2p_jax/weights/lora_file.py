@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from ip2p_jax import weights
+from ip2p_jax import storage, weights
 from ip2p_jax.config import LoraConfig
 from ip2p_jax.errors import InputError
 from ip2p_jax.models.lora import kernels_of, names_of, shapes_of
@@ -65,7 +65,7 @@ def write(
   """
   file = _file(path)
   if file.exists() and not overwrite:
-    raise InputError(f'{file}: already exists; choose another name, or say to overwrite it.')
+    storage.refuse_existing(file)
   note = {'alpha': config.alpha, 'targets': config.targets}
   tensors = to_diffusers(adapters, config)
   weights.write_safetensors(file, tensors, dtype, {_OUR_NOTE: json.dumps(note)})

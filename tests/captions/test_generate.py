@@ -145,7 +145,7 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, change, message):
 @pytest.mark.parametrize(
   ('file', 'content', 'message'),
   [
-    ('config.json', None, r'config\.json: no such file'),
+    ('config.json', None, r'has no config\.json'),
     ('tokenizer.json', None, r'tokenizer\.json: no such file; .*save_pretrained'),
     ('model.safetensors', None, r'has no weights; expected model\.safetensors or'),
     ('config.json', b'{', r'config\.json: not valid JSON'),

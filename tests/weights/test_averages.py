@@ -151,6 +151,13 @@ def test_equal_sets_log_nothing(tmp_path, file, caplog):
   assert not caplog.records
 
 
+def test_equal_sets_with_small_biases_are_no_merge(file):
+  live = {
+    name: array * (1e-9 if array.ndim == 1 else 1) for name, array in unet_of(file[1]).items()
+  }
+  assert averages.doubt(live, live) == ''
+
+
 @pytest.mark.parametrize('note', ['sd_merge_recipe', 'modelspec.merged_from'])
 def test_merge_metadata_is_believed(tmp_path, file, run, note, caplog):
   live, average = run
