@@ -60,14 +60,15 @@ def ssim(images: Array, others: Array, where: Array | None = None) -> Array:
     height, width = images.shape[1:3]
     raise InputError(f'images are {width}x{height}; SSIM needs {WINDOW}x{WINDOW} pixels or more.')
   x, y = images - GREY, others - GREY
+  moments = jnp.concatenate([x, y, x * x + y * y, x * y], -1)
   if where is None:
-    local = _blur
+    local = _blur(moments)
   else:
     total = _blur(where)
-    local = lambda z: _blur(z * where) / jnp.where(total > 0, total, 1)
-  mean_x, mean_y = local(x), local(y)
-  variances = local(x * x) + local(y * y) - mean_x**2 - mean_y**2
-  covariance = local(x * y) - mean_x * mean_y
+    local = _blur(moments * where) / jnp.where(total > 0, total, 1)
+  mean_x, mean_y, squares, product = jnp.split(local, 4, -1)
+  variances = squares - mean_x**2 - mean_y**2
+  covariance = product - mean_x * mean_y
   mean_x, mean_y = mean_x + GREY, mean_y + GREY
   brightness = (2 * mean_x * mean_y + C1) / (mean_x**2 + mean_y**2 + C1)
   similarity = brightness * (2 * covariance + C2) / (variances + C2)

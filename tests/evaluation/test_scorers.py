@@ -43,6 +43,10 @@ def kept():
   return np.float32(np.random.default_rng(2).random((COUNT, 64, 80, 1)) < 0.6)
 
 
+def one_device():
+  return sharding.make_mesh(devices=jax.devices()[:1])
+
+
 def unit(images):
   return reference.nchw(np.float32(images) / 255)
 
@@ -107,6 +111,7 @@ def tokens_of(folder):
   return tokenizer(CAPTIONS), tokenizer(EDITED)
 
 
+@pytest.mark.long
 @peers.needs_torch
 @pytest.mark.parametrize('original_range', [False, True])
 def test_clip_is_that_of_transformers(clip_folder, pairs, original_range):
@@ -123,6 +128,7 @@ def test_clip_is_that_of_transformers(clip_folder, pairs, original_range):
   assert described.sha256 == {'model.safetensors': hashlib.sha256(weights_file).hexdigest()}
 
 
+@pytest.mark.long
 @peers.needs_torch
 def test_clip_takes_images_as_openai_does(clip_folder, pairs):
   pixels = [unit(pillow_crop(images, 32, 32)) for images in pairs]
@@ -146,10 +152,11 @@ def test_clip_of_full_size_is_that_of_transformers(shape, pairs, tmp_path):
   for name, content in tiny_models.tokenizer_files().items():
     (tmp_path / name).write_bytes(content)
   pixels = [torch_resize(unit(images), (224, 224), 'bicubic') for images in pairs]
-  scorer = check_clip(tmp_path, pairs, pixels, tokens_of(tmp_path))
+  scorer = check_clip(tmp_path, pairs, pixels, tokens_of(tmp_path), mesh=one_device())
   assert scorer.description.model == f'CLIP ViT-{shape}'
 
 
+@pytest.mark.long
 def test_clip_scores_what_the_captions_allow(clip_folder, pairs):
   scorer = scorers.clip(clip_folder)
   references, edits = pairs
@@ -176,17 +183,18 @@ def write(file, tensors):
   return file
 
 
-def check_dino(file, tensors, pairs):
+def check_dino(file, tensors, pairs, mesh=None):
   pixels = [unit(pillow_crop(images, 256, 224)) for images in pairs]
   pixels = [normalised(x, scorers.MEAN, scorers.STD) for x in pixels]
   with torch.no_grad():
     theirs = cosine(*(torch_scores.dino(tensors, x)[0] for x in pixels))
-  scorer = scorers.dino(file)
+  scorer = scorers.dino(file, mesh=mesh)
   ours = scorer.score(Batch(pairs[1], pairs[0]))['dino']
   assert reference.relative_error(ours, theirs) < TOLERANCE
   return scorer
 
 
+@pytest.mark.long
 @peers.needs_torch
 @pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
 def test_dino_is_that_of_pytorch(suffix, pairs, tmp_path, rng):
@@ -200,10 +208,12 @@ def test_dino_is_that_of_pytorch(suffix, pairs, tmp_path, rng):
 @pytest.mark.slow
 def test_dino_of_full_size_is_that_of_pytorch(pairs, tmp_path, rng):
   tensors = torch_scores.dino_tensors(rng, width=384, depth=12)
-  scorer = check_dino(write(tmp_path / 'dino_deitsmall16_pretrain.pth', tensors), tensors, pairs)
+  file = write(tmp_path / 'dino_deitsmall16_pretrain.pth', tensors)
+  scorer = check_dino(file, tensors, pairs, one_device())
   assert scorer.description.model == 'dino_vits16'
 
 
+@pytest.mark.long
 @peers.needs_torch
 @pytest.mark.parametrize('levels', [False, True])
 @pytest.mark.parametrize('size', [(64, 64), (64, 80)], ids=str)
@@ -223,6 +233,7 @@ def test_structure_is_that_of_pytorch(levels, size, tmp_path, rng):
   assert scorer.description.quirks == (('colours in 0..255',) if levels else ())
 
 
+@pytest.mark.long
 @peers.needs_torch
 @pytest.mark.parametrize('classifier', ['squeeze', 'alex'])
 def test_lpips_is_that_of_pytorch(classifier, pairs, kept, tmp_path, rng):
@@ -260,10 +271,11 @@ def test_floats_score_as_their_levels_do(pairs):
     np.testing.assert_allclose(as_floats[name], score, rtol=1e-6)
 
 
+@pytest.mark.long
 def test_devices_share_the_rows(clip_folder, pairs):
   """20 rows on 8 devices, and on one."""
   batch = Batch(pairs[1], pairs[0], EDITED, CAPTIONS)
-  alone = sharding.make_mesh(devices=jax.devices()[:1])
+  alone = one_device()
   for make in (
     lambda mesh: scorers.clip(clip_folder, mesh=mesh),
     lambda mesh: scorers.pixels(mesh=mesh),
