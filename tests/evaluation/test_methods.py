@@ -1,16 +1,23 @@
 """The table of methods, and the plain ones."""
 
+import functools
 import subprocess
 import sys
+from pathlib import Path
 
+import jax
 import method_models
 import numpy as np
 import pytest
+import world
 
+from ip2p_jax import sharding
+from ip2p_jax.diffusion import samplers
 from ip2p_jax.errors import InputError
 from ip2p_jax.evaluation import sdedit
-from ip2p_jax.evaluation.methods import table
-from ip2p_jax.evaluation.methods.method import Texts
+from ip2p_jax.evaluation.methods import prompt_to_prompt, table
+from ip2p_jax.evaluation.methods.method import Texts, request
+from ip2p_jax.pipeline.text_to_image import TextToImage
 
 
 def test_identity_changes_nothing():
@@ -67,3 +74,42 @@ def test_a_caption_for_each_image_is_needed():
 def test_the_table_of_names_imports_no_jax():
   code = 'import sys, ip2p_jax.evaluation.methods.table; assert "jax" not in sys.modules'
   subprocess.run([sys.executable, '-c', code], check=True)
+
+
+@functools.cache
+def miniature():
+  """The miniature's drawing model, two of its scenes and their texts."""
+  folder = Path(__file__).parents[2] / 'assets' / 'miniature-base'
+  examples = [world.example(seed, 'test') for seed in range(2)]
+  captions = [example.caption for example in examples]
+  model = TextToImage.load(folder, 'float32')
+  model.mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  scenes = np.stack([world.picture(example.scene) for example in examples])
+  return model, scenes, Texts(captions, captions, captions, [0, 1])
+
+
+def psnr(images, others):
+  """In dB, [N]."""
+  error = np.square(images.astype(np.float64) - others).mean((1, 2, 3))
+  return 10 * np.log10(255**2 / error)
+
+
+@pytest.mark.long
+def test_equal_captions_keep_a_scene_as_the_autoencoder_does():
+  model, scenes, texts = miniature()
+  best = psnr(table.method('vae', model)(scenes, texts), scenes)
+  same = {'source_guidance': 3.5, 'target_guidance': 3.5}
+  edits = table.method('edit-friendly', model, steps=10, skip=3, **same)(scenes, texts)
+  assert (psnr(edits, scenes) >= best - 0.5).all()
+
+
+@pytest.mark.long
+def test_direct_inversion_draws_a_scene_as_the_autoencoder_does():
+  model, scenes, texts = miniature()
+  grid = samplers.noise_levels(model.networks.schedule, 'ddim', 10)
+  control = prompt_to_prompt.controls(model.tokenizer, texts, prompt_to_prompt.Settings(10))
+  given = request(model, scenes, texts, grid, np.float32(7.5), control)
+  pairs = functools.partial(prompt_to_prompt.pairs, prompt_to_prompt.own_path, model.networks)
+  drawn = np.asarray(jax.jit(pairs)(model.params, given).images) * 255
+  best = psnr(table.method('vae', model)(scenes, texts), scenes)
+  assert (psnr(drawn[0], scenes) >= best - 0.5).all()
