@@ -1,0 +1,202 @@
+"""Editing by a layer that is trained for one image (Text2LIVE, Bar-Tal et al. 2022), to compare.
+
+A small generator draws colours and opacity over the image, until CLIP finds the texts in it. The
+defaults are those of the released code (omerbt/Text2LIVE). Different are: crops keep the number of
+pixels; a view's geometry is one look-up instead of three; views are square, as CLIP's own input.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax import Array
+
+from ip2p_jax.errors import InputError
+from ip2p_jax.evaluation import text2live_losses as losses
+from ip2p_jax.evaluation import text2live_views as views
+from ip2p_jax.models.layers import Keys, Params, abstract
+from ip2p_jax.models.text2live import LayerGenerator, least_side
+from ip2p_jax.pipeline.clip_scores import Clip
+from ip2p_jax.xla_alarms import quietly
+
+PHOTOS = ('photo', 'high quality photo', 'a photo', 'the photo', 'image', 'an image',
+          'high quality image', 'a high quality image')  # fmt: skip
+TEMPLATES = (*(f'{start} of {{}}.' for start in PHOTOS), 'the {}.', 'a {}.', '{}.', '{}', '{}!',
+             '{}...')  # fmt: skip
+
+
+class Texts(NamedTuple):
+  """What the image shows, what it shall show, what the layer shows, and perhaps where it goes."""
+
+  source: str
+  edited: str
+  layer: str
+  region: str = ''
+
+
+class Settings(NamedTuple):
+  """Sizes of the generator, the course of the training, and weights of the losses.
+
+  `bootstrap` is used if the texts name a region. It falls to 0 over `bootstrap_steps`.
+  """
+
+  levels: int = 7
+  width: int = 128
+  skip: int = 4
+  steps: int = 1000
+  views: int = 16
+  whole_every: int = 75  # steps, of which the first also sees the image without a crop
+  learning_rate: float = 2.5e-3
+  decay: float = 0.99  # of the learning rate, per step
+  least_rate: float = 1e-5
+  momentum: float = 0.9
+  weight_decay: float = 0.01
+  composition: float = 1.0
+  screen: float = 1.0
+  structure: float = 2.0
+  sparsity: float = 6.0
+  bootstrap: float = 10.0
+  bootstrap_steps: int = 1000
+  templates: tuple[str, ...] = TEMPLATES
+  screen_templates: tuple[str, ...] = (
+    '{} over a green screen.', '{} in front of a green screen.',
+  )  # fmt: skip
+  screen_colour: tuple[float, float, float] = (0.0, 177 / 255, 64 / 255)
+
+
+class Edit(NamedTuple):
+  """The edited image uint8 [H, W, 3]; the layer float32 [H, W, 4] in 0..1, opacity last."""
+
+  image: np.ndarray
+  layer: np.ndarray
+
+
+class Text2Live:
+  """A CLIP and settings, compiled once per size of image."""
+
+  def __init__(self, clip: Clip, settings: Settings = Settings()):
+    self.clip, self.settings = clip, settings
+    self.generator_def, _ = abstract(self._generator)
+    self.optimizer = _optimizer(settings)
+    self._begin, self._step = jax.jit(self._begin), jax.jit(self._step)
+    self._draw, self._embed = jax.jit(self._draw), jax.jit(self._embed)
+
+  def edit(
+    self,
+    image: np.ndarray,
+    texts: Texts,
+    seed: int = 0,
+    report: Callable[[int, dict[str, Array]], None] = lambda step, losses: None,
+  ) -> Edit:
+    """Trains a layer for an image uint8 [H, W, 3]; the authors' images have a short side of 512.
+
+    `report` gets the number of each step, from 0, and its losses before weighting. Raises
+    InputError if the image is too small for the levels, or a text is empty.
+    """
+    least = least_side(self.settings.levels)
+    if min(image.shape[:2]) < least:
+      raise InputError(
+        f'the image is {image.shape[1]} x {image.shape[0]}; {self.settings.levels} levels need'
+        f' {least} pixels a side, so give a larger image or fewer levels.'
+      )
+    key, pixels = jax.random.key(seed, impl='threefry2x32'), jnp.float32(image) / 255
+    targets = self._targets(texts)
+    state = quietly(self._begin, key)
+    for step in range(self.settings.steps):
+      state, found = quietly(self._step, state, self.clip.params, pixels, targets, key, step)
+      report(step, found)
+    edited, layer = quietly(self._draw, state[0], pixels)
+    return Edit(np.asarray(edited), np.asarray(layer))
+
+  def _targets(self, texts):
+    """Embedded texts by name: [T, P] by their templates, the region [P] or None."""
+    for name in ('source', 'edited', 'layer'):
+      if not getattr(texts, name).strip():
+        raise InputError(f'the text {name!r} is empty; give a caption.')
+    plain, screen = self.settings.templates, self.settings.screen_templates
+    embed = lambda text, forms: self._embed(
+      self.clip.params, self.clip.tokenizer([form.format(text) for form in forms])
+    )
+    return {
+      'source': embed(texts.source, plain),
+      'edited': embed(texts.edited, plain),
+      'layer': embed(texts.layer, screen),
+      'region': embed(texts.region, ['{}'])[0] if texts.region else None,
+    }
+
+  def _embed(self, params, token_ids):
+    return nnx.merge(self.clip.towers.text_def, params['text']).embed(token_ids)
+
+  def _generator(self, keys):
+    return LayerGenerator(self.settings.levels, self.settings.width, self.settings.skip, rngs=keys)
+
+  def _begin(self, key) -> tuple[Params, optax.OptState]:
+    params = nnx.to_pure_dict(nnx.split(self._generator(Keys(jax.random.fold_in(key, 0))))[1])
+    return params, self.optimizer.init(params)
+
+  def _draw(self, params, image):
+    layer = nnx.merge(self.generator_def, params)(image[None])[0]
+    return jnp.round(losses.composite(layer, image) * 255).astype(jnp.uint8), layer
+
+  def _step(self, state, clip_params, image, targets, key, step):
+    """One step of the optimizer on a crop, and every so often on the whole image, too."""
+    params, moments = state
+    keys = jax.random.split(jax.random.fold_in(key, step + 1), 3)
+    crop = views.look(image, views.draw_example(keys[0]), image.shape[:2])[0]
+    loss = jax.value_and_grad(self._loss, has_aux=True)
+    seen = lambda i: loss(
+      params, clip_params, jnp.where(i == 0, crop, image), targets, keys[i + 1], step
+    )
+    count = 1 + (step % self.settings.whole_every == 0)
+    add = lambda i, total: jax.tree.map(jnp.add, total, seen(i))
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(seen, 0))
+    total = jax.lax.fori_loop(0, count, add, nothing)
+    (_, found), gradients = jax.tree.map(lambda x: x / count, total)
+    updates, moments = self.optimizer.update(gradients, moments, params)
+    return (optax.apply_updates(params, updates), moments), found
+
+  def _loss(self, params, clip_params, image, targets, key, step):
+    """The weighted sum of all losses of one image, and each by its name."""
+    given = self.settings
+    vision = nnx.merge(self.clip.towers.vision_def, clip_params['vision'])
+    side = (self.clip.towers.image_size,) * 2
+    layer = nnx.merge(self.generator_def, params)(image[None])[0]
+    opacity, edited = layer[..., 3], losses.composite(layer, image)
+    screen = losses.composite(
+      layer, jnp.broadcast_to(jnp.float32(given.screen_colour), image.shape)
+    )
+    keys = jax.random.split(key, 6)
+    seen = lambda key, image: views.look(image, views.draw(key, given.views), side)
+    sources = losses.embed(vision, seen(keys[0], image))
+    both = jnp.concatenate([seen(keys[1], edited), seen(keys[2], screen)])
+    edits, screens = jnp.split(losses.embed(vision, both), 2)
+    drawn = [losses.drawn_weights(key, len(given.templates)) for key in keys[3:5]]
+    on_screen = losses.drawn_weights(keys[5], len(given.screen_templates))
+    changes = targets['edited'] - targets['source']
+    whole = jnp.stack([jax.image.resize(x, (*side, 3), 'linear', antialias=False)
+                       for x in (edited, image)])  # fmt: skip
+    found = {
+      'composition': losses.spherical(edits, targets['edited'], drawn[0])
+      + losses.direction(edits, sources, changes, drawn[1]),
+      'screen': losses.spherical(screens, targets['layer'], on_screen),
+      'structure': losses.structure(*losses.tokens(vision, whole)),
+      'sparsity': losses.sparsity(opacity),
+    }
+    total = sum(getattr(given, name) * value for name, value in found.items())
+    if targets['region'] is not None:
+      wanted = losses.relevancy(vision, whole[1], targets['region'])
+      error = jnp.square(jax.image.resize(opacity, side, 'linear', antialias=False) - wanted).mean()
+      found['bootstrap'] = error
+      total += given.bootstrap * jnp.maximum(1 - (step + 1) / given.bootstrap_steps, 0) * error
+    return total, found
+
+
+def _optimizer(settings):
+  rate = lambda step: jnp.maximum(
+    settings.learning_rate * settings.decay**step, settings.least_rate
+  )
+  return optax.contrib.madgrad(rate, settings.momentum, settings.weight_decay)
