@@ -81,9 +81,10 @@ class Text2Live:
   def __init__(self, clip: Clip, settings: Settings = Settings()):
     self.clip, self.settings = clip, settings
     self.generator_def, _ = abstract(self._generator)
-    self.optimizer = _optimizer(settings)
-    self._begin, self._step = jax.jit(self._begin), jax.jit(self._step)
-    self._draw, self._embed = jax.jit(self._draw), jax.jit(self._embed)
+    self.optimizer = optimizer(settings)
+    self._begin, self._draw, self._embed, self._gradients, self._update = (
+      jax.jit(f) for f in (self._begin, self._draw, self._embed, self._gradients, self._update)
+    )
 
   def edit(
     self,
@@ -94,7 +95,7 @@ class Text2Live:
   ) -> Edit:
     """Trains a layer for an image uint8 [H, W, 3]; the authors' images have a short side of 512.
 
-    `report` gets the number of each step, from 0, and its losses before weighting. Raises
+    `report` gets the number of each step, from 0, and its losses of the crop, not weighted. Raises
     InputError if the image is too small for the levels, or a text is empty.
     """
     least = least_side(self.settings.levels)
@@ -107,8 +108,12 @@ class Text2Live:
     targets = self._targets(texts)
     state = quietly(self._begin, key)
     for step in range(self.settings.steps):
-      state, found = quietly(self._step, state, self.clip.params, pixels, targets, key, step)
-      report(step, found)
+      is_whole = (False, True) if step % self.settings.whole_every == 0 else (False,)
+      found = [quietly(self._gradients, state[0], self.clip.params, pixels, targets,
+                       jax.random.fold_in(key, 2 * step + i + 1), step, whole)
+               for i, whole in enumerate(is_whole)]  # fmt: skip
+      state = quietly(self._update, state, *(gradients for _, gradients in found))
+      report(step, found[0][0])
     edited, layer = quietly(self._draw, state[0], pixels)
     return Edit(np.asarray(edited), np.asarray(layer))
 
@@ -142,60 +147,34 @@ class Text2Live:
     layer = nnx.merge(self.generator_def, params)(image[None])[0]
     return jnp.round(losses.composite(layer, image) * 255).astype(jnp.uint8), layer
 
-  def _step(self, state, clip_params, image, targets, key, step):
-    """One step of the optimizer on a crop, and every so often on the whole image, too."""
-    params, moments = state
-    keys = jax.random.split(jax.random.fold_in(key, step + 1), 3)
+  def _gradients(self, params, clip_params, image, targets, key, step, is_whole):
+    """(losses by name, gradients of their weighted sum) of a crop, or of the whole image."""
+    given, keys = self.settings, jax.random.split(key)
     crop = views.look(image, views.draw_example(keys[0]), image.shape[:2])[0]
-    loss = jax.value_and_grad(self._loss, has_aux=True)
-    seen = lambda i: loss(
-      params, clip_params, jnp.where(i == 0, crop, image), targets, keys[i + 1], step
-    )
-    count = 1 + (step % self.settings.whole_every == 0)
-    add = lambda i, total: jax.tree.map(jnp.add, total, seen(i))
-    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(seen, 0))
-    total = jax.lax.fori_loop(0, count, add, nothing)
-    (_, found), gradients = jax.tree.map(lambda x: x / count, total)
-    updates, moments = self.optimizer.update(gradients, moments, params)
-    return (optax.apply_updates(params, updates), moments), found
-
-  def _loss(self, params, clip_params, image, targets, key, step):
-    """The weighted sum of all losses of one image, and each by its name."""
-    given = self.settings
+    image = jnp.where(is_whole, image, crop)
     vision = nnx.merge(self.clip.towers.vision_def, clip_params['vision'])
-    side = (self.clip.towers.image_size,) * 2
-    layer = nnx.merge(self.generator_def, params)(image[None])[0]
-    opacity, edited = layer[..., 3], losses.composite(layer, image)
-    screen = losses.composite(
-      layer, jnp.broadcast_to(jnp.float32(given.screen_colour), image.shape)
-    )
-    keys = jax.random.split(key, 6)
-    seen = lambda key, image: views.look(image, views.draw(key, given.views), side)
-    sources = losses.embed(vision, seen(keys[0], image))
-    both = jnp.concatenate([seen(keys[1], edited), seen(keys[2], screen)])
-    edits, screens = jnp.split(losses.embed(vision, both), 2)
-    drawn = [losses.drawn_weights(key, len(given.templates)) for key in keys[3:5]]
-    on_screen = losses.drawn_weights(keys[5], len(given.screen_templates))
-    changes = targets['edited'] - targets['source']
-    whole = jnp.stack([jax.image.resize(x, (*side, 3), 'linear', antialias=False)
-                       for x in (edited, image)])  # fmt: skip
-    found = {
-      'composition': losses.spherical(edits, targets['edited'], drawn[0])
-      + losses.direction(edits, sources, changes, drawn[1]),
-      'screen': losses.spherical(screens, targets['layer'], on_screen),
-      'structure': losses.structure(*losses.tokens(vision, whole)),
-      'sparsity': losses.sparsity(opacity),
-    }
-    total = sum(getattr(given, name) * value for name, value in found.items())
-    if targets['region'] is not None:
-      wanted = losses.relevancy(vision, whole[1], targets['region'])
-      error = jnp.square(jax.image.resize(opacity, side, 'linear', antialias=False) - wanted).mean()
-      found['bootstrap'] = error
-      total += given.bootstrap * jnp.maximum(1 - (step + 1) / given.bootstrap_steps, 0) * error
-    return total, found
+    side, screen = self.clip.towers.image_size, jnp.float32(given.screen_colour)
+    fading = jnp.maximum(1 - (step + 1) / given.bootstrap_steps, 0)
+
+    def loss(params):
+      layer = nnx.merge(self.generator_def, params)(image[None])[0]
+      found = losses.of_layer(vision, layer, image, targets, keys[1], screen, given.views, side)
+      weights = given._replace(bootstrap=given.bootstrap * fading)
+      return sum(getattr(weights, name) * value for name, value in found.items()), found
+
+    gradients, found = jax.grad(loss, has_aux=True)(params)
+    return found, gradients
+
+  def _update(self, state, *gradients):
+    """The state after a step along the mean of gradients."""
+    params, moments = state
+    mean = jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *gradients)
+    updates, moments = self.optimizer.update(mean, moments, params)
+    return optax.apply_updates(params, updates), moments
 
 
-def _optimizer(settings):
+def optimizer(settings: Settings) -> optax.GradientTransformation:
+  """MADGRAD (Defazio and Jelassi 2021) with a falling rate; the decay is part of the gradient."""
   rate = lambda step: jnp.maximum(
     settings.learning_rate * settings.decay**step, settings.least_rate
   )

@@ -9,8 +9,52 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from ip2p_jax.evaluation import text2live_views as views
 from ip2p_jax.models.clip import VisionEncoder
 from ip2p_jax.pipeline.clip_scores import MEAN, STD
+
+
+def of_layer(
+  vision: VisionEncoder,
+  layer: Array,
+  image: Array,
+  targets: dict[str, Array | None],
+  key: Array,
+  screen: Array,
+  count: int,
+  side: int,
+) -> dict[str, Array]:
+  """All losses of a layer [H, W, 4] for an image [H, W, 3], by name; `key` draws views and texts.
+
+  Args:
+    targets: embedded texts [T, P] 'source', 'edited' and 'layer'; 'region' [P], or None without it.
+    screen: colour [3] behind the layer when it is seen alone.
+    count: V, views of each of source, edit and screen.
+    side: S.
+  """
+  edited, keys = composite(layer, image), jax.random.split(key, 6)
+  alone = composite(layer, jnp.broadcast_to(screen, image.shape))
+  seen = lambda key, image: views.look(image, views.draw(key, count), (side, side))
+  sources = embed(vision, seen(keys[0], image))
+  both = jnp.concatenate([seen(keys[1], edited), seen(keys[2], alone)])
+  edits, screens = jnp.split(embed(vision, both), 2)
+  changes = targets['edited'] - targets['source']
+  weights = [
+    drawn_weights(key, len(texts))
+    for key, texts in zip(keys[3:], (changes, changes, targets['layer']), strict=True)
+  ]
+  whole = jnp.stack([_resized(edited, side), _resized(image, side)])
+  found = {
+    'composition': spherical(edits, targets['edited'], weights[0])
+    + direction(edits, sources, changes, weights[1]),
+    'screen': spherical(screens, targets['layer'], weights[2]),
+    'structure': structure(*tokens(vision, whole)),
+    'sparsity': sparsity(layer[..., 3]),
+  }
+  if targets['region'] is not None:
+    wanted = relevancy(vision, whole[1], targets['region'])
+    found['bootstrap'] = jnp.square(_resized(layer[..., 3:], side)[..., 0] - wanted).mean()
+  return found
 
 
 def composite(layer: Array, image: Array) -> Array:
@@ -98,3 +142,7 @@ def relevancy(vision: VisionEncoder, image: Array, text: Array) -> Array:
 def unit(x: Array) -> Array:
   """Of length 1 over the last axis; 0 stays 0."""
   return x * jax.lax.rsqrt(jnp.maximum((x * x).sum(-1, keepdims=True), 1e-16))
+
+
+def _resized(image, side):
+  return jax.image.resize(image, (side, side, image.shape[-1]), 'linear', antialias=False)

@@ -52,7 +52,7 @@ def draw(key: Array, count: int) -> Views:
 
 
 def draw_example(key: Array) -> Views:
-  """One view for the generator: 0.85 to 1 of each side, mirrored or not, now and then recoloured."""
+  """One view for the generator: 0.85 to 1 of each side, may be mirrored, seldom recoloured."""
   size_key, place_key, mirror_key, *colour_keys = jax.random.split(key, 5)
   crops = _crops(place_key, jax.random.uniform(size_key, (1, 2), minval=0.85))
   still = jnp.eye(3)[None]
@@ -102,14 +102,17 @@ def homographies(places: Array, targets: Array) -> Array:
   x, y = places[..., 0], places[..., 1]  # [V, 4]
   u, v = (jnp.broadcast_to(target, x.shape) for target in targets.T)
   one, none = jnp.ones_like(x), jnp.zeros_like(x)
-  rows = [[x, y, one, none, none, none, -x * u, -y * u], [none, none, none, x, y, one, -x * v, -y * v]]
+  rows = [
+    [x, y, one, none, none, none, -x * u, -y * u],
+    [none, none, none, x, y, one, -x * v, -y * v],
+  ]
   system = jnp.concatenate([jnp.stack(row, -1) for row in rows], 1)  # [V, 8, 8]
   solved = jnp.linalg.solve(system, jnp.concatenate([u, v], 1)[..., None])[..., 0]
   return jnp.concatenate([solved, one[:, :1]], 1).reshape(-1, 3, 3)
 
 
 def recoloured(images: Array, colours: Array) -> Array:
-  """[V, H, W, 3] by `Views.colours` [V, 4], in this order, each clipped to 0..1 as torchvision's."""
+  """[V, H, W, 3] by `Views.colours` [V, 4], in this order, each clipped to 0..1."""
   brightness, contrast, saturation, hue = colours.T[..., None, None, None]
   images = jnp.clip(images * brightness, 0, 1)
   mean = _grey(images).mean((1, 2, 3), keepdims=True)
