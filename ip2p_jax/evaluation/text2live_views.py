@@ -14,6 +14,7 @@ from jax import Array
 CORNERS = np.float32([(-1, -1), (1, -1), (1, 1), (-1, 1)])
 LUMA = np.float32((0.2989, 0.587, 0.114))
 JITTER = 0.1  # of brightness, contrast and saturation, and of hue in turns
+LEAST_CHROMA = 1e-5  # less is grey, which has no hue
 WHITE = 1.0  # outside of what a view shows
 
 
@@ -124,12 +125,14 @@ def recoloured(images: Array, colours: Array) -> Array:
 def with_hue(images: Array, turns: Array) -> Array:
   """Moves the hue (of HSV) of [V, H, W, 3] by turns [V, 1, 1]; greys stay as they are."""
   r, g, b = images[..., 0], images[..., 1], images[..., 2]
-  most, least = images.max(-1), images.min(-1)
+  # XLA may compute a colour twice, with another rounding. So nothing here depends on equality, as
+  # the gradient of `max` over an axis does, which was nan.
+  most, least = jnp.maximum(jnp.maximum(r, g), b), jnp.minimum(jnp.minimum(r, g), b)
   chroma = most - least
-  is_grey = chroma == 0
-  safe = jnp.where(is_grey, 1, chroma)
+  is_grey, safe = chroma < LEAST_CHROMA, jnp.maximum(chroma, LEAST_CHROMA)
+  is_red, is_green = (r >= g) & (r >= b), g >= b
   sixths = jnp.where(
-    most == r, (g - b) / safe, jnp.where(most == g, (b - r) / safe + 2, (r - g) / safe + 4)
+    is_red, (g - b) / safe, jnp.where(is_green, (b - r) / safe + 2, (r - g) / safe + 4)
   )
   sixths = (sixths + 6 * turns)[..., None] + jnp.float32([5, 3, 1])[None, None, None]
   sixths = sixths % 6
