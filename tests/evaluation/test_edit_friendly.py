@@ -40,6 +40,7 @@ def clean(model):
   return np.asarray(encode(model.params, method_models.photos(2)))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('prediction_type', ['epsilon', 'v_prediction'])
 def test_equal_captions_give_the_image_back(prediction_type):
   model = method_models.base(prediction_type)

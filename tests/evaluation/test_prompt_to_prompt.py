@@ -45,13 +45,14 @@ def clean(count):
   return np.asarray(encode(model.params, method_models.photos(count)))
 
 
+@pytest.mark.long
 def test_direct_inversion_draws_the_first_image_exactly():
   drawn = latents(prompt_to_prompt.own_path, inputs(method_models.texts(2)))
   np.testing.assert_allclose(drawn[0], clean(2), atol=1e-5)
   assert np.abs(drawn[1] - drawn[0]).mean() > 1e-2
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_equal_captions_keep_the_image_nearest_with_null_texts():
   given, truth, errors = inputs(method_models.same_texts(2)), clean(2), {}
   for invert in (prompt_to_prompt.null_texts, prompt_to_prompt.ddim_noise):
