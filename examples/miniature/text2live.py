@@ -29,8 +29,8 @@ TEXTS = Texts(
   'a large red circle and a large pink star on a lavender gradient',
   'a large red circle',
 )
-# For 64 pixels and a small CLIP that knows the world's captions alone. The authors' settings are
-# the defaults of Settings.
+# For 64 pixels and a small CLIP that knows the world's captions alone. `sparsity` was chosen on
+# this very scene: with the authors' 6 and a region, the mean opacity outside the circle was 0.16.
 SETTINGS = Settings(
   levels=4, width=64, views=8, steps=300, sparsity=40.0,
   templates=('{}', '{}.'), screen_templates=('{} on a green background', '{} on green'),

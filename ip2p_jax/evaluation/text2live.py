@@ -1,8 +1,9 @@
 """Editing by a layer that is trained for one image (Text2LIVE, Bar-Tal et al. 2022), to compare.
 
 A small generator draws colours and opacity over the image, until CLIP finds the texts in it. The
-defaults are those of the released code (omerbt/Text2LIVE). Different are: crops keep the number of
-pixels; a view's geometry is one look-up instead of three; views are square, as CLIP's own input.
+defaults are those of the released code (omerbt/Text2LIVE). Four things differ. Crops are resampled
+to the image's own size, so its random scale of 0.8 to 1.2 is missing. A view's geometry is one
+look-up instead of three. Views are square, as CLIP's own input. Colours change in a fixed order.
 """
 
 from collections.abc import Callable
