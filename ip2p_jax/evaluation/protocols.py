@@ -234,12 +234,12 @@ def pie_mask(runs: Sequence[int], place: str = 'the mask') -> np.ndarray:
 def gedit(path: str) -> list[EditRow]:
   """GEdit-Bench. The raw image is edited; the judge sees `input_image` beside the edit."""
   names = ('task_type', 'key', 'instruction', 'instruction_language')
-  pictures = ('input_image', 'input_image_raw')
+  image_columns = ('input_image', 'input_image_raw')
   rows = []
-  for place, row, cell in _table_rows(_table(path, 'train'), path, names, pictures):
+  for place, row, cell in _table_rows(_table(path, 'train'), path, names, image_columns):
     kind, key, instruction, language = (_text(row, name, place) for name in names)
     id = f'{kind}/{language}/{key}'
-    seen, source = (lazy_images.shown(cell(name)) for name in pictures)
+    seen, source = (lazy_images.shown(cell(name)) for name in image_columns)
     rows.append(EditRow(
       id, f'fullset/{id}.png', source, instruction, group=kind, shown_source=seen
     ))  # fmt: skip
@@ -282,9 +282,9 @@ def own(path: str, split: str = '', columns: str = '') -> list[EditRow]:
   id = 'id' if 'id' in reader.names else None
   mask = next((name for name in reader.names if plain(name) in MASKS), None)
   names = [name for name in (id, mask, *words.values()) if name]
-  pictures = [name for name in (mask, *roles.values()) if name]
+  image_columns = [name for name in (mask, *roles.values()) if name]
   rows = []
-  for place, row, cell in _table_rows(reader, path, names, pictures):
+  for place, row, cell in _table_rows(reader, path, names, image_columns):
     name = f'{len(rows):05d}' if id is None else str(row[id])
     opened = {role: lazy_images.shown(cell(column)) for role, column in roles.items() if column}
     if mask and row[mask]:
@@ -336,14 +336,16 @@ def _table(path, split):
   return reader
 
 
-def _table_rows(reader, path, names, pictures) -> Iterator[tuple[str, dict[str, Any], Callable]]:
+def _table_rows(
+  reader, path, names, image_columns
+) -> Iterator[tuple[str, dict[str, Any], Callable]]:
   """(place for messages, values by name, cell) of each row; `cell(column)` opens an image."""
-  missing = [name for name in (*names, *pictures) if name not in reader.names]
+  missing = [name for name in (*names, *image_columns) if name not in reader.names]
   if missing:
     raise InputError(f'{path}: has no column {missing[0]!r}; the columns are'
                      f' {", ".join(reader.names)}')  # fmt: skip
   # A reader for each column of images: one that changes columns starts its row group again.
-  readers = {column: copy.copy(reader) for column in pictures}
+  readers = {column: copy.copy(reader) for column in image_columns}
   for i in range(len(reader)):
     place, _, values = reader.read(i, list(names))
     values = {name: values.get(name) for name in names}

@@ -24,6 +24,7 @@ from ip2p_jax.errors import InputError
 from ip2p_jax.evaluation import layouts
 from ip2p_jax.evaluation.protocols import EditRow
 from ip2p_jax.evaluation.scorers import Batch, Scorer
+from ip2p_jax.pipeline.rows import padded
 from ip2p_jax.progress import Progress, unwatched
 
 SETTINGS, EDITS, RESULTS = 'evaluation.json', 'edits', 'results-{:05d}-of-{:05d}.jsonl'
@@ -76,7 +77,7 @@ def make_edits(
   """Makes the edits that are missing in the folder.
 
   Args:
-    edit: the method; batches are filled up to `batch_size` with copies of their last row.
+    edit: the method; batches are filled up to `batch_size` with copies of their rows.
     size_of: (width, height) of a source -> the size that the method works at. An edit gets its
       source's size back.
     settings: written into each file.
@@ -97,9 +98,9 @@ def make_edits(
     opened = ((i, row, source(row)) for i, row in todo if row.turn == turn)
     for batch in _batches(opened, lambda item: size_of(*item[2].size), batch_size):
       size = size_of(*batch[0][2].size)
-      padded = [*batch, *[batch[-1]] * (batch_size - len(batch))]
-      arrays = np.stack([images.to_array(image, size) for _, _, image in padded])
-      edits = edit(arrays, [row for _, row, _ in padded], [i for i, _, _ in padded])
+      full = padded(batch, batch_size)
+      arrays = np.stack([images.to_array(image, size) for _, _, image in full])
+      edits = edit(arrays, [row for _, row, _ in full], [i for i, _, _ in full])
       for (_, row, image), array in zip(batch, edits, strict=False):
         result = Image.fromarray(array).resize(image.size, Image.Resampling.LANCZOS)
         layouts.write_edit(folder, row, result, settings)
@@ -177,8 +178,7 @@ def _resized(image, size):
 
 def _lines(batch, scorers, batch_size):
   """The lines of a batch of rows of one kind; filled up, so that every batch has one size."""
-  padded = [*batch, *[batch[-1]] * (batch_size - len(batch))]
-  rows, every = zip(*padded, strict=True)
+  rows, every = zip(*padded(batch, batch_size), strict=True)
   stack = lambda name: (
     None if getattr(every[0], name) is None else np.stack([getattr(x, name) for x in every])
   )

@@ -47,7 +47,7 @@ def groups(sizes: Sequence[tuple[int, int]], batch_size: int | None) -> list[lis
   ]
 
 
-def padded(rows: list[int], batch_size: int | None) -> list[int]:
+def padded(rows: list, batch_size: int | None) -> list:
   """The rows, repeated to fill a batch, so that one compiled program serves all batches."""
   return (rows * batch_size)[:batch_size] if batch_size else rows
 
