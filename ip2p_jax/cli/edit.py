@@ -16,10 +16,6 @@ from ip2p_jax.errors import InputError
 GRID_TEXT, GRID_IMAGE = '3,5,7.5,10', '1,1.2,1.5,1.8'
 
 
-def _default(usual: float | str, miniature: float | str) -> str:
-  return f'  [default: {usual}, with the miniature {miniature}]'
-
-
 def edit(
   input: Annotated[Path, Option('--input', '-i', help='An image, or a folder of images.')],
   edit: Annotated[str, Option('--edit', '-e', help='What to do, such as "make it winter".')],
@@ -36,14 +32,16 @@ def edit(
     Option(min=8, max=8192, help="Longer side to work at, pixels; by default the checkpoint's."),
   ] = None,
   steps: Annotated[
-    int | None, Option(min=1, help='Steps of the sampler.' + _default(STEPS, bundled.STEPS))
+    int | None,
+    Option(min=1, help='Steps of the sampler.' + console.two_defaults(STEPS, bundled.STEPS)),
   ] = None,
   cfg_text: Annotated[
     float | None,
     Option(
       min=-MAX_SCALE,
       max=MAX_SCALE,
-      help='How strongly to follow the text: 3 to 12.' + _default(CFG_TEXT, bundled.TEXT_GUIDANCE),
+      help='How strongly to follow the text: 3 to 12.'
+      + console.two_defaults(CFG_TEXT, bundled.TEXT_GUIDANCE),
     ),
   ] = None,
   cfg_image: Annotated[
@@ -52,7 +50,7 @@ def edit(
       min=-MAX_SCALE,
       max=MAX_SCALE,
       help='How strongly to keep the image: 1 to 2.2.'
-      + _default(CFG_IMAGE, bundled.IMAGE_GUIDANCE),
+      + console.two_defaults(CFG_IMAGE, bundled.IMAGE_GUIDANCE),
     ),
   ] = None,
   seed: Annotated[int | None, Option(min=0, max=MAX_SEED, help='By default random.')] = None,
@@ -76,17 +74,13 @@ def edit(
     str | None,
     Option(
       help='euler_ancestral, euler, heun, ddim, dpmpp_2m or lcm.'
-      + _default(SAMPLER, bundled.SAMPLER)
+      + console.two_defaults(SAMPLER, bundled.SAMPLER)
     ),
   ] = None,
-  spacing: Annotated[
-    str | None, Option(help="linspace, leading or trailing; by default the sampler's.")
-  ] = None,
-  karras: Annotated[bool, Option('--karras', help='Noise levels of Karras et al.')] = False,
-  rescale: Annotated[float, Option(help='0 to 1, against overexposure at high scales.')] = 0.0,
-  interval: Annotated[
-    tuple[float, float], Option(help='Part of the steps with guidance, as in 0.2 0.8; saves time.')
-  ] = (0.0, 1.0),
+  spacing: console.Spacing = None,
+  karras: console.Karras = False,
+  rescale: console.Rescale = 0.0,
+  interval: console.Interval = (0.0, 1.0),
   batch_size: Annotated[
     int | None,
     Option(min=1, help='Images at a time, on all devices; by default 4 per device.'),
@@ -132,11 +126,8 @@ def edit(
   if ema is False and ckpt and Path(ckpt, 'model_index.json').is_file():
     raise InputError(f'--no-ema: the folder {ckpt} holds no average; leave it out.')
   seed, index = secrets.randbelow(2**31) if seed is None else seed, index or 0
-  own = (bundled.STEPS, bundled.TEXT_GUIDANCE, bundled.IMAGE_GUIDANCE, bundled.SAMPLER)
-  defaults = own if bundled.is_like_it(ckpt) else (STEPS, CFG_TEXT, CFG_IMAGE, SAMPLER)
-  steps, cfg_text, cfg_image, sampler = (
-    default if value is None else value
-    for value, default in zip((steps, cfg_text, cfg_image, sampler), defaults, strict=True)
+  steps, cfg_text, cfg_image, sampler = console.editor_defaults(
+    [ckpt], steps, cfg_text, cfg_image, sampler
   )
   scales = [(cfg_text, cfg_image)]
   if grid:

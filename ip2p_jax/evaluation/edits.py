@@ -1,0 +1,137 @@
+"""What makes the edits of an evaluation: an editor, or a method of the table.
+
+Settings are named tuples of JSON values, since an evaluation stores them.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from ip2p_jax.diffusion import guidance
+from ip2p_jax.editing.editor import Editor
+from ip2p_jax.errors import InputError
+from ip2p_jax.evaluation.methods import table
+from ip2p_jax.evaluation.methods.method import Texts
+from ip2p_jax.evaluation.protocols import EditRow
+from ip2p_jax.evaluation.run import Edit
+from ip2p_jax.images import working_size
+from ip2p_jax.pipeline.networks import Networks
+from ip2p_jax.pipeline.sampling import Sampling, check_acts
+from ip2p_jax.pipeline.text_to_image import TextToImage
+
+TEXTS = {  # what a method reads, and the field of a row
+  'captions': 'source_caption', 'edited_captions': 'target_caption', 'instructions': 'instruction',
+}  # fmt: skip
+
+
+class ByEditor(NamedTuple):
+  """Edits by an editor; `ckpt` is as for `Editor.load`, the rest as for `Editor.edit`."""
+
+  ckpt: str
+  steps: int
+  sampler: str
+  cfg_text: float
+  cfg_image: float
+  spacing: str | None = None
+  karras: bool = False
+  rescale: float = 0.0
+  interval: tuple[float, float] = (0.0, 1.0)
+  seed: int = 0
+  resolution: int | None = None
+
+  def sampling(self) -> Sampling:
+    return Sampling(
+      self.steps, self.sampler, self.spacing, self.karras, self.rescale, tuple(self.interval)
+    )
+
+  def check(self, rows: Sequence[EditRow]) -> None:
+    """Raises InputError for settings that are wrong or change nothing."""
+    del rows
+    check_acts(self.sampling(), self.cfg_text, self.cfg_image, '')
+
+  pipeline = Editor
+
+  @property
+  def checkpoint(self) -> str:
+    return self.ckpt
+
+  def edit(self, model: Editor) -> Edit:
+    """A function that edits a batch by these settings."""
+
+    def edit(images, rows, numbers):
+      edits = model.edit_arrays(
+        images, [row.instruction for row in rows], self.sampling(),
+        text_guidance=self.cfg_text, image_guidance=self.cfg_image, seeds=self.seed,
+        indices=numbers,
+      )  # fmt: skip
+      return np.asarray(edits.images)
+
+    return edit
+
+  def network_calls(self) -> int:
+    """How often the UNet predicts for one edit."""
+    branches = guidance.branches(self.cfg_text, self.cfg_image, self.rescale)
+    return self.sampling().network_calls(branches)
+
+
+class ByMethod(NamedTuple):
+  """Edits by a method of the table.
+
+  Attributes:
+    base: a text-to-image checkpoint.
+    set: the settings that are not the method's own, such as {'strength': 0.7}.
+  """
+
+  method: str
+  base: str
+  set: dict[str, float]
+  seed: int = 0
+  resolution: int | None = None
+
+  def check(self, rows: Sequence[EditRow]) -> None:
+    """Raises InputError for an unknown method or setting, or rows without a text it needs."""
+    table.settings_of(self.method, **self.set)
+    for column in table.METHODS[self.method].reads:
+      if lacking := [row.id for row in rows if not getattr(row, TEXTS[column])]:
+        raise InputError(
+          f'--method {self.method} needs {column}, which {len(lacking)} rows lack, such as'
+          f' {lacking[0]}; choose another method.'
+        )
+
+  pipeline = TextToImage
+
+  @property
+  def checkpoint(self) -> str:
+    return self.base
+
+  def edit(self, model: TextToImage) -> Edit:
+    """A function that edits a batch by these settings."""
+    edited = table.method(self.method, model, **self.set)
+
+    def edit(images, rows, numbers):
+      texts = ([getattr(row, field) for row in rows] for field in TEXTS.values())
+      return edited(images, Texts(*texts, [self.seed + number for number in numbers]))
+
+    return edit
+
+  def network_calls(self) -> float:
+    """How often the UNet predicts for one edit."""
+    return table.network_calls(self.method, **self.set)
+
+
+How = ByEditor | ByMethod
+
+
+def size_of(
+  networks: Networks, protocol: str, resolution: int | None
+) -> Callable[[int, int], tuple[int, int]]:
+  """(width, height) of an image -> the size to work at; the longer side is `resolution`."""
+  side, factor = resolution or networks.resolution, networks.vae_config.factor
+
+  def size_of(width, height):
+    if protocol == 'paper':  # the original squashes every image
+      width = height = side
+    return working_size(width, height, side, factor)
+
+  return size_of
