@@ -43,7 +43,7 @@ def figure_8(editor: ByEditor, sdedit: ByMethod) -> list[FigurePoint]:
   SDEdit has two curves, with the edited caption and with the instruction; `sdedit.method` does not
   matter.
   """
-  points = by_image_scale('editor', editor)
+  points = by_image_scale(short_names([editor.ckpt])[0], editor)
   for method in SDEDITS:
     points += [
       FigurePoint(
