@@ -28,22 +28,30 @@ def compare(
 
   Folders of one parent folder are one curve, whose points have the folders' names. Differences are
   to the first folder, paired by image. Of curves they are at equal values of one of both scores.
+  A single folder is shown by kinds of edits, without a plot.
   """
-  compare_folders(folders, output, (x, y), {}, tuple(filter(None, scores.split(','))))
+  chosen = tuple(filter(None, scores.split(',')))
+  if len(folders) == 1:
+    write_report(folders[0], output, {}, chosen)
+  else:
+    compare_folders(folders, output, (x, y), {}, chosen)
 
 
-def write_report(folder: Path, notes: dict[str, str]) -> int:
+def write_report(
+  folder: Path, output: Path, notes: dict[str, str], scores: tuple[str, ...] = ()
+) -> int:
   """Prints and writes the means of one evaluation; returns the number of its results."""
   from ip2p_jax.evaluation import report, run
 
-  results = run.read_results(folder)
-  groups = report.by_group(results)
-  metrics = report.metrics_of(groups)
-  text, _ = _summarized(folder, {folder.name: results}, notes, metrics)
+  results = {folder.name: run.read_results(folder)}
+  shown = _shown(results, scores)
+  output.mkdir(parents=True, exist_ok=True)
+  text, _ = _summarized(output, results, notes, shown)
+  groups = report.by_group(results[folder.name])
   if len(groups) > 1:
-    text += '\n' + report.markdown(report.summarize(groups, metrics), metrics, name='group')
-  _write(folder, text)
-  return len(results)
+    text += '\n' + report.markdown(report.summarize(groups, shown), shown, name='group')
+  _write(output, text)
+  return len(results[folder.name])
 
 
 def compare_folders(
@@ -59,12 +67,7 @@ def compare_folders(
   results = {f'{folder.parent.name}/{folder.name}': run.read_results(folder) for folder in folders}
   if len(results) < len(folders):
     raise InputError('two folders have the same name and parent; give each its own.')
-  metrics = report.metrics_of(results)
-  if missing := [name for name in (*axes, *scores) if name not in metrics]:
-    raise InputError(
-      f'there is no score {missing[0]}; choose --x, --y and --scores among {", ".join(metrics)}.'
-    )
-  shown = scores or metrics
+  shown = _shown(results, scores, axes)
   output.mkdir(parents=True, exist_ok=True)
   text, summary = _summarized(output, results, notes, shown)
   curves = {}
@@ -81,6 +84,18 @@ def compare_folders(
   report.plot(output / f'{REPORT}.png', points, axes)
   console.say(f'wrote {output / REPORT}.png')
   return len(results[name])
+
+
+def _shown(results, scores, axes=()):
+  """The scores of the table; InputError if one of them, or of the axes, is not there."""
+  from ip2p_jax.evaluation import report
+
+  metrics = report.metrics_of(results)
+  if missing := [name for name in (*axes, *scores) if name not in metrics]:
+    raise InputError(
+      f'there is no score {missing[0]}; choose --x, --y and --scores among {", ".join(metrics)}.'
+    )
+  return scores or metrics
 
 
 def _differences(results, metrics) -> str:

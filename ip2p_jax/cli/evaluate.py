@@ -164,8 +164,11 @@ def evaluate(
     if figure:
       console.say(f'{point.curve}, {point.label}: {folder}')
     _make_and_score(rows, point.how, folder, protocol, every, outputs, batch_size, part, dtype)
-  done = write_report(folders[0], report.described(every)) if len(folders) == 1 else (
-    compare_folders(folders, out, AXES, report.described(every)))  # fmt: skip
+  notes = report.described(every)
+  if figure:
+    done = compare_folders(folders, out, AXES, notes)
+  else:
+    done = write_report(out, out, notes)
   total = sum(row.is_last for row in rows)
   if done < total:
     console.say(f'{done} of {total} rows so far; other workers have the rest')
