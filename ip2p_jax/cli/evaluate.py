@@ -13,8 +13,8 @@ from ip2p_jax.progress import unwatched
 
 REPORT = 'report'  # .md, .csv and .png
 METHODS = (
-  'identity, vae, sdedit-caption, sdedit-instruction, ddim, direct, null-text, edit-friendly or'
-  ' plug-and-play'
+  'identity, vae, sdedit-caption, sdedit-instruction, ddim, direct, null-text, edit-friendly,'
+  ' plug-and-play or text2live'
 )
 PROTOCOLS = 'own, paper, magicbrush, magicbrush-multi, emu, pie, gedit or imgedit'
 
@@ -28,7 +28,11 @@ def evaluate(
   ] = None,
   method: Annotated[str | None, Option(help=f'Instead of --ckpt: {METHODS}.')] = None,
   base: Annotated[
-    str | None, Option(help='With --method: its text-to-image checkpoint, as for `ip2p draw`.')
+    str | None,
+    Option(
+      help='With --method: its text-to-image checkpoint, as for `ip2p draw`; of text2live a'
+      ' CLIPModel folder; of identity nothing.'
+    ),
   ] = None,
   setting: Annotated[
     list[str] | None, Option('--set', help='With --method: strength=0.7, and so on.')
@@ -114,9 +118,10 @@ def evaluate(
   run.start(out, {'protocol': protocol, 'rows': len(rows), 'scorers': descriptions} | how)
   if outputs is None:
     edit, size_of = (_editor if ckpt else _method)(rows, dtype, protocol, **how)
+    at_once = 1 if _is_trained(method) else batch_size
     with console.progress('edit', compiles=True) as progress:
       run.make_edits(
-        rows, edit, out / run.EDITS, size_of, batch_size=batch_size, shard=part, settings=how,
+        rows, edit, out / run.EDITS, size_of, batch_size=at_once, shard=part, settings=how,
         progress=progress or unwatched,
       )  # fmt: skip
   with console.progress('score', compiles=True) as progress:
@@ -138,8 +143,10 @@ def _check_method(ckpt, method, base, setting, outputs):
     )
   if method is None and (base is not None or setting):
     raise InputError('--base and --set: of no use without --method; leave them out.')
-  if method is not None and base is None:
-    raise InputError(f'--method {method} needs --base, a text-to-image checkpoint.')
+  if method is not None:
+    from ip2p_jax.evaluation.methods import table
+
+    table.check_base(method, base)
 
 
 def _scorers(clip, clip_crop, original_range, dino, structure, levels, lpips, masked_zeros):
@@ -190,7 +197,6 @@ def _method(rows, dtype, protocol, seed, resolution, method, base, set):
   """A method of the table, and the size that it works at."""
   from ip2p_jax.evaluation.methods import table
   from ip2p_jax.evaluation.methods.method import Texts
-  from ip2p_jax.pipeline.text_to_image import TextToImage
 
   settings = dict(map(_setting, set))
   table.settings_of(method, **settings)  # before loading
@@ -202,7 +208,7 @@ def _method(rows, dtype, protocol, seed, resolution, method, base, set):
         f'--method {method} needs {column}, which {len(lacking)} rows lack, such as {lacking[0]};'
         ' choose another method.'
       )
-  model = TextToImage.load(base, dtype)
+  model = table.load(method, base, dtype)
   edited = table.method(method, model, **settings)
 
   def edit(images, rows, numbers):
@@ -211,7 +217,15 @@ def _method(rows, dtype, protocol, seed, resolution, method, base, set):
     ))  # fmt: skip
     return edited(images, Texts(*texts, [seed + number for number in numbers]))
 
-  return edit, _size_of(model.networks, protocol, resolution)
+  longest = table.METHODS[method].longest
+  return edit, _size_of(getattr(model, 'networks', None), protocol, resolution, longest)
+
+
+def _is_trained(method):
+  """Whether the method is trained for each image: then progress counts single images."""
+  from ip2p_jax.evaluation.methods import table
+
+  return method is not None and table.METHODS[method].is_trained
 
 
 def _setting(text):
@@ -224,12 +238,15 @@ def _setting(text):
     raise InputError(f'--set {text}: give a name and a number, such as strength=0.7.') from None
 
 
-def _size_of(networks, protocol, resolution):
+def _size_of(networks, protocol, resolution, longest=None):
+  """The size to work at; without networks the image's own, but `longest` pixels at most."""
   from ip2p_jax.images import working_size
 
-  side, factor = resolution or networks.resolution, networks.vae_config.factor
+  factor = networks.vae_config.factor if networks else 1
 
   def size_of(width, height):
+    own = max(width, height)
+    side = resolution or (networks.resolution if networks else min(own, longest or own))
     if protocol == 'paper':  # the original squashes every image
       width = height = side
     return working_size(width, height, side, factor)

@@ -12,11 +12,14 @@ import pytest
 import world
 
 from ip2p_jax import sharding
+from ip2p_jax.cli.evaluate import METHODS
 from ip2p_jax.diffusion import samplers
 from ip2p_jax.errors import InputError
 from ip2p_jax.evaluation import sdedit
 from ip2p_jax.evaluation.methods import prompt_to_prompt, table
 from ip2p_jax.evaluation.methods.method import Texts, request
+from ip2p_jax.evaluation.methods.text2live import TIMED, time_report
+from ip2p_jax.evaluation.text2live import Edit, Text2Live
 from ip2p_jax.pipeline.text_to_image import TextToImage
 
 
@@ -63,6 +66,66 @@ def test_unknown_names_are_refused():
     table.settings_of('direct', depth=2)
   with pytest.raises(InputError, match='steps is no setting of the method vae; it has none'):
     table.method('vae', None, steps=2)
+
+
+def test_settings_of_another_kind_are_refused():
+  for name, changes in (
+    ('direct', {'steps': 2.5}),
+    ('edit-friendly', {'drops_last': 1}),
+    ('text2live', {'templates': 3}),
+  ):
+    with pytest.raises(InputError, match=f'the method {name} takes a value such as'):
+      table.settings_of(name, **changes)
+  assert table.settings_of('direct', guidance=2).guidance == 2
+
+
+def test_a_base_is_given_where_it_is_needed():
+  with pytest.raises(InputError, match='vae needs --base, a text-to-image checkpoint'):
+    table.load('vae', None)
+  with pytest.raises(InputError, match='text2live needs --base, the folder of a CLIPModel'):
+    table.load('text2live', None)
+  with pytest.raises(InputError, match='--base: of no use with --method identity'):
+    table.load('identity', 'x')
+  assert table.load('identity', None) is None
+
+
+def test_text2live_trains_for_one_image_after_the_other(monkeypatch):
+  calls = []
+
+  def trained(self, image, texts, seed, report):
+    calls.append((texts, seed))
+    report(TIMED[0], None)
+    report(TIMED[1], None)
+    return Edit(255 - image, np.float32(image))
+
+  monkeypatch.setattr(Text2Live, '__init__', lambda *args: None)
+  monkeypatch.setattr(Text2Live, 'edit', trained)
+  photos, texts = method_models.photos(2), method_models.texts(2)
+  edit = table.method('text2live', 'model', steps=20)
+  np.testing.assert_array_equal(
+    edit(photos, texts._replace(words=[('star', 'star'), None])), 255 - photos
+  )
+  caption, edited = texts.captions[0], texts.edited_captions[0]
+  assert calls[0] == ((caption, edited, edited, 'star'), 7)
+  assert calls[1] == ((texts.captions[1], *[texts.edited_captions[1]] * 2, ''), 8)
+
+
+def test_text2live_says_once_how_long_it_takes(caplog):
+  caplog.set_level('INFO')
+  report = time_report(100)
+  for _ in range(2):
+    for step in range(20):
+      report(step, {})
+  assert [record.getMessage()[:22] for record in caplog.records] == ['text2live: 100 steps, ']
+
+
+def test_text2live_needs_steps():
+  with pytest.raises(InputError, match='steps is 0; use 1 or more'):
+    table.method('text2live', None, steps=0)
+
+
+def test_the_command_names_all_methods():
+  assert set(METHODS.replace(' or ', ', ').split(', ')) == set(table.METHODS)
 
 
 def test_a_caption_for_each_image_is_needed():
