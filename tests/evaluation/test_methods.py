@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import method_models
 import numpy as np
 import pytest
@@ -20,6 +21,9 @@ from ip2p_jax.evaluation.methods import prompt_to_prompt, table
 from ip2p_jax.evaluation.methods.method import Texts, request
 from ip2p_jax.evaluation.methods.text2live import TIMED, time_report
 from ip2p_jax.evaluation.text2live import Edit, Text2Live
+from ip2p_jax.models.unet import UNet
+from ip2p_jax.pairs import inversion
+from ip2p_jax.pipeline import parts
 from ip2p_jax.pipeline.text_to_image import TextToImage
 
 
@@ -57,6 +61,43 @@ def test_every_method_has_its_settings(name):
   assert (settings is not None) == entry.has_settings
   if settings is not None:
     assert table.settings_of(name, steps=7).steps == 7
+
+
+@pytest.mark.parametrize(('name', 'changes'), [
+  ('identity', {}),
+  ('vae', {}),
+  ('sdedit-caption', {'steps': 7, 'strength': 0.5}),
+  ('sdedit-caption', {'steps': 4, 'text_guidance': 1}),
+  ('ddim', {'steps': 3}),
+  ('direct', {'steps': 3}),
+  ('null-text', {'steps': 3}),
+  ('edit-friendly', {'steps': 5, 'skip': 2}),
+  ('plug-and-play', {'steps': 3, 'inversion_steps': 7}),
+])  # fmt: skip
+def test_network_calls_are_those_that_a_method_makes(name, changes, monkeypatch):
+  calls = []
+
+  def stub(self, x, timestep, context, attention=None, remat=None):
+    jax.debug.callback(lambda rows: calls.append(int(rows)), len(x))
+    return 0.5 * x + 0 * context.mean()
+
+  monkeypatch.setattr(UNet, '__call__', stub)
+  monkeypatch.setattr(parts, 'scaled_latents', lambda *args: jnp.ones((2, 8, 8, 4)))
+  monkeypatch.setattr(parts, 'decode', lambda *args: jnp.ones((2, 32, 32, 3)))
+  monkeypatch.setattr(inversion, 'GOOD', -1.0)  # so that null-text never stops early
+  model = method_models.base.__wrapped__()  # keeps no program that a test traced
+  edit = table.method(name, model, **changes)
+  edit(method_models.photos(2), method_models.texts(2))
+  jax.effects_barrier()
+  assert sum(calls) == 2 * table.network_calls(name, **changes)
+
+
+def test_the_documented_network_calls_are_the_defaults():
+  page = (Path(__file__).parents[2] / 'docs' / 'evaluation.md').read_text()
+  lines = [line for line in page.splitlines() if line.startswith('| `')]
+  for name in table.METHODS:
+    (line,) = (line for line in lines if f'`{name}`' in line.split('|')[1])
+    assert line.split('|')[-2].split()[-1] == f'{table.network_calls(name):,.0f}'
 
 
 def test_unknown_names_are_refused():

@@ -19,6 +19,7 @@ class Entry(NamedTuple):
     reads: the fields of `Texts` that it cannot do without, besides seeds.
     has_settings: whether the module's `Settings` are this method's.
     base: what it edits with: DIFFUSION, CLIP, or '' for nothing.
+    calls: in the module: `settings -> UNet predictions for an image`; '' for none.
     is_trained: whether it is trained for each image, so that one image at a time is enough.
     longest: side in pixels at which it works at most, if its base has no resolution.
   """
@@ -28,21 +29,26 @@ class Entry(NamedTuple):
   reads: tuple[str, ...] = ('captions', 'edited_captions')
   has_settings: bool = True
   base: str = DIFFUSION
+  calls: str = 'calls'
   is_trained: bool = False
   longest: int | None = None
 
 
 METHODS = {
-  'identity': Entry('plain', 'identity', (), has_settings=False, base=''),
-  'vae': Entry('plain', 'vae', (), has_settings=False),
-  'sdedit-caption': Entry('plain', 'sdedit_caption', ('edited_captions',)),
-  'sdedit-instruction': Entry('plain', 'sdedit_instruction', ('instructions',)),
+  'identity': Entry('plain', 'identity', (), has_settings=False, base='', calls=''),
+  'vae': Entry('plain', 'vae', (), has_settings=False, calls=''),
+  'sdedit-caption': Entry('plain', 'sdedit_caption', ('edited_captions',), calls='sdedit_calls'),
+  'sdedit-instruction': Entry(
+    'plain', 'sdedit_instruction', ('instructions',), calls='sdedit_calls'
+  ),
   'ddim': Entry('prompt_to_prompt', 'ddim'),
   'direct': Entry('prompt_to_prompt', 'direct'),
-  'null-text': Entry('prompt_to_prompt', 'null_text'),
+  'null-text': Entry('prompt_to_prompt', 'null_text', calls='null_text_calls'),
   'edit-friendly': Entry('edit_friendly', 'edit_friendly'),
   'plug-and-play': Entry('plug_and_play', 'plug_and_play', ('edited_captions',)),
-  'text2live': Entry('text2live', 'text2live', base=CLIP, is_trained=True, longest=TEXT2LIVE_SIDE),
+  'text2live': Entry(
+    'text2live', 'text2live', base=CLIP, calls='', is_trained=True, longest=TEXT2LIVE_SIDE
+  ),
 }
 
 
@@ -64,6 +70,17 @@ def settings_of(name: str, **changes):
     if not _fits(value, default := getattr(settings, key)):
       raise InputError(f'{key} is {value!r}; the method {name} takes a value such as {default!r}.')
   return settings._replace(**changes) if changes else settings
+
+
+def network_calls(name: str, **changes) -> float:
+  """Predictions of the UNet for one image and edit; a guided prediction counts 2.
+
+  Forward passes alone. Of `null-text` they are the most that there can be, and its gradients come
+  on top: at most 10 a step, each for about one prediction. `text2live` has no UNet. It trains a
+  small network by a CLIP. `changes` and errors as in `settings_of`.
+  """
+  settings, entry = settings_of(name, **changes), _entry(name)
+  return float(getattr(_module(entry), entry.calls)(settings)) if entry.calls else 0.0
 
 
 def load(name: str, base: str | None, dtype: str | None = None) -> Any:
