@@ -15,8 +15,8 @@ from ip2p_jax.errors import InputError
 from ip2p_jax.progress import unwatched
 
 METHODS = (
-  'identity, vae, sdedit-caption, sdedit-instruction, ddim, direct, null-text, edit-friendly or'
-  ' plug-and-play'
+  'identity, vae, sdedit-caption, sdedit-instruction, ddim, direct, null-text, edit-friendly,'
+  ' plug-and-play or text2live'
 )
 PROTOCOLS = 'own, paper, magicbrush, magicbrush-multi, emu, pie, gedit or imgedit'
 FIGURE = (
@@ -35,7 +35,11 @@ def evaluate(
   ] = None,
   method: Annotated[str | None, Option(help=f'Instead of --ckpt: {METHODS}.')] = None,
   base: Annotated[
-    str | None, Option(help='With --method: its text-to-image checkpoint, as for `ip2p draw`.')
+    str | None,
+    Option(
+      help='With --method: its text-to-image checkpoint, as for `ip2p draw`; of text2live a'
+      ' CLIPModel folder; of identity nothing. With --figure 8: of SDEdit.'
+    ),
   ] = None,
   setting: Annotated[
     list[str] | None, Option('--set', help='With --method: strength=0.7, and so on.')
@@ -146,7 +150,7 @@ def evaluate(
     interval, seed, resolution,
   )  # fmt: skip
   changes = dict(map(_setting, setting or []))
-  by_method = edits.ByMethod(method or '', base or '', changes, seed, resolution)
+  by_method = edits.ByMethod(method or '', base, changes, seed, resolution)
   points = _points(figure, ckpts, editor if ckpts else by_method if method else None, by_method)
   rows = protocols.read_rows(str(data), protocol, samples, split, columns)
   if drop_equal_captions:
@@ -183,8 +187,10 @@ def _check_sources(figure, ckpts, method, base, setting, outputs, clip) -> None:
       )
     if method is None and (base is not None or setting):
       raise InputError('--base and --set: of no use without --method; leave them out.')
-    if method is not None and base is None:
-      raise InputError(f'--method {method} needs --base, a text-to-image checkpoint.')
+    if method is not None:
+      from ip2p_jax.evaluation.methods import table
+
+      table.check_base(method, base)
     return
   if figure not in (8, 10):
     raise InputError(f"--figure is {figure}; this command has the paper's figures 8 and 10.")
@@ -227,8 +233,10 @@ def _say_costs(points, count) -> None:
 
 
 @functools.lru_cache(maxsize=1)  # points of one curve share a checkpoint and its programs
-def _model(kind, ckpt, dtype):
-  return kind.load(ckpt, dtype)
+def _model(kind, checkpoint, dtype):
+  from ip2p_jax.evaluation import edits
+
+  return edits.load(kind, checkpoint, dtype)
 
 
 def _make_and_score(rows, how, folder, protocol, scorers, outputs, batch_size, shard, dtype):
@@ -239,11 +247,11 @@ def _make_and_score(rows, how, folder, protocol, scorers, outputs, batch_size, s
   descriptions = [scorer.description._asdict() for scorer in scorers]
   run.start(folder, {'protocol': protocol, 'rows': len(rows), 'scorers': descriptions} | settings)
   if how is not None:
-    model = _model(how.pipeline, how.checkpoint, dtype)
+    model = _model(how.kind, how.checkpoint, dtype)
     with console.progress('edit', compiles=True) as progress:
       run.make_edits(
         rows, how.edit(model), folder / run.EDITS,
-        edits.size_of(model.networks, protocol, how.resolution), batch_size=batch_size,
+        edits.size_of(how, model, protocol), batch_size=1 if how.is_trained else batch_size,
         shard=shard, settings=settings, progress=progress or unwatched,
       )  # fmt: skip
   with console.progress('score', compiles=True) as progress:

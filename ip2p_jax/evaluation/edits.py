@@ -4,7 +4,7 @@ Settings are named tuples of JSON values, since an evaluation stores them.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,10 +16,9 @@ from ip2p_jax.evaluation.methods.method import Texts
 from ip2p_jax.evaluation.protocols import EditRow
 from ip2p_jax.evaluation.run import Edit
 from ip2p_jax.images import working_size
-from ip2p_jax.pipeline.networks import Networks
 from ip2p_jax.pipeline.sampling import Sampling, check_acts
-from ip2p_jax.pipeline.text_to_image import TextToImage
 
+EDITOR = 'an editor'
 TEXTS = {  # what a method reads, and the field of a row
   'captions': 'source_caption', 'edited_captions': 'target_caption', 'instructions': 'instruction',
 }  # fmt: skip
@@ -50,7 +49,8 @@ class ByEditor(NamedTuple):
     del rows
     check_acts(self.sampling(), self.cfg_text, self.cfg_image, '')
 
-  pipeline = Editor
+  kind = EDITOR
+  is_trained = False
 
   @property
   def checkpoint(self) -> str:
@@ -79,18 +79,19 @@ class ByMethod(NamedTuple):
   """Edits by a method of the table.
 
   Attributes:
-    base: a text-to-image checkpoint.
+    base: what the method edits with, a local path; see `table.Entry.base`.
     set: the settings that are not the method's own, such as {'strength': 0.7}.
   """
 
   method: str
-  base: str
+  base: str | None
   set: dict[str, float]
   seed: int = 0
   resolution: int | None = None
 
   def check(self, rows: Sequence[EditRow]) -> None:
     """Raises InputError for an unknown method or setting, or rows without a text it needs."""
+    table.check_base(self.method, self.base)
     table.settings_of(self.method, **self.set)
     for column in table.METHODS[self.method].reads:
       if lacking := [row.id for row in rows if not getattr(row, TEXTS[column])]:
@@ -99,13 +100,20 @@ class ByMethod(NamedTuple):
           f' {lacking[0]}; choose another method.'
         )
 
-  pipeline = TextToImage
+  @property
+  def kind(self) -> str:
+    return table.METHODS[self.method].base
 
   @property
-  def checkpoint(self) -> str:
+  def is_trained(self) -> bool:
+    """Whether it is trained for each image: then progress counts single images."""
+    return table.METHODS[self.method].is_trained
+
+  @property
+  def checkpoint(self) -> str | None:
     return self.base
 
-  def edit(self, model: TextToImage) -> Edit:
+  def edit(self, model: Any) -> Edit:
     """A function that edits a batch by these settings."""
     edited = table.method(self.method, model, **self.set)
 
@@ -123,13 +131,26 @@ class ByMethod(NamedTuple):
 How = ByEditor | ByMethod
 
 
-def size_of(
-  networks: Networks, protocol: str, resolution: int | None
-) -> Callable[[int, int], tuple[int, int]]:
-  """(width, height) of an image -> the size to work at; the longer side is `resolution`."""
-  side, factor = resolution or networks.resolution, networks.vae_config.factor
+def load(kind: str, checkpoint: str | None, dtype: str | None) -> Any:
+  """What `How.edit` needs; `kind` and `checkpoint` are those of the settings."""
+  if kind == EDITOR:
+    return Editor.load(checkpoint, dtype)
+  return table.load(kind, checkpoint, dtype)
+
+
+def size_of(how: How, model: Any, protocol: str) -> Callable[[int, int], tuple[int, int]]:
+  """(width, height) of an image -> the size to work at.
+
+  The longer side is the resolution of `how`, or else of the model. A model without a resolution
+  works at the image's own size, within the method's limit.
+  """
+  networks = getattr(model, 'networks', None)
+  factor = networks.vae_config.factor if networks else 1
+  longest = None if how.kind == EDITOR else table.METHODS[how.method].longest
 
   def size_of(width, height):
+    own = max(width, height)
+    side = how.resolution or (networks.resolution if networks else min(own, longest or own))
     if protocol == 'paper':  # the original squashes every image
       width = height = side
     return working_size(width, height, side, factor)

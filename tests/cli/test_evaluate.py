@@ -11,6 +11,7 @@ import tiny_pairs
 from PIL import Image
 
 from ip2p_jax import bundled, weights
+from ip2p_jax.evaluation.text2live import Edit, Text2Live
 
 COUNT = 3
 BASE = Path(bundled.path()).parent / 'miniature-base'
@@ -75,6 +76,25 @@ def test_a_method_of_the_table_makes_the_edits(ip2p, data, tmp_path):
   code, output = ip2p('evaluate', data, tmp_path / 'out', *words)
   assert code == 0 and len(list((tmp_path / 'out' / 'edits').glob('*.png'))) == COUNT
   assert '| out | 3 |' in output
+
+
+def test_text2live_takes_a_clip_and_one_image_at_a_time(ip2p, data, tmp_path, monkeypatch):
+  clip, seeds = tiny_models.write_clip(tmp_path / 'clip', 32), []
+
+  def trained(self, image, texts, seed, report):
+    seeds.append(seed)
+    return Edit(image, np.zeros((*image.shape[:2], 4), np.float32))
+
+  monkeypatch.setattr(Text2Live, 'edit', trained)
+  words = '--method', 'text2live', '--base', clip, '--set', 'levels=2', '--seed', 5
+  code, output = ip2p('evaluate', data, tmp_path / 'out', *words, '--batch-size', 4)
+  assert code == 0 and seeds == [5, 6, 7] and '| out | 3 |' in output
+
+
+def test_identity_keeps_every_pixel(ip2p, data, tmp_path):
+  code, _ = ip2p('evaluate', data, tmp_path / 'out', '--method', 'identity')
+  lines = (tmp_path / 'out' / 'results-00000-of-00001.jsonl').read_text().splitlines()
+  assert code == 0 and [json.loads(line)['l1'] for line in lines] == [0] * COUNT
 
 
 @pytest.fixture(scope='module')
@@ -176,6 +196,8 @@ def test_both_workers_together_score_every_row(ip2p, data, outputs, tmp_path):
   (('--outputs', 'y', '--shard', '2/2'), 'shard is'),
   (('--outputs', 'nowhere'), '3 of 3 edits are missing'),
   (('--method', 'vae'), '--method vae needs --base'),
+  (('--method', 'text2live'), '--method text2live needs --base, the folder of a CLIPModel'),
+  (('--method', 'identity', '--base', 'x'), '--base: of no use with --method identity'),
   (('--outputs', 'y', '--set', 'steps=3'), '--base and --set: of no use without --method'),
   (('--method', 'vae', '--base', 'x', '--set', 'steps=3'), 'steps is no setting of the method vae'),
   (('--method', 'vae', '--base', 'x', '--set', 'steps'), '--set steps: give a name and a number'),

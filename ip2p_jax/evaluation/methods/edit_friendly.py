@@ -55,6 +55,11 @@ def edit_friendly(model: TextToImage, settings: Settings = Settings()) -> Method
   return lambda images, texts: run(request(model, images, texts, grid, settings))
 
 
+def calls(settings: Settings) -> int:
+  """UNet predictions for an image: two captions, with and without text."""
+  return 4 * (settings.steps - settings.skip)
+
+
 def edited(networks: Networks, params, request: Request) -> Images:
   """Edits of a request with `Settings`."""
   grid, settings = request.grid, request.settings

@@ -72,9 +72,7 @@ def request(
 ) -> Request:
   """A checked request; InputError if images or texts do not fit."""
   images = rows.pixels(images, model.networks.vae_config.factor)
-  for name in ('captions', 'edited_captions'):
-    if len(column := getattr(texts, name)) != len(images):
-      raise InputError(f'{len(column)} {name} for {len(images)} images; give one each.')
+  check_texts(texts, len(images))
   return Request(
     images,
     model.tokenizer(texts.captions),
@@ -85,6 +83,13 @@ def request(
     settings,
     control,
   )
+
+
+def check_texts(texts: Texts, count: int) -> None:
+  """Raises InputError unless there are two captions for each image."""
+  for name in ('captions', 'edited_captions'):
+    if len(column := getattr(texts, name)) != count:
+      raise InputError(f'{len(column)} {name} for {count} images; give one each.')
 
 
 def program(model: TextToImage, name: str, edited: Callable) -> Callable[[Request], np.ndarray]:

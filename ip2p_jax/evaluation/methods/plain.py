@@ -4,13 +4,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ip2p_jax.diffusion import samplers
+from ip2p_jax.diffusion import guidance, samplers
 from ip2p_jax.evaluation import sdedit
 from ip2p_jax.evaluation.methods.method import Method, Request, Texts, program, request
 from ip2p_jax.pipeline import parts
 from ip2p_jax.pipeline.networks import Networks
 from ip2p_jax.pipeline.program import Images
-from ip2p_jax.pipeline.text_to_image import TextToImage, check_strength
+from ip2p_jax.pipeline.text_to_image import TextToImage, check_strength, first_step
 
 
 class Settings(NamedTuple):
@@ -51,6 +51,13 @@ def sdedit_caption(model: TextToImage, settings: Settings = Settings()) -> Metho
 def sdedit_instruction(model: TextToImage, settings: Settings = Settings()) -> Method:
   """SDEdit with the instruction in the caption's place (SDEdit-E of the paper)."""
   return _sdedit(model, settings, lambda texts: texts.instructions)
+
+
+def sdedit_calls(settings: Settings) -> int:
+  """UNet predictions for an image."""
+  scale = settings.text_guidance
+  each = len(guidance.branches(scale, scale))
+  return each * (settings.steps - first_step(settings.steps, settings.strength))
 
 
 def _sdedit(model, settings, prompts):

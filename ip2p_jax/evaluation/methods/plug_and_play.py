@@ -83,6 +83,11 @@ def plug_and_play(model: TextToImage, settings: Settings = Settings()) -> Method
   return edit
 
 
+def calls(settings: Settings) -> int:
+  """UNet predictions for an image: the inversion, then three in each step."""
+  return settings.inversion_steps + 3 * settings.steps
+
+
 def edited(networks: Networks, params, request: Request) -> Images:
   """Edits of a request with `Traced`."""
   grid, traced = request.grid, request.settings

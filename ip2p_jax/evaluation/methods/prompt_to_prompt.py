@@ -69,6 +69,24 @@ def direct(model: TextToImage, settings: Settings = Settings()) -> Method:
   return _method(model, settings, own_path)
 
 
+def calls(settings: Settings) -> int:
+  """UNet predictions for an image by `ddim` or `direct`.
+
+  The inversion has one in each step. Then two images are drawn, with and without text.
+  """
+  return 5 * settings.steps
+
+
+def null_text_calls(settings: Settings) -> int:
+  """The most UNet predictions for an image by `null_text`, which stops early where it can.
+
+  Each step has one with the caption, one in each update, and one with the trained text. An update
+  also needs a gradient. Its cost is not counted: about one prediction more, since the weights need
+  no gradient.
+  """
+  return calls(settings) + (inversion.TRIES + 2) * settings.steps
+
+
 def _method(model, settings, invert: Invert) -> Method:
   grid = samplers.noise_levels(model.networks.schedule, inversion.SAMPLER, settings.steps)
   run = program(model, invert.__name__, functools.partial(edited, invert))
