@@ -55,7 +55,7 @@ class Size(NamedTuple):
   """How many held-out examples each part takes, and which settings."""
 
   defaults: int = 500
-  figure: int = 300  # of figures 8 and 10
+  figure: int = 200  # of figures 8 and 10
   sweep: int = 100
   samplers: int = 50
   methods: int = 50
