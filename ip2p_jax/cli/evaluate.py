@@ -215,7 +215,8 @@ def _method(rows, dtype, protocol, seed, resolution, method, base, set):
     texts = (list(column) for column in zip(
       *[(row.source_caption, row.target_caption, row.instruction) for row in rows], strict=True
     ))  # fmt: skip
-    return edited(images, Texts(*texts, [seed + number for number in numbers]))
+    words = [row.words for row in rows]
+    return edited(images, Texts(*texts, [seed + number for number in numbers], words))
 
   longest = table.METHODS[method].longest
   return edit, _size_of(getattr(model, 'networks', None), protocol, resolution, longest)
