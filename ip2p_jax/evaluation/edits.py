@@ -119,7 +119,8 @@ class ByMethod(NamedTuple):
 
     def edit(images, rows, numbers):
       texts = ([getattr(row, field) for row in rows] for field in TEXTS.values())
-      return edited(images, Texts(*texts, [self.seed + number for number in numbers]))
+      seeds = [self.seed + number for number in numbers]
+      return edited(images, Texts(*texts, seeds, [row.words for row in rows]))
 
     return edit
 

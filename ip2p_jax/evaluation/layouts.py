@@ -6,7 +6,7 @@
   emu               FOLDER/12.png                      the column idx
   pie               FOLDER/annotation_images/0_random_140/000000000000.jpg
   gedit             FOLDER/fullset/background_change/en/KEY.png and KEY_SRCIMG.png
-  imgedit           FOLDER/KEY.png
+  imgedit           FOLDER/KEY.png, or KEY_turn1.png, KEY_turn2.png, ...
   own               FOLDER/00000.png                   the column id, or the row's number
 
 MagicBrush's script wants the edits of both of its protocols in one folder, for all sessions: it
@@ -22,7 +22,8 @@ from PIL import Image
 
 from ip2p_jax import images
 from ip2p_jax.errors import InputError
-from ip2p_jax.evaluation.protocols import PIE_SIDE, EditRow
+from ip2p_jax.evaluation.pie_bench import SIDE as PIE_SIDE
+from ip2p_jax.evaluation.protocols import EditRow
 
 
 def write_edit(

@@ -36,6 +36,11 @@ def shown(read: Opener) -> Opener:
   return functools.partial(_read_shown, read)
 
 
+def resized(read: Opener, size_of: Callable[[int, int], tuple[int, int]]) -> Opener:
+  """The image of `read` at `size_of(width, height)`, by Pillow's bicubic filter."""
+  return functools.partial(_read_resized, read, size_of)
+
+
 def mask(read: Opener, source: Opener, place: str, has_hole: bool = False) -> Callable:
   """A mask image as float32 [H, W] of the source's size, 1 = edit; white is edited.
 
@@ -53,6 +58,11 @@ def _read_cell(reader, i, column):
 
 def _read_shown(read):
   return images.shown(read())
+
+
+def _read_resized(read, size_of):
+  image = read()
+  return image.resize(size_of(*image.size), Image.Resampling.BICUBIC)
 
 
 def _read_mask(read, source, place, has_hole) -> np.ndarray:

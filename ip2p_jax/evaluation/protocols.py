@@ -25,17 +25,13 @@ import numpy as np
 from ip2p_jax.data import original, sources
 from ip2p_jax.data.columns import find, plain, texts
 from ip2p_jax.errors import InputError, check_choice
-from ip2p_jax.evaluation import lazy_images, torch_random
+from ip2p_jax.evaluation import lazy_images, pie_bench, torch_random
 from ip2p_jax.evaluation.lazy_images import Opener
 from ip2p_jax.storage import read_json
 
-PIE_SIDE = 512
-PIE_KINDS = (  # by editing_type_id
-  'random', 'change object', 'add object', 'delete object', 'change content', 'change pose',
-  'change color', 'change material', 'change background', 'change style',
-)  # fmt: skip
 MAGICBRUSH_CAPTIONS = 'local_captions.json'  # as in its README; the script's default is global
 IMGEDIT_FILES = ('basic_edit.json', 'UGE_edit.json')
+TURNS = ('turn1', 'turn2', 'turn3')  # of ImgEdit-Bench
 MASKS = ('mask', 'mask_image', 'mask_img')
 
 
@@ -51,6 +47,7 @@ class EditRow(NamedTuple):
     target: opens the true edited image, if there is one.
     mask: gives what may change as float32 [H, W] of the source's size, 1 = edit; None if unknown.
     source_caption, target_caption: of the image before and after; '' if unknown.
+    words: the changed words of the two captions, if the protocol names them.
     turn: of a session of edits, from 1.
     group: the kind of edit, for averages; '' if there are no kinds.
     previous: the id of the row whose edit is this row's input, instead of `source`; '' for none.
@@ -71,6 +68,7 @@ class EditRow(NamedTuple):
   previous: str = ''
   is_last: bool = True
   shown_source: Opener | None = None
+  words: tuple[str, str] | None = None
 
 
 def read_rows(
@@ -206,48 +204,49 @@ def pie(path: str) -> list[EditRow]:
     rows.append(EditRow(
       key, f'annotation_images/{file}', _shown_file(Path(path, 'annotation_images', file)),
       _text(item, 'editing_instruction', place), None,
-      functools.partial(pie_mask, item.get('mask'), place), *captions,
-      group=dict(zip('0123456789', PIE_KINDS, strict=True)).get(kind, kind),
+      functools.partial(pie_bench.mask, item.get('mask'), place), *captions,
+      group=dict(zip('0123456789', pie_bench.KINDS, strict=True)).get(kind, kind),
+      words=pie_bench.words(item.get('blended_word')),
     ))  # fmt: skip
   return rows
 
 
-def pie_mask(runs: Sequence[int], place: str = 'the mask') -> np.ndarray:
-  """A mask of PIE-Bench as float32 [512, 512], 1 = edit.
-
-  `runs` are (start, length, start, length, ...) over the pixels, row by row. A run ends with the
-  image. The border of one pixel is always 1, since some annotations are wrong there.
-  """
-  try:
-    pairs = np.asarray(runs, np.int64).reshape(-1, 2)
-  except (TypeError, ValueError):
-    raise InputError(f'{place}: its mask is not a list of starts and lengths; get the file'
-                     ' again') from None  # fmt: skip
-  mask = np.zeros(PIE_SIDE * PIE_SIDE, np.float32)
-  for start, length in pairs.tolist():
-    mask[start : start + length] = 1
-  mask = mask.reshape(PIE_SIDE, PIE_SIDE)
-  mask[[0, -1]] = mask[:, [0, -1]] = 1
-  return mask
-
-
 def gedit(path: str) -> list[EditRow]:
-  """GEdit-Bench. The raw image is edited; the judge sees `input_image` beside the edit."""
+  """GEdit-Bench. The raw image is edited, at the size that the authors' script gives it.
+
+  The judge sees `input_image` beside the edit.
+  """
   names = ('task_type', 'key', 'instruction', 'instruction_language')
   image_columns = ('input_image', 'input_image_raw')
   rows = []
   for place, row, cell in _table_rows(_table(path, 'train'), path, names, image_columns):
     kind, key, instruction, language = (_text(row, name, place) for name in names)
     id = f'{kind}/{language}/{key}'
-    seen, source = (lazy_images.shown(cell(name)) for name in image_columns)
+    seen, raw = (lazy_images.shown(cell(name)) for name in image_columns)
     rows.append(EditRow(
-      id, f'fullset/{id}.png', source, instruction, group=kind, shown_source=seen
+      id, f'fullset/{id}.png', lazy_images.resized(raw, gedit_size), instruction, group=kind,
+      shown_source=seen,
     ))  # fmt: skip
   return rows
 
 
+def gedit_size(width: int, height: int) -> tuple[int, int]:
+  """About 512 * 512 pixels in multiples of 32, as generate_image_example.py computes it.
+
+  If the area is not exact, its width goes one multiple down or up, whatever the height was.
+  """
+  area, ratio = 512 * 512, width / height
+  exact = (area * ratio) ** 0.5
+  width, height = (round(side / 32) * 32 for side in (exact, exact / ratio))
+  return width + 32 * ((width * height < area) - (width * height > area)), height
+
+
 def imgedit(path: str) -> list[EditRow]:
-  """ImgEdit-Bench: `path` is its JSON file, or the folder with that file; images lie beside it."""
+  """ImgEdit-Bench: `path` is its JSON file, or the folder with that file; images lie beside it.
+
+  In its multi-turn files each turn starts from the edit before it. People judge them, and no script
+  names their edits.
+  """
   files = [path] if os.path.isfile(path) else [Path(path, name) for name in IMGEDIT_FILES]
   file = next(filter(os.path.isfile, files), None)
   if file is None:
@@ -258,8 +257,14 @@ def imgedit(path: str) -> list[EditRow]:
     place = f'{file}: {key}'
     item = _object(item, place)
     source = _shown_file(Path(file).parent / _text(item, 'id', place))
-    instruction, kind = _text(item, 'prompt', place), str(item.get('edit_type', ''))
-    rows.append(EditRow(key, f'{key}.png', source, instruction, group=kind))
+    names, previous = [name for name in TURNS if item.get(name)] or ['prompt'], ''
+    for turn, name in enumerate(names, 1):
+      id = key if name == 'prompt' else f'{key}_{name}'
+      rows.append(EditRow(
+        id, f'{id}.png', source, _text(item, name, place), turn=turn, previous=previous,
+        group=str(item.get('edit_type', '')), is_last=turn == len(names),
+      ))  # fmt: skip
+      previous = id
   return rows
 
 

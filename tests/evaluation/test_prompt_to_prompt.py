@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from ip2p_jax.diffusion import samplers
-from ip2p_jax.errors import InputError
 from ip2p_jax.evaluation.methods import prompt_to_prompt
 from ip2p_jax.evaluation.methods.method import request
 from ip2p_jax.evaluation.methods.prompt_to_prompt import Settings
@@ -106,10 +105,15 @@ def test_given_words_are_weighted_and_bound_the_edit():
   assert (weights[0, blue] == 2).all() and weights.sum() == weights.size + len(blue)
 
 
-def test_a_word_that_is_not_in_its_caption_is_refused():
-  texts = method_models.texts(1)._replace(words=[('green', 'blue')])
-  with pytest.raises(InputError, match="'green' is not in 'a red star'"):
-    inputs(texts)
+def test_a_word_that_is_not_in_its_caption_is_ignored():
+  texts, settings = method_models.texts(1), SETTINGS._replace(steps=10)
+  with pytest.warns(UserWarning, match="'green' is not in 'a red star'; ignored"):
+    control = inputs(texts._replace(words=[('green', 'blue')]), settings).control
+  assert not control.blend.words[0, 0].any() and control.blend.words[0, 1].any()
+  assert control.blend.start == 2 and control.injection.equalizer.max() == 2
+  with pytest.warns(match="'dogs' is not in"), pytest.warns(match="'cats' is not in"):
+    control = inputs(texts._replace(words=[('dogs', 'cats')]), settings).control
+  assert control.blend.start == 10 and control.injection.equalizer.max() == 1  # 10 is never
 
 
 @pytest.mark.long

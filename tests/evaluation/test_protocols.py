@@ -12,10 +12,11 @@ import tiny_pairs
 from PIL import Image
 
 from ip2p_jax.errors import InputError
+from ip2p_jax.evaluation import pie_bench
 from ip2p_jax.evaluation.protocols import (
   READERS,
+  gedit_size,
   paper,
-  pie_mask,
   read_rows,
   without_equal_captions,
 )
@@ -170,6 +171,7 @@ def test_pie_rows_have_plain_prompts_and_kinds(tmp_path):
   assert rows[0].source_caption == 'a round cake on a plate'
   assert rows[0].target_caption == 'a square cake on a blue plate'
   assert rows[0].instruction == 'make the cake square'
+  assert rows[0].words == ('cake', 'cake')
   assert rows[0].source().size == (512, 512)
 
 
@@ -182,14 +184,22 @@ def test_pie_masks_are_runs_with_a_border(tmp_path):
   expected = expected.reshape(512, 512)
   expected[0, :] = expected[-1, :] = expected[:, 0] = expected[:, -1] = 1
   np.testing.assert_array_equal(rows[0].mask(), expected)
-  border = pie_mask([])
+  border = pie_bench.mask([])
   assert border.sum() == 4 * 511 and not border[1:-1, 1:-1].any()
+
+
+@pytest.mark.parametrize(('text', 'words'), [
+  ('cat dog', ('cat', 'dog')), ('cat dog cow', ('cat', 'dog')), ('cat', None), ('', None),
+  (None, None),
+])  # fmt: skip
+def test_pie_names_the_changed_words(text, words):
+  assert pie_bench.words(text) == words
 
 
 @pytest.mark.parametrize('runs', [None, [1, 2, 3], ['a', 'b']])
 def test_a_damaged_pie_mask_is_refused(runs):
   with pytest.raises(InputError, match='m: its mask is not a list of starts and lengths'):
-    pie_mask(runs, 'm')
+    pie_bench.mask(runs, 'm')
 
 
 # GEdit-Bench and ImgEdit-Bench
@@ -204,7 +214,19 @@ def test_gedit_edits_the_raw_image_and_shows_the_other(tmp_path):
   ]
   assert rows[1].instruction == '换背景'
   for i, row in enumerate(rows):
-    assert same(row.source, 10 + i) and same(row.shown_source, i)
+    raw = Image.fromarray(protocol_data.photo(10 + i))
+    np.testing.assert_array_equal(row.source(), raw.resize((608, 416), Image.Resampling.BICUBIC))
+    assert same(row.shown_source, i)
+
+
+@pytest.mark.parametrize(('size', 'expected'), [
+  ((1000, 1000), (512, 512)),
+  ((600, 400), (608, 416)),
+  ((400, 600), (384, 640)),
+  ((1920, 1080), (704, 384)),
+])  # fmt: skip
+def test_gedit_sizes_are_those_of_its_script(size, expected):
+  assert gedit_size(*size) == expected
 
 
 @pytest.mark.parametrize('name', ['', 'basic_edit.json'])
@@ -215,6 +237,16 @@ def test_imgedit_reads_a_json_beside_images(tmp_path, name):
     ('673', 'style', 'do 1'),
   ]
   assert same(rows[1].source, 1)
+
+
+def test_imgedits_turns_start_from_the_edit_before(tmp_path):
+  protocol_data.write_photo(tmp_path / '0.jpg', 3)
+  item = {'id': '0.jpg', 'turn1': 'do 1', 'turn2': 'do 2', 'turn3': ''}
+  (tmp_path / 'memory.json').write_text(json.dumps({'1': item}))
+  first, second = read_rows(str(tmp_path / 'memory.json'), 'imgedit')
+  assert (first.id, first.instruction, first.turn, first.is_last) == ('1_turn1', 'do 1', 1, False)
+  assert (second.file, second.previous, second.is_last) == ('1_turn2.png', '1_turn1', True)
+  assert same(first.source, 3)
 
 
 # An own folder
@@ -293,7 +325,7 @@ def test_rows_can_be_pickled(tmp_path):
   rows = read_rows(str(protocol_data.gedit(tmp_path / 'gedit')), 'gedit')
   rows += read_rows(str(protocol_data.magicbrush(tmp_path / 'magicbrush')), 'magicbrush')
   again = pickle.loads(pickle.dumps(rows))
-  assert same(again[2].source, 12) and same(again[3].target, 1)
+  assert same(again[2].shown_source, 2) and same(again[3].target, 1)
   assert again[3].mask().any()
 
 

@@ -13,6 +13,7 @@ shares self-attention up to 32 x 32 tokens. Here it is 16 x 16, as published, at
 """
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ import numpy as np
 from jax import Array
 
 from ip2p_jax.diffusion import samplers
+from ip2p_jax.errors import InputError
 from ip2p_jax.evaluation.methods.method import Method, Request, Texts, program, request
 from ip2p_jax.models.tokenizer import ClipTokenizer
 from ip2p_jax.pairs import alignment, inversion
@@ -99,7 +101,10 @@ def _method(model, settings, invert: Invert) -> Method:
 
 
 def controls(tokenizer: ClipTokenizer, texts: Texts, settings: Settings) -> Control:
-  """The controls of all rows; InputError for a changed word that its caption does not have."""
+  """The controls of all rows. Warns of a changed word that is not in its caption, and ignores it.
+
+  The tables' code ignores it, too.
+  """
   given = texts.words or [None] * len(texts.captions)
   each = [
     _control(tokenizer, *row, settings)
@@ -112,18 +117,25 @@ def controls(tokenizer: ClipTokenizer, texts: Texts, settings: Settings) -> Cont
 def _control(tokenizer, caption, edited_caption, words, settings) -> tuple[Injection, Blend]:
   steps = settings.steps
   aligned = alignment.refine(tokenizer, caption, edited_caption)
+  sides = zip((caption, edited_caption), words or ('', ''), strict=True)
+  places = np.stack([_places(tokenizer, text, word) for text, word in sides])
+  start = int(settings.blend_from * steps) if places.any() else steps  # never
   injection = Injection(
     np.int32(alignment.step_window(settings.self_steps, steps)),
     alignment.windows(tokenizer, edited_caption, steps, settings.cross_steps, {}),
     *aligned,
-    alignment.equalizer(tokenizer, edited_caption, {words[1]: settings.weight} if words else {}),
+    np.where(places[1], np.float32(settings.weight), np.float32(1)),
   )
-  places, start = np.zeros((2, tokenizer.length), np.float32), steps  # never
-  if words:
-    sides = zip((caption, edited_caption), words, strict=True)
-    places = np.stack([alignment.mask(tokenizer, text, [word]) for text, word in sides])
-    start = int(settings.blend_from * steps)
   return injection, Blend(places, np.float32(settings.threshold), np.int32(start))
+
+
+def _places(tokenizer, text, word) -> np.ndarray:
+  """float32 [L], 1 for the tokens of the word; '' and an absent word have none."""
+  try:
+    return alignment.mask(tokenizer, text, [word] if word else [])
+  except InputError:
+    warnings.warn(f'the changed word {word!r} is not in {text!r}; ignored', stacklevel=2)
+    return np.zeros(tokenizer.length, np.float32)
 
 
 def edited(invert: Invert, networks: Networks, params, request: Request) -> Images:
