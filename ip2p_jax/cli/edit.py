@@ -119,25 +119,13 @@ def edit(
   from ip2p_jax.editing.editor import Editor
   from ip2p_jax.pipeline.sampling import Sampling, check_acts
 
-  if not edit.strip():
-    raise InputError('--edit is empty; say what to change, such as --edit "make it winter".')
-  if len(edit) + len(negative) > MAX_TEXT:
-    raise InputError(
-      f'--edit and --negative are over {MAX_TEXT:,} characters; models read 77 tokens.'
-    )
+  _check(edit, negative, ckpt, ema)
   image_files.check_options({
     '--seed': seed, '--index': index, '--grid': grid, '--grid-text': grid_text,
     '--grid-image': grid_image, '--cfg-text': cfg_text, '--cfg-image': cfg_image,
   })  # fmt: skip
-  if ema is False and ckpt and Path(ckpt, 'model_index.json').is_file():
-    raise InputError(f'--no-ema: the folder {ckpt} holds no average; leave it out.')
   seed, index = secrets.randbelow(2**31) if seed is None else seed, index or 0
-  own = (bundled.STEPS, bundled.TEXT_GUIDANCE, bundled.IMAGE_GUIDANCE, bundled.SAMPLER)
-  defaults = own if bundled.is_like_it(ckpt) else (STEPS, CFG_TEXT, CFG_IMAGE, SAMPLER)
-  steps, cfg_text, cfg_image, sampler = (
-    default if value is None else value
-    for value, default in zip((steps, cfg_text, cfg_image, sampler), defaults, strict=True)
-  )
+  steps, cfg_text, cfg_image, sampler = _or_defaults(ckpt, steps, cfg_text, cfg_image, sampler)
   scales = [(cfg_text, cfg_image)]
   if grid:
     scales = image_files.parse_scales(grid_text or GRID_TEXT, grid_image or GRID_IMAGE)
@@ -155,27 +143,52 @@ def edit(
   console.cache_compilations()
   model = Editor.load(ckpt, dtype, variant=variant, ema=ema, prediction_type=prediction_type)
   console.say(f'seed {seed}')
-  batch_size = batch_size or 4 * model.mesh.size
   resolution = resolution or model.networks.resolution
   settings = options | {
     'edit': edit, 'ckpt': ckpt, 'resolution': resolution, 'mask': mask and str(mask),
     'dtype': model.dtype, 'variant': variant, 'ema': ema, 'prediction_type': prediction_type,
   }  # fmt: skip
-  sheet = []
   with console.progress('step', compiles=True) as progress:
-    for job, result in image_files.run_jobs(
-      model, jobs, edit, resolution=resolution, batch_size=batch_size, mask=mask,
-      options=options, progress=progress,
-    ):  # fmt: skip
-      if grid:
-        sheet.append((job, result))
-        continue
-      own = {'input': str(job.file), 'seed': job.seed, 'index': job.index,
-             'cfg_text': job.cfg_text, 'cfg_image': job.cfg_image}  # fmt: skip
-      console.save(result, job.output, settings | own)
+    results = image_files.run_jobs(
+      model, jobs, edit, resolution=resolution, batch_size=batch_size or 4 * model.mesh.size,
+      mask=mask, options=options, progress=progress,
+    )  # fmt: skip
+    if grid:
+      sheet = list(results)
+    else:
+      _save_each(results, settings)
   if grid:
     own = {'input': str(input), 'seed': seed, 'index': index, 'grid': scales}
     console.save(image_files.labelled_grid(sheet, edit), jobs[0].output, settings | own)
+
+
+def _check(edit, negative, ckpt, ema) -> None:
+  """Refuses wrong values before loading."""
+  if not edit.strip():
+    raise InputError('--edit is empty; say what to change, such as --edit "make it winter".')
+  if len(edit) + len(negative) > MAX_TEXT:
+    raise InputError(
+      f'--edit and --negative are over {MAX_TEXT:,} characters; models read 77 tokens.'
+    )
+  if ema is False and ckpt and Path(ckpt, 'model_index.json').is_file():
+    raise InputError(f'--no-ema: the folder {ckpt} holds no average; leave it out.')
+
+
+def _or_defaults(ckpt, *values):
+  """Steps, both scales and sampler; those that are None are the checkpoint's defaults."""
+  own = (bundled.STEPS, bundled.TEXT_GUIDANCE, bundled.IMAGE_GUIDANCE, bundled.SAMPLER)
+  defaults = own if bundled.is_like_it(ckpt) else (STEPS, CFG_TEXT, CFG_IMAGE, SAMPLER)
+  return (
+    default if value is None else value for value, default in zip(values, defaults, strict=True)
+  )
+
+
+def _save_each(results, settings) -> None:
+  """Writes each result as soon as it is there."""
+  for job, result in results:
+    own = {'input': str(job.file), 'seed': job.seed, 'index': job.index,
+           'cfg_text': job.cfg_text, 'cfg_image': job.cfg_image}  # fmt: skip
+    console.save(result, job.output, settings | own)
 
 
 def _bundled() -> str:
