@@ -48,12 +48,17 @@ def groups(sizes: Sequence[tuple[int, int]], batch_size: int | None) -> list[lis
   ]
 
 
+def padded(rows: list, batch_size: int | None) -> list:
+  """The rows, repeated to fill a batch, so that one compiled program serves all batches."""
+  return (rows * batch_size)[:batch_size] if batch_size else rows
+
+
 class Batch(NamedTuple):
   """One call of the program.
 
   Attributes:
     results: the rows whose images it makes.
-    rows: the same, repeated to fill the batch, so that one compiled program serves all batches.
+    rows: the same, `padded`.
     size: working size (width, height) of all of them.
     progress: of this call.
   """
@@ -70,8 +75,8 @@ def batches(
   """The calls that make a row of each of these working sizes. `progress` counts all of them."""
   every = groups(sizes, batch_size)
   for done, group in enumerate(every):
-    filled = (group * batch_size)[:batch_size] if batch_size else group
-    yield Batch(group, filled, sizes[group[0]], part_of(progress, done, len(every)))
+    part = part_of(progress, done, len(every))
+    yield Batch(group, padded(group, batch_size), sizes[group[0]], part)
 
 
 def scales(name: str, values: float | Sequence[float], batch: int) -> np.ndarray:
