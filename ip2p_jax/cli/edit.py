@@ -10,7 +10,7 @@ from typer import Option
 from ip2p_jax import bundled
 from ip2p_jax.cli import console
 from ip2p_jax.cli.console import MAX_TEXT
-from ip2p_jax.defaults import CFG_IMAGE, CFG_TEXT, MAX_SCALE, MAX_SEED, SAMPLER, STEPS
+from ip2p_jax.defaults import CFG_IMAGE, CFG_TEXT, MAX_SCALE, MAX_SEED, SAMPLER, SAMPLERS, STEPS
 from ip2p_jax.errors import InputError
 
 GRID_TEXT, GRID_IMAGE = '3,5,7.5,10', '1,1.2,1.5,1.8'
@@ -74,10 +74,7 @@ def edit(
   ] = None,
   sampler: Annotated[
     str | None,
-    Option(
-      help='euler_ancestral, euler, heun, ddim, dpmpp_2m or lcm.'
-      + _default(SAMPLER, bundled.SAMPLER)
-    ),
+    Option(help=f'{SAMPLERS}.' + _default(SAMPLER, bundled.SAMPLER)),
   ] = None,
   spacing: Annotated[
     str | None, Option(help="linspace, leading or trailing; by default the sampler's.")

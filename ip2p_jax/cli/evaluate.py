@@ -7,16 +7,21 @@ import typer
 from typer import Option
 
 from ip2p_jax.cli import console
-from ip2p_jax.defaults import CFG_IMAGE, CFG_TEXT, MAX_SCALE, MAX_SEED, SAMPLER, STEPS
+from ip2p_jax.defaults import (
+  CFG_IMAGE,
+  CFG_TEXT,
+  MAX_SCALE,
+  MAX_SEED,
+  METHODS,
+  PROTOCOLS,
+  SAMPLER,
+  SAMPLERS,
+  STEPS,
+)
 from ip2p_jax.errors import InputError
 from ip2p_jax.progress import unwatched
 
 REPORT = 'report'  # .md, .csv and .png
-METHODS = (
-  'identity, vae, sdedit-caption, sdedit-instruction, ddim, direct, null-text, edit-friendly or'
-  ' plug-and-play'
-)
-PROTOCOLS = 'own, paper, magicbrush, magicbrush-multi, emu, pie, gedit or imgedit'
 
 
 def evaluate(
@@ -43,9 +48,7 @@ def evaluate(
   cfg_text: Annotated[float, Option(min=-MAX_SCALE, max=MAX_SCALE)] = CFG_TEXT,
   cfg_image: Annotated[float, Option(min=-MAX_SCALE, max=MAX_SCALE)] = CFG_IMAGE,
   steps: Annotated[int, Option(min=1, help='Steps of the sampler.')] = STEPS,
-  sampler: Annotated[
-    str, Option(help='euler_ancestral, euler, heun, ddim, dpmpp_2m or lcm.')
-  ] = SAMPLER,
+  sampler: Annotated[str, Option(help=f'{SAMPLERS}.')] = SAMPLER,
   seed: Annotated[int, Option(min=0, max=MAX_SEED, help='Of the noise.')] = 0,
   resolution: Annotated[
     int | None,
