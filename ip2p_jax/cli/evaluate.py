@@ -10,15 +10,20 @@ from typer import Option
 from ip2p_jax import bundled
 from ip2p_jax.cli import console
 from ip2p_jax.cli.compare import AXES, compare_folders, write_report
-from ip2p_jax.defaults import CFG_IMAGE, CFG_TEXT, MAX_SCALE, MAX_SEED, SAMPLER, STEPS
+from ip2p_jax.defaults import (
+  CFG_IMAGE,
+  CFG_TEXT,
+  MAX_SCALE,
+  MAX_SEED,
+  METHODS,
+  PROTOCOLS,
+  SAMPLER,
+  SAMPLERS,
+  STEPS,
+)
 from ip2p_jax.errors import InputError
 from ip2p_jax.progress import unwatched
 
-METHODS = (
-  'identity, vae, sdedit-caption, sdedit-instruction, ddim, direct, null-text, edit-friendly,'
-  ' plug-and-play or text2live'
-)
-PROTOCOLS = 'own, paper, magicbrush, magicbrush-multi, emu, pie, gedit or imgedit'
 FIGURE = (
   '8: an editor over its image scale, beside SDEdit (of --base) over its strength. 10: several'
   ' editors over their image scale. Every point has a folder, OUT/CURVE/POINT.'
@@ -76,10 +81,7 @@ def evaluate(
   ] = None,
   sampler: Annotated[
     str | None,
-    Option(
-      help='euler_ancestral, euler, heun, ddim, dpmpp_2m or lcm.'
-      + console.two_defaults(SAMPLER, bundled.SAMPLER)
-    ),
+    Option(help=f'{SAMPLERS}.' + console.two_defaults(SAMPLER, bundled.SAMPLER)),
   ] = None,
   spacing: console.Spacing = None,
   karras: console.Karras = False,
