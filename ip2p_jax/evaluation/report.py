@@ -19,6 +19,12 @@ from ip2p_jax.storage import replacing, write_bytes
 
 RESAMPLES = 2000
 TAIL = 2.5  # percent on each side of an interval
+LABELS = {  # of axes
+  'clip_sim_dir': 'CLIP text-image direction similarity',
+  'clip_sim_image': 'CLIP image similarity',
+  'psnr': 'PSNR, dB',
+  'ssim': 'SSIM',
+}
 
 
 class Estimate(NamedTuple):
@@ -181,12 +187,12 @@ def write_csv(path: Path, summary: Summary) -> None:
 
 
 def plot(
-  path: Path, curves: Mapping[str, Sequence[Point]], labels: tuple[str, str], title: str = ''
+  path: Path, curves: Mapping[str, Sequence[Point]], scores: tuple[str, str], title: str = ''
 ) -> None:
   """Writes a PNG of curves with intervals, every point labelled with its setting.
 
-  The paper's figures 8 and 10 have the CLIP direction to the right and the CLIP image similarity
-  upwards.
+  `scores` are to the right and upwards. The paper's figures 8 and 10 have the CLIP direction to the
+  right and the CLIP image similarity upwards.
   """
   from matplotlib.figure import Figure  # takes half a second
 
@@ -204,8 +210,8 @@ def plot(
     )  # fmt: skip
     for x, y, point in zip(mean_xs, mean_ys, points, strict=True):
       axes.annotate(point.label, (x, y), xytext=(4, 4), textcoords='offset points', fontsize=7)
-  axes.set_xlabel(labels[0])
-  axes.set_ylabel(labels[1])
+  axes.set_xlabel(LABELS.get(scores[0], scores[0]))
+  axes.set_ylabel(LABELS.get(scores[1], scores[1]))
   axes.set_title(title)
   axes.grid(alpha=0.3)
   axes.legend(fontsize=8)
