@@ -104,7 +104,8 @@ def test_both_workers_together_score_every_row(ip2p, data, outputs, tmp_path):
   (('--method', 'identity', '--base', 'x'), '--base: of no use with --method identity'),
   (('--outputs', 'y', '--set', 'steps=3'), '--base and --set: of no use without --method'),
   (('--method', 'vae', '--base', 'x', '--set', 'steps=3'), 'steps is no setting of the method vae'),
-  (('--method', 'vae', '--base', 'x', '--set', 'steps'), '--set steps: give a name and a number'),
+  (('--method', 'vae', '--base', 'x', '--set', 'steps'), '--set steps: give a name and a value'),
+  (('--method', 'ddim', '--base', 'x', '--set', 'steps=two'), "steps is 'two'; the method ddim"),
   (('--method', 'morph', '--base', 'x'), 'method'),
 ])  # fmt: skip
 def test_a_mistake_is_one_line(ip2p, data, tmp_path, options, message):
