@@ -46,7 +46,15 @@ METHODS = {
   'null-text': {'guidance': 2},
   'edit-friendly': {'target_guidance': 4, 'source_guidance': 1},
   'plug-and-play': {'guidance': 2},
-  'text2live': {'levels': 4, 'width': 64, 'views': 8, 'steps': 300, 'sparsity': 40},
+  'text2live': {  # as in text2live.py
+    'levels': 4,
+    'width': 64,
+    'views': 8,
+    'steps': 300,
+    'sparsity': 40,
+    'templates': '{}|{}.',
+    'screen_templates': '{} on a green background|{} on green',
+  },
 }
 SLOW = ('text2live',)  # minutes for each image
 

@@ -287,10 +287,12 @@ def _scorers(clip, clip_crop, original_range, dino, structure, levels, lpips, ma
 
 
 def _setting(text):
-  """(name, value) of 'name=value'; a value is a number, true or false."""
-  name, _, value = text.partition('=')
+  """(name, value) of 'name=value'; a value is a number, true, false or a text."""
+  name, is_given, value = text.partition('=')
+  if not is_given:
+    raise InputError(f'--set {text}: give a name and a value, such as strength=0.7.')
   words = {'true': True, 'false': False}
   try:
     return name, words[value] if value in words else float(value) if '.' in value else int(value)
   except ValueError:
-    raise InputError(f'--set {text}: give a name and a number, such as strength=0.7.') from None
+    return name, value

@@ -120,6 +120,13 @@ def test_settings_of_another_kind_are_refused():
   assert table.settings_of('direct', guidance=2).guidance == 2
 
 
+def test_several_texts_are_given_as_one():
+  settings = table.settings_of('text2live', templates='{}|{}.', levels=4)
+  assert settings.templates == ('{}', '{}.') and settings.levels == 4
+  with pytest.raises(InputError, match='templates is 3; the method text2live takes'):
+    table.settings_of('text2live', templates=3)
+
+
 def test_a_base_is_given_where_it_is_needed():
   with pytest.raises(InputError, match='vae needs --base, a text-to-image checkpoint'):
     table.check_base('vae', None)

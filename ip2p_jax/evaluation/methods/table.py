@@ -55,7 +55,8 @@ METHODS = {
 def settings_of(name: str, **changes):
   """The method's settings, its authors' but for `changes`; None if it has none.
 
-  InputError for an unknown method or setting, or a value of another kind.
+  A setting of several texts is given as one, with | between them. InputError for an unknown method
+  or setting, or a value of another kind.
   """
   entry = _entry(name)
   if not entry.has_settings:
@@ -63,11 +64,14 @@ def settings_of(name: str, **changes):
   else:
     settings = _module(entry).Settings()
     fields = settings._fields
-  for key, value in changes.items():
+  for key, value in list(changes.items()):
     if key not in fields:
       known = f'its settings are {", ".join(fields)}' if fields else 'it has none'
       raise InputError(f'{key} is no setting of the method {name}; {known}.')
-    if not _fits(value, default := getattr(settings, key)):
+    default = getattr(settings, key)
+    if isinstance(default, tuple) and isinstance(value, str):
+      changes[key] = tuple(value.split('|'))
+    elif not _fits(value, default):
       raise InputError(f'{key} is {value!r}; the method {name} takes a value such as {default!r}.')
   return settings._replace(**changes) if changes else settings
 
