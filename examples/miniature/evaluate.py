@@ -45,7 +45,7 @@ METHODS = {
   'direct': {'guidance': 2},
   'null-text': {'guidance': 2},
   'edit-friendly': {'target_guidance': 4, 'source_guidance': 1},
-  'plug-and-play': {'guidance': 2},
+  'plug-and-play': {'guidance': 2, 'negative': ''},
   'text2live': {  # as in text2live.py
     'levels': 4,
     'width': 64,

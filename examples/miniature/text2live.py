@@ -49,7 +49,7 @@ def numbers(clip: Clip, image: np.ndarray) -> dict[str, float]:
     'CLIP, edited caption': float(found.clip_sim_1[0]),
     'CLIP direction': float(found.clip_sim_dir[0]),
     'CLIP image': float(found.clip_sim_image[0]),
-    'way to the truth': oracle.way(image / 255, shown(SCENE), target),
+    'way to the true image': oracle.way(image / 255, shown(SCENE), target),
     'kept outside, dB': oracle.psnr((image / 255)[rest], shown(SCENE)[rest]),
   }
 
@@ -77,7 +77,7 @@ def main(out: Path, steps: int, seed: int) -> None:
            for cell in cells]  # fmt: skip
   title = '; '.join(
     '{} {:.2f} to {:.2f}'.format(name, *(row[name] for row in rows))
-    for name in ('CLIP, edited caption', 'CLIP direction', 'way to the truth')
+    for name in ('CLIP, edited caption', 'CLIP direction', 'way to the true image')
   )
   title += f'; kept outside {rows[1]["kept outside, dB"]:.1f} dB'
   sheet = image_grid([large], [''], ['source', 'layer on grey', 'opacity', 'composite'], title)

@@ -6,8 +6,12 @@ unit variance; here the same methods use the scale above.
 
 A sampler is `make_step(denoise, grid) -> step(state, i, noise) -> state`. The state is (x, denoised
 of the previous step); i counts from 0 and may be traced; noise [B, h, w, 4] is standard normal, and
-only the samplers in STOCHASTIC read it. To add a sampler, write such a function and enter it in
-SAMPLERS, and in STOCHASTIC if it reads noise. `noise_levels` chooses its grid.
+only the samplers in STOCHASTIC read it.
+
+To add a sampler, write such a function and enter it in SAMPLERS, and in STOCHASTIC if it reads
+noise. Give it its levels in `noise_levels`, its name in `defaults.SAMPLERS` (for --help), and its
+twin of diffusers in tests/diffusion/test_samplers.py. If it predicts twice in a step, count this in
+`Sampling.network_calls`.
 """
 
 from collections.abc import Callable

@@ -86,7 +86,8 @@ def make_edits(
   files = {row.id: Path(folder, row.file) for row in rows}
   todo = [(number, row) for number, row in mine if not files[row.id].is_file()]
   done = len(mine) - len(todo)
-  progress(done, len(mine))
+  if done:  # the first report ends the note that the compiler is at work
+    progress(done, len(mine))
 
   def source(row):
     if row.previous:
@@ -136,7 +137,8 @@ def score_edits(
     for row in scored
     if row.id not in finished
   )
-  progress(len(finished), len(scored))
+  if finished:
+    progress(len(finished), len(scored))
   with file.open('a', encoding='utf-8') as lines:
     for batch in _batches(opened, lambda item: item[1].kind, batch_size):
       new = _lines(batch, scorers, batch_size)

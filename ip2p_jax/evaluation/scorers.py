@@ -95,6 +95,8 @@ def clip(
 ) -> Scorer:
   """CLIP's cosines, named as in `pipeline.scores.Scores`, as far as the batch has captions.
 
+  With `kept` also clip_sim_1_edited: of the edit, black where kept, and its caption (PIE-Bench).
+
   Args:
     folder: of a CLIPModel of transformers.
     prepare: 'squash' (the original) or 'crop' (OpenAI's own, in MagicBrush).
@@ -120,7 +122,7 @@ def clip(
   def score(batch: Batch) -> dict[str, np.ndarray]:
     tokens = lambda texts: None if texts is None else model.tokenizer(texts)
     texts = tokens(batch.captions), tokens(batch.reference_captions)
-    return program(Batch(batch.edits, batch.references, *texts))
+    return program(Batch(batch.edits, batch.references, *texts, batch.kept))
 
   return Scorer(description, score)
 
@@ -138,11 +140,16 @@ def _clip_scores(towers, prepare, original_range, params, batch):
 
   edits, references = seen(batch.edits), seen(batch.references)
   tokens = batch.reference_captions, batch.captions
+  result = {}
+  if batch.kept is not None and tokens[1] is not None:
+    edited = seen(scores.zeroed(_unit(batch.edits), 1 - batch.kept.astype(jnp.float32)))
+    captions = towers.embed_texts(params, tokens[1])
+    result['clip_sim_1_edited'] = scores.cosine(towers.embed_images(params, edited), captions)
   if tokens[0] is not None and tokens[1] is not None:
     images = jnp.stack([references, edits])
-    return towers.scores(params, images, jnp.stack(tokens))._asdict()
+    return towers.scores(params, images, jnp.stack(tokens))._asdict() | result
   embedded = [towers.embed_images(params, images) for images in (references, edits)]
-  result = {'clip_sim_image': scores.cosine(*embedded)}
+  result['clip_sim_image'] = scores.cosine(*embedded)
   for name, image, caption in zip(('clip_sim_0', 'clip_sim_1'), embedded, tokens, strict=True):
     if caption is not None:
       result[name] = scores.cosine(image, towers.embed_texts(params, caption))

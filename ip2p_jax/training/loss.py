@@ -89,9 +89,9 @@ def encode(
 
   Args:
     frozen: 'vae' and 'text_encoder' parameters, and 'null_ids' int32 [L], the empty text.
-    rate: of each kind of dropout (the paper has 5%). One draw r per example decides, as in the
-      original: below `rate` only the text is empty, below 2 rate text and image, below 3 rate only
-      the image.
+    rate: `conditioning_dropout`, of each kind (the paper has 5%). One draw r per example decides,
+      as in the original: below `rate` only the text is empty, below 2 rate text and image, below 3
+      rate only the image.
   """
   posterior, image_latents = _posteriors(networks, frozen, batch)
   # A scaled sample for the edited image, the unscaled mode for the input image: every released

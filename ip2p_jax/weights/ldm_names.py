@@ -1,7 +1,8 @@
 """Names: LDM's (the original single file) and OpenCLIP's <-> diffusers'.
 
 A table maps each module's name to the name in the other format. It is built for the number of
-levels and layers that the names show, and is used in both directions.
+levels and layers that the names show, and is used in both directions. The prefixes of the three
+networks in a file, such as `model.diffusion_model.`, are in `ldm_file`.
 
   diffusers  `down_blocks.0.resnets.1.conv1.weight`
   LDM        `input_blocks.2.0.in_layers.2.weight`

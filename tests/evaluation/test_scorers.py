@@ -169,6 +169,20 @@ def test_clip_scores_what_the_captions_allow(clip_folder, pairs):
     np.testing.assert_allclose(score, all_four[name], rtol=1e-5)
 
 
+def test_clip_compares_the_edited_region_with_the_caption(clip_folder, pairs):
+  sources, edits = pairs
+  kept = np.zeros((*edits.shape[:3], 1), np.float32)
+  kept[:, :20] = 1
+  scorer = scorers.clip(clip_folder)
+  scored = scorer.score(Batch(edits, sources, EDITED, CAPTIONS, kept))
+  alone = scorer.score(Batch(np.uint8(edits * (1 - kept)), sources, EDITED, CAPTIONS))
+  np.testing.assert_allclose(scored.pop('clip_sim_1_edited'), alone['clip_sim_1'], atol=1e-6)
+  whole = scorer.score(Batch(edits, sources, EDITED, CAPTIONS))
+  assert {name: [*value] for name, value in scored.items()} == {
+    name: [*value] for name, value in whole.items()
+  }  # fmt: skip
+
+
 def test_references_may_have_another_size(clip_folder, pairs):
   scored = scorers.clip(clip_folder).score(Batch(pairs[1][:, :48], pairs[0]))
   assert scored['clip_sim_image'].shape == (COUNT,)
