@@ -16,13 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import simplejpeg
-from PIL import ExifTags, Image, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageDraw, ImageFont
 
 from ip2p_jax import colour, metadata, storage
 from ip2p_jax.defaults import MIN_SIDE
 from ip2p_jax.errors import InputError
+from ip2p_jax.image_errors import MAX_PIXELS, check_size, named
 
-MAX_PIXELS = 178_956_970  # half a gigabyte as RGB; the limit of Pillow
 # No other formats: some run programs (EPS), and each one gives hostile files more code to attack.
 READ_FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP', 'GIF', 'TIFF')
 READ_EXTENSIONS = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff')
@@ -53,7 +53,7 @@ def find_images(path: str | Path) -> list[Path]:
 def read(path: str | Path) -> Image.Image:
   """The image in a file, as `with_metadata` returns it; the first frame of several."""
   with _opened(path) as image:
-    _check_size(path, *image.size)
+    check_size(path, *image.size)
     # Pillow rotates a TIFF as it loads it, and drops the tag; PNG may hold EXIF behind its pixels.
     info = metadata.kept(image) if image.format == 'TIFF' else None
     result, problem = plain_and_problem(image)
@@ -69,7 +69,7 @@ def read(path: str | Path) -> Image.Image:
 def size_of(path: str | Path) -> tuple[int, int]:
   """(width, height) of the image that `read` returns; most often the file's header is enough."""
   with _opened(path) as image:
-    _check_size(path, *image.size)
+    check_size(path, *image.size)
     # PNG may hold EXIF behind its pixels.
     is_late = image.format == 'PNG' and 'exif' not in image.info
     if image.format == 'TIFF' or (is_late and b'eXIf' in Path(path).read_bytes()):
@@ -94,6 +94,16 @@ def decode_jpeg(encoded: bytes) -> np.ndarray | None:
     return simplejpeg.decode_jpeg(encoded) if is_plain and width * height <= MAX_PIXELS else None
   except ValueError:
     return None
+
+
+def decode(encoded: bytes, name: str) -> tuple[Image.Image, str]:
+  """`plain_and_problem` of a file's bytes. Raises InputError, which begins with `name`."""
+  if not encoded:
+    raise InputError(f'{name} is missing')
+  opened = lambda: io.BytesIO(encoded)
+  with named(name, opened), Image.open(opened(), 'r', READ_FORMATS) as image:
+    check_size(name, *image.size)
+    return plain_and_problem(image)
 
 
 def plain(image: Image.Image) -> Image.Image:
@@ -286,24 +296,16 @@ def image_grid(
 
 @contextlib.contextmanager
 def _opened(path: str | Path) -> Iterator[Image.Image]:
-  """Opens an image without reading its pixels; an error of Pillow becomes InputError."""
+  """Opens an image without reading its pixels; errors become InputError."""
   if not os.path.isfile(path):
     problem = 'is a folder' if os.path.isdir(path) else 'was not found'
     raise InputError(f'{path} {problem}; give an image file')
-  try:
-    with warnings.catch_warnings(action='ignore'), Image.open(path, 'r', READ_FORMATS) as image:
-      yield image
-  except InputError:
-    raise
-  except Image.DecompressionBombError as error:
-    raise InputError(f'{path} has over {MAX_PIXELS:,} pixels; make it smaller first') from error
-  except UnidentifiedImageError as error:
-    with open(path, 'rb') as file:
-      if file.read(12)[4:8] == b'ftyp':
-        raise InputError(f'{path} is HEIC or AVIF; convert it to JPEG or PNG first') from error
-    raise InputError(f'{path} is not an image; give PNG, JPEG, WebP, BMP, GIF or TIFF') from error
-  except Exception as error:  # decoders raise many kinds: EOFError, SyntaxError, struct.error ...
-    raise InputError(f'{path} cannot be read ({error}); it may be damaged or cut short') from error
+  with (
+    named(path, lambda: open(path, 'rb')),
+    warnings.catch_warnings(action='ignore'),
+    Image.open(path, 'r', READ_FORMATS) as image,
+  ):
+    yield image
 
 
 @contextlib.contextmanager
@@ -333,13 +335,6 @@ def _says_srgb(encoded):
       return profile is None or colour.is_srgb(profile)
   except Exception:  # decoders raise many kinds
     return False
-
-
-def _check_size(path, width, height):
-  if width * height > MAX_PIXELS:
-    raise Image.DecompressionBombError
-  if min(width, height) < MIN_SIDE:
-    raise InputError(f'{path} is {width}x{height}; give at least {MIN_SIDE}x{MIN_SIDE} pixels')
 
 
 def _upright(image):

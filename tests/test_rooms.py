@@ -18,7 +18,7 @@ ORDER = (
   'weights',
   'models diffusion',
   'bundled config_text images progress sharding',
-  'colour config_check interrupts metadata parameters storage',
+  'colour config_check image_errors interrupts metadata parameters storage',
   'config defaults xla_alarms',
   'errors',
 )

@@ -13,9 +13,11 @@ import pyarrow
 from PIL import Image
 from pyarrow import parquet
 
+from ip2p_jax.data import examples
 from ip2p_jax.data.rows import Pair, Row
 
 SIZE = (96, 64)
+NO_TOKENS = lambda texts: np.zeros((len(texts), 1))
 # Columns of data sets on the Hugging Face hub, and their roles.
 TIMBROOKS = {
   'original_image': 'input',
@@ -58,6 +60,13 @@ OMNI_EDIT = {
   'sc_score_1': 'number',
 }
 CAPTIONED = {'image': 'edited', 'text': 'edited_caption'}
+
+
+def decoded(encoded: bytes, resolution: int, resize: str = 'crop', name: str = 'a row'):
+  """An image file as a training example holds it, uint8 [R, R, 3]; nothing is random."""
+  framing = examples.Framing(resolution, 'text_to_image', resize)
+  row = Row(name, ('',), (Pair(None, encoded),))
+  return examples.example(row, None, framing, NO_TOKENS)['edited_image']
 
 
 def photo(i: int, size: tuple[int, int] = SIZE, form: str = 'JPEG') -> bytes:

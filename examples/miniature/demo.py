@@ -13,7 +13,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import textwrap
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,12 +20,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import oracle
+import plots
 import sunset
 import world
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from ip2p_jax import Editor, bundled
 from ip2p_jax.cli.console import cache_compilations, one_line
+from ip2p_jax.storage import replacing
 
 ROOT = Path(__file__).parent.parent.parent
 EDITED, SUNSETS = 64, 32  # held-out scenes that are scored
@@ -58,33 +59,6 @@ def score(verdicts: Sequence[oracle.Verdict]) -> str:
   return f'{done:4.0%} of {count} edits done (95% interval {low:.0%} to {high:.0%})'
 
 
-def sheet(
-  examples: Sequence[world.Example],
-  edited: Sequence[np.ndarray],
-  verdicts: Sequence[oracle.Verdict],
-  scale: int = 2,
-) -> Image.Image:
-  """Two columns of scene, edit and truth, with the instruction and the verdict below."""
-  side, columns, text = world.SIDE * scale, 2, 44
-  width, height = 3 * (side + 4) + 12, side + text
-  rows = -(-len(examples) // columns)
-  result = Image.new('RGB', (columns * width, rows * height + 20), 'white')
-  draw = ImageDraw.Draw(result)
-  for column in range(columns):
-    for i, name in enumerate(('scene', 'edit', 'truth')):
-      draw.text((column * width + i * (side + 4) + 4, 4), name, 'black')
-  for n, (one, made, verdict) in enumerate(zip(examples, edited, verdicts, strict=True)):
-    left, top = n % columns * width + 4, n // columns * height + 20
-    for i, shown in enumerate((world.picture(one.scene), made, world.picture(one.edited_scene))):
-      shown = Image.fromarray(shown).resize((side, side), Image.Resampling.NEAREST)
-      result.paste(shown, (left + i * (side + 4), top))
-    lines = textwrap.wrap(one.instruction, 64)[:2]
-    draw.text((left, top + side + 2), '\n'.join(lines), 'black')
-    place = left, top + side + 3 + 13 * len(lines)
-    draw.text(place, 'done' if verdict.is_done else 'not done', 'gray')
-  return result
-
-
 def show_edits(editor: Editor, examples: Sequence[world.Example], out: Path) -> None:
   _say(f'The editor edits {len(examples)} scenes that it has never seen')
   edited = edit(editor, examples)
@@ -94,13 +68,16 @@ def show_edits(editor: Editor, examples: Sequence[world.Example], out: Path) -> 
   for one, verdict in zip(examples, verdicts, strict=True):
     if not verdict.is_done:
       print(f'  not done: {one.instruction!r}: {verdict.reasons[0]}')
-  _save(sheet(examples[:16], edited[:16], verdicts[:16]), out / 'edits.png')
+  _gallery(examples, edited, verdicts, out / 'edits.png')
 
 
 def show_command(ckpt: Path, examples: Sequence[world.Example], out: Path) -> None:
   _say('One of them by the command line')
   one = next(one for one in examples if one.edits[0].kind == 'recolour')
-  _save(Image.fromarray(world.picture(one.scene)), out / 'scene.png')
+  scene = Image.fromarray(world.picture(one.scene))
+  with replacing(out / 'scene.png') as unfinished:
+    scene.save(unfinished, 'PNG')
+  print(f'wrote {out / "scene.png"}', flush=True)
   named = () if bundled.is_it(ckpt) else ('--ckpt', ckpt)
   _run(
     *('ip2p', 'edit', *named, '--input', out / 'scene.png', '--edit', one.instruction),
@@ -133,7 +110,7 @@ def show_training(editor: Editor, ckpt: Path, examples: Sequence[world.Example],
   verdicts = judge(sunsets, edited)
   print(f'sunset, after:  {score(verdicts)}', flush=True)
   print(f'other edits:    {score(judge(examples, edit(trained, examples)))}', flush=True)
-  _save(sheet(sunsets[:16], edited[:16], verdicts[:16]), out / 'sunsets.png')
+  _gallery(sunsets, edited, verdicts, out / 'sunsets.png')
 
 
 def show_exports(out: Path) -> None:
@@ -175,10 +152,9 @@ def _say(text: str) -> None:
   print(f'\n== {text}', flush=True)
 
 
-def _save(picture: Image.Image, path: Path) -> None:
-  unfinished = path.with_suffix('.part.png')
-  picture.save(unfinished)
-  unfinished.rename(path)
+def _gallery(examples, edited, verdicts, path) -> None:
+  done = [verdict.is_done for verdict in verdicts[:16]]
+  plots.gallery(path, examples[:16], edited[:16], done)
   print(f'wrote {path}', flush=True)
 
 

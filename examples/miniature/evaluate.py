@@ -1,293 +1,261 @@
-"""Measures the miniature on held-out examples, and draws what its README shows.
+"""Measures the miniature on held-out examples: every table and figure of its README.
 
-  python examples/miniature/evaluate.py                      (about 20 minutes on 2 CPU cores)
-  python examples/miniature/evaluate.py --size full          (more examples and seeds: an hour)
-  python examples/miniature/evaluate.py --only sweep --first 100000   (other held-out examples)
+  python examples/miniature/evaluate.py                     (about two hours on 2 CPU cores)
+  python examples/miniature/evaluate.py --size quick        (a minute, to see that it runs)
+  python examples/miniature/evaluate.py --only figure8
 
-Every measured point is a line of OUT/points.jsonl and not measured again, unless the weights, the
-world or the oracle are others. Tables go to OUT/tables.md, figures beside this file.
+Everything is a command of `ip2p`, printed as it is run. Killed and called again, it continues. The
+tables are OUT/*/report.md; figures go beside this file.
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import oracle
 import plots
+import typer
 import world
-from bench import Bench, Setting, oracle_summary, summary, verdicts
+from PIL import Image
 
 from ip2p_jax import bundled
-from ip2p_jax.cli import console
-from ip2p_jax.errors import InputError
-from ip2p_jax.evaluation.sdedit import SAMPLER
-from ip2p_jax.pipeline.workdir import is_workdir
+from ip2p_jax.cli import console, main
+from ip2p_jax.evaluation import report, run
 from ip2p_jax.storage import write_bytes
 
-# What the shipped editor is used with.
-DEFAULTS = {
-  'steps': bundled.STEPS,
-  'text_guidance': bundled.TEXT_GUIDANCE,
-  'image_guidance': bundled.IMAGE_GUIDANCE,
-}
-DEFAULT = Setting('editor', **DEFAULTS, sampler=bundled.SAMPLER)
-SAMPLERS = ('euler_ancestral', 'euler', 'heun', 'ddim', 'dpmpp_2m')
-SHOWN = 16  # examples of the gallery
 HERE = Path(__file__).parent
+ASSETS = HERE.parents[1] / 'assets'
+CLIP, BASE = ASSETS / 'miniature-clip', ASSETS / 'miniature-base'
+ORACLE = ('--x', 'done', '--y', 'kept')
+SHOWN = ('--scores', 'done,kept,clip_sim_dir,clip_sim_image')
+GALLERY = 16  # examples
+SDEDIT = {
+  'steps': bundled.STEPS,
+  'text_guidance': 2,
+}  # of 2, 4 and 7.5, the one with most edits done
+# The authors' numbers, but for guidance: at 7.5 this base draws badly, with any method.
+METHODS = {
+  'identity': {},
+  'vae': {},
+  'sdedit-caption': SDEDIT,
+  'sdedit-instruction': SDEDIT,
+  'ddim': {'guidance': 2},
+  'direct': {'guidance': 2},
+  'null-text': {'guidance': 2},
+  'edit-friendly': {'target_guidance': 4, 'source_guidance': 1},
+  'plug-and-play': {'guidance': 2},
+  'text2live': {'levels': 4, 'width': 64, 'views': 8, 'steps': 300, 'sparsity': 40},
+}
+SLOW = ('text2live',)  # minutes for each image
 
 
 class Size(NamedTuple):
   """How many held-out examples each part takes, and which settings."""
 
-  count: int = 500  # at the defaults
-  sdedit: int = 500
+  defaults: int = 500
+  figure: int = 200  # of figures 8 and 10
   sweep: int = 100
-  sweep_seeds: int = 3
-  samplers: int = 100
-  averages: int = 200
-  seeds: int = 200
-  num_seeds: int = 5
-  batch: int = 50
+  samplers: int = 50
+  methods: int = 50
+  slow: int = 10  # of SLOW methods
+  seeds: int = 5
   text_scales: Sequence[float] = (1.0, 1.5, 2.0, 3.0, 4.5, 6.0, 7.5)
-  image_scales: Sequence[float] = (1.0, 1.25, 1.5, 2.0, 2.5, 3.0)
-  strengths: Sequence[float] = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-  sdedit_scales: Sequence[float] = (2.0, 4.0, 7.5)
-  steps: Sequence[int] = (5, 10, 20, 30, 50)
+  steps: Sequence[int] = (5, 10, 20, 30)
+  batch: int = 50
 
 
-SIZES = {
-  'full': Size(),
-  'short': Size(
-    sdedit=150, sweep=50, sweep_seeds=1, samplers=50, averages=100, seeds=50, steps=(5, 10, 20, 30)
-  ),
-  'quick': Size(
-    *(16, 4, 4, 1, 4, 4, 4, 2, 4), (1.5, 3.0), (1.5, 2.0), (0.3, 0.6), (2.0, 4.0), steps=(1, 2)
-  ),
-}
+SIZES = {'full': Size(), 'quick': Size(4, 2, 2, 2, 2, 0, 2, (1.0, 2.0), (1, 2), 4)}
 
 
-# Parts: each measures what it needs, draws its figure and returns its section in Markdown.
+class Bench(NamedTuple):
+  """Where the evaluation is, and of what."""
 
+  out: Path
+  figures: Path
+  size: Size
+  ckpt: Path
+  editors: Sequence[str]
 
-def part_defaults(bench: Bench, size: Size, figures: Path) -> str:
-  point = bench.measure(DEFAULT, size.count)
-  judged, examples = verdicts(point), bench.examples[: size.count]
-  found = summary([point])
-  names = (*world.KINDS, world.TWO_STEPS, 'trained phrasings', 'new phrasings')
-  groups = {name: [] for name in names}
-  for example, verdict in zip(examples, judged, strict=True):
-    groups[world.kind_of(example)].append(verdict)
-    groups['new phrasings' if example.is_new_phrasing else 'trained phrasings'].append(verdict)
-  rows = [['**all**', len(judged), *(plots.text(name, found[name]) for name in ('done', 'kept'))]]
-  for name, group in groups.items():
-    if group:
-      of = oracle_summary(group)
-      rows.append(
-        [name, len(group), plots.text('done', of['done']), plots.text('kept', of['kept'])]
-      )
-  shown = range(min(SHOWN, len(examples)))
-  parts = [shown[start : start + bench.batch] for start in shown[:: bench.batch]]
-  edits = [edit for rows in parts for edit in bench.edit(DEFAULT, rows)]
-  plots.gallery(figures / 'gallery.png', [
-    (world.picture(one.scene), one.instruction, edit, oracle.judge(one, edit).is_done,
-     world.picture(one.edited_scene))
-    for one, edit in zip(examples, edits, strict=False)
-  ])  # fmt: skip
-  settings = ', '.join(f'{name.replace("_", " ")} {value:g}' for name, value in DEFAULTS.items())
-  return (
-    f'At the defaults ({settings}, {bundled.SAMPLER}), with 95% intervals:\n\n'
-    + plots.table(['edit', 'examples', 'done', 'kept'], rows)
-    + f'\nCLIP direction {plots.text("direction", found["direction"])},'
-    f' CLIP image {plots.text("consistency", found["consistency"])}.\n'
-  )
+  def ip2p(self, *words) -> None:
+    """Runs a command in this process, so that compiled programs are used again."""
+    words = [str(word) for word in words]
+    print(f'$ ip2p {shlex.join(words)}', flush=True)
+    typer.main.get_command(main.app())(words, standalone_mode=False)
 
-
-def part_sweep(bench: Bench, size: Size, figures: Path) -> str:
-  sections, panels = [], []
-  for name, scales in (('text', size.text_scales), ('image', size.image_scales)):
-    curve = sweep(bench, size, f'{name}_guidance', scales)
-    panels.append((f'{name} scale', curve, DEFAULTS[f'{name}_guidance']))
-    other = 'image' if name == 'text' else 'text'
-    sections.append(
-      f'By {name} scale, {other} scale {DEFAULTS[f"{other}_guidance"]:g}; {size.sweep} examples,'
-      f' seeds: {size.sweep_seeds}.\n\n' + plots.summary_table(f'{name} scale', curve)
+  def evaluate(self, folder: str, samples: int, *words) -> Path:
+    """One evaluation, in OUT/folder."""
+    self.ip2p(
+      *('evaluate', self.out / 'held-out', self.out / folder, *words, '--samples', samples),
+      *('--clip', CLIP, '--scorer', f'{HERE / "oracle.py"}:scorer'),
+      *('--batch-size', min(self.size.batch, samples)),
     )
-  plots.scales(figures / 'scales.png', panels)
-  scale_grid(bench, size, figures / 'scale_grid.png')
-  return '\n'.join(sections)
+    return self.out / folder
+
+  def editor(self, folder: str, samples: int, *words) -> Path:
+    return self.evaluate(folder, samples, '--ckpt', self.ckpt, *words)
+
+  def compare(self, folders: Sequence[Path], name: str) -> None:
+    """Tables and two plots, by CLIP and by the oracle, for the README."""
+    for kind, axes in (('clip', ()), ('oracle', ORACLE)):
+      folder = self.out / f'{name}-{kind}'
+      self.ip2p('compare', *folders, '-o', folder, *axes, *SHOWN)
+      plots.save_small(Image.open(folder / 'report.png'), self.figures / f'{name}-{kind}.png')
 
 
-def sweep(bench: Bench, size: Size, name: str, scales: Sequence[float]) -> list:
-  """[(scale, summary)], with the default among the scales, and the other scale at its default."""
-  settings = [DEFAULT._replace(**{name: scale}) for scale in sorted({*scales, DEFAULTS[name]})]
-  return [(getattr(s, name), bench.summary(s, size.sweep, size.sweep_seeds)) for s in settings]
-
-
-def scale_grid(bench: Bench, size: Size, path: Path, row: int = 0) -> None:
-  """One example edited with every pair of scales."""
-  texts, images = size.text_scales, size.image_scales
-  pairs = [(text, image) for text in texts for image in images]
-  edits = []
-  for start in range(0, len(pairs), bench.batch):
-    of_text, of_image = zip(*pairs[start : start + bench.batch], strict=True)
-    scales = {'text_guidance': of_text, 'image_guidance': of_image}
-    edits += list(bench.edit(DEFAULT, [row] * len(of_text), **scales))
-  example, shape = bench.examples[row], (len(texts), len(images))
-  is_done = np.reshape([oracle.judge(example, edit).is_done for edit in edits], shape)
-  edits = np.reshape(edits, (*shape, *edits[0].shape))
-  title = f'{example.instruction} (green: done)'
-  plots.scale_grid(path, edits, is_done, (texts, images), title)
-
-
-def part_sdedit(bench: Bench, size: Size, figures: Path) -> str:
-  setting = DEFAULT._replace(method='sdedit', sampler=SAMPLER, image_guidance=1.0, strength=0.6)
-  tried = [
-    (scale, bench.summary(setting._replace(text_guidance=scale), min(size.sweep, size.sdedit)))
-    for scale in size.sdedit_scales
-  ]
-  best, _ = max(tried, key=lambda pair: pair[1]['done'].mean)
-  setting = setting._replace(text_guidance=best)
-  curve = [(s, bench.summary(setting._replace(strength=s), size.sdedit)) for s in size.strengths]
-  ours = summary([bench.measure(DEFAULT, size.count)])
-  images = sweep(bench, size, 'image_guidance', [s for s in size.image_scales if s <= 2.5])
-  curves = {'editor, by image scale': images, f'SDEdit (text {best:g}), by strength': curve}
-  plots.trade_off(figures / 'trade_off.png', curves)
-  beaten = [s for s, of in curve if all(ours[k].mean > of[k].mean for k in ('done', 'kept'))]
-  rows = [('editor, defaults', ours), *((f'SDEdit, {s:g}', found) for s, found in curve)]
-  return (
-    f'Text scale of SDEdit at strength 0.6, of which the one with most edits done is taken:\n\n'
-    f'{plots.summary_table("text scale", tried)}\n'
-    f'The editor ({size.count} examples) and SDEdit by strength ({size.sdedit} examples):\n\n'
-    f'{plots.summary_table("method", rows)}\n'
-    f'The editor does more edits and keeps more of the rest at {len(beaten)} of'
-    f' {len(curve)} strengths.\n'
+def part_defaults(bench: Bench) -> None:
+  """The defaults by kind of edit and by phrasing, and a gallery."""
+  folder = bench.editor('editor/defaults', bench.size.defaults)
+  bench.ip2p('compare', folder, '-o', bench.out / 'defaults', *SHOWN)
+  results = {row['id']: row for row in run.read_results(folder)}
+  examples = {id: world.example(int(id), 'test') for id in results}
+  phrasings = {'trained phrasings': [], 'new phrasings': []}
+  for id, row in results.items():
+    phrasings['new phrasings' if examples[id].is_new_phrasing else 'trained phrasings'].append(row)
+  scores = SHOWN[1].split(',')
+  table = report.markdown(report.summarize(phrasings, scores), scores, name='phrasing')
+  write_bytes(bench.out / 'defaults' / 'phrasings.md', table.encode())
+  print(table)
+  shown = list(examples)[:GALLERY]
+  plots.gallery(
+    bench.figures / 'gallery.png',
+    [examples[id] for id in shown],
+    [np.asarray(Image.open(folder / run.EDITS / f'{id}.png')) for id in shown],
+    [bool(results[id]['done']) for id in shown],
   )
 
 
-def part_samplers(bench: Bench, size: Size, figures: Path) -> str:
-  curves = {}
-  for name in SAMPLERS:
-    of = lambda steps, name=name: DEFAULT._replace(sampler=name, steps=steps)
-    curves[name] = [(steps, bench.summary(of(steps), size.samplers)) for steps in size.steps]
-  plots.by_steps(figures / 'samplers.png', curves)
-  shown = lambda of: f'{100 * of["done"].mean:.0f}%, {of["kept"].mean:.1f} dB'
-  rows = [[name, *(shown(of) for _, of in curve)] for name, curve in curves.items()]
-  half = np.mean([of['done'].high - of['done'].low for c in curves.values() for _, of in c]) / 2
-  return (
-    f'Done and kept by sampler and steps; {size.samplers} examples, so that "done" is known to'
-    f' about {100 * half:.0f} points:\n\n'
-    + plots.table(['sampler', *(f'{steps} steps' for steps in size.steps)], rows)
+def part_figure8(bench: Bench) -> None:
+  settings = [word for name, value in SDEDIT.items() for word in ('--set', f'{name}={value}')]
+  folder = bench.evaluate(
+    'figure8', bench.size.figure, '--figure', 8, '--ckpt', bench.ckpt, '--base', BASE, *settings
   )
+  bench.compare(_points(folder), 'figure8')
 
 
-def part_fast(bench: Bench, size: Size, figures: Path) -> str:
+def part_figure10(bench: Bench) -> None:
+  """Editors that learned from training sets of different size (--editors)."""
+  if not bench.editors:
+    print('no --editors: leaving out figure 10')
+    return
+  ckpts = [word for path in bench.editors for word in ('--ckpt', path)]
+  folder = bench.evaluate('figure10', bench.size.figure, '--figure', 10, *ckpts)
+  bench.compare(_points(folder), 'figure10')
+
+
+def part_scales(bench: Bench) -> None:
+  """By text scale, beside the image scales of figure 8; and one example at pairs of scales."""
+  for scale in bench.size.text_scales:
+    bench.editor(f'text scale/{scale:g}', bench.size.sweep, '--cfg-text', scale)
+  for scale in (1, 1.2, 1.5, 2, 2.5, 3):
+    bench.editor(f'image scale/{scale:g}', bench.size.sweep, '--cfg-image', scale)
+  folders = [*_points(bench.out, 'text scale'), *_points(bench.out, 'image scale')]
+  bench.compare(folders, 'scales')
+  one = world.example(0, 'test')
+  scene = bench.out / 'scene.png'
+  Image.fromarray(world.picture(one.scene)).save(scene)
+  texts = ','.join(f'{scale:g}' for scale in bench.size.text_scales)
+  bench.ip2p(
+    *('edit', '--ckpt', bench.ckpt, '-i', scene, '-e', one.instruction, '--seed', 0, '--grid'),
+    *('-o', bench.out / 'grid.png', '--grid-text', texts, '--grid-image', '1,1.2,1.5,2,2.5,3'),
+  )
+  plots.save_small(Image.open(bench.out / 'grid.png'), bench.figures / 'scale_grid.png')
+
+
+def part_samplers(bench: Bench) -> None:
+  for sampler in ('euler_ancestral', 'euler', 'heun', 'ddim', 'dpmpp_2m'):
+    for steps in bench.size.steps:
+      bench.editor(
+        f'{sampler}/{steps}', bench.size.samplers, '--sampler', sampler, '--steps', steps
+      )
+  names = ('euler_ancestral', 'euler', 'heun', 'ddim', 'dpmpp_2m')
+  bench.compare([point for name in names for point in _points(bench.out, name)], 'samplers')
+
+
+def part_fast(bench: Bench) -> None:
   """Settings that take less, and what they lose."""
-  guided = lambda low, high: DEFAULT._replace(guided_from=low, guided_to=high)
-  fewer = lambda steps, **more: DEFAULT._replace(sampler='dpmpp_2m', steps=steps, **more)
+  fewer = ('--sampler', 'dpmpp_2m', '--steps')
   tried = {
-    'the default': DEFAULT,
-    'guided in 0.1 to 0.7 of the steps': guided(0.1, 0.7),
-    'guided in 0.2 to 0.8': guided(0.2, 0.8),
-    'guided in 0 to 0.5': guided(0.0, 0.5),
-    'dpmpp_2m, 10 steps': fewer(10),
-    'dpmpp_2m, 10 steps, Karras': fewer(10, karras=True),
-    'dpmpp_2m, 5 steps': fewer(5),
+    'default': (),
+    'guided in 0.1 to 0.7': ('--interval', 0.1, 0.7),
+    'guided in 0.2 to 0.8': ('--interval', 0.2, 0.8),
+    'guided in 0 to 0.5': ('--interval', 0, 0.5),
+    'dpmpp_2m, 10 steps': (*fewer, 10),
+    'dpmpp_2m, 10 steps, Karras': (*fewer, 10, '--karras'),
+    'dpmpp_2m, 5 steps': (*fewer, 5),
   }
-  rows = []
-  for name, setting in tried.items():
-    part = setting.guided_to - setting.guided_from
-    rows.append(
-      (
-        f'{name} ({setting.steps * (1 + 2 * part):.0f} predictions)',
-        bench.summary(setting, size.samplers),
-      )
-    )
-  return (
-    'By how often the network predicts for an edit, three times in a guided step and else once;'
-    f' {size.samplers} examples:\n\n' + plots.summary_table('setting', rows)
-  )
-
-
-def part_averages(bench: Bench, size: Size, figures: Path) -> str:
-  if not is_workdir(bench.paths['run']):
-    print(f'no training run at {bench.paths["run"]}: leaving out raw against averaged weights')
-    return ''
-  rows = [
-    (name, bench.summary(DEFAULT._replace(method=method), size.averages))
-    for name, method in (('averaged (EMA)', 'averaged'), ('raw', 'raw'))
+  folders = [
+    bench.editor(f'{name}/fast', bench.size.sweep, *words) for name, words in tried.items()
   ]
-  head = f'Averaged against raw weights of the same run; {size.averages} examples:\n\n'
-  return head + plots.summary_table('weights', rows)
+  bench.compare(folders, 'fast')
 
 
-def part_seeds(bench: Bench, size: Size, figures: Path) -> str:
-  count, seeds = size.seeds, range(size.num_seeds)
-  found = [summary([bench.measure(DEFAULT._replace(seed=seed), count)]) for seed in seeds]
-  means = {name: [of[name].mean for of in found] for name in plots.LABELS}
-  spread = ', '.join(
-    f'{name} {np.mean(of):.3g} +- {np.std(of, ddof=1):.2g}' for name, of in means.items()
-  )
-  return (
-    f'By seed of the noise; {count} examples:\n\n'
-    + plots.summary_table('seed', list(zip(seeds, found, strict=True)))
-    + f'\nMean and standard deviation over seeds: {spread}.\n'
-  )
+def part_seeds(bench: Bench) -> None:
+  folders = [
+    bench.editor(f'seed {seed}/defaults', bench.size.samplers, '--seed', seed)
+    for seed in range(bench.size.seeds)
+  ]
+  bench.compare(folders, 'seeds')
 
 
-PARTS: dict[str, Callable[[Bench, Size, Path], str]] = {
+def part_methods(bench: Bench) -> None:
+  """Every method of the table beside the editor, on the same examples."""
+  size = bench.size
+  folders = [bench.editor('editor/methods', size.methods)]
+  for method, settings in METHODS.items():
+    count = size.slow if method in SLOW else size.methods
+    base = () if method == 'identity' else ('--base', CLIP if method == 'text2live' else BASE)
+    words = [word for name, value in settings.items() for word in ('--set', f'{name}={value}')]
+    if count:
+      folders.append(bench.evaluate(f'{method}/methods', count, '--method', method, *base, *words))
+  bench.compare(folders, 'methods')
+
+
+PARTS = {
   'defaults': part_defaults,
-  'sweep': part_sweep,
-  'sdedit': part_sdedit,
+  'figure8': part_figure8,
+  'figure10': part_figure10,
+  'scales': part_scales,
   'samplers': part_samplers,
   'fast': part_fast,
-  'averages': part_averages,
   'seeds': part_seeds,
+  'methods': part_methods,
 }
 
 
-def main(bench: Bench, size: Size, figures: Path, only: str | None = None) -> None:
-  """Runs the parts, and writes the sections of all that were ever run."""
-  for name, part in PARTS.items():
-    if only in (None, name):
-      print(f'== {name}', flush=True)
-      write_bytes(bench.out / 'sections' / f'{name}.md', part(bench, size, figures).encode())
-  files = [bench.out / 'sections' / f'{name}.md' for name in PARTS]
-  text = '\n'.join(file.read_text() for file in files if file.exists() and file.stat().st_size)
-  write_bytes(bench.out / 'tables.md', text.encode())
-  print(f'{text}\nwrote {bench.out / "tables.md"}, and figures to {figures}')
+def _points(folder: Path, curve: str = '*') -> list[Path]:
+  """The evaluations of curves, in the order of their numbers."""
+  files = folder.glob(f'{curve}/*/{run.SETTINGS}')
+  points = [file.parent for file in files if not file.parent.name.isalpha()]
+  return sorted(points, key=lambda point: (point.parent.name, float(point.name)))
 
 
-def parse(arguments: Sequence[str] | None = None) -> tuple[Bench, Size, Path, str | None]:
+def parse(arguments: Sequence[str] | None = None) -> tuple[Bench, str | None]:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument('--ckpt', type=Path, default=Path('assets/miniature'), help='the editor')
-  parser.add_argument('--base', type=Path, default=Path('assets/miniature-base'), help='of SDEdit')
-  parser.add_argument('--clip', type=Path, default=Path('assets/miniature-clip'))
-  parser.add_argument(
-    '--run', type=Path, default=Path('out/miniature/run-2'), help='for raw weights'
-  )
+  parser.add_argument('--ckpt', type=Path, default=ASSETS / 'miniature', help='the editor')
+  parser.add_argument('--editors', nargs='*', default=(), help='of figure 10')
   parser.add_argument('--out', type=Path, default=Path('out/miniature/evaluation'))
   parser.add_argument('--figures', type=Path, default=HERE / 'figures')
-  parser.add_argument('--size', choices=SIZES, default='short', help='how much to measure')
-  parser.add_argument('--quick', action='store_const', const='quick', dest='size')
-  parser.add_argument('--first', type=int, default=0, help='seed of the first example')
-  parser.add_argument('--count', type=int, help='examples at the default settings (500)')
-  parser.add_argument('--only', choices=PARTS, help='a single part')
+  parser.add_argument('--size', choices=SIZES, default='full', help='how much to measure')
+  parser.add_argument('--only', choices=PARTS, nargs='*', help='some of the parts')
   given = parser.parse_args(arguments)
-  size = SIZES[given.size]
-  if given.count is not None:
-    if given.count < 2:
-      raise InputError(f'--count is {given.count}; give 2 or more.')
-    size = size._replace(count=given.count)
-  paths = {'editor': given.ckpt, 'base': given.base, 'clip': given.clip, 'run': given.run}
-  bench = Bench(paths, given.out, max(size.count, size.sdedit), size.batch, given.first)
-  return bench, size, given.figures, given.only
+  bench = Bench(given.out, given.figures, SIZES[given.size], given.ckpt, given.editors)
+  return bench, given.only
+
+
+def evaluate(bench: Bench, only: Sequence[str] | None) -> None:
+  world.write_held_out(bench.out / 'held-out', max(bench.size[:5]))
+  bench.figures.mkdir(parents=True, exist_ok=True)
+  for name, part in PARTS.items():
+    if not only or name in only:
+      print(f'== {name}', flush=True)
+      part(bench)
 
 
 if __name__ == '__main__':
-  with console.one_line('evaluate.py', 'use a smaller --size.'):
+  with console.one_line('evaluate.py', 'use --size quick.'):
     console.cache_compilations()
-    main(*parse())
+    evaluate(*parse())

@@ -24,6 +24,7 @@ import oracle
 import plots
 import world
 from compare_controls import ASSETS, examples, full_caption, measure
+from matplotlib.figure import Figure
 
 from ip2p_jax.pairs import filter
 from ip2p_jax.pairs.generate import PairGenerator, PairSettings
@@ -98,23 +99,20 @@ def report(
 
 def draw(file: Path, scores: dict[str, np.ndarray], is_right: np.ndarray) -> None:
   """Histograms of the scores, of right and of wrong pairs."""
-  figure, all_axes = plots.pyplot.subplots(1, 4, figsize=(14, 3.2))
+  figure = Figure(figsize=(14, 3.2), layout='tight')
+  all_axes = figure.subplots(1, 4)
   for axes, name, label, least in zip(
     all_axes, Scores._fields, filter.LABELS, FACTORY, strict=True
   ):
     values = scores[name]
     edges = np.linspace(values.min(), values.max(), 25)
-    for kind, colour, chosen in (('right', 2, is_right), ('wrong', 1, ~is_right)):
-      axes.hist(
-        values[chosen], edges, density=True, alpha=0.6, color=plots.COLOURS[colour], label=kind
-      )
+    for kind, colour, chosen in (('right', 'C2', is_right), ('wrong', 'C3', ~is_right)):
+      axes.hist(values[chosen], edges, density=True, alpha=0.6, color=colour, label=kind)
     axes.axvline(least, color='black', linestyle='--', linewidth=1)
     axes.set_xlabel(label)
     axes.set_yticks([])
   all_axes[0].legend()
-  figure.tight_layout()
   figure.savefig(file, dpi=80)
-  plots.pyplot.close(figure)
 
 
 def measured(

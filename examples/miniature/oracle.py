@@ -21,8 +21,10 @@ Done means that the picture reads as the edited scene; all of this must hold:
 """
 
 import functools
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +32,8 @@ import world
 from world import Edit, Example, Object, Scene
 
 from ip2p_jax.errors import InputError
+from ip2p_jax.evaluation.scorers import Batch, Scorer
+from ip2p_jax.evaluation.scores import Description
 
 CHANGE = 8 / 255  # of a colour value: more is a changed pixel
 REACH = 2  # pixels around the changed ones that do not count as the rest
@@ -80,6 +84,25 @@ def judge(example: Example, edited: np.ndarray) -> Verdict:
   rest = ~region
   kept = psnr(shown[rest], before[rest]) if rest.mean() >= LEAST_REST else math.nan
   return Verdict(not reasons, kept, tuple(reasons))
+
+
+def scorer() -> Scorer:
+  """`done` (0 or 1) and `kept` for `ip2p evaluate --scorer`; a row's id is its example's seed."""
+  files = [Path(__file__).with_name(name) for name in ('world.py', 'oracle.py')]
+  digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+  description = Description('oracle', digests, 'size as given', 'none')
+
+  def score(batch: Batch) -> dict[str, np.ndarray]:
+    if batch.ids is None:
+      return {}
+    examples = [world.example(int(id), 'test') for id in batch.ids]
+    verdicts = [judge(*pair) for pair in zip(examples, batch.edits, strict=True)]
+    return {
+      'done': np.array([verdict.is_done for verdict in verdicts], np.float32),
+      'kept': np.array([verdict.kept for verdict in verdicts], np.float32),
+    }
+
+  return Scorer(description, score)
 
 
 def summary(verdicts: Sequence[Verdict]) -> dict[str, float | int | tuple[float, float]]:

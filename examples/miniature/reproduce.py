@@ -113,16 +113,13 @@ def score(out: Path, size: Size) -> str:
     edited = edit(Editor.load(out / name / 'run', dtype='float32'), examples)
     verdicts = judge(examples, edited)
     found = oracle.summary(verdicts)
-    done, kept = (
+    shares = (
       plots.text(measure, plots.Estimate(found[measure], *found[f'{measure}_interval']))
       for measure in ('done', 'kept')
     )
-    rows.append([name, EDITORS[name], len(examples), done, kept])
-    plots.gallery(out / f'{name}.png', [
-      (world.picture(one.scene), one.instruction, picture, verdict.is_done,
-       world.picture(one.edited_scene))
-      for one, picture, verdict in zip(examples[:16], edited, verdicts, strict=False)
-    ])  # fmt: skip
+    rows.append([name, EDITORS[name], len(examples), *shares])
+    done = [verdict.is_done for verdict in verdicts[:16]]
+    plots.gallery(out / f'{name}.png', examples[:16], edited[:16], done)
   return plots.table(['editor', 'trained on', 'examples', 'done', 'kept'], rows)
 
 

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from phrases import caption, instruction
 from PIL import Image, ImageDraw
+from tqdm import tqdm
 
 SIDE = 64
 COLOURS = {
@@ -440,31 +441,45 @@ def write_pairs(
   The validation examples are the last of the split 'train': 'test' stays unseen. `first` and
   `kinds` as of `seeds`.
   """
-  import pyarrow  # only data sets need it
-  from pyarrow import parquet
-  from tqdm import tqdm
-
-  folder.mkdir(parents=True, exist_ok=True)
   chosen = seeds(train + validation, first, kinds)
   for name, part in (('train', chosen[:train]), ('validation', chosen[train:])):
-    file = folder / f'{name}-00000-of-00001.parquet'
-    if file.exists() and parquet.read_metadata(file).num_rows == len(part):
-      continue
-    rows = []
-    for seed in tqdm(part, name):
-      one = example(seed)
-      rows.append(
-        {
-          'original_image': {'bytes': png(one.scene), 'path': f'{seed}_0.png'},
-          'original_prompt': one.caption,
-          'edit_prompt': one.instruction,
-          'edited_prompt': one.edited_caption,
-          'edited_image': {'bytes': png(one.edited_scene), 'path': f'{seed}_1.png'},
-        }
-      )
-    unfinished = file.with_suffix('.part')
-    parquet.write_table(pyarrow.Table.from_pylist(rows), unfinished, row_group_size=256)
-    unfinished.rename(file)
+    _write_table(folder, name, len(part), lambda: (
+      _columns(seed, example(seed)) for seed in tqdm(part, name)  # noqa: B023  called at once
+    ))  # fmt: skip
+
+
+def write_held_out(folder: Path, count: int, first: int = 0) -> None:
+  """Examples of the split 'test' for `ip2p evaluate`: also with the seed as id, and their kind."""
+
+  def row(seed):
+    one = example(seed, 'test')
+    return {'id': str(seed), 'group': kind_of(one), **_columns(seed, one)}
+
+  _write_table(folder, 'test', count, lambda: map(row, range(first, first + count)))
+
+
+def _columns(seed, one):
+  return {
+    'original_image': {'bytes': png(one.scene), 'path': f'{seed}_0.png'},
+    'original_prompt': one.caption,
+    'edit_prompt': one.instruction,
+    'edited_prompt': one.edited_caption,
+    'edited_image': {'bytes': png(one.edited_scene), 'path': f'{seed}_1.png'},
+  }
+
+
+def _write_table(folder, split, count, rows):
+  """Writes `count` rows, which `rows()` makes, unless they are there."""
+  import pyarrow  # only data sets need it
+  from pyarrow import parquet
+
+  folder.mkdir(parents=True, exist_ok=True)
+  file = folder / f'{split}-00000-of-00001.parquet'
+  if file.exists() and parquet.read_metadata(file).num_rows == count:
+    return
+  unfinished = file.with_suffix('.part')
+  parquet.write_table(pyarrow.Table.from_pylist(list(rows())), unfinished, row_group_size=256)
+  unfinished.rename(file)
 
 
 if __name__ == '__main__':
@@ -474,6 +489,7 @@ if __name__ == '__main__':
   parser.add_argument('out', type=Path, help='a .png, or a folder for a data set')
   parser.add_argument('--train', type=int, default=40_000, help='examples to train on')
   parser.add_argument('--validation', type=int, default=500)
+  parser.add_argument('--test', type=int, help='instead: held-out examples for `ip2p evaluate`')
   parser.add_argument('--first', type=int, default=0, metavar='SEED', help='seeds count from here')
   parser.add_argument(
     '--kinds', nargs='*', choices=(*KINDS, TWO_STEPS), help='only such edits, as many of each'
@@ -482,6 +498,8 @@ if __name__ == '__main__':
   if arguments.out.suffix == '.png':
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     sheet().save(arguments.out)
+  elif arguments.test:
+    write_held_out(arguments.out, arguments.test, arguments.first)
   else:
     write_pairs(
       *(arguments.out, arguments.train, arguments.validation),

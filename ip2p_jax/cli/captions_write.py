@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import importlib
 import json
 import sys
 from collections.abc import Callable
@@ -56,7 +55,7 @@ def write(
   moderate: Annotated[
     str | None,
     Option(
-      metavar='MODULE:FUNCTION',
+      metavar='FILE.py:FUNCTION',
       help='Your Python function (text) -> bool, True for texts that must not be used.',
     ),
   ] = None,
@@ -125,8 +124,6 @@ def write(
   """
   from ip2p_jax import storage
   from ip2p_jax.captions.judge import Writing
-  from ip2p_jax.captions.local import local_backend
-  from ip2p_jax.captions.read import read_captions
   from ip2p_jax.captions.server import Usage
   from ip2p_jax.captions.write import write_all
   from ip2p_jax.data.shard_writing import parse_shard
@@ -141,7 +138,6 @@ def write(
   if temperature == 0:
     _check_greedy(context, bool(model), attempts)
   folder, is_flagged = storage.local_folder(out), moderate and _hook(moderate)
-  source = Path(storage.local_path(source)).expanduser()
   endpoint = None
   if server is not None:
     endpoint = _server(
@@ -149,11 +145,7 @@ def write(
       retries,
     )  # fmt: skip
     _check_taken_out(context, endpoint)
-  captions = read_captions(source, column)
-  left_out = ', '.join(f'{count:,} {reason}' for reason, count in captions.left_out.items())
-  tqdm.write(
-    f'{source}: {console.counted(len(captions.kept), "caption")}; left out: {left_out or "none"}'
-  )
+  captions = _read(source, column)
   usage, to_ask = Usage(), []
   if endpoint:
     identity = _identity(endpoint)
@@ -161,8 +153,7 @@ def write(
 
     complete = server_backend(endpoint, writing, usage, _once(tqdm.write))
   else:
-    loaded, identity = _load(model, dtype, split_weights)
-    complete = local_backend(loaded, writing, slots)
+    complete, identity = _local(model, dtype, split_weights, writing, slots)
 
   def confirm(texts):
     to_ask.extend(texts)
@@ -170,20 +161,39 @@ def write(
       _confirm(endpoint, writing, texts, prompt_price, completion_price, yes)
 
   with tqdm(unit='caption', dynamic_ncols=True, disable=None) as bar:
-
-    def progress(done, total):
-      if bar.total is None:  # earlier captions do not count for the speed
-        bar.reset(total)
-        bar.initial = bar.n = done
-      bar.update(done - bar.n)
-
     is_complete = write_all(
-      captions.kept, folder, complete, writing, identity | {'moderate': moderate}, number, limit,
-      is_flagged, progress, confirm,
+      captions, folder, complete, writing, identity | {'moderate': moderate}, number, limit,
+      is_flagged, _progress(bar), confirm,
     )  # fmt: skip
   if endpoint and to_ask:
     _report_usage(usage, prompt_price, completion_price)
   _report(folder, is_complete)
+
+
+def _read(source, column):
+  """The captions of a file or folder; says how many were left out, and why."""
+  from ip2p_jax import storage
+  from ip2p_jax.captions.read import read_captions
+
+  path = Path(storage.local_path(source)).expanduser()
+  captions = read_captions(path, column)
+  left_out = ', '.join(f'{count:,} {reason}' for reason, count in captions.left_out.items())
+  tqdm.write(
+    f'{path}: {console.counted(len(captions.kept), "caption")}; left out: {left_out or "none"}'
+  )
+  return captions.kept
+
+
+def _progress(bar) -> Callable[[int, int], None]:
+  """Moves the bar. Captions of earlier runs do not count for its speed."""
+
+  def progress(done, total):
+    if bar.total is None:
+      bar.reset(total)
+      bar.initial = bar.n = done
+    bar.update(done - bar.n)
+
+  return progress
 
 
 def _check_greedy(context, is_local: bool, attempts: int) -> None:
@@ -231,9 +241,10 @@ def _check_taken_out(context, server) -> None:
       raise InputError(f'{flag} would do nothing: --body removes it; leave one of them out.')
 
 
-def _load(folder, dtype, split):
-  """A model of this machine, and its identity."""
+def _local(folder, dtype, split, writing, slots):
+  """The backend of a model on this machine, and the model's identity."""
   from ip2p_jax.captions.generate import Language
+  from ip2p_jax.captions.local import local_backend
   from ip2p_jax.pipeline.networks import bytes_digest, default_dtype, weights_digest
   from ip2p_jax.weights.language_folder import read_language
 
@@ -248,7 +259,8 @@ def _load(folder, dtype, split):
     'tokenizer': hashlib.blake2b(checkpoint.tokenizer, digest_size=8).hexdigest(),
   }
   model = Language.of(checkpoint, dtype, split)
-  return model, identity | {'config': _digest(dataclasses.asdict(model.config))}
+  identity['config'] = _digest(dataclasses.asdict(model.config))
+  return local_backend(model, writing, slots), identity
 
 
 def _digest(value) -> str:
@@ -256,17 +268,8 @@ def _digest(value) -> str:
 
 
 def _hook(spec: str) -> Callable[[str], bool]:
-  """Imports the user's function. Its module may be in the current folder."""
-  module, _, name = spec.partition(':')
-  sys.path.insert(0, str(Path.cwd()))
-  try:
-    function = getattr(importlib.import_module(module), name)
-  except (Exception, SystemExit) as error:  # the module may raise anything
-    raise InputError(
-      f'--moderate {spec}: cannot be imported ({error}); write MODULE:FUNCTION.'
-    ) from error
-  finally:
-    sys.path.pop(0)
+  """The user's function; InputError also when it fails."""
+  function = console.imported('--moderate', spec)
 
   def is_flagged(text):
     try:

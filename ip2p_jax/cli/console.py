@@ -2,13 +2,14 @@
 
 import contextlib
 import functools
+import importlib
 import logging
 import os
 import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +17,8 @@ import typer
 from tqdm import tqdm
 from typer import Option
 
+from ip2p_jax import bundled
+from ip2p_jax.defaults import CFG_IMAGE, CFG_TEXT, SAMPLER, STEPS
 from ip2p_jax.errors import InputError
 from ip2p_jax.interrupts import INTERRUPTED, interruptible
 from ip2p_jax.progress import waiting
@@ -31,6 +34,31 @@ Ema = Annotated[
     ' unless the file shows that its live weights were merged, or got an adapter.',
   ),
 ]
+
+Spacing = Annotated[
+  str | None, Option(help="linspace, leading or trailing; by default the sampler's.")
+]
+Karras = Annotated[bool, Option('--karras', help='Noise levels of Karras et al.')]
+Rescale = Annotated[float, Option(help='0 to 1, against overexposure at high scales.')]
+Interval = Annotated[
+  tuple[float, float], Option(help='Part of the steps with guidance, as in 0.2 0.8; saves time.')
+]
+
+
+def two_defaults(usual: float | str, miniature: float | str) -> str:
+  """Ends the help of an option of `editor_defaults`."""
+  return f'  [default: {usual}, with the miniature {miniature}]'
+
+
+def editor_defaults(ckpts: Sequence[str | None], *values):
+  """Steps, text and image scale, sampler; what is None becomes what the checkpoints are best with.
+
+  `ckpts` that are None are the bundled miniature.
+  """
+  own = bundled.STEPS, bundled.TEXT_GUIDANCE, bundled.IMAGE_GUIDANCE, bundled.SAMPLER
+  is_small = bool(ckpts) and all(map(bundled.is_like_it, ckpts))
+  defaults = own if is_small else (STEPS, CFG_TEXT, CFG_IMAGE, SAMPLER)
+  return [x if value is None else value for value, x in zip(values, defaults, strict=True)]
 
 
 @contextlib.contextmanager
@@ -159,6 +187,26 @@ def changed_options(context: typer.Context) -> dict[str, str]:
     if context.get_parameter_source(parameter.name).name == 'COMMANDLINE'
     and context.params[parameter.name] != parameter.get_default(context)
   }
+
+
+def imported(flag: str, spec: str) -> Callable:
+  """The user's function 'MODULE:FUNCTION' or 'FILE.py:FUNCTION'; InputError if there is none.
+
+  A module may be in the current folder, and what a file imports beside it.
+  """
+  module, _, name = spec.rpartition(':')
+  folder, file = os.path.split(module)
+  is_file = file.endswith('.py')
+  sys.path.insert(0, os.path.abspath(folder) if is_file else os.getcwd())
+  try:
+    return getattr(importlib.import_module(file[:-3] if is_file else module), name)
+  except (Exception, SystemExit) as error:  # the module may raise anything
+    raise InputError(
+      f'{flag} {spec}: cannot be imported ({error}); write MODULE:FUNCTION or FILE.py:FUNCTION.'
+    ) from error
+  finally:
+    if not is_file:
+      sys.path.pop(0)
 
 
 def counted(count: int, noun: str) -> str:

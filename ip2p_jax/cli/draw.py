@@ -9,7 +9,7 @@ from typer import Option
 
 from ip2p_jax.cli import console
 from ip2p_jax.cli.console import MAX_TEXT
-from ip2p_jax.defaults import CFG_TEXT, MAX_SCALE, MAX_SEED, SAMPLER
+from ip2p_jax.defaults import CFG_TEXT, MAX_SCALE, MAX_SEED, SAMPLER, SAMPLERS
 from ip2p_jax.errors import InputError
 
 STEPS, STRENGTH = 50, 0.6
@@ -43,9 +43,7 @@ def draw(
   num: Annotated[int, Option(min=1, help='Variations: seed, seed + 1, ...')] = 1,
   seed: Annotated[int | None, Option(min=0, max=MAX_SEED, help='By default random.')] = None,
   steps: Annotated[int, Option(min=1, help='Steps of the sampler.')] = STEPS,
-  sampler: Annotated[
-    str, Option(help='euler_ancestral, euler, heun, ddim, dpmpp_2m or lcm.')
-  ] = SAMPLER,
+  sampler: Annotated[str, Option(help=f'{SAMPLERS}.')] = SAMPLER,
   cfg_text: Annotated[
     float, Option(min=-MAX_SCALE, max=MAX_SCALE, help='How strongly to follow the text: 5 to 15.')
   ] = CFG_TEXT,

@@ -10,14 +10,10 @@ from typer import Option
 from ip2p_jax import bundled
 from ip2p_jax.cli import console
 from ip2p_jax.cli.console import MAX_TEXT
-from ip2p_jax.defaults import CFG_IMAGE, CFG_TEXT, MAX_SCALE, MAX_SEED, SAMPLER, STEPS
+from ip2p_jax.defaults import CFG_IMAGE, CFG_TEXT, MAX_SCALE, MAX_SEED, SAMPLER, SAMPLERS, STEPS
 from ip2p_jax.errors import InputError
 
 GRID_TEXT, GRID_IMAGE = '3,5,7.5,10', '1,1.2,1.5,1.8'
-
-
-def _default(usual: float | str, miniature: float | str) -> str:
-  return f'  [default: {usual}, with the miniature {miniature}]'
 
 
 def edit(
@@ -36,14 +32,16 @@ def edit(
     Option(min=8, max=8192, help="Longer side to work at, pixels; by default the checkpoint's."),
   ] = None,
   steps: Annotated[
-    int | None, Option(min=1, help='Steps of the sampler.' + _default(STEPS, bundled.STEPS))
+    int | None,
+    Option(min=1, help='Steps of the sampler.' + console.two_defaults(STEPS, bundled.STEPS)),
   ] = None,
   cfg_text: Annotated[
     float | None,
     Option(
       min=-MAX_SCALE,
       max=MAX_SCALE,
-      help='How strongly to follow the text: 3 to 12.' + _default(CFG_TEXT, bundled.TEXT_GUIDANCE),
+      help='How strongly to follow the text: 3 to 12.'
+      + console.two_defaults(CFG_TEXT, bundled.TEXT_GUIDANCE),
     ),
   ] = None,
   cfg_image: Annotated[
@@ -52,7 +50,7 @@ def edit(
       min=-MAX_SCALE,
       max=MAX_SCALE,
       help='How strongly to keep the image: 1 to 2.2.'
-      + _default(CFG_IMAGE, bundled.IMAGE_GUIDANCE),
+      + console.two_defaults(CFG_IMAGE, bundled.IMAGE_GUIDANCE),
     ),
   ] = None,
   seed: Annotated[int | None, Option(min=0, max=MAX_SEED, help='By default random.')] = None,
@@ -74,19 +72,12 @@ def edit(
   ] = None,
   sampler: Annotated[
     str | None,
-    Option(
-      help='euler_ancestral, euler, heun, ddim, dpmpp_2m or lcm.'
-      + _default(SAMPLER, bundled.SAMPLER)
-    ),
+    Option(help=f'{SAMPLERS}.' + console.two_defaults(SAMPLER, bundled.SAMPLER)),
   ] = None,
-  spacing: Annotated[
-    str | None, Option(help="linspace, leading or trailing; by default the sampler's.")
-  ] = None,
-  karras: Annotated[bool, Option('--karras', help='Noise levels of Karras et al.')] = False,
-  rescale: Annotated[float, Option(help='0 to 1, against overexposure at high scales.')] = 0.0,
-  interval: Annotated[
-    tuple[float, float], Option(help='Part of the steps with guidance, as in 0.2 0.8; saves time.')
-  ] = (0.0, 1.0),
+  spacing: console.Spacing = None,
+  karras: console.Karras = False,
+  rescale: console.Rescale = 0.0,
+  interval: console.Interval = (0.0, 1.0),
   batch_size: Annotated[
     int | None,
     Option(min=1, help='Images at a time, on all devices; by default 4 per device.'),
@@ -119,24 +110,14 @@ def edit(
   from ip2p_jax.editing.editor import Editor
   from ip2p_jax.pipeline.sampling import Sampling, check_acts
 
-  if not edit.strip():
-    raise InputError('--edit is empty; say what to change, such as --edit "make it winter".')
-  if len(edit) + len(negative) > MAX_TEXT:
-    raise InputError(
-      f'--edit and --negative are over {MAX_TEXT:,} characters; models read 77 tokens.'
-    )
+  _check(edit, negative, ckpt, ema)
   image_files.check_options({
     '--seed': seed, '--index': index, '--grid': grid, '--grid-text': grid_text,
     '--grid-image': grid_image, '--cfg-text': cfg_text, '--cfg-image': cfg_image,
   })  # fmt: skip
-  if ema is False and ckpt and Path(ckpt, 'model_index.json').is_file():
-    raise InputError(f'--no-ema: the folder {ckpt} holds no average; leave it out.')
   seed, index = secrets.randbelow(2**31) if seed is None else seed, index or 0
-  own = (bundled.STEPS, bundled.TEXT_GUIDANCE, bundled.IMAGE_GUIDANCE, bundled.SAMPLER)
-  defaults = own if bundled.is_like_it(ckpt) else (STEPS, CFG_TEXT, CFG_IMAGE, SAMPLER)
-  steps, cfg_text, cfg_image, sampler = (
-    default if value is None else value
-    for value, default in zip((steps, cfg_text, cfg_image, sampler), defaults, strict=True)
+  steps, cfg_text, cfg_image, sampler = console.editor_defaults(
+    [ckpt], steps, cfg_text, cfg_image, sampler
   )
   scales = [(cfg_text, cfg_image)]
   if grid:
@@ -155,27 +136,43 @@ def edit(
   console.cache_compilations()
   model = Editor.load(ckpt, dtype, variant=variant, ema=ema, prediction_type=prediction_type)
   console.say(f'seed {seed}')
-  batch_size = batch_size or 4 * model.mesh.size
   resolution = resolution or model.networks.resolution
   settings = options | {
     'edit': edit, 'ckpt': ckpt, 'resolution': resolution, 'mask': mask and str(mask),
     'dtype': model.dtype, 'variant': variant, 'ema': ema, 'prediction_type': prediction_type,
   }  # fmt: skip
-  sheet = []
   with console.progress('step', compiles=True) as progress:
-    for job, result in image_files.run_jobs(
-      model, jobs, edit, resolution=resolution, batch_size=batch_size, mask=mask,
-      options=options, progress=progress,
-    ):  # fmt: skip
-      if grid:
-        sheet.append((job, result))
-        continue
-      own = {'input': str(job.file), 'seed': job.seed, 'index': job.index,
-             'cfg_text': job.cfg_text, 'cfg_image': job.cfg_image}  # fmt: skip
-      console.save(result, job.output, settings | own)
+    results = image_files.run_jobs(
+      model, jobs, edit, resolution=resolution, batch_size=batch_size or 4 * model.mesh.size,
+      mask=mask, options=options, progress=progress,
+    )  # fmt: skip
+    if grid:
+      sheet = list(results)
+    else:
+      _save_each(results, settings)
   if grid:
     own = {'input': str(input), 'seed': seed, 'index': index, 'grid': scales}
     console.save(image_files.labelled_grid(sheet, edit), jobs[0].output, settings | own)
+
+
+def _check(edit, negative, ckpt, ema) -> None:
+  """Refuses wrong values before loading."""
+  if not edit.strip():
+    raise InputError('--edit is empty; say what to change, such as --edit "make it winter".')
+  if len(edit) + len(negative) > MAX_TEXT:
+    raise InputError(
+      f'--edit and --negative are over {MAX_TEXT:,} characters; models read 77 tokens.'
+    )
+  if ema is False and ckpt and Path(ckpt, 'model_index.json').is_file():
+    raise InputError(f'--no-ema: the folder {ckpt} holds no average; leave it out.')
+
+
+def _save_each(results, settings) -> None:
+  """Writes each result as soon as it is there."""
+  for job, result in results:
+    own = {'input': str(job.file), 'seed': job.seed, 'index': job.index,
+           'cfg_text': job.cfg_text, 'cfg_image': job.cfg_image}  # fmt: skip
+    console.save(result, job.output, settings | own)
 
 
 def _bundled() -> str:

@@ -6,12 +6,13 @@ It imports its implementation inside the function, so that --help loads no libra
 import typer
 
 from ip2p_jax.cli import captions
+from ip2p_jax.cli.compare import compare
 from ip2p_jax.cli.console import run
 from ip2p_jax.cli.convert import convert
 from ip2p_jax.cli.data import check, pack
 from ip2p_jax.cli.draw import draw
 from ip2p_jax.cli.edit import edit
-from ip2p_jax.cli.evaluate import compare, evaluate
+from ip2p_jax.cli.evaluate import evaluate
 from ip2p_jax.cli.pairs import filter, pairs
 from ip2p_jax.cli.plan import plan
 

@@ -9,6 +9,7 @@ from typer import Option
 
 from ip2p_jax import storage
 from ip2p_jax.cli import console
+from ip2p_jax.defaults import SAMPLER, SAMPLERS
 from ip2p_jax.errors import InputError
 from ip2p_jax.pairs.thresholds import MOST, PAPER, RELEASED
 from ip2p_jax.progress import unwatched
@@ -24,9 +25,7 @@ def pairs(
   clip: Annotated[Path, Option(help='A transformers folder of a CLIPModel (ViT-L/14).')],
   samples: Annotated[int, Option(min=1, help='Pairs to draw for each prompt.')] = 100,
   steps: Annotated[int, Option(min=1, help='Steps of the sampler.')] = 100,
-  sampler: Annotated[
-    str, Option(help='euler_ancestral, euler, heun, ddim, dpmpp_2m or lcm.')
-  ] = 'euler_ancestral',
+  sampler: Annotated[str, Option(help=f'{SAMPLERS}.')] = SAMPLER,
   control: Annotated[
     str,
     Option(

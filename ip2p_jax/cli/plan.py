@@ -79,13 +79,11 @@ def plan(
   7 to 60 minutes and up to 16 GB, for GPUs about 5 minutes. Install them with `pip install
   'jax[tpu]'` and `'jax[cuda13]'`. GPUs: a100-40, a100-80, a6000, h100, h200, b200.
   """
+  from ip2p_jax.config_check import check_values
   from ip2p_jax.config_text import load_config
-  from ip2p_jax.pipeline import workdir
-  from ip2p_jax.pipeline.networks import check_is_editor, check_is_text_to_image, networks_of
   from ip2p_jax.planning import devices, gpus
   from ip2p_jax.planning.sampling import plan_sampling, sampling_report, work_on
-  from ip2p_jax.planning.training import plan_training, settled, stable_diffusion, training_report
-  from ip2p_jax.training.start import starting_checkpoint
+  from ip2p_jax.planning.training import plan_training, settled, training_report
 
   if of not in ('training', 'edits', 'pairs'):
     raise InputError(f'--of is {of!r}; use training, edits or pairs.')
@@ -98,29 +96,25 @@ def plan(
   for name in topology:
     if quick and gpus.is_gpu(name):
       raise InputError(f"--quick: of no use with {name}; a GPU's compiler does not know it.")
-    devices.describe(name)
-  settings = {}  # by topology; refuses wrong values before the first long compile
+    devices.check_name(name)
+  devices.use_none()
+  # Refuses wrong values before it asks for a compiler, and before the first long compile.
   if of == 'training':
     loaded = load_config(config or Path('configs/train_256.py'), change or [])
-    settings = {name: settled(loaded, name, device_batch) for name in topology}
-  if ckpt is None:
-    is_editor = of == 'edits' or (of == 'training' and loaded.task == 'edit')
-    networks = stable_diffusion(is_editor)
-  elif of == 'training':
-    networks = networks_of(starting_checkpoint(replace(loaded, checkpoint=str(ckpt))))
+    check_values(loaded)
+    networks = _training_networks(loaded, ckpt)
+    check_multiple('resolution', loaded.resolution, networks.vae_config.factor)
+    work = {name: settled(loaded, name, device_batch) for name in topology}
   else:
-    networks = networks_of(workdir.load(ckpt))
-  if of != 'training':
-    work = {name: work_on(name, of, size or 512, batch_size, steps or 100) for name in topology}
-    check = check_is_editor if of == 'edits' else check_is_text_to_image
-    check(networks, str(ckpt))
+    networks = _sampling_networks(of, ckpt)
     check_multiple('--size', size or 512, networks.vae_config.factor)
+    work = {name: work_on(name, of, size or 512, batch_size, steps or 100) for name in topology}
   failed = 0
   for name in topology:
     with waiting('compiling, minutes to an hour'):
       if of == 'training':
-        result = plan_training(settings[name], networks, name, not from_images, console.say, quick)
-        report = training_report(result, settings[name])
+        result = plan_training(work[name], networks, name, not from_images, console.say, quick)
+        report = training_report(result, work[name])
       else:
         result = plan_sampling(networks, work[name], name, console.say, quick)
         report = sampling_report(result)
@@ -128,6 +122,29 @@ def plan(
     failed += not result.compiled.fits
   if failed:
     sys.exit(1)
+
+
+def _training_networks(config, ckpt):
+  from ip2p_jax.pipeline.networks import networks_of
+  from ip2p_jax.planning.training import stable_diffusion
+  from ip2p_jax.training.start import starting_checkpoint
+
+  if ckpt is None:
+    return stable_diffusion(is_editor=config.task == 'edit')
+  return networks_of(starting_checkpoint(replace(config, checkpoint=str(ckpt))))
+
+
+def _sampling_networks(of, ckpt):
+  from ip2p_jax.pipeline import workdir
+  from ip2p_jax.pipeline.networks import check_is_editor, check_is_text_to_image, networks_of
+  from ip2p_jax.planning.training import stable_diffusion
+
+  is_editor = of == 'edits'
+  if ckpt is None:
+    return stable_diffusion(is_editor)
+  networks = networks_of(workdir.load(ckpt))
+  (check_is_editor if is_editor else check_is_text_to_image)(networks, str(ckpt))
+  return networks
 
 
 def _check_plan_options(of, sampling, training):

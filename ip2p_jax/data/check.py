@@ -2,14 +2,12 @@
 
 import collections
 import concurrent.futures
-import io
 import os
 import warnings
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from ip2p_jax import images
 from ip2p_jax.data.rows import SPLITS, LatentRow, Pair, Row, Source
@@ -163,7 +161,7 @@ def _check_pair(pair: Pair, where: str) -> list[tuple[str, str]]:
   """Warnings of a pair, (kind, problem). Raises InputError if the pair is broken."""
   files = {'input': pair.input_image, 'edited': pair.edited_image}
   decoded = {
-    name: decode(encoded, f'the {name} image{where}')
+    name: images.decode(encoded, f'the {name} image{where}')
     for name, encoded in files.items()
     if encoded is not None
   }
@@ -192,29 +190,6 @@ def _check_pair(pair: Pair, where: str) -> list[tuple[str, str]]:
     elif pixels['input'] == pixels['edited']:
       problems.append(('unchanged', f'the images{where} have the same pixels: nothing is edited'))
   return problems
-
-
-def decode(encoded: bytes, name: str) -> tuple[Image.Image, str]:
-  """The whole image, upright, RGB or RGBA; and a problem with its colours, or ''.
-
-  Raises InputError, which begins with `name`, if the bytes are no image or a damaged one.
-  """
-  try:
-    with Image.open(io.BytesIO(encoded), 'r', images.READ_FORMATS) as image:
-      width, height = image.size
-      if width * height > images.MAX_PIXELS:
-        raise Image.DecompressionBombError
-      if min(width, height) < images.MIN_SIDE:
-        raise InputError(f'{name} is {width}x{height}; give at least {images.MIN_SIDE} pixels')
-      return images.plain_and_problem(image)
-  except InputError:
-    raise
-  except Image.DecompressionBombError as error:
-    raise InputError(f'{name} has over {images.MAX_PIXELS:,} pixels; make it smaller') from error
-  except UnidentifiedImageError as error:
-    raise InputError(f'{name} is not an image; give PNG, JPEG, WebP, BMP, GIF or TIFF') from error
-  except Exception as error:  # decoders raise many kinds: EOFError, SyntaxError, struct.error ...
-    raise InputError(f'{name} cannot be decoded ({error}); it may be cut short') from error
 
 
 def _check_latents(row: LatentRow) -> _Finding:

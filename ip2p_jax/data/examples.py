@@ -14,12 +14,11 @@ instruction and mirroring from the same generator. Without a generator nothing i
 pair, first instruction, not mirrored, cut from the centre.
 """
 
-import io
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from ip2p_jax import images
 from ip2p_jax.config_check import check_framing
@@ -58,23 +57,6 @@ class Crop(NamedTuple):
   size: tuple[int, int]
   corner: tuple[int, int]
   side: int
-
-
-def decode_image(
-  encoded: bytes, resolution: int, resize: str = 'crop', name: str = ''
-) -> np.ndarray:
-  """An image file as uint8 [R, R, 3], upright, RGB, transparency on white; nothing is random.
-
-  Args:
-    encoded: the bytes of a JPEG, PNG, WebP, BMP, GIF or TIFF file.
-    resolution: R.
-    resize: 'crop' brings the short side to R and keeps the centre; 'squash' ignores the aspect.
-    name: for messages.
-
-  Raises InputError if the bytes are not an image, or a damaged one.
-  """
-  array = _decode(encoded, name or 'an image')
-  return _cut(array, _crop(_size(array), Framing(resolution, resize=resize), None))
 
 
 def example(
@@ -140,25 +122,12 @@ def _choose(pairs, instructions, may_flip, rng, framing) -> tuple[int, int, bool
 
 
 def _decode(encoded, name) -> np.ndarray:
-  """uint8 [H, W, 3]."""
-  if not encoded:
-    raise InputError(f'{name} is missing.')
-  array = images.decode_jpeg(encoded)
-  if array is not None:
-    return array
-  try:
-    with Image.open(io.BytesIO(encoded), 'r', images.READ_FORMATS) as image:
-      width, height = image.size
-      if width * height > images.MAX_PIXELS or min(width, height) < images.MIN_SIDE:
-        raise InputError(f'{name} is {width}x{height} pixels, which is out of range.')
-      image = images.plain(image)
-  except (InputError, MemoryError):  # lack of memory is not the image's fault
-    raise
-  except UnidentifiedImageError as error:
-    raise InputError(f'{name} cannot be read (it is not an image of a known kind).') from error
-  except Exception as error:  # decoders raise many kinds: EOFError, SyntaxError, struct.error ...
-    raise InputError(f'{name} cannot be read ({error}); it may be damaged.') from error
-  return images.to_array(image, image.size)  # transparency on white
+  """uint8 [H, W, 3], upright, transparency on white. Raises InputError if it is broken."""
+  array = images.decode_jpeg(encoded) if encoded else None
+  if array is None:
+    image, _ = images.decode(encoded, name)
+    array = images.to_array(image, image.size)
+  return array
 
 
 def _size(array):

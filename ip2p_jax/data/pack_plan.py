@@ -162,16 +162,24 @@ def differences(old: dict, new: dict) -> list[str]:
   The numbers of shards may differ, and rows that were broken may be mended.
   """
 
-  def flat(plan):
-    rows = {f'rows of {split}': sizes['rows'] for split, sizes in plan['splits'].items()}
+  def settings(plan):
     share = plan.get('holdout', {}).get('share', 0)
-    return {'kind': plan['kind'], 'holdout': share} | plan['settings'] | rows
+    return {'kind': plan['kind'], 'holdout': share} | plan['settings']
 
-  before, after = flat(old), flat(new)
+  def rows(plan):
+    return {split: sizes['rows'] for split, sizes in plan['splits'].items()}
+
+  before, after = settings(old), settings(new)
   lines = [
-    f'{key} {before.get(key)} and not {after.get(key)}'
+    f'{key} was {_shown(before.get(key))} and is {_shown(after.get(key))} now'
     for key in sorted({*before, *after})
     if before.get(key) != after.get(key)
+  ]
+  before, after = rows(old), rows(new)
+  lines += [
+    f'{split} had {before.get(split, 0):,} rows and has {after.get(split, 0):,} now'
+    for split in SPLITS
+    if before.get(split, 0) != after.get(split, 0)
   ]
   if lines:
     return lines
@@ -180,8 +188,12 @@ def differences(old: dict, new: dict) -> list[str]:
     for split, sizes in old['splits'].items()
   ]
   if any(a != b for hashes in pairs for a, b in hashes if a and b):
-    lines = ['rows that are not the same now']
+    lines = ['some rows are not the same now']
   return lines
+
+
+def _shown(value) -> str:
+  return 'none' if value is None else str(value)
 
 
 def shards_of(plan: dict) -> list[Shard]:

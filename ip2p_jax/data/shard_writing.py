@@ -215,8 +215,8 @@ def _claim(folder, plan) -> dict:
   different = differences(existing, plan)
   if different:
     raise InputError(
-      f'{folder}: was begun with {"; ".join(different)}; use the same source and settings to'
-      ' continue, or give a new folder.'
+      f'{folder}: was begun otherwise: {", ".join(different)}; to continue, use the same source'
+      ' and settings, or give a new folder.'
     )
   return existing
 

@@ -6,7 +6,7 @@ divided by the VAE's factor, 8), S steps.
 
 import os
 from collections.abc import Sequence
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from PIL import Image
@@ -21,7 +21,7 @@ from ip2p_jax.pipeline.base import Pipeline
 from ip2p_jax.pipeline.networks import check_is_editor
 from ip2p_jax.pipeline.program import Images
 from ip2p_jax.pipeline.sampling import Sampling, check_acts, check_noise_acts
-from ip2p_jax.progress import Progress, part_of
+from ip2p_jax.progress import Progress
 
 
 class Editor(Pipeline):
@@ -73,34 +73,18 @@ class Editor(Pipeline):
   ) -> list[Image.Image] | np.ndarray:
     """Edits images of any size. Each result has the size, colours and transparency of its image.
 
-    A single value is repeated for all others: ten images with one instruction, one image with ten
-    seeds, and so on.
+    `Sampling` explains steps, sampler, spacing, karras, rescale and interval. `Pipeline` explains
+    the arguments that are not listed here.
 
     Args:
-      images: PIL images, each in the colours of its profile; or a uint8 array of sRGB, [H, W, 3] or
-        [B, H, W, 3].
+      images: PIL images, each in its own colours; or uint8 sRGB [H, W, 3] or [B, H, W, 3].
       instructions: what to do, such as 'make it winter'.
-      steps, sampler, spacing, karras, rescale, interval: see `Sampling`.
-      text_guidance: how strongly to follow the instruction (3 to 12 make sense).
       image_guidance: how strongly to keep the image (1 to 2.2 make sense).
-      seed: 0 to 2**32 - 1. An image's noise depends only on its seed and index, never on its batch.
-        None draws one seed for the call.
-      indices: one per result; by default 0, 1, 2 ... by image, so that all variations of one image
-        have 0.
-      negative: what the result should not show; replaces the empty instruction.
       mask: float [H, W] in [0, 1] at the image's size; pixels at 0 do not change.
-      init_noise, step_noise: standard normal [B, h, w, 4] and [S, B, h, w, 4], to repeat a run of
-        another framework.
       resolution: longer side to work at; None works at the image's own size.
-      batch_size: images per call of the program, on all devices; smaller batches are padded, so
-        that one compiled program serves all. None puts all images of one working size into one
-        call.
-      progress: gets (steps done, all steps); then the program runs step by step, and computes keys
-        and values of the text in each step (1.6% of a step at 256 px, 0.4% at 512 px).
 
-    Returns PIL images, RGB, RGBA or, with a profile, CMYK; or an array if `images` is an array.
-    Profile, EXIF and dpi are in `info`, and `images.save` writes them. Raises InputError for bad
-    values, and for settings without effect.
+    Returns PIL images, RGB, RGBA or, with a profile, CMYK; or an array if `images` is one. `info`
+    has profile, EXIF and dpi. Raises InputError for bad values, and for settings without effect.
     """
     originals = [with_metadata(image) for image in _images(images)]
     every = EditRows.of(originals, instructions, text_guidance, image_guidance, seed, mask, indices)
@@ -109,31 +93,19 @@ class Editor(Pipeline):
     check_noise_acts(sampler, seed, indices, init_noise, step_noise)
     rows.check_positive(batch_size=batch_size, resolution=resolution)
     factor = self.networks.vae_config.factor
-    sizes = [
-      working_size(*image.size, resolution or max(image.size), factor) for image in every.originals
-    ]
+    sizes = every.sizes(resolution, factor)
     rows.check_noise(init_noise, step_noise, len(sizes))
     results: list[Image.Image | None] = [None] * len(sizes)
-    groups = rows.groups(sizes, batch_size)
-    for done, group in enumerate(groups):
-      size = sizes[group[0]]
-      batch = rows.padded(group, batch_size)
-      part = every.take(batch)
+    for batch in rows.batches(sizes, batch_size, progress):
       edit = self.edit_arrays(
-        np.stack([to_array(original, size) for original in part.originals]),
-        part.instructions,
-        sampling,
-        text_guidance=part.text_guidance,
-        image_guidance=part.image_guidance,
-        seeds=part.seeds,
-        indices=part.indices,
+        sampling=sampling,
         negative=negative,
-        mask=None if mask is None else np.stack([_latent_mask(m, size, factor) for m in part.mask]),
-        **rows.noise_of(batch, init_noise, step_noise),
-        progress=part_of(progress, done, len(groups)),
+        **every.arrays(batch.rows, batch.size, factor),
+        **rows.noise_of(batch.rows, init_noise, step_noise),
+        progress=batch.progress,
       )
       rows.check_finite('edit', edit.latents)
-      for row, image in zip(group, np.asarray(edit.images), strict=False):
+      for row, image in zip(batch.results, np.asarray(edit.images), strict=False):
         results[row] = restore(image, every.originals[row], every.mask[row])
     return np.stack(results) if isinstance(images, np.ndarray) else results
 
@@ -206,8 +178,17 @@ class EditRows(NamedTuple):
       raise InputError('the mask is 0 everywhere, so nothing would be edited; 1 is edited.')
     return every
 
-  def take(self, numbers: Sequence[int]) -> 'EditRows':
-    return EditRows(*([column[i] for i in numbers] for column in self))
+  def sizes(self, resolution: int | None, factor: int) -> list[tuple[int, int]]:
+    """Working sizes (width, height)."""
+    own = [image.size for image in self.originals]
+    return [working_size(*size, resolution or max(size), factor) for size in own]
+
+  def arrays(self, numbers: Sequence[int], size: tuple[int, int], factor: int) -> dict[str, Any]:
+    """Arguments of `edit_arrays` for these results, at a working size (width, height)."""
+    part = EditRows(*([column[i] for i in numbers] for column in self))._asdict()
+    originals, masks = part.pop('originals'), part.pop('mask')
+    mask = None if masks[0] is None else np.stack([_latent_mask(m, size, factor) for m in masks])
+    return {'images': np.stack([to_array(x, size) for x in originals]), 'mask': mask} | part
 
 
 def _images(images):

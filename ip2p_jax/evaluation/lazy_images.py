@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from ip2p_jax import images
-from ip2p_jax.data import check, tables
+from ip2p_jax.data import tables
 
 Opener = Callable[[], Image.Image]
 Reader = tables.JsonLines | tables.Csv | tables.Parquet
@@ -53,7 +53,7 @@ def mask(read: Opener, source: Opener, place: str, has_hole: bool = False) -> Ca
 def _read_cell(reader, i, column):
   place, folders, values = reader.read(i, [column])
   encoded = tables.encoded_image(place, folders, values.get(column), column)
-  return check.decode(encoded, f'{place}: {column!r}')[0]
+  return images.decode(encoded, f'{place}: {column!r}')[0]
 
 
 def _read_shown(read):

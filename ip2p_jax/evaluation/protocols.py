@@ -272,7 +272,8 @@ def own(path: str, split: str = '', columns: str = '') -> list[EditRow]:
   """A folder of one's own. Edited images, captions, masks and ids may be absent.
 
   White in a mask is edited; in MagicBrush's column 'mask_img' it is what is transparent.
-  The id is the column 'id', or else the row's number, '00000' for the first.
+  The id is the column 'id', or else the row's number, '00000' for the first. A column 'group' has
+  the kind of edit.
   """
   if not split:
     split = 'test' if sources.open_table(path, 'test') else 'train'
@@ -284,9 +285,9 @@ def own(path: str, split: str = '', columns: str = '') -> list[EditRow]:
     'source_caption': found.caption,
     'target_caption': found.edited_caption,
   }
-  id = 'id' if 'id' in reader.names else None
+  id, group = (name if name in reader.names else None for name in ('id', 'group'))
   mask = next((name for name in reader.names if plain(name) in MASKS), None)
-  names = [name for name in (id, mask, *words.values()) if name]
+  names = [name for name in (id, group, mask, *words.values()) if name]
   image_columns = [name for name in (mask, *roles.values()) if name]
   rows = []
   for place, row, cell in _table_rows(reader, path, names, image_columns):
@@ -297,7 +298,8 @@ def own(path: str, split: str = '', columns: str = '') -> list[EditRow]:
       opened['mask'] = lazy_images.mask(cell(mask), opened['source'], place, is_magicbrush)
     written = {role: ' '.join(texts(row.get(column))[:1]) for role, column in words.items()}
     _text(written, 'instruction', place)
-    rows.append(EditRow(name, f'{name}.png', **opened, **written))
+    kind = str(row[group] or '') if group else ''
+    rows.append(EditRow(name, f'{name}.png', **opened, **written, group=kind))
   return rows
 
 

@@ -82,7 +82,7 @@ def difference(
   if not pairs:
     raise InputError(f'{metric}: the two methods have no image in common, so nothing to compare.')
   values = [row[metric] - other[metric] for other, row in pairs]
-  return bootstrap(values, [_source(row) for _, row in pairs])
+  return bootstrap(values, [source_of(row) for _, row in pairs])
 
 
 def summarize(
@@ -91,11 +91,19 @@ def summarize(
   """Estimates from the results of each method."""
   return {
     method: {
-      metric: bootstrap([_number(row, metric) for row in rows], [_source(row) for row in rows])
+      metric: bootstrap([_number(row, metric) for row in rows], [source_of(row) for row in rows])
       for metric in metrics
     }
     for method, rows in results.items()
   }
+
+
+def by_group(results: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+  """The results of each kind of edit, in the order of the names."""
+  groups = {}
+  for row in results:
+    groups.setdefault(row.get('group', ''), []).append(row)
+  return dict(sorted(groups.items()))
 
 
 def metrics_of(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
@@ -110,7 +118,8 @@ def _number(row, metric):
   return None if value is None or math.isnan(value) else value
 
 
-def _source(row):
+def source_of(row: Mapping[str, Any]) -> str:
+  """What edits of one image have in common."""
   return row.get('source') or row['id']
 
 
@@ -132,14 +141,16 @@ def _digits(value):
   return f'{value:.{min(max(places, 0), 6)}f}'
 
 
-def markdown(summary: Summary, metrics: Sequence[str], notes: Mapping[str, str] = {}) -> str:
-  """A table in Markdown: a row a method, a column a metric; `notes` become a list below."""
-  lines = [['method', 'images', *metrics], ['---'] * (2 + len(metrics))]
+def markdown(
+  summary: Summary, metrics: Sequence[str], notes: Mapping[str, str] = {}, name: str = 'method'
+) -> str:
+  """A table in Markdown: a row for each method (`name`), a column for each metric; notes below."""
+  lines = [[name, 'images', *metrics], ['---'] * (2 + len(metrics))]
   for method, estimates in summary.items():
     count = max((estimate.count for estimate in estimates.values()), default=0)
     lines.append([method, str(count), *(text(estimates[metric]) for metric in metrics)])
   table = ''.join(f'| {" | ".join(line)} |\n' for line in lines)
-  head = 'Means with 95% bootstrap intervals over images.\n\n'
+  head = f'Means by {name}, with 95% bootstrap intervals over images.\n\n'
   below = ''.join(f'* {name}: {note}\n' for name, note in notes.items())
   return head + table + ('\n' + below if below else '')
 

@@ -183,8 +183,11 @@ def _lines(batch, scorers, batch_size):
     None if getattr(every[0], name) is None else np.stack([getattr(x, name) for x in every])
   )
   texts = lambda name: [getattr(row, name) for row in rows] if getattr(rows[0], name) else None
-  against = [('', Batch(stack('edit'), stack('source'), texts('target_caption'),
-                        texts('source_caption'), stack('kept')))]  # fmt: skip
+  source = Batch(
+    stack('edit'), stack('source'), texts('target_caption'), texts('source_caption'), stack('kept'),
+    [row.id for row in rows],
+  )  # fmt: skip
+  against = [('', source)]
   if every[0].target is not None:
     against.append((TARGET, Batch(stack('target_edit'), stack('target'))))
   scores = {

@@ -43,6 +43,7 @@ class Batch(NamedTuple):
       another size than the edits.
     captions, reference_captions: of edits and references, for CLIP.
     kept: [B, H, W, 1], 1 where an edit should not change the image; for pixels and LPIPS.
+    ids: of the rows, for scorers that know the right result; None if references are targets.
   """
 
   edits: Any
@@ -50,10 +51,11 @@ class Batch(NamedTuple):
   captions: Any = None
   reference_captions: Any = None
   kept: Any = None
+  ids: Sequence[str] | None = None
 
 
 class Scorer(NamedTuple):
-  """`score(batch)` gives {name of the score: float32 [B]}."""
+  """`score(batch)` gives {name of the score: float32 [B]}; NaN where there is no such number."""
 
   description: Description
   score: Callable[[Batch], dict[str, np.ndarray]]

@@ -1,13 +1,14 @@
 """Arguments of a caller as rows, one for each image to make; InputError if they do not fit."""
 
 import secrets
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ip2p_jax.defaults import MAX_SCALE, MAX_SEED
 from ip2p_jax.errors import InputError
+from ip2p_jax.progress import Progress, part_of
 
 
 def as_list(value: Any) -> list:
@@ -50,6 +51,32 @@ def groups(sizes: Sequence[tuple[int, int]], batch_size: int | None) -> list[lis
 def padded(rows: list, batch_size: int | None) -> list:
   """The rows, repeated to fill a batch, so that one compiled program serves all batches."""
   return (rows * batch_size)[:batch_size] if batch_size else rows
+
+
+class Batch(NamedTuple):
+  """One call of the program.
+
+  Attributes:
+    results: the rows whose images it makes.
+    rows: the same, `padded`.
+    size: working size (width, height) of all of them.
+    progress: of this call.
+  """
+
+  results: list[int]
+  rows: list[int]
+  size: tuple[int, int]
+  progress: Progress | None
+
+
+def batches(
+  sizes: Sequence[tuple[int, int]], batch_size: int | None, progress: Progress | None
+) -> Iterator[Batch]:
+  """The calls that make a row of each of these working sizes. `progress` counts all of them."""
+  every = groups(sizes, batch_size)
+  for done, group in enumerate(every):
+    part = part_of(progress, done, len(every))
+    yield Batch(group, padded(group, batch_size), sizes[group[0]], part)
 
 
 def scales(name: str, values: float | Sequence[float], batch: int) -> np.ndarray:

@@ -66,6 +66,18 @@ class Sampling:
     start, stop = self.guided_steps()
     return np.float32([sigmas[stop], np.inf if start == 0 else sigmas[start]])
 
+  def network_calls(self, branches: tuple[str, ...]) -> int:
+    """How often the network predicts for one image; `branches` are those of the guided steps."""
+    sigmas = self.grid(Schedule()).sigmas
+    levels = sigmas[:-1]
+    if self.sampler == 'heun':  # again at the end of each step, but for the last
+      levels = np.concatenate([levels, levels[1:]])
+    guided = len(levels)
+    if self.has_interval(branches):
+      low, high = self.guided_sigmas(sigmas)
+      guided = int(np.sum((levels > low) & (levels <= high)))
+    return guided * len(branches) + len(levels) - guided
+
 
 def check_acts(
   sampling: Sampling,

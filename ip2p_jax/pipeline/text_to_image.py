@@ -20,7 +20,7 @@ from ip2p_jax.pipeline.base import Pipeline
 from ip2p_jax.pipeline.networks import Networks, check_is_text_to_image
 from ip2p_jax.pipeline.program import Images, Request
 from ip2p_jax.pipeline.sampling import Sampling, check_acts, check_noise_acts
-from ip2p_jax.progress import Progress, part_of
+from ip2p_jax.progress import Progress
 
 
 class DrawSpec(NamedTuple):
@@ -77,7 +77,7 @@ class TextToImage(Pipeline):
     batch_size: int | None = None,
     progress: Progress | None = None,
   ) -> list[Image.Image]:
-    """Draws an image for each text. One text may have any number of seeds, and so on.
+    """Draws an image for each text. `Pipeline` explains the arguments that are not listed here.
 
     Args:
       texts: what to draw, as in 'a photo of a lake'.
@@ -86,17 +86,6 @@ class TextToImage(Pipeline):
       strength: with `init`, the fraction of the steps that is done; see `first_step`.
       size: side of the square images in pixels, or with `init` the longer working side; None takes
         the checkpoint's.
-      text_guidance: how strongly to follow the text (5 to 15 make sense).
-      negative: what the result should not be; replaces the empty text.
-      seed: 0 to 2**32 - 1. An image's noise depends on its seed and index only, never on its batch.
-        None draws one seed for the call.
-      indices: one per result; by default 0, 1, 2 ... over the texts, so that all variations of one
-        text have 0.
-      init_noise, step_noise: standard normal [B, h, w, 4] and [S, B, h, w, 4], to repeat a run of
-        another framework.
-      batch_size: images per call of the program, on all devices together; fewer are padded. None
-        puts all into one call.
-      progress: called as (steps done, total steps); the program then runs step by step.
 
     Raises InputError for bad values, and for settings without effect.
     """
@@ -105,36 +94,26 @@ class TextToImage(Pipeline):
     rows.check_positive(batch_size=batch_size)
     if init is not None:
       check_strength(sampling.steps, strength)
-    texts = rows.as_list(texts)
-    if not all(text.strip() for text in texts):
-      raise InputError('the text is empty; say what to draw, as in "a photo of a lake".')
-    every = rows.repeated(
-      texts=texts,
-      text_guidance=rows.as_list(text_guidance),
-      seeds=rows.as_list(rows.some_seed() if seed is None else seed),
-      indices=range(len(texts)) if indices is None else indices,
-    )
+    every = _rows(texts, text_guidance, seed, indices)
     count = len(every['texts'])
     rows.check_noise(init_noise, step_noise, count)
     original = None if init is None else with_metadata(init)
     width, height = self._size(original, size)
     start = None if original is None else to_array(original, (width, height))
-    groups = rows.groups([(width, height)] * count, batch_size)
     results = []
-    for done, group in enumerate(groups):
-      batch = rows.padded(group, batch_size)
+    for batch in rows.batches([(width, height)] * count, batch_size, progress):
       drawn = self.draw_arrays(
         sampling=sampling,
         size=(height, width),
-        images=None if start is None else np.stack([start] * len(batch)),
+        images=None if start is None else np.stack([start] * len(batch.rows)),
         strength=strength,
         negative=negative,
-        **{name: [column[row] for row in batch] for name, column in every.items()},
-        **rows.noise_of(batch, init_noise, step_noise),
-        progress=part_of(progress, done, len(groups)),
+        **{name: [column[row] for row in batch.rows] for name, column in every.items()},
+        **rows.noise_of(batch.rows, init_noise, step_noise),
+        progress=batch.progress,
       )
       rows.check_finite('image', drawn.latents)
-      images = np.asarray(drawn.images)[: len(group)]
+      images = np.asarray(drawn.images)[: len(batch.results)]
       results += [
         Image.fromarray(image) if original is None else restore(image, original) for image in images
       ]
@@ -190,6 +169,19 @@ class TextToImage(Pipeline):
     has_interval = sampling.has_interval(branches)
     spec = DrawSpec(sampling.sampler, branches, has_interval, height, width)
     return self._run(spec, request, progress)
+
+
+def _rows(texts, text_guidance, seed, indices) -> dict[str, list]:
+  """One entry per result: texts, text_guidance, seeds and indices."""
+  texts = rows.as_list(texts)
+  if not all(text.strip() for text in texts):
+    raise InputError('the text is empty; say what to draw, as in "a photo of a lake".')
+  return rows.repeated(
+    texts=texts,
+    text_guidance=rows.as_list(text_guidance),
+    seeds=rows.as_list(rows.some_seed() if seed is None else seed),
+    indices=range(len(texts)) if indices is None else indices,
+  )
 
 
 def first_step(steps: int, strength: float) -> int:

@@ -59,17 +59,11 @@ def describe(topology: str) -> list[Any]:
 
   InputError for an unknown name, or if the compiler is not installed.
   """
-  jax.config.update('jax_platforms', 'cpu')  # the devices that are present are not used
+  use_none()
+  check_name(topology)
   if gpus.is_gpu(topology):
     return gpus.describe(topology)
   name = SLICES.get(topology, topology)
-  sides = r'\d+x\d+x\d+' if generation(name) in ('v4', 'v5p') else r'\d+x\d+'
-  if not re.fullmatch(f'({"|".join(CHIPS)}):{sides}', name):
-    raise InputError(
-      f'topology is {topology!r}; use a slice such as v5e-16, or a shape such as v5e:4x4'
-      f' (of {", ".join(CHIPS)}; v4 and v5p have three sides), or GPUs of one host: one of'
-      f' {", ".join(gpus.GPUS)}, or h100x8.'
-    )
   for key, value in ALONE.items():
     os.environ.setdefault(key, value)
   try:
@@ -89,6 +83,26 @@ def describe(topology: str) -> list[Any]:
       f'the TPU compiler does not know {topology!r} ({str(error).splitlines()[0][:120]}); use an'
       f' existing shape, such as v5e:4x4, or a slice: {", ".join(SLICES)}.'
     ) from None
+
+
+def use_none() -> None:
+  """Keeps jax off the devices that are present."""
+  jax.config.update('jax_platforms', 'cpu')
+
+
+def check_name(topology: str) -> None:
+  """Raises InputError for a name that is not like those of `describe`."""
+  if gpus.is_gpu(topology):
+    gpus.parse(topology)
+    return
+  name = SLICES.get(topology, topology)
+  sides = r'\d+x\d+x\d+' if generation(name) in ('v4', 'v5p') else r'\d+x\d+'
+  if not re.fullmatch(f'({"|".join(CHIPS)}):{sides}', name):
+    raise InputError(
+      f'topology is {topology!r}; use a slice such as v5e-16, or a shape such as v5e:4x4'
+      f' (of {", ".join(CHIPS)}; v4 and v5p have three sides), or GPUs of one host: one of'
+      f' {", ".join(gpus.GPUS)}, or h100x8.'
+    )
 
 
 def generation(topology: str) -> str:

@@ -10,11 +10,23 @@ import tiny_models
 import tiny_pairs
 from PIL import Image
 
-from ip2p_jax import bundled
+from ip2p_jax import bundled, weights
 from ip2p_jax.evaluation.text2live import Edit, Text2Live
 
 COUNT = 3
 BASE = Path(bundled.path()).parent / 'miniature-base'
+
+MY_SCORER = """
+import numpy as np
+from ip2p_jax.evaluation.scorers import Scorer
+from ip2p_jax.evaluation.scores import Description
+
+def scorer():
+  return Scorer(Description('mine', {}, 'none', 'none'), number)
+
+def number(batch):
+  return {} if batch.ids is None else {'number': np.array(batch.ids, np.float32)}
+"""
 
 
 @pytest.fixture(scope='module')
@@ -85,6 +97,90 @@ def test_identity_keeps_every_pixel(ip2p, data, tmp_path):
   assert code == 0 and [json.loads(line)['l1'] for line in lines] == [0] * COUNT
 
 
+@pytest.fixture(scope='module')
+def checkpoints(tmp_path_factory):
+  """Untrained: two editors, a base and a CLIP."""
+  folder = tmp_path_factory.mktemp('checkpoints')
+  for name, channels in (('one', 8), ('two', 8), ('base', 4)):
+    unet = tiny_models.TINY_UNET | {'in_channels': channels}
+    weights.write(tiny_models.checkpoint(unet), folder / name)
+  (folder / 'clip').mkdir()
+  tiny_models.write_clip(folder / 'clip')
+  return folder
+
+
+@pytest.mark.long
+def test_figure_8_says_its_cost_and_draws_curves(ip2p, data, checkpoints, tmp_path):
+  words = ['evaluate', data, tmp_path / 'out', '--figure', 8, '--ckpt', checkpoints / 'one']
+  words += ['--base', checkpoints / 'base', '--clip', checkpoints / 'clip', '--resolution', 16]
+  words += ['--steps', 1, '--set', 'steps=4', '--samples', 2]
+  code, output = ip2p(*words)
+  assert code == 0
+  # 2 rows: 2 predictions at image scale 1, 3 at six others; SDEdit does 1 to 3 of 4 steps, twice.
+  assert 'one: 7 points of 2 rows, 40 predictions of the network' in output
+  assert 'sdedit-caption: 7 points of 2 rows, 56 predictions' in output
+  assert output.index('altogether 152 predictions') < output.index('one, 1: ')
+  for curve, label in (('one', '2.2'), ('sdedit-instruction', '0.9')):
+    assert len(list((tmp_path / 'out' / curve / label / 'edits').glob('*.png'))) == 2
+  report = (tmp_path / 'out' / 'report.md').read_text()
+  assert '| sdedit-caption/0.3 | 2 |' in report and '* CLIP ' in report
+  assert (tmp_path / 'out' / 'report.png').exists()
+
+
+@pytest.mark.long
+def test_figure_10_compares_editors_and_continues(ip2p, data, checkpoints, tmp_path):
+  words = ['evaluate', data, tmp_path / 'out', '--figure', 10, '--ckpt', checkpoints / 'one']
+  words += ['--ckpt', checkpoints / 'two', '--clip', checkpoints / 'clip', '--resolution', 16]
+  words += ['--steps', 1, '--samples', 2]
+  assert ip2p(*words)[0] == 0
+  report = (tmp_path / 'out' / 'report.md').read_bytes()
+  edits = tmp_path / 'out' / 'two' / '1.4' / 'edits'
+  files = {file: file.read_bytes() for file in edits.iterdir()}
+  times = {file: file.stat().st_mtime_ns for file in edits.parents[2].rglob('*.png')}
+  missing = min(files)
+  missing.unlink()
+  assert ip2p(*words)[0] == 0
+  assert {file: file.read_bytes() for file in edits.iterdir()} == files
+  changed = [file for file, time in times.items() if file.stat().st_mtime_ns != time]
+  assert set(changed) == {missing, tmp_path / 'out' / 'report.png'}
+  assert (tmp_path / 'out' / 'report.md').read_bytes() == report
+
+
+def test_a_users_scorer_adds_scores(ip2p, data, outputs, tmp_path):
+  (tmp_path / 'mine.py').write_text(MY_SCORER)
+  words = 'evaluate', data, tmp_path / 'out', '--outputs', outputs, '--scorer'
+  assert ip2p(*words, f'{tmp_path}/mine.py:scorer')[0] == 0
+  lines = (tmp_path / 'out' / 'results-00000-of-00001.jsonl').read_text().splitlines()
+  assert {json.loads(line)['id']: json.loads(line)['number'] for line in lines} == {
+    '00000': 0, '00001': 1, '00002': 2
+  }  # fmt: skip
+  assert '* mine: none' in (tmp_path / 'out' / 'report.md').read_text()
+  code, output = ip2p(*words, f'{tmp_path}/mine.py:scores')
+  assert code == 2 and 'mine.py:scores: cannot be imported' in output
+
+
+def test_kinds_of_edits_have_their_own_table(ip2p, data, outputs, tmp_path):
+  copy = tmp_path / 'data'
+  shutil.copytree(data, copy)
+  file = copy / 'metadata.jsonl'
+  rows = [json.loads(line) for line in file.read_text().splitlines()]
+  lines = [json.dumps(row | {'group': kind}) for row, kind in zip(rows, 'bab', strict=True)]
+  file.write_text('\n'.join(lines))
+  assert ip2p('evaluate', copy, tmp_path / 'out', '--outputs', outputs)[0] == 0
+  report = (tmp_path / 'out' / 'report.md').read_text()
+  assert '| group | images |' in report and report.index('| a | 1 |') < report.index('| b | 2 |')
+
+
+def test_a_comparison_shows_the_chosen_scores(ip2p, data, outputs, tmp_path):
+  for name in ('one', 'two'):
+    assert ip2p('evaluate', data, tmp_path / name / 'all', '--outputs', outputs)[0] == 0
+  words = 'compare', tmp_path / 'one' / 'all', tmp_path / 'two' / 'all', '-o', tmp_path / 'x'
+  assert ip2p(*words, '--x', 'l1', '--y', 'ssim', '--scores', 'psnr,ssim')[0] == 0
+  assert '| method | images | psnr | ssim |\n' in (tmp_path / 'x' / 'report.md').read_text()
+  code, output = ip2p(*words, '--x', 'l1', '--y', 'sim')
+  assert code == 2 and 'there is no score sim; choose' in output
+
+
 def test_both_workers_together_score_every_row(ip2p, data, outputs, tmp_path):
   words = 'evaluate', data, tmp_path / 'out', '--outputs', outputs
   assert '2 of 3 rows so far' in ip2p(*words, '--shard', '0/2')[1]
@@ -107,6 +203,11 @@ def test_both_workers_together_score_every_row(ip2p, data, outputs, tmp_path):
   (('--method', 'vae', '--base', 'x', '--set', 'steps'), '--set steps: give a name and a value'),
   (('--method', 'ddim', '--base', 'x', '--set', 'steps=two'), "steps is 'two'; the method ddim"),
   (('--method', 'morph', '--base', 'x'), 'method'),
+  (('--figure', '9', '--ckpt', 'x'), '--figure is 9'),
+  (('--figure', '8', '--ckpt', 'x', '--base', 'y'), '--figure 8 needs --clip'),
+  (('--figure', '8', '--ckpt', 'x', '--clip', 'y'), '--figure 8 needs one --ckpt'),
+  (('--figure', '10', '--clip', 'y'), '--figure 10 needs --ckpt once for each editor'),
+  (('--figure', '10', '--method', 'vae', '--clip', 'y'), '--figure 10 makes its own edits'),
 ])  # fmt: skip
 def test_a_mistake_is_one_line(ip2p, data, tmp_path, options, message):
   code, output = ip2p('evaluate', data, tmp_path / 'out', *options)

@@ -12,11 +12,14 @@ import tiny_models
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from ip2p_jax import bundled, weights
+from ip2p_jax import bundled, defaults, weights
 from ip2p_jax.cli import console
 from ip2p_jax.cli.data import check
 from ip2p_jax.cli.edit import edit as edit_command
+from ip2p_jax.diffusion import samplers
 from ip2p_jax.editing import image_files
+from ip2p_jax.evaluation import protocols
+from ip2p_jax.evaluation.methods import table
 from ip2p_jax.images import read_settings
 from ip2p_jax.weights import ldm_names
 from ip2p_jax.weights.files import read_tensors
@@ -336,6 +339,18 @@ for words in words_of(typer.main.get_command(app)):
   assert result.exit_code == 0 and 'Usage' in result.output, words
 print(sorted({'jax', 'flax', 'numpy', 'pyarrow', 'PIL'} & set(sys.modules)))
 """
+
+
+@pytest.mark.parametrize(
+  ('listed', 'names'),
+  [
+    (defaults.SAMPLERS, samplers.SAMPLERS),
+    (defaults.METHODS, table.METHODS),
+    (defaults.PROTOCOLS, protocols.READERS),
+  ],
+)
+def test_help_lists_all_names_of_a_table(listed, names):
+  assert listed.replace(' or ', ', ').split(', ') == list(names)
 
 
 def test_help_loads_no_library():

@@ -9,9 +9,11 @@ import pytest
 import tiny_pairs
 from PIL import Image
 
-from ip2p_jax import images
+from ip2p_jax import image_errors
 from ip2p_jax.data.check import LATENTS, check
+from ip2p_jax.data.pack import Form, packed
 from ip2p_jax.data.rows import LatentRow
+from ip2p_jax.data.sources import open_source
 from ip2p_jax.errors import InputError
 
 
@@ -54,10 +56,10 @@ def test_split_and_limit_choose_the_rows(tmp_path):
 def test_each_broken_row_is_one_line(metadata, workers):
   folder = metadata / 'pictures'
   broken = {
-    2: ('input', tiny_pairs.photo(0)[:-600], 'the input image cannot be decoded'),
+    2: ('input', tiny_pairs.photo(0)[:-600], 'the input image cannot be read'),
     5: ('edited', b'text', 'the edited image is not an image'),
     21: ('edited', tiny_pairs.photo(0, (96, 68)), 'the images differ in shape (96x64 and 96x68)'),
-    33: ('input', png((7, 50)), 'the input image is 7x50; give at least 8 pixels'),
+    33: ('input', png((7, 50)), 'the input image is 7x50; give at least 8x8 pixels'),
   }
   for i, (side, content, _) in broken.items():
     (folder / f'{i}_{side}.jpg').write_bytes(content)
@@ -71,13 +73,22 @@ def test_each_broken_row_is_one_line(metadata, workers):
     assert '\n' not in line
 
 
+@pytest.mark.parametrize('content', [b'', b'text', tiny_pairs.photo(0)[:-600], png((7, 50))])
+def test_checking_and_packing_word_a_broken_image_alike(metadata, content):
+  (metadata / 'pictures' / '0_edited.jpg').write_bytes(content)
+  row = open_source(str(metadata), 'train')[0]
+  with pytest.raises(InputError, match='edited image') as caught:
+    packed(row, Form(size=None, quality=None, has_input=True))
+  assert run(metadata, limit=1)[1] == [str(caught.value)]
+
+
 def test_an_image_of_too_many_pixels_is_not_decoded(metadata, monkeypatch):
   content = bytearray(png((8, 8)))
   content[16:24] = (20_000).to_bytes(4, 'big') * 2  # width and height in the header
   content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, 'big')
   (metadata / 'pictures' / '0_input.jpg').write_bytes(content)
   assert 'over 178,956,970 pixels' in run(metadata, limit=1)[1][0]
-  monkeypatch.setattr(images, 'MAX_PIXELS', 96 * 64 - 1)
+  monkeypatch.setattr(image_errors, 'MAX_PIXELS', 96 * 64 - 1)
   assert 'over 6,143 pixels' in run(metadata, limit=2)[1][1]
 
 

@@ -196,7 +196,7 @@ def test_later_runs_take_the_choice_of_the_first(tmp_path):
   assert files(tmp_path / 'one') == files(tmp_path / 'two')
   held = [row.name for row in shards.open_shards(tmp_path / 'one', 'validation')]
   assert held == [f'memory: row {i}' for i in (15, 16, 17, 18)]  # 19 shares an image with 3
-  with pytest.raises(InputError, match=r'begun with holdout 0\.2 and not 0\.1'):
+  with pytest.raises(InputError, match=r'holdout was 0\.2 and is 0\.1 now'):
     pack({'train': rows}, tmp_path / 'one', **options | {'holdout': 0.1})
 
 

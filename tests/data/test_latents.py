@@ -92,7 +92,7 @@ def test_both_mirrorings_are_encoded_as_in_training(folder, rows, encode):
   for row, latents in zip(rows, stored, strict=True):
     for k, pair in enumerate(row.pairs):
       for image, role in zip(pair, ('input', 'edited'), strict=True):
-        pixels = examples.decode_image(image, R)
+        pixels = tiny_pairs.decoded(image, R)
         mean, log_variance = encode(np.stack([pixels, pixels[:, ::-1]]))
         assert_half(getattr(latents, f'{role}_mean')[k], mean)
         if role == 'edited':
@@ -102,7 +102,7 @@ def test_both_mirrorings_are_encoded_as_in_training(folder, rows, encode):
 
 
 def test_latents_agree_with_diffusers(folder, rows):
-  pixels = np.stack([examples.decode_image(row.pairs[1].edited_image, R) for row in rows])
+  pixels = np.stack([tiny_pairs.decoded(row.pairs[1].edited_image, R) for row in rows])
   pixels = pixels[:, :, ::-1]
   with torch.no_grad():
     posterior = tiny.models()['vae'].encode(reference.nchw(np.float32(pixels) / 127.5 - 1))
@@ -151,7 +151,7 @@ def test_captioned_images_have_no_input(packed, rows, encode):
   captioned = [row._replace(pairs=(Pair(None, row.pairs[1].edited_image),)) for row in rows]
   stored = read(packed(captioned)[0])
   assert stored[2].input_mean is None
-  mean, _ = encode(np.stack([examples.decode_image(rows[2].pairs[1].edited_image, R)] * 2))
+  mean, _ = encode(np.stack([tiny_pairs.decoded(rows[2].pairs[1].edited_image, R)] * 2))
   assert_half(stored[2].edited_mean[0, 0], mean[0])
 
 
@@ -230,9 +230,9 @@ def test_a_pair_and_its_way_back_are_in_one_split(packed):
 
 
 def test_latents_of_another_checkpoint_or_size_do_not_mix(packed, folder, rows):
-  with pytest.raises(InputError, match='fingerprint abc and not other'):
+  with pytest.raises(InputError, match='fingerprint was abc and is other now'):
     packed(rows, folder, fingerprint='other')
-  with pytest.raises(InputError, match='resolution 32 and not 64'):
+  with pytest.raises(InputError, match='resolution was 32 and is 64 now'):
     packed(rows, folder, resolution=64)
 
 

@@ -152,11 +152,11 @@ def test_a_complete_data_set_is_left_alone(tmp_path, rows):
 def test_another_pack_in_the_same_folder_is_refused(tmp_path, rows):
   folder = tmp_path / 'set'
   pack({'train': rows}, folder, size=256, **QUIET)
-  with pytest.raises(InputError, match='size 256 and not 128'):
+  with pytest.raises(InputError, match='size was 256 and is 128 now'):
     pack({'train': rows}, folder, size=128, **QUIET)
-  with pytest.raises(InputError, match='rows of train 12 and not 11'):
+  with pytest.raises(InputError, match='train had 12 rows and has 11 now'):
     pack({'train': rows[:11]}, folder, size=256, **QUIET)
-  with pytest.raises(InputError, match='rows that are not the same'):
+  with pytest.raises(InputError, match='some rows are not the same now'):
     pack({'train': rows[::-1]}, folder, size=256, **QUIET)
   (tmp_path / 'mine').mkdir()
   (tmp_path / 'mine' / 'thesis.txt').write_text('')

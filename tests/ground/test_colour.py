@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import profiles
 import pytest
+import tiny_pairs
 from PIL import ExifTags, Image, ImageCms
 
 from ip2p_jax import Editor, bundled, images
@@ -81,7 +82,7 @@ def test_an_image_is_converted_by_its_profile(tmp_path, photo, name, extension):
   seen = images.to_array(images.read(path), photo.size)
   assert difference(own.convert('RGB'), photo) > 5  # without the profile
   assert difference(seen, photo) < (1.5 if extension == 'jpg' else 0.8)
-  assert difference(examples.decode_image(path.read_bytes(), 48, 'squash'),
+  assert difference(tiny_pairs.decoded(path.read_bytes(), 48, 'squash'),
                     photo.resize((48, 48), Image.Resampling.LANCZOS)) < 1.5  # fmt: skip
 
 
@@ -336,7 +337,7 @@ def test_an_unreadable_profile_gives_one_warning_with_the_file_name(tmp_path, ph
     images.with_metadata(own)
   encoded = (tmp_path / 'odd.tif').read_bytes()  # for data sets, `ip2p check` warns
   expected = own.convert('RGB').resize((48, 48), Image.Resampling.LANCZOS)
-  assert difference(examples.decode_image(encoded, 48, 'squash'), expected) == 0
+  assert difference(tiny_pairs.decoded(encoded, 48, 'squash'), expected) == 0
   row = Row('row 3', ('go',), (Pair(encoded, encoded),), False)
   report = check._check_images(row, type('Tokenizer', (), {'cut_off': lambda self, text: ''})())
   assert sum('image: its colour profile' in text for _, text in report.warnings) == 2
@@ -422,7 +423,7 @@ def test_packed_images_are_srgb_or_keep_their_profile(photo, quality):
   assert 'icc_profile' not in Image.open(io.BytesIO(shrunk)).info
   for file in (shrunk, pack.smaller(encoded, 120, quality)):  # the second is unchanged
     expected = large.resize((32, 32), Image.Resampling.LANCZOS)
-    assert difference(examples.decode_image(file, 32, 'squash'), expected) < 2
+    assert difference(tiny_pairs.decoded(file, 32, 'squash'), expected) < 2
 
 
 def test_both_images_of_a_pair_become_srgb(photo):

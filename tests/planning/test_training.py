@@ -267,6 +267,35 @@ def test_options_that_do_not_go_together_are_refused(options, message, capsys, m
   assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    (['--topology=v5e'], 'use a slice such as v5e-16'),
+    (['--config=none.py'], 'none.py'),
+    (['--set=stepz=1'], 'stepz'),
+    (['--set=steps=0'], 'steps is 0'),
+    (['--set=resolution=100'], 'resolution is 100'),
+    (['--ckpt=none'], 'none'),
+    (['--of=edits', '--ckpt=none'], 'none'),
+    (['--of=edits', '--size=100'], '--size is 100'),
+    ([], "compiler is missing: pip install 'jax"),
+  ],
+)
+def test_a_mistake_is_named_before_a_missing_compiler(options, message, capsys, monkeypatch):
+  def not_installed(*_, **__):
+    raise RuntimeError('JAX TPU support not installed; cannot generate TPU topology.')
+
+  find = importlib.util.find_spec
+  monkeypatch.setattr(topologies, 'get_topology_desc', not_installed)
+  monkeypatch.setattr(
+    importlib.util, 'find_spec', lambda name: None if name == 'libtpu' else find(name)
+  )
+  monkeypatch.setattr(sys, 'argv', ['ip2p', 'plan', '--topology=v5e-8', *options])
+  with pytest.raises(SystemExit, match='2'):
+    main.main()
+  assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize('name', ['v5e', 'v9-8', 'v5e:4', 'gpu', 'v4:2x2', 'v5e:2x2x2'])
 def test_an_unknown_topology_is_named(name):
   with pytest.raises(InputError, match='use a slice such as v5e-16'):

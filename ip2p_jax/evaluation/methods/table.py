@@ -83,17 +83,16 @@ def network_calls(name: str, **changes) -> float:
   return float(getattr(_module(entry), entry.calls)(settings)) if entry.calls else 0.0
 
 
-def load(name: str, base: str | None, dtype: str | None = None) -> Any:
-  """What the method edits with, from a local path: a `TextToImage`, a `Clip` or None.
+def load(kind: str, base: str | None, dtype: str | None = None) -> Any:
+  """What a method with `Entry.base` of this kind edits with: a `TextToImage`, a `Clip` or None.
 
-  InputError as in `check_base`, or if it is damaged. `dtype` is for a `TextToImage`.
+  InputError if `base`, a local path, is damaged. `dtype` is for a `TextToImage`.
   """
-  check_base(name, base)
-  if _entry(name).base == DIFFUSION:
+  if kind == DIFFUSION:
     from ip2p_jax.pipeline.text_to_image import TextToImage
 
     return TextToImage.load(base, dtype)
-  if _entry(name).base == CLIP:
+  if kind == CLIP:
     from ip2p_jax.pipeline.clip_scores import Clip
 
     return Clip.load(base)

@@ -1,0 +1,143 @@
+"""`ip2p compare`: evaluations beside each other."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer import Option
+
+from ip2p_jax.cli import console
+from ip2p_jax.errors import InputError
+
+REPORT = 'report'  # .md, .csv and .png
+AXES = 'clip_sim_dir', 'clip_sim_image'  # to the right and upwards, as in the paper
+
+
+def compare(
+  folders: Annotated[list[Path], typer.Argument(help='Folders of `ip2p evaluate`.')],
+  output: Annotated[Path, Option('--output', '-o', help='A folder for the report.')],
+  x: Annotated[str, Option(help='The score to the right in the plot.')] = AXES[0],
+  y: Annotated[str, Option(help='The score upwards.')] = AXES[1],
+  scores: Annotated[
+    str, Option(help='Scores of the table, such as psnr,ssim; by default all.')
+  ] = '',
+) -> None:
+  """Compares evaluations: a table, differences and a plot of two scores.
+
+  ip2p compare runs/editor/* runs/sdedit/* -o figure8
+
+  Folders of one parent folder are one curve, whose points have the folders' names. Differences are
+  to the first folder, paired by image. Of curves they are at equal values of one of both scores.
+  A single folder is shown by kinds of edits, without a plot.
+  """
+  chosen = tuple(filter(None, scores.split(',')))
+  if len(folders) == 1:
+    write_report(folders[0], output, {}, chosen)
+  else:
+    compare_folders(folders, output, (x, y), {}, chosen)
+
+
+def write_report(
+  folder: Path, output: Path, notes: dict[str, str], scores: tuple[str, ...] = ()
+) -> int:
+  """Prints and writes the means of one evaluation; returns the number of its results."""
+  from ip2p_jax.evaluation import report, run
+
+  results = {folder.name: run.read_results(folder)}
+  shown = _shown(results, scores)
+  output.mkdir(parents=True, exist_ok=True)
+  text, _ = _summarized(output, results, notes, shown)
+  groups = report.by_group(results[folder.name])
+  if len(groups) > 1:
+    text += '\n' + report.markdown(report.summarize(groups, shown), shown, name='group')
+  _write(output, text)
+  return len(results[folder.name])
+
+
+def compare_folders(
+  folders: list[Path],
+  output: Path,
+  axes: tuple[str, str],
+  notes: dict[str, str],
+  scores: tuple[str, ...] = (),
+) -> int:
+  """Prints and writes the comparison; returns the number of results of the last folder."""
+  from ip2p_jax.evaluation import report, run
+
+  results = {f'{folder.parent.name}/{folder.name}': run.read_results(folder) for folder in folders}
+  if len(results) < len(folders):
+    raise InputError('two folders have the same name and parent; give each its own.')
+  shown = _shown(results, scores, axes)
+  output.mkdir(parents=True, exist_ok=True)
+  text, summary = _summarized(output, results, notes, shown)
+  curves = {}
+  for name in results:
+    curves.setdefault(name.rpartition('/')[0], []).append(name)
+  text += '\n' + (_gaps(curves, results, axes) if len(curves) < len(results) else
+                  _differences(results, shown))  # fmt: skip
+  _write(output, text)
+  points = {
+    curve: [report.Point(*(summary[name][axis] for axis in axes), name.rpartition('/')[2])
+            for name in names]
+    for curve, names in curves.items()
+  }  # fmt: skip
+  report.plot(output / f'{REPORT}.png', points, axes)
+  console.say(f'wrote {output / REPORT}.png')
+  return len(results[name])
+
+
+def _shown(results, scores, axes=()):
+  """The scores of the table; InputError if one of them, or of the axes, is not there."""
+  from ip2p_jax.evaluation import report
+
+  metrics = report.metrics_of(results)
+  if missing := [name for name in (*axes, *scores) if name not in metrics]:
+    raise InputError(
+      f'there is no score {missing[0]}; choose --x, --y and --scores among {", ".join(metrics)}.'
+    )
+  return scores or metrics
+
+
+def _differences(results, metrics) -> str:
+  """Markdown: every other evaluation against the first, paired by image."""
+  from ip2p_jax.evaluation import report
+
+  first, *others = results
+  lines = []
+  for metric in metrics:
+    for other in others:
+      estimate = report.difference(results[first], results[other], metric)
+      lines.append(f'* {other} - {first}: {metric} {report.text(estimate)}\n')
+  return ''.join(lines)
+
+
+def _gaps(curves, results, axes) -> str:
+  """Markdown: the first curve against every other, at equal values of one score."""
+  from ip2p_jax.evaluation import report
+  from ip2p_jax.evaluation.curves import gaps
+
+  first, *others = ([results[name] for name in names] for names in curves.values())
+  name, *names = curves
+  lines = []
+  for other, points in zip(names, others, strict=True):
+    for at, of in (axes, axes[::-1]):
+      for place, gap in gaps(first, points, at, of):
+        lines.append(f'* {name} - {other} at {at} {place:.3f}: {of} {report.text(gap)}\n')
+  return ''.join(lines)
+
+
+def _summarized(output, results, notes, shown):
+  """Writes all scores as CSV; returns a table of those that are shown, and the summary of all."""
+  from ip2p_jax.evaluation import report
+
+  summary = report.summarize(results, report.metrics_of(results))
+  report.write_csv(output / f'{REPORT}.csv', summary)
+  return report.markdown(summary, shown, notes), summary
+
+
+def _write(output, text) -> None:
+  from ip2p_jax.storage import write_bytes
+
+  write_bytes(output / f'{REPORT}.md', text.encode())
+  console.say(text.rstrip())
+  console.say(f'wrote {output / REPORT}.md and {REPORT}.csv')

@@ -1,0 +1,51 @@
+"""How far one curve lies above another."""
+
+import numpy as np
+import pytest
+
+from ip2p_jax.evaluation import report
+from ip2p_jax.evaluation.curves import gaps
+
+COUNT = 200
+
+
+def a_curve(xs, height, rng):
+  """Points on y = height - x, of images that differ far more than the curves do."""
+  images = np.random.default_rng(0).normal(0, 1, COUNT)
+  return [
+    [{'id': str(i), 'x': x, 'y': height - x + images[i] + rng.normal(0, 0.01)}
+     for i in range(COUNT)]
+    for x in xs
+  ]  # fmt: skip
+
+
+def test_a_gap_is_found_where_both_curves_reach(rng):
+  first, second = a_curve((0.2, 0.6, 1.0), 1.1, rng), a_curve((0.0, 0.5, 0.8), 1.0, rng)
+  measured = gaps(first, second, 'x', 'y')
+  assert [gap.place for gap in measured] == pytest.approx([0.2, 0.35, 0.5, 0.65, 0.8])
+  for _, gap in measured:
+    assert gap.mean == pytest.approx(0.1, abs=0.01) and gap.low > 0.09 and gap.count == COUNT
+
+
+def test_gaps_are_surer_than_two_intervals(rng):
+  first, second = a_curve((0.0, 1.0), 1.1, rng), a_curve((0.0, 1.0), 1.0, rng)
+  alone = report.bootstrap([row['y'] for row in first[0]])
+  assert alone.high - alone.low > 0.2
+  assert all(gap.low > 0.09 for _, gap in gaps(first, second, 'x', 'y'))
+
+
+def test_the_order_of_points_does_not_matter(rng):
+  first, second = a_curve((0.0, 0.4, 1.0), 1.1, rng), a_curve((0.0, 1.0), 1.0, rng)
+  assert gaps(first[::-1], second, 'x', 'y') == gaps(first, second, 'x', 'y')
+
+
+def test_curves_that_do_not_meet_have_no_gaps(rng):
+  assert gaps(a_curve((0.0, 0.4), 1, rng), a_curve((0.5, 1.0), 1, rng), 'x', 'y') == []
+
+
+def test_only_images_of_all_points_count(rng):
+  first, second = a_curve((0.0, 1.0), 1.1, rng), a_curve((0.0, 1.0), 1.0, rng)
+  first[1] = first[1][:50]
+  second[0][0]['y'] = None
+  assert {gap.count for _, gap in gaps(first, second, 'x', 'y')} == {49}
+  assert gaps([[], []], second, 'x', 'y') == []
