@@ -1,4 +1,4 @@
-"""Ctrl-C while XLA compiles: Python does not handle signals then."""
+"""Ctrl-C while XLA compiles, when Python does not handle signals; and while processes start."""
 
 import contextlib
 import math
@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
 from types import FrameType
 
 INTERRUPTED = 130  # exit status
@@ -26,7 +27,7 @@ def interruptible(end: Callable[[int], None]) -> Iterator[None]:
   done, heard_at = threading.Event(), [-math.inf]
 
   def handle(number, frame):
-    if _is_collecting(frame):
+    if _must_end_first(frame):
       main = threading.main_thread().ident
       threading.Timer(0.05, signal.pthread_kill, [main, number]).start()  # when that is over
       return
@@ -60,10 +61,30 @@ def interruptible(end: Callable[[int], None]) -> Iterator[None]:
     os.close(reading)
 
 
-def _is_collecting(frame: FrameType | None) -> bool:
-  """Whether jax's callback of the garbage collector runs; Python drops exceptions in it."""
+@contextlib.contextmanager
+def unheard_by_children(*numbers: int) -> Iterator[None]:
+  """Processes that this thread starts inside do not get these signals.
+
+  Ctrl-C reaches all processes of a terminal. A child that still imports would end with a traceback;
+  it can ignore signals itself only later. Signals wait until this thread leaves, or go to another.
+  """
+  resource_tracker.ensure_running()  # its start inside would let signals through
+  before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+  try:
+    yield
+  finally:
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _must_end_first(frame: FrameType | None) -> bool:
+  """Whether an exception would do harm now.
+
+  Python drops exceptions in jax's callback of the garbage collector. jaxlib crashes if its import
+  is interrupted.
+  """
   while frame is not None:
-    if frame.f_code.co_name == '_xla_gc_callback':
+    code = frame.f_code
+    if code.co_name == '_xla_gc_callback' or code.co_filename.startswith('<frozen importlib'):
       return True
     frame = frame.f_back
   return False

@@ -1,6 +1,7 @@
 """Shared parts of all commands: errors as one line, progress, the cache of compiled programs."""
 
 import contextlib
+import errno
 import functools
 import importlib
 import logging
@@ -24,6 +25,7 @@ from ip2p_jax.interrupts import INTERRUPTED, interruptible
 from ip2p_jax.progress import waiting
 
 MISTAKE = 2  # exit status
+FULL = (errno.ENOSPC, errno.EDQUOT)  # errors of a disk without room
 MAX_TEXT = 10_000  # characters; more would not fit into the metadata of a JPEG
 
 Ema = Annotated[
@@ -71,7 +73,8 @@ def one_line(name: str, when_out_of_memory: str) -> Iterator[None]:
   except InputError as error:
     complain(name, f'error: {error}')
   except OSError as error:  # no space, no permission, a name too long, a file in the way
-    complain(name, f'error: {error.filename or "the disk"}: {error.strerror or error}.')
+    advice = '; make room, then run the same command again' if error.errno in FULL else ''
+    complain(name, f'error: {error.filename or "the disk"}: {error.strerror or error}{advice}.')
   except Exception as error:
     if not isinstance(error, MemoryError) and 'RESOURCE_EXHAUSTED' not in str(error):
       raise

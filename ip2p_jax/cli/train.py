@@ -1,6 +1,7 @@
 """The program of `train.py`: flags, processes, signals, and errors as one line."""
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from ip2p_jax.config import LanguageConfig, TrainConfig
 from ip2p_jax.config_check import without_idle
 from ip2p_jax.config_text import check_overrides, plain_overrides
 from ip2p_jax.errors import InputError
-from ip2p_jax.interrupts import INTERRUPTED
+from ip2p_jax.interrupts import INTERRUPTED, interruptible
 
 NAME = 'train.py'
 JOINING = ('multihost', 'coordinator', 'num_processes', 'process_id')
@@ -51,21 +52,29 @@ def train(argv: Sequence[str]) -> None:
   with one_line(NAME, 'lower the batch per device: raise --config.accumulation, or mesh.fsdp.'):
     if any(getattr(values, name) not in (None, False) for name in JOINING):
       _join(values)
-    # Imported after joining, since nothing may touch the devices before.
-    from ip2p_jax.captions.train import train_language
-    from ip2p_jax.training.train import train as train_editor
-
-    console.cache_compilations()
-    is_language = isinstance(values.config, LanguageConfig)
-    run = train_language if is_language else train_editor
     overrides = config_flags.get_override_values(values['config'])
     try:
+      with interruptible(_end):
+        run = _trainer(values.config)
       status = run(without_idle(values.config, overrides), values.workdir)
     except KeyboardInterrupt:
-      complain(NAME, 'stopped')
-      sys.stdout.flush()
-      os._exit(INTERRUPTED)  # a normal exit could fail while the device works
+      _end(signal.SIGINT)
     sys.exit(status)
+
+
+def _trainer(config):
+  # Imported after joining, since nothing may touch the devices before.
+  from ip2p_jax.captions.train import train_language
+  from ip2p_jax.training.train import train as train_editor
+
+  console.cache_compilations()
+  return train_language if isinstance(config, LanguageConfig) else train_editor
+
+
+def _end(_number):
+  complain(NAME, 'stopped')
+  sys.stdout.flush()
+  os._exit(INTERRUPTED)  # a normal exit could fail while the device works
 
 
 def _join(values) -> None:

@@ -8,6 +8,7 @@ A batch is a dict of arrays [R, ...], see `examples`, and `index` int32 [R]: the
 batch (in validation, the row in the data set).
 """
 
+import contextlib
 import functools
 import itertools
 import multiprocessing
@@ -33,6 +34,7 @@ from ip2p_jax.data import examples
 from ip2p_jax.data.examples import Example, Framing, Tokenizer
 from ip2p_jax.data.rows import LatentRow, Source
 from ip2p_jax.errors import InputError
+from ip2p_jax.interrupts import unheard_by_children
 
 Batch = dict[str, np.ndarray]
 PART = 32  # rows of one task, so that all workers share the first batch
@@ -88,7 +90,8 @@ def batches(
   parts = _parts(rows)
   drawn = functools.partial(_drawn_example, feed)
   make = functools.partial(_part, drawn, batch_size, parts, start_step)
-  return _join(_stream(make, sys.maxsize, len(parts), workers, feed.like), len(parts))
+  batches = _join(_stream(make, sys.maxsize, len(parts), workers, feed.like), len(parts))
+  return _starting_processes(batches) if workers else batches
 
 
 def batch_at(
@@ -316,6 +319,15 @@ def _join(stream, parts) -> Generator[Batch, None, None]:
       yield batch
   finally:
     pieces.close()
+
+
+def _starting_processes(batches) -> Generator[Batch, None, None]:
+  """The same batches; Ctrl-C and a job manager's SIGTERM reach no process that Grain starts."""
+  with contextlib.closing(batches):
+    while True:
+      with unheard_by_children(signal.SIGINT, signal.SIGTERM):
+        batch = next(batches)
+      yield batch
 
 
 def _concatenate(pieces) -> Batch:

@@ -29,6 +29,7 @@ from ip2p_jax.data.pack_plan import (
 from ip2p_jax.data.rows import Row
 from ip2p_jax.data.shard_writing import Summary
 from ip2p_jax.errors import InputError
+from ip2p_jax.interrupts import unheard_by_children
 from ip2p_jax.progress import Progress, unwatched
 
 Say = Callable[[str], None]
@@ -155,7 +156,8 @@ def _results(job, sources, form, workers) -> Iterator[Iterator[tuple[Shard, list
     min(workers, len(job.todo)), context, _start_worker, (task,)
   )
   try:
-    shard_of = {pool.submit(_work, shard): shard for shard in job.todo}
+    with unheard_by_children(signal.SIGINT):
+      shard_of = {pool.submit(_work, shard): shard for shard in job.todo}
     yield ((shard_of[done], done.result()) for done in concurrent.futures.as_completed(shard_of))
   except concurrent.futures.process.BrokenProcessPool:
     raise InputError(

@@ -6,7 +6,8 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any, NamedTuple
+from types import FrameType
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
@@ -180,12 +181,8 @@ def _ended_by_signals(is_first: bool, must_stop: Callable[[int], bool]) -> Itera
     yield
     return
 
-  def end(number, _frame=None):
-    print('stopped before the first step; nothing is lost', file=sys.stderr, flush=True)
-    os._exit(INTERRUPTED if number == signal.SIGINT else STOPPED)
-
-  handled = [n for n in (signal.SIGTERM, signal.SIGINT) if callable(signal.getsignal(n))]
-  before = {number: signal.signal(number, end) for number in handled}
+  end, handled = before_the_first_step, (signal.SIGTERM, signal.SIGINT)
+  before = {n: signal.signal(n, end) for n in handled if callable(signal.getsignal(n))}
   try:
     if jax.process_count() == 1 and must_stop(0):  # a signal came since the run began
       end(signal.SIGTERM)
@@ -194,6 +191,12 @@ def _ended_by_signals(is_first: bool, must_stop: Callable[[int], bool]) -> Itera
   finally:
     for number, handler in before.items():
       signal.signal(number, handler)
+
+
+def before_the_first_step(number: int, _frame: FrameType | None = None) -> NoReturn:
+  """Ends the process at a signal."""
+  print('stopped before the first step; nothing is lost', file=sys.stderr, flush=True)
+  os._exit(INTERRUPTED if number == signal.SIGINT else STOPPED)
 
 
 @contextlib.contextmanager

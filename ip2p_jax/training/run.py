@@ -16,10 +16,19 @@ from jax.sharding import Mesh
 
 from ip2p_jax import sharding, storage
 from ip2p_jax.errors import InputError
+from ip2p_jax.interrupts import interruptible
 from ip2p_jax.models import lora
 from ip2p_jax.pipeline.checkpoints import Checkpoints
 from ip2p_jax.training import flops, logs, optimizer, step
-from ip2p_jax.training.loop import Action, Job, first_time, loop, say, signals
+from ip2p_jax.training.loop import (
+  Action,
+  Job,
+  before_the_first_step,
+  first_time,
+  loop,
+  say,
+  signals,
+)
 from ip2p_jax.training.resume import as_begun, claimed, course_before, keep_config
 from ip2p_jax.training.sizes import describe_params, sizes
 from ip2p_jax.training.step import State
@@ -133,6 +142,8 @@ def train(kind: Kind, config: Any, workdir: str) -> int:
   with contextlib.ExitStack() as stack:
     stack.enter_context(claimed(workdir))
     checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, config.log.keep)))
+    beginning = stack.enter_context(contextlib.ExitStack())
+    beginning.enter_context(interruptible(before_the_first_step))
     task, run, state, extras = _prepare(kind, config, workdir, mesh, checkpoints)
     config, step = run.config, int(state['step'])
     sharding.check_placed(state, run.shardings)
@@ -148,6 +159,7 @@ def train(kind: Kind, config: Any, workdir: str) -> int:
     writer = stack.enter_context(logs.Writer(workdir, step))
     say(f'data      {task.data}')
     describe_params(state, writer)
+    beginning.close()
     must_stop = stack.enter_context(signals())
     # Skips the examples that were seen, in batches of today's size, which may have changed.
     ahead = -(-extras['examples'] // config.batch_size) - step

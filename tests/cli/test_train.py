@@ -1,7 +1,9 @@
 """Flags of `train.py` that join processes. `test_training.py` tests joint training."""
 
+import signal
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -53,3 +55,17 @@ def test_a_flag_may_switch_off_what_the_config_file_sets(flags, message, tmp_pat
     [sys.executable, 'train.py', *words], cwd=root, capture_output=True, text=True
   )
   assert result.returncode == 2 and message in result.stderr
+
+
+@pytest.mark.skipif(not Path('/proc').is_dir(), reason='looks at libraries in /proc')
+def test_ctrl_c_while_libraries_load_is_one_line(tmp_path):
+  root = Path(__file__).parents[2]
+  argv = [sys.executable, 'train.py', '--config=configs/tiny.py', f'--workdir={tmp_path}']
+  signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
+  process = subprocess.Popen(
+    argv, cwd=root, stderr=subprocess.PIPE, text=True,
+  )  # fmt: skip
+  while 'jaxlib' not in Path(f'/proc/{process.pid}/maps').read_text():
+    time.sleep(0.01)
+  process.send_signal(signal.SIGINT)
+  assert (process.communicate(timeout=60)[1], process.returncode) == ('train.py: stopped\n', 130)

@@ -1,6 +1,7 @@
 """A pack that is killed, repeated or shared by machines gives the same data set, byte for byte."""
 
 import concurrent.futures
+import contextlib
 import functools
 import os
 import signal
@@ -230,6 +231,31 @@ def test_a_killed_pack_leaves_no_worker_and_can_continue(tmp_path):
       time.sleep(0.01)
   assert process.returncode == 0 and deaths > 1
   assert files(tmp_path / 'whole') == files(tmp_path / 'killed')
+
+
+@pytest.mark.skipif(not Path('/proc').is_dir(), reason='looks at processes in /proc')
+def test_ctrl_c_while_workers_start_is_no_traceback(tmp_path):
+  tiny_pairs.write_metadata(tmp_path / 'set', 20)
+  argv = [sys.executable, '-m', 'ip2p_jax.cli', 'pack', 'set', 'out', '--workers', '2']
+  signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
+  process = subprocess.Popen(
+    argv, cwd=tmp_path, stderr=subprocess.PIPE, text=True, process_group=0,
+    env=os.environ | {'PYTHONPATH': str(Path(__file__).parents[2])},
+  )  # fmt: skip
+  while not commands(process.pid) and process.poll() is None:
+    time.sleep(0.01)
+  os.killpg(process.pid, signal.SIGINT)
+  assert (process.communicate(timeout=60)[1], process.returncode) == ('ip2p: stopped\n', 130)
+
+
+def commands(group: int) -> list[str]:
+  """Command lines of a group's workers."""
+  lines = []
+  for file in Path('/proc').glob('[0-9]*/cmdline'):
+    with contextlib.suppress(OSError):
+      if os.getpgid(int(file.parent.name)) == group and 'spawn_main' in (text := file.read_text()):
+        lines.append(text)
+  return lines
 
 
 def alive(group: int) -> bool:

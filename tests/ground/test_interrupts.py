@@ -54,3 +54,28 @@ def test_signals_that_python_handles_do_not_end_the_process():
     time.sleep(1.5 * interrupts.UNHEARD)
   signal.signal(signal.SIGTERM, before)
   assert heard and not ended
+
+
+def test_a_child_does_not_hear_a_signal_meant_for_its_parent():
+  mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+  code = 'import time; print("here", flush=True); time.sleep(0.3); print("ended")'
+  with interrupts.unheard_by_children(signal.SIGINT):
+    child = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True)
+  assert child.stdout.readline() == 'here\n'
+  child.send_signal(signal.SIGINT)
+  assert child.communicate(timeout=30) == ('ended\n', None) and child.returncode == 0
+  assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == mask
+
+
+def test_an_import_is_not_interrupted(tmp_path, monkeypatch):
+  (tmp_path / 'slow_import.py').write_text(
+    'import signal, time\nsignal.raise_signal(signal.SIGINT)\ntime.sleep(0.1)\ndone = True\n'
+  )
+  monkeypatch.syspath_prepend(tmp_path)
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  with pytest.raises(KeyboardInterrupt), interrupts.interruptible(lambda number: None):
+    import slow_import
+
+    assert slow_import.done
+    time.sleep(30)
+  signal.signal(signal.SIGINT, before)
