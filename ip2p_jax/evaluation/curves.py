@@ -30,7 +30,8 @@ def gaps(
   """The differences in the score `of` at equal values of the score `at`.
 
   Curves are straight between their points. The places divide the range of `at` that both curves
-  have. Returns [] if there is no such range, or no image that all points have.
+  have into equal parts; so they move with the curves when images are resampled. Returns [] if there
+  is no such range, or no image that all points have.
   """
   points = [[_scores(point, (at, of)) for point in curve] for curve in (first, second)]
   ids = sorted(set.intersection(*(set(scores) for curve in points for scores in curve)))
@@ -39,11 +40,9 @@ def gaps(
   # [points, images, 2] of each curve
   values = [np.array([[scores[id] for id in ids] for scores in curve]) for curve in points]
   means = [curve.mean(1) for curve in values]
-  low = max(curve[:, 0].min() for curve in means)
-  high = min(curve[:, 0].max() for curve in means)
-  if low >= high:
+  places = _places(means)
+  if places[0] >= places[-1]:
     return []
-  places = np.linspace(low, high, PLACES)
   sources = {row['id']: source_of(row) for row in first[0]}
   _, group = np.unique([sources[id] for id in ids], return_inverse=True)
   rng = np.random.default_rng(seed)
@@ -51,11 +50,11 @@ def gaps(
   for _ in range(RESAMPLES):
     counts = np.bincount(rng.integers(group.max() + 1, size=group.max() + 1),
                          minlength=group.max() + 1)[group]  # fmt: skip
-    drawn.append(_gap(*(counts @ curve / counts.sum() for curve in values), places))
+    drawn.append(_gap([counts @ curve / counts.sum() for curve in values]))
   lows, highs = np.percentile(drawn, (TAIL, 100 - TAIL), axis=0)
   return [
     Gap(float(place), Estimate(float(gap), float(below), float(above), len(ids)))
-    for place, gap, below, above in zip(places, _gap(*means, places), lows, highs, strict=True)
+    for place, gap, below, above in zip(places, _gap(means), lows, highs, strict=True)
   ]
 
 
@@ -68,10 +67,17 @@ def _scores(point, names):
   }
 
 
-def _gap(first, second, places):
-  """first - second at the places; curves are means [points, 2]."""
-  heights = []
-  for curve in (first, second):
-    curve = curve[np.argsort(curve[:, 0], kind='stable')]
-    heights.append(np.interp(places, curve[:, 0], curve[:, 1]))
-  return heights[0] - heights[1]
+def _places(curves):
+  """float [PLACES]: from the first to the last value that both curves [points, 2] reach."""
+  low = max(curve[:, 0].min() for curve in curves)
+  high = min(curve[:, 0].max() for curve in curves)
+  return np.linspace(low, high, PLACES)
+
+
+def _gap(curves):
+  """first - second at the places."""
+  places = _places(curves)
+  first, second = (
+    np.interp(places, *curve[np.argsort(curve[:, 0], kind='stable')].T) for curve in curves
+  )
+  return first - second

@@ -34,6 +34,18 @@ def test_gaps_are_surer_than_two_intervals(rng):
   assert all(gap.low > 0.09 for _, gap in gaps(first, second, 'x', 'y'))
 
 
+def test_images_that_shift_both_curves_do_not_widen_a_gap(rng):
+  """Some images are farther to the right at all points, as in CLIP's scores."""
+  first, second = a_curve((0.2, 0.6, 1.0), 1.1, rng), a_curve((0.0, 0.5, 0.8), 1.0, rng)
+  shifts = rng.normal(0, 1, COUNT)
+  for point in (*first, *second):
+    for row, shift in zip(point, shifts, strict=True):
+      row['x'] += shift
+      row['y'] -= shift
+  for _, gap in gaps(first, second, 'x', 'y'):
+    assert gap.mean == pytest.approx(0.1, abs=0.01) and 0.09 < gap.low < gap.high < 0.11
+
+
 def test_the_order_of_points_does_not_matter(rng):
   first, second = a_curve((0.0, 0.4, 1.0), 1.1, rng), a_curve((0.0, 1.0), 1.0, rng)
   assert gaps(first[::-1], second, 'x', 'y') == gaps(first, second, 'x', 'y')
