@@ -66,8 +66,8 @@ class Size(NamedTuple):
   figure: int = 200  # of figures 8 and 10
   sweep: int = 100
   samplers: int = 50
-  methods: int = 50
-  slow: int = 10  # of SLOW methods
+  methods: int = 32
+  slow: int = 8  # of SLOW methods
   seeds: int = 5
   text_scales: Sequence[float] = (1.0, 1.5, 2.0, 3.0, 4.5, 6.0, 7.5)
   steps: Sequence[int] = (5, 10, 20, 30)

@@ -73,7 +73,7 @@ def compare_folders(
   curves = {}
   for name in results:
     curves.setdefault(name.rpartition('/')[0], []).append(name)
-  text += '\n' + (_gaps(curves, results, axes) if len(curves) < len(results) else
+  text += '\n' + (_gaps(curves, results, summary, axes) if len(curves) < len(results) else
                   _differences(results, shown))  # fmt: skip
   _write(output, text)
   points = {
@@ -111,7 +111,7 @@ def _differences(results, metrics) -> str:
   return ''.join(lines)
 
 
-def _gaps(curves, results, axes) -> str:
+def _gaps(curves, results, summary, axes) -> str:
   """Markdown: the first curve against every other, at equal values of one score."""
   from ip2p_jax.evaluation import report
   from ip2p_jax.evaluation.curves import gaps
@@ -121,9 +121,18 @@ def _gaps(curves, results, axes) -> str:
   lines = []
   for other, points in zip(names, others, strict=True):
     for at, of in (axes, axes[::-1]):
-      for place, gap in gaps(first, points, at, of):
+      measured = gaps(first, points, at, of)
+      for place, gap in measured:
         lines.append(f'* {name} - {other} at {at} {place:.3f}: {of} {report.text(gap)}\n')
+      if not measured:
+        ranges = [_range(summary, curves[curve], at) for curve in (name, other)]
+        lines.append(f'* {name} - {other}: no common {at}, {ranges[0]} and {ranges[1]}\n')
   return ''.join(lines)
+
+
+def _range(summary, points, score) -> str:
+  means = [summary[point][score].mean for point in points]
+  return f'{min(means):.3f} to {max(means):.3f}'
 
 
 def _summarized(output, results, notes, shown):
