@@ -47,7 +47,8 @@ def evaluate(
     ),
   ] = None,
   setting: Annotated[
-    list[str] | None, Option('--set', help='With --method: strength=0.7, and so on.')
+    list[str] | None,
+    Option('--set', help='With --method, or of SDEdit in --figure 8: text_guidance=5 ...'),
   ] = None,
   outputs: Annotated[
     Path | None,
