@@ -23,6 +23,7 @@ from PIL import Image
 from ip2p_jax import bundled
 from ip2p_jax.cli import console, main
 from ip2p_jax.evaluation import report, run
+from ip2p_jax.images import image_grid
 from ip2p_jax.storage import write_bytes
 
 HERE = Path(__file__).parent
@@ -30,7 +31,7 @@ ASSETS = HERE.parents[1] / 'assets'
 CLIP, BASE = ASSETS / 'miniature-clip', ASSETS / 'miniature-base'
 ORACLE = ('--x', 'done', '--y', 'kept')
 SHOWN = ('--scores', 'done,kept,clip_sim_dir,clip_sim_image')
-GALLERY = 16  # examples
+GALLERY, SHEET = 16, 6  # examples
 SDEDIT = {
   'steps': bundled.STEPS,
   'text_guidance': 2,
@@ -218,6 +219,21 @@ def part_methods(bench: Bench) -> None:
     if count:
       folders.append(bench.evaluate(f'{method}/methods', count, '--method', method, *base, *words))
   bench.compare(folders, 'methods')
+  _sheet(bench.figures / 'methods.png', folders)
+
+
+def _sheet(path: Path, folders: Sequence[Path]) -> None:
+  """Some examples, edited by every method."""
+  ids = list(run.read_results(folders[-1]))[:SHEET]
+  examples = [world.example(int(row['id']), 'test') for row in ids]
+  rows = []
+  for row, one in zip(ids, examples, strict=True):
+    edits = [Image.open(folder / run.EDITS / f'{row["id"]}.png') for folder in folders]
+    shown = [Image.fromarray(world.picture(scene)) for scene in (one.scene, one.edited_scene)]
+    rows.append([shown[0], *edits, shown[1]])
+  names = ['input', *(folder.parent.name for folder in folders), 'truth']
+  labels = [one.instruction for one in examples]
+  plots.save_small(image_grid(rows, labels, names), path)
 
 
 PARTS = {
