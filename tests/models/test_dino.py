@@ -36,6 +36,17 @@ def test_class_token_and_keys_are_those_of_pytorch(size, rng):
     assert reference.relative_error(ours, theirs) < 1e-5
 
 
+@pytest.mark.long
+@peers.needs_torch
+def test_the_base_with_small_patches_is_that_of_pytorch(rng):
+  tensors = torch_scores.dino_tensors(rng, width=768, patch=8, depth=12, grid=28)
+  model, params = built(tensors)
+  images = rng.standard_normal((1, 64, 80, 3), np.float32)
+  seen = jax.jit(lambda params, images: nnx.merge(model, params)(images))(params, images)
+  for ours, theirs in zip(seen, torch_scores.dino(tensors, reference.nchw(images)), strict=True):
+    assert reference.relative_error(ours, theirs) < 1e-4
+
+
 @pytest.mark.parametrize(
   ('width', 'patch', 'grid'), [(384, 16, 14), (768, 8, 28)], ids=['S/16', 'B/8']
 )
