@@ -5,6 +5,7 @@ points are of the same images, so these are resampled together, for every point 
 curves can then be told apart although the intervals of their points overlap.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -30,41 +31,44 @@ def gaps(
   """The differences in the score `of` at equal values of the score `at`.
 
   Curves are straight between their points. The places divide the range of `at` that both curves
-  have into equal parts; so they move with the curves when images are resampled. Returns [] if there
-  is no such range, or no image that all points have.
+  have into equal parts; so they move with the curves when images are resampled. A score's mean is
+  over the images that have it at all points, whose number a gap has. Returns [] if there is no
+  common range, or no such image.
   """
-  points = [[_scores(point, (at, of)) for point in curve] for curve in (first, second)]
-  ids = sorted(set.intersection(*(set(scores) for curve in points for scores in curve)))
-  if not ids:
+  curves = first, second
+  ids = sorted(set.intersection(*({row['id'] for row in point} for curve in curves
+                                  for point in curve)))  # fmt: skip
+  # [points, images, 2] of each curve; nan where an image has no such score
+  values = [np.array([_scores(point, ids, (at, of)) for point in curve]) for curve in curves]
+  has = np.all([~np.isnan(curve).any(0) for curve in values], 0).astype(float)  # [images, 2]
+  if not (len(ids) and has.any(0).all()):
     return []
-  # [points, images, 2] of each curve
-  values = [np.array([[scores[id] for id in ids] for scores in curve]) for curve in points]
-  means = [curve.mean(1) for curve in values]
-  places = _places(means)
+  values = [np.where(has, curve, 0) for curve in values]
+  means = lambda counts: [counts @ curve / (counts @ has) for curve in values]
+  whole = means(np.ones(len(ids)))
+  places = _places(whole)
   if places[0] >= places[-1]:
     return []
   sources = {row['id']: source_of(row) for row in first[0]}
-  _, group = np.unique([sources[id] for id in ids], return_inverse=True)
-  rng = np.random.default_rng(seed)
-  drawn = []
-  for _ in range(RESAMPLES):
-    counts = np.bincount(rng.integers(group.max() + 1, size=group.max() + 1),
-                         minlength=group.max() + 1)[group]  # fmt: skip
-    drawn.append(_gap([counts @ curve / counts.sum() for curve in values]))
-  lows, highs = np.percentile(drawn, (TAIL, 100 - TAIL), axis=0)
+  names, group = np.unique([sources[id] for id in ids], return_inverse=True)
+  rng, drawn = np.random.default_rng(seed), []
+  with np.errstate(invalid='ignore'):  # a sample may have no image with a score
+    for _ in range(RESAMPLES):
+      times = np.bincount(rng.integers(len(names), size=len(names)), minlength=len(names))
+      drawn.append(_gap(means(times[group])))
+  lows, highs = np.nanpercentile(drawn, (TAIL, 100 - TAIL), axis=0)
+  count = int(has[:, 1].sum())
   return [
-    Gap(float(place), Estimate(float(gap), float(below), float(above), len(ids)))
-    for place, gap, below, above in zip(places, _gap(means), lows, highs, strict=True)
+    Gap(float(place), Estimate(float(gap), float(low), float(high), count))
+    for place, gap, low, high in zip(places, _gap(whole), lows, highs, strict=True)
   ]
 
 
-def _scores(point, names):
-  """{id: [the two scores]} of the images that have both."""
-  return {
-    row['id']: [row[name] for name in names]
-    for row in point
-    if all(row.get(name) is not None for name in names)
-  }
+def _scores(point, ids, names):
+  """[[the two scores] of each image]."""
+  rows = {row['id']: row for row in point}
+  return [[math.nan if rows[id].get(name) is None else rows[id][name] for name in names]
+          for id in ids]  # fmt: skip
 
 
 def _places(curves):

@@ -61,3 +61,15 @@ def test_only_images_of_all_points_count(rng):
   second[0][0]['y'] = None
   assert {gap.count for _, gap in gaps(first, second, 'x', 'y')} == {49}
   assert gaps([[], []], second, 'x', 'y') == []
+
+
+def test_a_mean_is_over_the_images_that_have_the_score(rng):
+  """As in the table: an image without y still counts for x."""
+  first, second = a_curve((0.0, 1.0), 1.1, rng), a_curve((0.0, 1.0), 1.0, rng)
+  for point in (*first, *second):
+    for i, row in enumerate(point):
+      row['x'] += i / COUNT
+      row['y'] = None if i < COUNT // 2 else row['y']
+  measured = gaps(first, second, 'x', 'y')
+  assert measured[0].place == pytest.approx((COUNT - 1) / 2 / COUNT)
+  assert {gap.count for _, gap in measured} == {COUNT // 2}
