@@ -1,11 +1,11 @@
 """Measures the miniature on held-out examples: every table and figure of its README.
 
   python examples/miniature/evaluate.py                     (about two hours on 2 CPU cores)
-  python examples/miniature/evaluate.py --size quick        (a minute, to see that it runs)
+  python examples/miniature/evaluate.py --size quick        (minutes, to see that it runs)
   python examples/miniature/evaluate.py --only figure8
 
 Everything is a command of `ip2p`, printed as it is run. Killed and called again, it continues. The
-tables are OUT/*/report.md; figures go beside this file.
+tables are OUT/*/report.md.
 """
 
 import argparse
@@ -260,13 +260,16 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Bench, str | None]:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument('--ckpt', type=Path, default=ASSETS / 'miniature', help='the editor')
-  parser.add_argument('--editors', nargs='*', default=(), help='of figure 10')
-  parser.add_argument('--out', type=Path, default=Path('out/miniature/evaluation'))
-  parser.add_argument('--figures', type=Path, default=HERE / 'figures')
+  parser.add_argument('--editors', nargs='*', default=(), help='of figure 10, as NAME=PATH')
+  parser.add_argument('--out', type=Path, help='by default out/miniature/evaluation')
+  parser.add_argument('--figures', type=Path, help='by default beside this file; quick: in --out')
   parser.add_argument('--size', choices=SIZES, default='full', help='how much to measure')
   parser.add_argument('--only', choices=PARTS, nargs='*', help='some of the parts')
   given = parser.parse_args(arguments)
-  bench = Bench(given.out, given.figures, SIZES[given.size], given.ckpt, given.editors)
+  is_full = given.size == 'full'
+  out = given.out or Path('out/miniature/evaluation' if is_full else 'out/miniature/quick')
+  figures = given.figures or (HERE / 'figures' if is_full else out / 'figures')
+  bench = Bench(out, figures, SIZES[given.size], given.ckpt, given.editors)
   return bench, given.only
 
 

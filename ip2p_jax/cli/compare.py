@@ -16,74 +16,101 @@ AXES = 'clip_sim_dir', 'clip_sim_image'  # to the right and upwards, as in the p
 def compare(
   folders: Annotated[list[Path], typer.Argument(help='Folders of `ip2p evaluate`.')],
   output: Annotated[Path, Option('--output', '-o', help='A folder for the report.')],
-  x: Annotated[str, Option(help='The score to the right in the plot.')] = AXES[0],
-  y: Annotated[str, Option(help='The score upwards.')] = AXES[1],
+  x: Annotated[
+    str | None, Option(help=f'The score to the right in the plot.  [default: {AXES[0]}]')
+  ] = None,
+  y: Annotated[str | None, Option(help=f'The score upwards.  [default: {AXES[1]}]')] = None,
   scores: Annotated[
     str, Option(help='Scores of the table, such as psnr,ssim; by default all.')
   ] = '',
 ) -> None:
   """Compares evaluations: a table, differences and a plot of two scores.
 
-  ip2p compare runs/editor/* runs/sdedit/* -o figure8
+  ip2p compare runs/editor runs/sdedit -o comparison
 
-  Folders of one parent folder are one curve, whose points have the folders' names. Differences are
-  to the first folder, paired by image. Of curves they are at equal values of one of both scores.
-  A single folder is shown by kinds of edits, without a plot.
+  ip2p compare figure8/*/* -o by-pixels --x l1 --y ssim
+
+  Folders of one parent folder whose names are numbers are one curve. Differences are to the first
+  folder, paired by image. Of curves they are at equal values of one of both scores. A single folder
+  is shown by kinds of edits, without a plot.
   """
   chosen = tuple(filter(None, scores.split(',')))
-  if len(folders) == 1:
-    write_report(folders[0], output, {}, chosen)
+  if len(folders) > 1:
+    compare_folders(folders, output, x, y, chosen)
+  elif x or y:
+    raise InputError('--x and --y: of no use with one folder, which has no plot; leave them out.')
   else:
-    compare_folders(folders, output, (x, y), {}, chosen)
+    write_report(folders[0], output, chosen)
 
 
-def write_report(
-  folder: Path, output: Path, notes: dict[str, str], scores: tuple[str, ...] = ()
-) -> int:
-  """Prints and writes the means of one evaluation; returns the number of its results."""
+def write_report(folder: Path, output: Path, scores: tuple[str, ...] = ()) -> None:
+  """Prints and writes the means of one evaluation."""
   from ip2p_jax.evaluation import report, run
 
   results = {folder.name: run.read_results(folder)}
   shown = _shown(results, scores)
   output.mkdir(parents=True, exist_ok=True)
-  text, _ = _summarized(output, results, notes, shown)
+  text, _ = _summarized(output, results, run.read_descriptions([folder]), shown)
   groups = report.by_group(results[folder.name])
   if len(groups) > 1:
     text += '\n' + report.markdown(report.summarize(groups, shown), shown, name='group')
   _write(output, text)
-  return len(results[folder.name])
 
 
 def compare_folders(
   folders: list[Path],
   output: Path,
-  axes: tuple[str, str],
-  notes: dict[str, str],
+  x: str | None = None,
+  y: str | None = None,
   scores: tuple[str, ...] = (),
-) -> int:
-  """Prints and writes the comparison; returns the number of results of the last folder."""
+) -> None:
+  """Prints and writes the comparison. Without `x` and `y` there is a plot if CLIP scored."""
   from ip2p_jax.evaluation import report, run
 
   results = {f'{folder.parent.name}/{folder.name}': run.read_results(folder) for folder in folders}
   if len(results) < len(folders):
     raise InputError('two folders have the same name and parent; give each its own.')
-  shown = _shown(results, scores, axes)
+  descriptions = run.read_descriptions(folders)
+  axes = (x or AXES[0], y or AXES[1])
+  shown = _shown(results, scores, [axis for axis in (x, y) if axis])
   output.mkdir(parents=True, exist_ok=True)
-  text, summary = _summarized(output, results, notes, shown)
-  curves = {}
-  for name in results:
-    curves.setdefault(name.rpartition('/')[0], []).append(name)
-  text += '\n' + (_gaps(curves, results, summary, axes) if len(curves) < len(results) else
-                  _differences(results, shown))  # fmt: skip
+  text, summary = _summarized(output, results, descriptions, shown)
+  curves = _curves(results)
+  has_plot = not set(axes) - set(report.metrics_of(results))
+  if len(curves) == len(results):
+    text += '\n' + _differences(results, shown)
+  elif has_plot:
+    text += '\n' + _gaps(curves, results, summary, axes)
   _write(output, text)
+  if not has_plot:
+    console.say(f'no plot: the scores {axes[0]} and {axes[1]} are not there; choose by --x and --y')
+    return
   points = {
-    curve: [report.Point(*(summary[name][axis] for axis in axes), name.rpartition('/')[2])
-            for name in names]
+    curve: [report.Point(*(summary[name][axis] for axis in axes), _label(name)) for name in names]
     for curve, names in curves.items()
   }  # fmt: skip
   report.plot(output / f'{REPORT}.png', points, axes)
   console.say(f'wrote {output / REPORT}.png')
-  return len(results[name])
+
+
+def _curves(results) -> dict[str, list[str]]:
+  """Evaluations by curve: those of one folder that are called by numbers, or one alone."""
+  parents = [name.rpartition('/')[0] for name in results]
+  curves = {}
+  for name, parent in zip(results, parents, strict=True):
+    is_alone = not _label(name) and parents.count(parent) > 1
+    curves.setdefault(name if is_alone else parent, []).append(name)
+  return curves
+
+
+def _label(name) -> str:
+  """The number that a folder is called by, or ''."""
+  label = name.rpartition('/')[2]
+  try:
+    float(label)
+  except ValueError:
+    return ''
+  return label
 
 
 def _shown(results, scores, axes=()):
@@ -135,13 +162,13 @@ def _range(summary, points, score) -> str:
   return f'{min(means):.3f} to {max(means):.3f}'
 
 
-def _summarized(output, results, notes, shown):
+def _summarized(output, results, descriptions, shown):
   """Writes all scores as CSV; returns a table of those that are shown, and the summary of all."""
   from ip2p_jax.evaluation import report
 
   summary = report.summarize(results, report.metrics_of(results))
   report.write_csv(output / f'{REPORT}.csv', summary)
-  return report.markdown(summary, shown, notes), summary
+  return report.markdown(summary, shown, report.described(descriptions)), summary
 
 
 def _write(output, text) -> None:

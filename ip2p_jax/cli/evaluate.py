@@ -9,7 +9,7 @@ from typer import Option
 
 from ip2p_jax import bundled
 from ip2p_jax.cli import console
-from ip2p_jax.cli.compare import AXES, compare_folders, write_report
+from ip2p_jax.cli.compare import compare_folders, write_report
 from ip2p_jax.defaults import (
   CFG_IMAGE,
   CFG_TEXT,
@@ -24,6 +24,10 @@ from ip2p_jax.defaults import (
 from ip2p_jax.errors import InputError
 from ip2p_jax.progress import unwatched
 
+EDITOR_OPTIONS = (
+  'cfg_text', 'cfg_image', 'steps', 'sampler', 'spacing', 'karras', 'rescale', 'interval',
+)  # fmt: skip
+MAKING_OPTIONS = ('seed', 'resolution', 'dtype')  # of whatever makes edits
 FIGURE = (
   '8: an editor over its image scale, beside SDEdit (of --base) over its strength. 10: several'
   ' editors over their image scale. Every point has a folder, OUT/CURVE/POINT.'
@@ -31,12 +35,16 @@ FIGURE = (
 
 
 def evaluate(
+  context: typer.Context,
   data: Annotated[Path, typer.Argument(help='The data of the protocol, as it was published.')],
   out: Annotated[Path, typer.Argument(help='A new folder, or one to continue in.')],
   protocol: Annotated[str, Option(help=f'{PROTOCOLS}.')] = 'own',
   ckpt: Annotated[
     list[str] | None,
-    Option(help='The editor that makes the edits, as for `ip2p edit`; --figure 10 takes several.'),
+    Option(
+      help='The editor that makes the edits, as for `ip2p edit`; --figure 10 takes several. In'
+      ' figures also NAME=PATH, for the name of the curve.'
+    ),
   ] = None,
   method: Annotated[str | None, Option(help=f'Instead of --ckpt: {METHODS}.')] = None,
   base: Annotated[
@@ -140,10 +148,11 @@ def evaluate(
   intervals, and how each score was computed. After a kill, run it again to continue.
   """
   from ip2p_jax.data.shard_writing import parse_shard
-  from ip2p_jax.evaluation import edits, protocols, report
+  from ip2p_jax.evaluation import edits, protocols, run
 
   ckpts = ckpt or []
   _check_sources(figure, ckpts, method, base, setting, outputs, clip)
+  _check_acts(context, figure, method, outputs)
   part = parse_shard(shard)
   steps, cfg_text, cfg_image, sampler = console.editor_defaults(
     ckpts, steps, cfg_text, cfg_image, sampler
@@ -158,9 +167,7 @@ def evaluate(
   rows = protocols.read_rows(str(data), protocol, samples, split, columns)
   if drop_equal_captions:
     rows = protocols.without_equal_captions(rows)
-  for point in points:
-    if point.how:
-      point.how.check(rows)
+  _check_rows(rows, points, figure)
   console.cache_compilations()
   every = _scorers(clip, clip_crop, original_range, dino, structure, levels, lpips, masked_zeros)
   every += [console.imported('--scorer', name)() for name in scorer or []]
@@ -171,12 +178,11 @@ def evaluate(
     if figure:
       console.say(f'{point.curve}, {point.label}: {folder}')
     _make_and_score(rows, point.how, folder, protocol, every, outputs, batch_size, part, dtype)
-  notes = report.described(every)
-  if figure:
-    done = compare_folders(folders, out, AXES, notes)
-  else:
-    done = write_report(out, out, notes)
-  total = sum(row.is_last for row in rows)
+  done, total = run.number_of_results(folders[-1]), sum(row.is_last for row in rows)
+  if done and figure:
+    compare_folders(folders, out)
+  elif done:
+    write_report(out, out)
   if done < total:
     console.say(f'{done} of {total} rows so far; other workers have the rest')
 
@@ -189,7 +195,9 @@ def _check_sources(figure, ckpts, method, base, setting, outputs, clip) -> None:
         'give one of --ckpt (an editor), --method with --base, and --outputs (a folder of edits).'
       )
     if method is None and (base is not None or setting):
-      raise InputError('--base and --set: of no use without --method; leave them out.')
+      raise InputError(
+        '--base and --set: of no use without --method or --figure 8; leave them out.'
+      )
     if method is not None:
       from ip2p_jax.evaluation.methods import table
 
@@ -205,6 +213,39 @@ def _check_sources(figure, ckpts, method, base, setting, outputs, clip) -> None:
     raise InputError('--figure 8 needs one --ckpt, an editor, and --base for SDEdit.')
   if figure == 10 and (not ckpts or base is not None or setting):
     raise InputError('--figure 10 needs --ckpt once for each editor, without --base and --set.')
+  if any(text.startswith('strength=') for text in setting or []):
+    raise InputError('--set strength: --figure 8 has seven strengths of its own; leave it out.')
+
+
+def _check_acts(context, figure, method, outputs) -> None:
+  """Raises InputError for an option that would change nothing."""
+  changed = console.changed_options(context)
+  if method is not None or outputs is not None:
+    idle, why = EDITOR_OPTIONS, 'it is of --ckpt; a method takes --set steps=50, and so on'
+  else:
+    idle, why = (), ''
+  if outputs is not None:
+    idle = (*idle, *MAKING_OPTIONS)
+    why = 'the edits of --outputs are there'
+  if figure is not None:
+    idle, why = ('cfg_image',), f'--figure {figure} has seven image scales of its own'
+  for name, flag in changed.items():
+    if name in idle:
+      raise InputError(f'{flag} would do nothing: {why}; leave it out.')
+
+
+def _check_rows(rows, points, figure) -> None:
+  """Raises InputError for settings that do not fit the rows."""
+  for point in points:
+    if point.how:
+      point.how.check(rows)
+  if figure:
+    lacking = [row.id for row in rows if not (row.source_caption and row.target_caption)]
+    if lacking:
+      raise InputError(
+        f'--figure {figure} needs both captions, which {len(lacking)} rows lack, such as'
+        f' {lacking[0]}; CLIP cannot tell a direction without them.'
+      )
 
 
 def _points(figure, ckpts, how, sdedit):
@@ -212,9 +253,10 @@ def _points(figure, ckpts, how, sdedit):
   from ip2p_jax.evaluation import figures
 
   if figure == 8:
-    return figures.figure_8(how, sdedit)
+    ((name, ckpt),) = figures.named(ckpts).items()
+    return figures.figure_8(name, how._replace(ckpt=ckpt), sdedit)
   if figure == 10:
-    return figures.figure_10(ckpts, how)
+    return figures.figure_10(figures.named(ckpts), how)
   return [figures.FigurePoint('', '', how)]
 
 
@@ -244,16 +286,23 @@ def _model(kind, checkpoint, dtype):
 
 def _make_and_score(rows, how, folder, protocol, scorers, outputs, batch_size, shard, dtype):
   """One evaluation; `how` is None for edits that are there."""
-  from ip2p_jax.evaluation import edits, run
+  from ip2p_jax.evaluation import edits, layouts, run
 
-  settings = {'outputs': str(outputs)} if how is None else how._asdict()
-  descriptions = [scorer.description._asdict() for scorer in scorers]
-  run.start(folder, {'protocol': protocol, 'rows': len(rows), 'scorers': descriptions} | settings)
-  if how is not None:
+  shared = {
+    'protocol': protocol, 'rows': len(rows), 'data': run.digest_of(rows),
+    'scorers': [scorer.description._asdict() for scorer in scorers],
+  }  # fmt: skip
+  if how is None:
+    mine = [row for _, row in run.share_of(rows, shard) if row.is_last]
+    layouts.find_edits(outputs, mine)  # refuses before the folder is claimed
+    run.start(folder, shared | {'outputs': str(outputs)})
+  else:
     model = _model(how.kind, how.checkpoint, dtype)
+    edit, settings = how.edit(model), how._asdict() | {'dtype': getattr(model, 'dtype', None)}
+    run.start(folder, shared | settings | {'weights': edits.weights_of(model)})
     with console.progress('edit', compiles=True) as progress:
       run.make_edits(
-        rows, how.edit(model), folder / run.EDITS,
+        rows, edit, folder / run.EDITS,
         edits.size_of(how, model, protocol), batch_size=1 if how.is_trained else batch_size,
         shard=shard, settings=settings, progress=progress or unwatched,
       )  # fmt: skip

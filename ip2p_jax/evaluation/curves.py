@@ -5,6 +5,7 @@ points are of the same images, so these are resampled together, for every point 
 curves can then be told apart although the intervals of their points overlap.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -30,10 +31,11 @@ def gaps(
 ) -> list[Gap]:
   """The differences in the score `of` at equal values of the score `at`.
 
-  Curves are straight between their points. The places divide the range of `at` that both curves
-  have into equal parts; so they move with the curves when images are resampled. A score's mean is
-  over the images that have it at all points, whose number a gap has. Returns [] if there is no
-  common range, or no such image.
+  Curves are straight between their points, in the given order. Where a curve goes back and passes
+  a place twice, its higher pass counts: there its setting is better. The places divide the range of
+  `at` that both curves have into equal parts; so they move with the curves when images are
+  resampled. A score's mean is over the images that have it at all points, whose number a gap has.
+  Returns [] if there is no common range, or no such image.
   """
   curves = first, second
   ids = sorted(set.intersection(*({row['id'] for row in point} for curve in curves
@@ -81,7 +83,16 @@ def _places(curves):
 def _gap(curves):
   """first - second at the places."""
   places = _places(curves)
-  first, second = (
-    np.interp(places, *curve[np.argsort(curve[:, 0], kind='stable')].T) for curve in curves
-  )
+  first, second = (_heights(curve, places) for curve in curves)
   return first - second
+
+
+def _heights(curve, places):
+  """The height of a curve [points, 2] at each place, the highest if it goes back; nan if none."""
+  heights = np.full(len(places), np.nan)
+  for (x0, y0), (x1, y1) in itertools.pairwise(curve):
+    at_start = np.where(places == x0, y0, -np.inf)
+    along = y0 + (places - x0) / (x1 - x0) * (y1 - y0) if x1 != x0 else y1
+    on = (places >= min(x0, x1)) & (places <= max(x0, x1))
+    heights = np.fmax(heights, np.where(on, np.maximum(along, at_start), np.nan))
+  return heights

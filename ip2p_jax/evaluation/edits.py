@@ -6,6 +6,7 @@ Settings are named tuples of JSON values, since an evaluation stores them.
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from ip2p_jax.diffusion import guidance
@@ -16,7 +17,10 @@ from ip2p_jax.evaluation.methods.method import Texts
 from ip2p_jax.evaluation.protocols import EditRow
 from ip2p_jax.evaluation.run import Edit
 from ip2p_jax.images import working_size
+from ip2p_jax.parameters import flatten
+from ip2p_jax.pipeline.networks import weights_digest
 from ip2p_jax.pipeline.sampling import Sampling, check_acts
+from ip2p_jax.pipeline.text_to_image import check_strength
 
 EDITOR = 'an editor'
 TEXTS = {  # what a method reads, and the field of a row
@@ -92,7 +96,9 @@ class ByMethod(NamedTuple):
   def check(self, rows: Sequence[EditRow]) -> None:
     """Raises InputError for an unknown method or setting, or rows without a text it needs."""
     table.check_base(self.method, self.base)
-    table.settings_of(self.method, **self.set)
+    settings = table.settings_of(self.method, **self.set)
+    if hasattr(settings, 'strength'):
+      check_strength(settings.steps, settings.strength)
     for column in table.METHODS[self.method].reads:
       if lacking := [row.id for row in rows if not getattr(row, TEXTS[column])]:
         raise InputError(
@@ -137,6 +143,14 @@ def load(kind: str, checkpoint: str | None, dtype: str | None) -> Any:
   if kind == EDITOR:
     return Editor.load(checkpoint, dtype)
   return table.load(kind, checkpoint, dtype)
+
+
+def weights_of(model: Any) -> str:
+  """A digest of a few numbers of each tensor of a model; '' if it has none."""
+  if model is None:
+    return ''
+  few = jax.jit(lambda tree: jax.tree.map(lambda x: x.reshape(-1)[:64], tree))(model.params)
+  return weights_digest(flatten(few))
 
 
 def size_of(how: How, model: Any, protocol: str) -> Callable[[int, int], tuple[int, int]]:

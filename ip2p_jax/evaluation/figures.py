@@ -3,15 +3,14 @@
 A figure is a list of points. Points of one curve differ in one number, which is their label.
 """
 
-import itertools
-from collections.abc import Sequence
-from pathlib import Path
+import os
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from ip2p_jax.errors import InputError
-from ip2p_jax.evaluation.edits import ByEditor, ByMethod, How
+from ip2p_jax.evaluation.edits import EDITOR, ByEditor, ByMethod, How
 from ip2p_jax.pipeline import workdir
-from ip2p_jax.pipeline.networks import networks_of
+from ip2p_jax.pipeline.networks import check_is_editor, check_is_text_to_image, networks_of
 from ip2p_jax.training import flops
 
 IMAGE_SCALES = (1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2)
@@ -37,13 +36,13 @@ class Cost(NamedTuple):
   flops: float
 
 
-def figure_8(editor: ByEditor, sdedit: ByMethod) -> list[FigurePoint]:
+def figure_8(name: str, editor: ByEditor, sdedit: ByMethod) -> list[FigurePoint]:
   """The editor over its image scale, beside SDEdit over its strength (section 4 of the paper).
 
-  SDEdit has two curves, with the edited caption and with the instruction; `sdedit.method` does not
-  matter.
+  `name` is the editor's curve. SDEdit has two, with the edited caption and with the instruction;
+  `sdedit.method` does not matter.
   """
-  points = by_image_scale(short_names([editor.ckpt])[0], editor)
+  points = by_image_scale(name, editor)
   for method in SDEDITS:
     points += [
       FigurePoint(
@@ -55,13 +54,13 @@ def figure_8(editor: ByEditor, sdedit: ByMethod) -> list[FigurePoint]:
   return points
 
 
-def figure_10(ckpts: Sequence[str], editor: ByEditor) -> list[FigurePoint]:
-  """One curve over the image scale for each checkpoint; `editor.ckpt` does not matter.
+def figure_10(ckpts: Mapping[str, str], editor: ByEditor) -> list[FigurePoint]:
+  """One curve over the image scale for each checkpoint, by name; `editor.ckpt` does not matter.
 
   The paper has training sets of three sizes, and one that CLIP did not filter.
   """
   points = []
-  for name, ckpt in zip(short_names(ckpts), ckpts, strict=True):
+  for name, ckpt in ckpts.items():
     points += by_image_scale(name, editor._replace(ckpt=ckpt))
   return points
 
@@ -71,34 +70,36 @@ def by_image_scale(curve: str, editor: ByEditor) -> list[FigurePoint]:
   return [FigurePoint(curve, f'{how.cfg_image:g}', how) for how in scales]
 
 
-def short_names(paths: Sequence[str]) -> list[str]:
-  """Paths without the folders that they begin and end with alike: 'a/200/run' is '200'.
+def named(ckpts: Sequence[str]) -> dict[str, str]:
+  """Checkpoints by the names of their curves: 'NAME=PATH', or PATH, whose last part is the name.
 
-  InputError if two paths are the same.
+  InputError if two have one name.
   """
-  if len({Path(path).absolute() for path in paths}) < len(paths):
-    raise InputError('--ckpt: the same checkpoint is given twice; leave one out.')
-  parts = [Path(path).absolute().parts for path in paths]
-  if len(parts) == 1:
-    return [parts[0][-1]]
-  first = _alike(parts)
-  last = _alike([part[first:][::-1] for part in parts])
-  return ['-'.join(part[first : len(part) - last]) or part[first - 1] for part in parts]
-
-
-def _alike(parts):
-  """How many first items all sequences have in common."""
-  return sum(1 for _ in itertools.takewhile(lambda x: len(set(x)) == 1, zip(*parts, strict=False)))
+  result = {}
+  for text in ckpts:
+    name, is_given, path = text.partition('=')
+    if not is_given or '/' in name or os.path.exists(text):
+      name, path = os.path.basename(text.rstrip('/')), text
+    if name in result:
+      raise InputError(f'--ckpt: two curves are called {name!r}; write NAME=PATH.')
+    result[name] = path
+  return result
 
 
 def costs(points: Sequence[FigurePoint], rows: int) -> list[Cost]:
-  """The cost of each curve, for square images of the working size; wider ones cost less."""
+  """The cost of each curve, for square images of the working size; wider ones cost less.
+
+  InputError for a checkpoint of the wrong kind.
+  """
   of_curve = {}
   for point in points:
     of_curve.setdefault(point.curve, []).append(point.how)
   result = []
   for curve, hows in of_curve.items():
-    networks = networks_of(workdir.load(hows[0].checkpoint))
+    checkpoint = workdir.load(hows[0].checkpoint)
+    networks = networks_of(checkpoint)
+    check = check_is_editor if hows[0].kind == EDITOR else check_is_text_to_image
+    check(networks, checkpoint.source)
     side = (hows[0].resolution or networks.resolution) // networks.vae_config.factor
     calls = rows * sum(how.network_calls() for how in hows)
     result.append(Cost(curve, len(hows), calls, calls * flops.unet_flops(networks, (side, side))))

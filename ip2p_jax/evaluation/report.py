@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ip2p_jax.errors import InputError
-from ip2p_jax.evaluation.scorers import Scorer
+from ip2p_jax.evaluation.scores import Description
 from ip2p_jax.storage import replacing, write_bytes
 
 RESAMPLES = 2000
@@ -77,7 +76,7 @@ def difference(
 ) -> Estimate:
   """second - first of the images that both methods edited, paired by image.
 
-  InputError if there is no such image.
+  An estimate of no image if there is no such image.
   """
   by_id = {row['id']: row for row in first if _number(row, metric) is not None}
   pairs = [
@@ -85,8 +84,6 @@ def difference(
     for row in second
     if row['id'] in by_id and _number(row, metric) is not None
   ]
-  if not pairs:
-    raise InputError(f'{metric}: the two methods have no image in common, so nothing to compare.')
   values = [row[metric] - other[metric] for other, row in pairs]
   return bootstrap(values, [source_of(row) for _, row in pairs])
 
@@ -161,11 +158,10 @@ def markdown(
   return head + table + ('\n' + below if below else '')
 
 
-def described(scorers: Sequence[Scorer]) -> dict[str, str]:
-  """How the scores of each scorer are computed, as notes by its model."""
+def described(descriptions: Sequence[Description]) -> dict[str, str]:
+  """How the scores of scorers are computed, as notes by their models."""
   notes = {}
-  for scorer in scorers:
-    model, digests, preprocessing, resize_filter, quirks = scorer.description
+  for model, digests, preprocessing, resize_filter, quirks in descriptions:
     weights = ''.join(f', {name} sha256 {digest[:16]}' for name, digest in digests.items())
     published = f'; as published: {", ".join(quirks)}' if quirks else ''
     name = model if model != 'none' else 'pixels'

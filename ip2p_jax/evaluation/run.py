@@ -24,12 +24,14 @@ from ip2p_jax.errors import InputError
 from ip2p_jax.evaluation import layouts
 from ip2p_jax.evaluation.protocols import EditRow
 from ip2p_jax.evaluation.scorers import Batch, Scorer
+from ip2p_jax.evaluation.scores import Description
 from ip2p_jax.pipeline.rows import padded
 from ip2p_jax.progress import Progress, unwatched
 
 SETTINGS, EDITS, RESULTS = 'evaluation.json', 'edits', 'results-{:05d}-of-{:05d}.jsonl'
 BEST_PSNR = 100.0  # dB, of equal images; infinity has no mean
 DIGITS = 6  # of stored scores
+SEEN = 8  # sources in the digest of rows
 TARGET = 'target_'  # before the names of scores against the true edited image
 
 Shard = tuple[int, int]  # (i, n): worker i of n
@@ -48,6 +50,17 @@ def start(out: str | Path, settings: dict[str, Any]) -> None:
       f'{out}: has results of other settings ({", ".join(names)}); give a new folder, or the same'
       ' settings.'
     )
+
+
+def digest_of(rows: Sequence[EditRow]) -> str:
+  """A digest of the rows' texts, and of the pixels of a few sources."""
+  digest = hashlib.blake2b(digest_size=8)
+  for row in rows:
+    texts = row.id, row.file, row.instruction, row.source_caption, row.target_caption
+    digest.update(json.dumps(texts).encode())
+  for row in rows[:: -(-len(rows) // SEEN)]:
+    digest.update(row.source().tobytes())
+  return digest.hexdigest()
 
 
 def share_of(rows: Sequence[EditRow], shard: Shard) -> list[tuple[int, EditRow]]:
@@ -156,6 +169,33 @@ def read_results(out: str | Path) -> list[dict[str, Any]]:
   if not results:
     raise InputError(f'{out}: has no results; run ip2p evaluate with this folder first.')
   return list({line['id']: line for line in results}.values())
+
+
+def number_of_results(out: str | Path) -> int:
+  """How many rows the workers have scored."""
+  files = Path(out).glob('results-*-of-*.jsonl')
+  return len({line['id'] for file in files for line in _read(file)})
+
+
+def read_descriptions(folders: Sequence[str | Path]) -> list[Description]:
+  """What the scores of evaluations were computed with.
+
+  InputError if two evaluations have scores of different models, weights or settings. One may have
+  fewer scores than another.
+  """
+  fullest, descriptions = None, []
+  for folder in folders:
+    stored = storage.read_json(Path(folder) / SETTINGS, dict).get('scorers', [])
+    own = [Description(**x)._replace(quirks=tuple(x['quirks'])) for x in stored]
+    rest = [x for x in own if x not in descriptions]
+    if rest and [x for x in descriptions if x not in own]:
+      raise InputError(
+        f'{fullest} and {folder}: their scores were computed in different ways (see {SETTINGS}:'
+        f' {rest[0].model}); score both with the same options.'
+      )
+    if rest:
+      fullest, descriptions = folder, own
+  return descriptions
 
 
 class _Images:

@@ -171,6 +171,50 @@ def test_kinds_of_edits_have_their_own_table(ip2p, data, outputs, tmp_path):
   assert '| group | images |' in report and report.index('| a | 1 |') < report.index('| b | 2 |')
 
 
+def test_other_data_in_the_same_folder_is_refused(ip2p, data, tmp_path):
+  words = 'evaluate', data, tmp_path / 'out', '--method', 'identity'
+  assert ip2p(*words)[0] == 0
+  other = tmp_path / 'other'
+  shutil.copytree(data, other)
+  for file in (other / 'pictures').iterdir():
+    Image.fromarray(255 - np.asarray(Image.open(file).convert('RGB'))).save(file)
+  code, output = ip2p('evaluate', other, *words[2:])
+  assert code == 2 and 'has results of other settings (data)' in output
+
+
+def test_a_refused_setting_leaves_no_folder(ip2p, data, outputs, tmp_path):
+  assert ip2p('evaluate', data, tmp_path / 'out', '--outputs', tmp_path / 'nowhere')[0] == 2
+  assert ip2p('evaluate', data, tmp_path / 'out', '--outputs', outputs)[0] == 0
+
+
+def test_a_worker_without_rows_is_no_mistake(ip2p, data, outputs, tmp_path):
+  words = 'evaluate', data, tmp_path / 'out', '--outputs', outputs, '--shard', '3/4'
+  code, output = ip2p(*words)
+  assert code == 0 and '0 of 3 rows so far' in output
+
+
+def test_evaluations_of_one_folder_are_compared(ip2p, data, outputs, tmp_path):
+  assert ip2p('evaluate', data, tmp_path / 'runs' / 'a', '--outputs', outputs)[0] == 0
+  assert ip2p('evaluate', data, tmp_path / 'runs' / 'b', '--method', 'identity')[0] == 0
+  folders = tmp_path / 'runs' / 'a', tmp_path / 'runs' / 'b'
+  code, output = ip2p('compare', *folders, '-o', tmp_path / 'x')
+  assert code == 0 and 'runs/b - runs/a: psnr ' in output
+  assert 'no plot: the scores clip_sim_dir and clip_sim_image are not there' in output
+  assert '* pixels: colours in 0..1' in (tmp_path / 'x' / 'report.md').read_text()
+
+
+def test_scores_of_different_kinds_are_not_compared(ip2p, data, outputs, checkpoints, tmp_path):
+  clip = '--clip', checkpoints / 'clip'
+  for name, options in (('a', clip), ('b', (*clip, '--original-range')), ('c', ())):
+    words = 'evaluate', data, tmp_path / name, '--outputs', outputs, *options
+    assert ip2p(*words)[0] == 0
+  words = 'compare', tmp_path / 'a', '-o', tmp_path / 'x', '--x', 'l1', '--y', 'ssim'
+  code, output = ip2p(*words, tmp_path / 'b')
+  assert code == 2 and 'their scores were computed in different ways' in output
+  code, output = ip2p(*words, tmp_path / 'c')
+  assert code == 0 and '| - |' in output
+
+
 def test_a_comparison_shows_the_chosen_scores(ip2p, data, outputs, tmp_path):
   for name in ('one', 'two'):
     assert ip2p('evaluate', data, tmp_path / name / 'all', '--outputs', outputs)[0] == 0
@@ -198,7 +242,7 @@ def test_both_workers_together_score_every_row(ip2p, data, outputs, tmp_path):
   (('--method', 'vae'), '--method vae needs --base'),
   (('--method', 'text2live'), '--method text2live needs --base, the folder of a CLIPModel'),
   (('--method', 'identity', '--base', 'x'), '--base: of no use with --method identity'),
-  (('--outputs', 'y', '--set', 'steps=3'), '--base and --set: of no use without --method'),
+  (('--outputs', 'y', '--set', 'steps=3'), '--base and --set: of no use without'),
   (('--method', 'vae', '--base', 'x', '--set', 'steps=3'), 'steps is no setting of the method vae'),
   (('--method', 'vae', '--base', 'x', '--set', 'steps'), '--set steps: give a name and a value'),
   (('--method', 'ddim', '--base', 'x', '--set', 'steps=two'), "steps is 'two'; the method ddim"),
@@ -208,6 +252,12 @@ def test_both_workers_together_score_every_row(ip2p, data, outputs, tmp_path):
   (('--figure', '8', '--ckpt', 'x', '--clip', 'y'), '--figure 8 needs one --ckpt'),
   (('--figure', '10', '--clip', 'y'), '--figure 10 needs --ckpt once for each editor'),
   (('--figure', '10', '--method', 'vae', '--clip', 'y'), '--figure 10 makes its own edits'),
+  (('--figure', '8', '--ckpt', 'x', '--base', 'b', '--clip', 'y', '--set', 'strength=1'),
+   '--set strength: --figure 8 has seven strengths of its own'),
+  (('--figure', '10', '--ckpt', 'x', '--clip', 'y', '--cfg-image', '3'), '--cfg-image would do'),
+  (('--figure', '10', '--ckpt', 'a/x', '--ckpt', 'b/x', '--clip', 'y'), "called 'x'; write NAME"),
+  (('--method', 'vae', '--base', 'x', '--steps', '5'), '--steps would do nothing'),
+  (('--outputs', 'y', '--seed', '5'), '--seed would do nothing: the edits of --outputs'),
 ])  # fmt: skip
 def test_a_mistake_is_one_line(ip2p, data, tmp_path, options, message):
   code, output = ip2p('evaluate', data, tmp_path / 'out', *options)

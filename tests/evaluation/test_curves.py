@@ -46,9 +46,24 @@ def test_images_that_shift_both_curves_do_not_widen_a_gap(rng):
     assert gap.mean == pytest.approx(0.1, abs=0.01) and 0.09 < gap.low < gap.high < 0.11
 
 
-def test_the_order_of_points_does_not_matter(rng):
+def test_a_curve_may_be_given_from_either_end(rng):
   first, second = a_curve((0.0, 0.4, 1.0), 1.1, rng), a_curve((0.0, 1.0), 1.0, rng)
-  assert gaps(first[::-1], second, 'x', 'y') == gaps(first, second, 'x', 'y')
+  for one, other in zip(gaps(first[::-1], second, 'x', 'y'), gaps(first, second, 'x', 'y'),
+                        strict=True):  # fmt: skip
+    assert one.place == other.place and one.gap == pytest.approx(other.gap)
+
+
+def test_the_higher_pass_of_a_curve_that_goes_back_counts(rng):
+  """SDEdit by the oracle: with more strength first more, then fewer edits are done."""
+
+  def curve(points):
+    return [[{'id': 'a', 'x': x, 'y': y}, {'id': 'b', 'x': x, 'y': y}] for x, y in points]
+
+  back = curve([(0.0, 32.0), (0.2, 30.0), (0.1, 25.0)])
+  flat = curve([(0.0, 35.0), (0.2, 35.0)])
+  assert [gap.mean for _, gap in gaps(flat, back, 'x', 'y')] == pytest.approx([3, 3.5, 4, 4.5, 5])
+  upright = curve([(0.0, 30.0), (0.1, 31.0), (0.1, 33.0), (0.2, 33.0)])
+  assert gaps(flat, upright, 'x', 'y')[2].gap.mean == pytest.approx(2)
 
 
 def test_curves_that_do_not_meet_have_no_gaps(rng):

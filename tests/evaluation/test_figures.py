@@ -21,8 +21,8 @@ SDEDIT = ByMethod('', 'base', {'steps': 10})
 
 
 def test_figure_8_has_the_papers_scales_and_strengths():
-  points = figures.figure_8(EDITOR, SDEDIT)
-  scales = [point.how.cfg_image for point in points if point.curve == 'editor']
+  points = figures.figure_8('ours', EDITOR, SDEDIT)
+  scales = [point.how.cfg_image for point in points if point.curve == 'ours']
   assert scales == [1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2]
   for method in ('sdedit-caption', 'sdedit-instruction'):
     curve = [point for point in points if point.curve == method]
@@ -31,25 +31,19 @@ def test_figure_8_has_the_papers_scales_and_strengths():
 
 
 def test_figure_10_has_a_curve_for_each_checkpoint():
-  points = figures.figure_10(['runs/200/run', 'runs/2000/run'], EDITOR)
+  points = figures.figure_10({'few': 'runs/200/run', 'many': 'runs/2000/run'}, EDITOR)
   assert {point.curve: point.how.ckpt for point in points} == {
-    '200': 'runs/200/run', '2000': 'runs/2000/run'
+    'few': 'runs/200/run', 'many': 'runs/2000/run'
   }  # fmt: skip
   assert len(points) == 14
 
 
-@pytest.mark.parametrize(('paths', 'names'), [
-  (['runs/a'], ['a']),
-  (['a/x.safetensors', 'b/y.safetensors'], ['a-x.safetensors', 'b-y.safetensors']),
-  (['runs/a', 'runs/a/b'], ['a', 'b']),
-])  # fmt: skip
-def test_curves_have_short_names(paths, names):
-  assert figures.short_names(paths) == names
-
-
-def test_the_same_checkpoint_twice_is_refused():
-  with pytest.raises(InputError, match='--ckpt: the same checkpoint is given twice'):
-    figures.figure_10(['a', './a'], EDITOR)
+def test_curves_have_the_names_of_their_checkpoints():
+  assert figures.named(['runs/a/', 'b=runs/x', 'gs://c=d/e']) == {
+    'a': 'runs/a/', 'b': 'runs/x', 'e': 'gs://c=d/e'
+  }  # fmt: skip
+  with pytest.raises(InputError, match="two curves are called 'run'; write NAME=PATH"):
+    figures.named(['200/run', '2000/run'])
 
 
 @pytest.mark.parametrize('interval', [(0.0, 1.0), (0.2, 0.6)])
@@ -79,6 +73,16 @@ def test_a_cost_counts_predictions_and_their_operations(tmp_path):
   networks = networks_of(tiny_models.checkpoint())
   side = 64 // networks.vae_config.factor
   assert cost.flops == cost.calls * flops.unet_flops(networks, (side, side))
+
+
+def test_a_checkpoint_of_the_wrong_kind_is_refused_at_once(tmp_path):
+  weights.write(tiny_models.checkpoint(), tmp_path / 'editor')
+  points = [figures.FigurePoint('x', '1', SDEDIT._replace(
+    method='sdedit-caption', base=str(tmp_path / 'editor')))]  # fmt: skip
+  with pytest.raises(InputError, match='this needs a text-to-image checkpoint'):
+    figures.costs(points, rows=1)
+  with pytest.raises(InputError, match='leaves none of 3 steps'):
+    SDEDIT._replace(method='sdedit-caption', set={'steps': 3, 'strength': 0.3}).check([])
 
 
 def test_settings_that_do_nothing_are_refused():
