@@ -22,7 +22,7 @@ from PIL import Image
 
 from ip2p_jax import bundled
 from ip2p_jax.cli import console, main
-from ip2p_jax.evaluation import report, run
+from ip2p_jax.evaluation import figures, report, run
 from ip2p_jax.images import image_grid
 from ip2p_jax.storage import write_bytes
 
@@ -151,7 +151,8 @@ def part_figure10(bench: Bench) -> None:
     return
   ckpts = [word for path in bench.editors for word in ('--ckpt', path)]
   folder = bench.evaluate('figure10', bench.size.figure, '--figure', 10, *ckpts, *FEWER)
-  bench.compare(_points(folder), 'figure10')
+  names = figures.named(bench.editors)
+  bench.compare([point for name in names for point in _points(folder, name)], 'figure10')
 
 
 def part_scales(bench: Bench) -> None:

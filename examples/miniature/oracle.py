@@ -121,14 +121,6 @@ def summary(verdicts: Sequence[Verdict]) -> dict[str, float | int | tuple[float,
   }
 
 
-def by_kind(examples: Sequence[Example], verdicts: Sequence[Verdict]) -> dict[str, dict]:
-  """A summary per kind of edit that occurs; edits in two steps are a kind of their own."""
-  groups = {kind: [] for kind in (*world.KINDS, world.TWO_STEPS)}
-  for example, verdict in zip(examples, verdicts, strict=True):
-    groups[world.kind_of(example)].append(verdict)
-  return {kind: summary(group) for kind, group in groups.items() if group}
-
-
 def wilson(share: float, count: int) -> tuple[float, float]:
   """The 95% interval of a share of `count` (Wilson 1927)."""
   if not count:
