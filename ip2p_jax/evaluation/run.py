@@ -150,7 +150,7 @@ def score_edits(
 
 
 def read_results(out: str | Path) -> list[dict[str, Any]]:
-  """The lines of all workers; InputError if there are none."""
+  """The lines of all workers; InputError if there are none, or one is damaged."""
   files = sorted(Path(out).glob('results-*-of-*.jsonl'))
   results = [line for file in files for line in _read(file)]
   if not results:
@@ -232,11 +232,34 @@ def _batches(
 
 
 def _read(file):
-  """The finished lines of a file."""
+  """The finished lines of a file; InputError for a damaged one."""
   if not file.exists():
     return []
   content = file.read_bytes()
-  return [json.loads(line) for line in content[: content.rfind(b'\n') + 1].splitlines()]
+  results = []
+  for number, text in enumerate(content[: content.rfind(b'\n') + 1].split(b'\n'), 1):
+    if not text.strip():
+      continue
+    try:
+      line = json.loads(text)
+    except ValueError:
+      line = None
+    if not _is_result(line):
+      raise InputError(
+        f'{file}: line {number} is damaged; remove this line, and its row is scored again.'
+      )
+    results.append(line)
+  return results
+
+
+def _is_result(line):
+  """Whether a line of a file has an id, texts and numbers as `score_edits` writes them."""
+  if not isinstance(line, dict) or not line.get('id'):
+    return False
+  if not all(isinstance(line.get(name, ''), str) for name in ('id', 'group', 'source')):
+    return False
+  others = [value for name, value in line.items() if name not in ('id', 'group', 'source')]
+  return all(x is None or (type(x) in (int, float) and abs(x) < math.inf) for x in others)
 
 
 def _text(lines):

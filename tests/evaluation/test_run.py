@@ -131,3 +131,19 @@ def test_another_evaluation_in_the_folder_is_refused(tmp_path):
 def test_a_missing_edit_is_named(rows, tmp_path):
   with pytest.raises(InputError, match=r'5 of 5 edits are missing, such as 0\.png'):
     scored(rows, tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize('damage', [
+  '{"id": "row 0", "l', '\xff', '[1]', 'null', '{"l1": 1}', '{"id": ""}', '{"id": 3, "l1": 1}',
+  '{"id": "row 0", "l1": "1"}', '{"id": "row 0", "l1": true}', '{"id": "row 0", "l1": NaN}',
+  '{"id": "row 0", "group": []}',
+])  # fmt: skip
+def test_a_damaged_line_of_results_is_named(damage, rows, tmp_path):
+  file = tmp_path / 'results-00000-of-00001.jsonl'
+  file.write_bytes(b'{"id": "row 1", "l1": null}\n' + damage.encode('latin-1') + b'\n')
+  message = rf'{file.name}: line 2 is damaged; remove this line'
+  with pytest.raises(InputError, match=message):
+    run.read_results(tmp_path)
+  run.make_edits(rows, Darker(), tmp_path, same)
+  with pytest.raises(InputError, match=message):
+    scored(rows, tmp_path, tmp_path)
