@@ -107,8 +107,13 @@ def read_rows(
 
 
 def without_equal_captions(rows: Sequence[EditRow]) -> list[EditRow]:
-  """Rows whose captions before and after differ, as some papers count the Emu Edit test set."""
-  return [row for row in rows if row.source_caption != row.target_caption]
+  """Rows whose captions before and after differ, as some papers count the Emu Edit test set.
+
+  Rows without captions stay. Raises InputError for sessions of edits, which would lose turns.
+  """
+  if any(row.previous for row in rows):
+    raise InputError('--drop-equal-captions: of no use with sessions of edits; leave it out.')
+  return [row for row in rows if not row.source_caption or row.source_caption != row.target_caption]
 
 
 def paper(path: str, samples: int | None = None, seed: int = 0) -> list[EditRow]:
@@ -161,7 +166,8 @@ def magicbrush(path: str, is_multi: bool = False) -> list[EditRow]:
       before = first if is_multi else _text(item, 'input', f'{place}: {key}')
       after = item.get('output') or f'{session}-output{turn}.png'
       source, mask = _shown_file(folder / before), None
-      if item.get('mask'):
+      # In multi-turn a later turn's mask is not of the source, the session's first image.
+      if item.get('mask') and not (is_multi and turn > 1):
         mask = lazy_images.mask(lazy_images.file(folder / item['mask']), source, item['mask'], True)
       way = ('iter_' if is_multi else 'inde_') if turn > 1 else ''
       id = f'{session}_{way}{turn}'
@@ -291,7 +297,9 @@ def own(path: str, split: str = '', columns: str = '') -> list[EditRow]:
   image_columns = [name for name in (mask, *roles.values()) if name]
   rows = []
   for place, row, cell in _table_rows(reader, path, names, image_columns):
-    name = f'{len(rows):05d}' if id is None else str(row[id])
+    name = f'{len(rows):05d}' if id is None else '' if row[id] is None else str(row[id])
+    if not name.strip():
+      raise InputError(f"{place}: its 'id' is empty; fill it in, or leave the column 'id' out.")
     opened = {role: lazy_images.shown(cell(column)) for role, column in roles.items() if column}
     if mask and row[mask]:
       is_magicbrush = mask == 'mask_img'  # of its Parquet files, whose masks are transparent

@@ -33,6 +33,8 @@ BEST_PSNR = 100.0  # dB, of equal images; infinity has no mean
 DIGITS = 6  # of stored scores
 SEEN = 8  # sources in the digest of rows
 TARGET = 'target_'  # before the names of scores against the true edited image
+BOUNDED = ('psnr', 'psnr_kept', TARGET + 'psnr', TARGET + 'psnr_kept')  # by BEST_PSNR
+ABOUT = ('id', 'group', 'turn', 'source')  # a line's row, beside its scores
 
 Shard = tuple[int, int]  # (i, n): worker i of n
 # (images uint8 [B, H, W, 3], their rows, their numbers in the protocol) -> edits, the same shape.
@@ -137,7 +139,10 @@ def score_edits(
 
   An edit is compared with its source, and with the true edited image (`target_`) if there is one.
   It is resized to that image first, by Pillow's bicubic filter as in MagicBrush's script. A line
-  has 'id', 'group', 'turn', 'source' (the digest of the source's pixels) and the scores.
+  has 'id', 'group', 'turn', 'source' (the digest of the source's pixels) and the scores, null where
+  a score is not finite; PSNR is 100 dB at most.
+
+  Raises InputError if an edit is missing, or a scorer fails or does not give one number per row.
   """
   scored = [row for _, row in share_of(rows, shard) if row.is_last]
   edits = layouts.find_edits(folder, scored)
@@ -163,7 +168,7 @@ def score_edits(
 
 
 def read_results(out: str | Path) -> list[dict[str, Any]]:
-  """The lines of all workers; InputError if there are none."""
+  """The lines of all workers; InputError if there are none, or one is damaged."""
   files = sorted(Path(out).glob('results-*-of-*.jsonl'))
   results = [line for file in files for line in _read(file)]
   if not results:
@@ -232,29 +237,64 @@ def _lines(batch, scorers, batch_size):
   against = [('', source)]
   if every[0].target is not None:
     against.append((TARGET, Batch(stack('target_edit'), stack('target'))))
-  scores = {
-    prefix + name: values
-    for scorer in scorers
-    for prefix, compared in against
-    for name, values in scorer.score(compared).items()
-  }
+  try:
+    scores = _every_score(scorers, against)
+  except InputError as error:
+    raise InputError(f'row {rows[0].id!r}: {error}') from error
+  digest = lambda array: hashlib.blake2b(array.tobytes(), digest_size=8).hexdigest()
   return [
-    {
-      'id': row.id,
-      'group': row.group,
-      'turn': row.turn,
-      'source': hashlib.blake2b(loaded.source.tobytes(), digest_size=8).hexdigest(),
-    }
+    dict(zip(ABOUT, (row.id, row.group, row.turn, digest(loaded.source)), strict=True))
     | {name: _stored(name, values[i]) for name, values in scores.items()}
     for i, (row, loaded) in enumerate(batch)
   ]
 
 
+def _every_score(scorers, against):
+  """{name: float [B]} of all scorers; `against` has (prefix of names, batch)."""
+  scores = {}
+  for scorer in scorers:
+    for prefix, batch in against:
+      new = {prefix + name: values for name, values in _scores(scorer, batch).items()}
+      if twice := sorted(scores.keys() & new.keys()):
+        raise InputError(
+          f'scorer {scorer.description.model!r}: the score {twice[0]!r} is there already; give it'
+          ' another name.'
+        )
+      scores |= new
+  return scores
+
+
+def _scores(scorer, batch):
+  """{name: float [B]} of one scorer, which may be the user's; InputError if it is anything else."""
+  by, count = f'scorer {scorer.description.model!r}', len(batch.edits)
+  try:
+    result = scorer.score(batch)
+    if isinstance(result, dict):
+      result = {name: np.asarray(values) for name, values in result.items()}
+  except InputError:
+    raise
+  except Exception as error:
+    text = ' '.join(f'{type(error).__name__}: {error}'.split())
+    raise InputError(f'{by} failed ({text}); correct it, or leave it out.') from error
+  if not isinstance(result, dict):
+    raise InputError(f'{by} gave {type(result).__name__}; return a dict of names to arrays.')
+  for name, values in result.items():
+    if not isinstance(name, str) or name in ('', *ABOUT):
+      raise InputError(f'{by}: {name!r} is no name for a score; give it another name.')
+    kind = values.dtype
+    if values.shape != (count,) or not (kind.kind in 'biuf' or kind.name == 'bfloat16'):
+      raise InputError(
+        f'{by}: {name!r} is {kind.name} {list(values.shape)}; give one number for each of'
+        f' the {count} rows of the batch, NaN where there is none.'
+      )
+  return result
+
+
 def _stored(name, value):
   value = float(value)
-  if math.isnan(value):
-    return None
-  return round(min(value, BEST_PSNR) if 'psnr' in name else value, DIGITS)
+  if name in BOUNDED:
+    value = min(value, BEST_PSNR)
+  return round(value, DIGITS) if math.isfinite(value) else None
 
 
 def _batches(
@@ -272,11 +312,34 @@ def _batches(
 
 
 def _read(file):
-  """The finished lines of a file."""
+  """The finished lines of a file; InputError for a damaged one."""
   if not file.exists():
     return []
   content = file.read_bytes()
-  return [json.loads(line) for line in content[: content.rfind(b'\n') + 1].splitlines()]
+  results = []
+  for number, text in enumerate(content[: content.rfind(b'\n') + 1].split(b'\n'), 1):
+    if not text.strip():
+      continue
+    try:
+      line = json.loads(text)
+    except ValueError:
+      line = None
+    if not _is_result(line):
+      raise InputError(
+        f'{file}: line {number} is damaged; remove this line, and its row is scored again.'
+      )
+    results.append(line)
+  return results
+
+
+def _is_result(line):
+  """Whether a line of a file has an id, texts and numbers as `score_edits` writes them."""
+  if not isinstance(line, dict) or not line.get('id'):
+    return False
+  if not all(isinstance(line.get(name, ''), str) for name in ('id', 'group', 'source')):
+    return False
+  others = [value for name, value in line.items() if name not in ('id', 'group', 'source')]
+  return all(x is None or (type(x) in (int, float) and abs(x) < math.inf) for x in others)
 
 
 def _text(lines):

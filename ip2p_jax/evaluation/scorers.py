@@ -64,13 +64,22 @@ class Scorer(NamedTuple):
 def pixels(*, masked_zeros: bool = False, mesh: Mesh | None = None) -> Scorer:
   """l1, l2, psnr and ssim; with `kept` also of the kept pixels, as l1_kept and so on.
 
-  `masked_zeros` computes the latter from all pixels, black where not kept, as PIE-Bench does; that
-  flatters PSNR by -10 log10(share of kept pixels) dB.
+  The latter are NaN if the mask keeps no pixel. `masked_zeros` computes them from all pixels, black
+  where not kept, as PIE-Bench does; that flatters PSNR by -10 log10(share of kept pixels) dB.
   """
   quirks = ('masked pixels count as zeros',) if masked_zeros else ()
   description = Description('none', {}, 'colours in 0..1, size as given', 'none', quirks)
   program = _on_devices(functools.partial(_pixel_scores, masked_zeros), {}, mesh)
-  return Scorer(description, lambda batch: program(_same_size(batch)))
+
+  def score(batch: Batch) -> dict[str, np.ndarray]:
+    batch = _same_size(batch)
+    try:
+      return program(batch)
+    except InputError as error:  # of SSIM
+      advice = 'give larger images, or leave these rows out.'
+      raise InputError(f'{str(error).rstrip(".")}; {advice}') from error
+
+  return Scorer(description, score)
 
 
 def _pixel_scores(masked_zeros, params, batch):
@@ -80,10 +89,16 @@ def _pixel_scores(masked_zeros, params, batch):
   result = {name: metric(*images) for name, metric in metrics.items()}
   if batch.kept is None:
     return result
-  kept = batch.kept.astype(jnp.float32)
+  where = kept = batch.kept.astype(jnp.float32)
   if masked_zeros:
-    images, kept = [scores.zeroed(x, kept) for x in images], None
-  return result | {f'{name}_kept': metric(*images, kept) for name, metric in metrics.items()}
+    images, where = [scores.zeroed(x, kept) for x in images], None
+  return result | _of_kept({name: f(*images, where) for name, f in metrics.items()}, kept)
+
+
+def _of_kept(result, kept):
+  """Scores named as those of kept pixels; NaN without such a pixel, as in PIE-Bench."""
+  is_there = kept.any((1, 2, 3))
+  return {f'{name}_kept': jnp.where(is_there, score, jnp.nan) for name, score in result.items()}
 
 
 def clip(
@@ -211,7 +226,8 @@ def _dino(path):
 
 
 def lpips(*paths: str | os.PathLike, mesh: Mesh | None = None) -> Scorer:
-  """`lpips`, by SqueezeNet or AlexNet; with `kept` also lpips_kept, black where not kept.
+  """`lpips`, by SqueezeNet or AlexNet; with `kept` also lpips_kept, black where not kept;
+  the latter is NaN if no pixel is kept.
 
   Args:
     paths: files, or a folder with them: torchvision's squeezenet1_1 or alexnet, and LPIPS's weights
@@ -235,7 +251,7 @@ def lpips(*paths: str | os.PathLike, mesh: Mesh | None = None) -> Scorer:
     if batch.kept is None:
       return result
     kept = batch.kept.astype(jnp.float32)
-    return result | {'lpips_kept': network(*(scores.zeroed(x, kept) for x in images))}
+    return result | _of_kept({'lpips': network(*(scores.zeroed(x, kept) for x in images))}, kept)
 
   program = _on_devices(compare, params, mesh)
   return Scorer(description, lambda batch: program(_same_size(batch)))

@@ -130,6 +130,17 @@ def test_a_mask_without_transparency_is_white_where_edited(tmp_path):
   assert found[:4, :8].min() == 1 and found.sum() == 32
 
 
+def test_later_turns_of_an_own_edit_have_no_mask(tmp_path):
+  file = protocol_data.magicbrush(tmp_path) / 'edit_sessions.json'
+  sessions = json.loads(file.read_text())
+  for turn in sessions['139']:
+    turn['mask'] = '139-mask1.png'
+  file.write_text(json.dumps(sessions))
+  masked = lambda protocol: [bool(row.mask) for row in read_rows(str(tmp_path), protocol)]
+  assert masked('magicbrush-multi') == [True, True, False, False]
+  assert masked('magicbrush') == [True] * 4
+
+
 @pytest.mark.parametrize('turns', ['7', '[7]', '[{"input": "1-input.png"}]', '[{}]'])
 def test_damaged_sessions_are_named(tmp_path, turns):
   (tmp_path / 'edit_sessions.json').write_text(f'{{"1": {turns}}}')
@@ -159,6 +170,17 @@ def test_emu_rows_have_captions_and_no_target(tmp_path):
 def test_rows_with_equal_captions_can_be_dropped(tmp_path):
   rows = read_rows(str(protocol_data.emu(tmp_path)), 'emu')
   assert [row.id for row in without_equal_captions(rows)] == ['100', '102']
+
+
+def test_rows_without_captions_are_not_dropped(tmp_path):
+  rows = read_rows(str(protocol_data.imgedit(tmp_path)), 'imgedit')
+  assert without_equal_captions(rows) == rows
+
+
+def test_no_turn_of_a_session_is_dropped(tmp_path):
+  rows = read_rows(str(protocol_data.magicbrush(tmp_path)), 'magicbrush-multi')
+  with pytest.raises(InputError, match='--drop-equal-captions: of no use with sessions'):
+    without_equal_captions(rows)
 
 
 # PIE-Bench
@@ -369,6 +391,14 @@ def test_two_rows_of_one_id_are_refused(tmp_path):
   lines = [{'id': 1, 'image': 'a.png', 'instruction': 'b'}] * 2
   (tmp_path / 'metadata.jsonl').write_text('\n'.join(map(json.dumps, lines)))
   with pytest.raises(InputError, match="two rows have the id '1'"):
+    read_rows(str(tmp_path), 'own')
+
+
+@pytest.mark.parametrize('id', ['', ' ', None])
+def test_an_empty_id_is_refused(tmp_path, id):
+  lines = [{'id': i, 'image': 'a.png', 'instruction': 'b'} for i in ('0', id)]
+  (tmp_path / 'metadata.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+  with pytest.raises(InputError, match=r"metadata.*2.*: its 'id' is empty; fill it in"):
     read_rows(str(tmp_path), 'own')
 
 

@@ -1,6 +1,7 @@
 """Edits of a protocol's rows by a method, and their scores, also after a kill."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image
 from ip2p_jax.errors import InputError
 from ip2p_jax.evaluation import run, scorers
 from ip2p_jax.evaluation.protocols import EditRow
+from ip2p_jax.evaluation.scores import Description
 
 SIZES = [(32, 32), (48, 32), (32, 32), (32, 32), (48, 32)]
 
@@ -130,4 +132,75 @@ def test_another_evaluation_in_the_folder_is_refused(tmp_path):
 
 def test_a_missing_edit_is_named(rows, tmp_path):
   with pytest.raises(InputError, match=r'5 of 5 edits are missing, such as 0\.png'):
+    scored(rows, tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize('damage', [
+  '{"id": "row 0", "l', '\xff', '[1]', 'null', '{"l1": 1}', '{"id": ""}', '{"id": 3, "l1": 1}',
+  '{"id": "row 0", "l1": "1"}', '{"id": "row 0", "l1": true}', '{"id": "row 0", "l1": NaN}',
+  '{"id": "row 0", "group": []}',
+])  # fmt: skip
+def test_a_damaged_line_of_results_is_named(damage, rows, tmp_path):
+  file = tmp_path / 'results-00000-of-00001.jsonl'
+  file.write_bytes(b'{"id": "row 1", "l1": null}\n' + damage.encode('latin-1') + b'\n')
+  message = rf'{file.name}: line 2 is damaged; remove this line'
+  with pytest.raises(InputError, match=message):
+    run.read_results(tmp_path)
+  run.make_edits(rows, Darker(), tmp_path, same)
+  with pytest.raises(InputError, match=message):
+    scored(rows, tmp_path, tmp_path)
+
+
+def scored_by(rows, out, *scores, batch_size=2):
+  """Lines of the rows by scorers named 'mine', after edits by `Darker`."""
+  mine = [scorers.Scorer(Description('mine', {}, '', ''), score) for score in scores]
+  run.make_edits(rows, Darker(), out, same)
+  return run.score_edits(rows, out, 'own', mine, out, batch_size=batch_size)
+
+
+@pytest.mark.parametrize(('result', 'message'), [
+  (np.zeros(2), 'gave ndarray; return a dict'),
+  (None, 'gave NoneType; return a dict'),
+  ({'size': np.zeros(3)}, r"'size' is float64 \[3\]; give one number for each of the 2 rows"),
+  ({'size': np.zeros((2, 1))}, r"'size' is float64 \[2, 1\]"),
+  ({'size': 1.0}, r"'size' is float64 \[\]"),
+  ({'size': ['1', '2']}, "'size' is str"),
+  ({'size': [None, 1]}, "'size' is object"),
+  ({'size': [[1], [1, 2]]}, r'failed .ValueError: '),
+  ({'turn': np.zeros(2)}, "'turn' is no name for a score"),
+  ({3: np.zeros(2)}, '3 is no name for a score'),
+])  # fmt: skip
+def test_a_scorer_must_give_a_number_per_row(result, message, rows, tmp_path):
+  with pytest.raises(InputError, match=f"row 'row .': scorer 'mine'.*{message}"):
+    scored_by(rows, tmp_path, lambda batch: result)
+
+
+def test_a_scorer_that_fails_is_named(rows, tmp_path):
+  def failing(batch):
+    raise KeyError('no such\nkey')
+
+  with pytest.raises(InputError, match=r"scorer 'mine' failed \(KeyError: .*key.*\); correct it"):
+    scored_by(rows, tmp_path, failing)
+
+
+def test_two_scores_of_one_name_are_refused(rows, tmp_path):
+  score = lambda batch: {'size': np.zeros(len(batch.edits))}
+  with pytest.raises(InputError, match="the score 'size' is there already"):
+    scored_by(rows, tmp_path, score, score)
+
+
+@pytest.mark.parametrize(('name', 'value', 'stored'), [
+  ('psnr', math.inf, 100), ('psnr', 130, 100), ('psnr', math.nan, None),
+  ('my_psnr', 130, 130), ('my_psnr', math.inf, None), ('size', -math.inf, None), ('size', True, 1),
+])  # fmt: skip
+def test_only_psnr_has_a_bound(name, value, stored, tmp_path):
+  (line,) = scored_by([a_row(0)], tmp_path, lambda batch: {name: [value, value]})
+  assert line[name] == stored
+  assert run.read_results(tmp_path) == [line]
+
+
+def test_images_too_small_for_ssim_are_named(tmp_path):
+  rows = [a_row(0, (8, 8))]
+  run.make_edits(rows, Darker(), tmp_path, same)
+  with pytest.raises(InputError, match=r"row 'row 0': images are 8x8; SSIM .*; give larger images"):
     scored(rows, tmp_path, tmp_path)

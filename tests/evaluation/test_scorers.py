@@ -277,6 +277,20 @@ def test_pixels_are_scored_with_and_without_a_mask(pairs, kept):
   np.testing.assert_allclose(zeros['psnr_kept'] - plain['psnr_kept'], gain, rtol=1e-4)
 
 
+@pytest.mark.parametrize('masked_zeros', [False, True])
+def test_a_mask_that_keeps_nothing_has_no_score(masked_zeros, pairs, tmp_path, rng):
+  write(tmp_path / 'net.safetensors', torch_scores.classifier_tensors('squeeze', rng))
+  write(tmp_path / 'lins.safetensors', torch_scores.lin_tensors('squeeze', rng))
+  kept = np.ones((2, 32, 32, 1), np.float32)
+  kept[1] = 0
+  batch = Batch(pairs[1][:2, :32, :32], pairs[0][:2, :32, :32], kept=kept)
+  mesh = one_device()
+  both = scorers.pixels(masked_zeros=masked_zeros, mesh=mesh), scorers.lpips(tmp_path, mesh=mesh)
+  for scorer in both:
+    for name, score in scorer.score(batch).items():
+      assert [*np.isnan(score)] == [False, name.endswith('_kept')], name
+
+
 def test_floats_score_as_their_levels_do(pairs):
   scorer = scorers.pixels()
   as_levels = scorer.score(Batch(pairs[1], pairs[0]))
