@@ -271,9 +271,11 @@ def _scores(scorer, batch):
     result = scorer.score(batch)
     if isinstance(result, dict):
       result = {name: np.asarray(values) for name, values in result.items()}
-  except InputError:
+  except (InputError, MemoryError):
     raise
   except Exception as error:
+    if 'RESOURCE_EXHAUSTED' in str(error):  # the device's memory
+      raise
     text = ' '.join(f'{type(error).__name__}: {error}'.split())
     raise InputError(f'{by} failed ({text}); correct it, or leave it out.') from error
   if not isinstance(result, dict):

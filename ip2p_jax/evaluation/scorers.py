@@ -110,7 +110,8 @@ def clip(
 ) -> Scorer:
   """CLIP's cosines, named as in `pipeline.scores.Scores`, as far as the batch has captions.
 
-  With `kept` also clip_sim_1_edited: of the edit, black where kept, and its caption (PIE-Bench).
+  With `kept` also clip_sim_1_edited: of the edit, black where kept, and its caption (PIE-Bench);
+  NaN if all is kept.
 
   Args:
     folder: of a CLIPModel of transformers.
@@ -157,9 +158,10 @@ def _clip_scores(towers, prepare, original_range, params, batch):
   tokens = batch.reference_captions, batch.captions
   result = {}
   if batch.kept is not None and tokens[1] is not None:
-    edited = seen(scores.zeroed(_unit(batch.edits), 1 - batch.kept.astype(jnp.float32)))
-    captions = towers.embed_texts(params, tokens[1])
-    result['clip_sim_1_edited'] = scores.cosine(towers.embed_images(params, edited), captions)
+    where = 1 - batch.kept.astype(jnp.float32)
+    edited = towers.embed_images(params, seen(scores.zeroed(_unit(batch.edits), where)))
+    cosine = scores.cosine(edited, towers.embed_texts(params, tokens[1]))
+    result['clip_sim_1_edited'] = jnp.where(where.any((1, 2, 3)), cosine, jnp.nan)
   if tokens[0] is not None and tokens[1] is not None:
     images = jnp.stack([references, edits])
     return towers.scores(params, images, jnp.stack(tokens))._asdict() | result

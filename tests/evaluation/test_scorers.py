@@ -173,10 +173,13 @@ def test_clip_compares_the_edited_region_with_the_caption(clip_folder, pairs):
   sources, edits = pairs
   kept = np.zeros((*edits.shape[:3], 1), np.float32)
   kept[:, :20] = 1
+  kept[0] = 1  # nothing may change: no such score
   scorer = scorers.clip(clip_folder)
   scored = scorer.score(Batch(edits, sources, EDITED, CAPTIONS, kept))
   alone = scorer.score(Batch(np.uint8(edits * (1 - kept)), sources, EDITED, CAPTIONS))
-  np.testing.assert_allclose(scored.pop('clip_sim_1_edited'), alone['clip_sim_1'], atol=1e-6)
+  edited = scored.pop('clip_sim_1_edited')
+  assert np.isnan(edited[0])
+  np.testing.assert_allclose(edited[1:], alone['clip_sim_1'][1:], atol=1e-6)
   whole = scorer.score(Batch(edits, sources, EDITED, CAPTIONS))
   assert {name: [*value] for name, value in scored.items()} == {
     name: [*value] for name, value in whole.items()
