@@ -18,6 +18,7 @@ from ip2p_jax.storage import replacing, write_bytes
 
 RESAMPLES = 2000
 TAIL = 2.5  # percent on each side of an interval
+COLOURS, MARKERS = 10, 'os^D'  # another marker when matplotlib's colours begin again
 LABELS = {  # of axes
   'clip_sim_dir': 'CLIP text-image direction similarity',
   'clip_sim_image': 'CLIP image similarity',
@@ -194,14 +195,15 @@ def plot(
 
   figure = Figure(figsize=(7, 5), layout='constrained')
   axes = figure.subplots()
-  for name, points in curves.items():
+  for i, (name, points) in enumerate(curves.items()):
     points = [point for point in points if point.x.count and point.y.count]
     if not points:
       continue
     xs, ys = ([getattr(point, axis) for point in points] for axis in 'xy')
     mean_xs, mean_ys = [x.mean for x in xs], [y.mean for y in ys]
     axes.errorbar(
-      mean_xs, mean_ys, xerr=_bars(xs), yerr=_bars(ys), marker='o', markersize=4,
+      mean_xs, mean_ys, xerr=_bars(xs), yerr=_bars(ys), marker=MARKERS[i // COLOURS % len(MARKERS)],
+      markersize=4,
       elinewidth=0.7, capsize=2, label=name,
     )  # fmt: skip
     for x, y, point in zip(mean_xs, mean_ys, points, strict=True):
