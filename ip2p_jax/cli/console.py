@@ -19,7 +19,7 @@ from tqdm import tqdm
 from typer import Option
 
 from ip2p_jax import bundled
-from ip2p_jax.defaults import CFG_IMAGE, CFG_TEXT, SAMPLER, STEPS
+from ip2p_jax.defaults import CFG_IMAGE, CFG_TEXT, MAX_SCALE, SAMPLER, SAMPLERS, STEPS
 from ip2p_jax.errors import InputError
 from ip2p_jax.interrupts import INTERRUPTED, interruptible
 from ip2p_jax.progress import waiting
@@ -37,6 +37,37 @@ Ema = Annotated[
   ),
 ]
 
+
+def _defaults_of(usual: float | str, miniature: float | str) -> str:
+  """Ends the help of an option of `editor_defaults`."""
+  return f'  [default: {usual}, with the miniature {miniature}]'
+
+
+# An editor's, whose defaults `editor_defaults` chooses.
+Steps = Annotated[
+  int | None, Option(min=1, help='Steps of the sampler.' + _defaults_of(STEPS, bundled.STEPS))
+]
+CfgText = Annotated[
+  float | None,
+  Option(
+    min=-MAX_SCALE,
+    max=MAX_SCALE,
+    help='How strongly to follow the text: 3 to 12.'
+    + _defaults_of(CFG_TEXT, bundled.TEXT_GUIDANCE),
+  ),
+]
+CfgImage = Annotated[
+  float | None,
+  Option(
+    min=-MAX_SCALE,
+    max=MAX_SCALE,
+    help='How strongly to keep the image: 1 to 2.2.'
+    + _defaults_of(CFG_IMAGE, bundled.IMAGE_GUIDANCE),
+  ),
+]
+SamplerName = Annotated[
+  str | None, Option(help=f'{SAMPLERS}.' + _defaults_of(SAMPLER, bundled.SAMPLER))
+]
 Spacing = Annotated[
   str | None, Option(help="linspace, leading or trailing; by default the sampler's.")
 ]
@@ -45,11 +76,6 @@ Rescale = Annotated[float, Option(help='0 to 1, against overexposure at high sca
 Interval = Annotated[
   tuple[float, float], Option(help='Part of the steps with guidance, as in 0.2 0.8; saves time.')
 ]
-
-
-def two_defaults(usual: float | str, miniature: float | str) -> str:
-  """Ends the help of an option of `editor_defaults`."""
-  return f'  [default: {usual}, with the miniature {miniature}]'
 
 
 def editor_defaults(ckpts: Sequence[str | None], *values):

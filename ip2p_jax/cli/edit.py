@@ -10,7 +10,7 @@ from typer import Option
 from ip2p_jax import bundled
 from ip2p_jax.cli import console
 from ip2p_jax.cli.console import MAX_TEXT
-from ip2p_jax.defaults import CFG_IMAGE, CFG_TEXT, MAX_SCALE, MAX_SEED, SAMPLER, SAMPLERS, STEPS
+from ip2p_jax.defaults import MAX_SEED
 from ip2p_jax.errors import InputError
 
 GRID_TEXT, GRID_IMAGE = '3,5,7.5,10', '1,1.2,1.5,1.8'
@@ -31,28 +31,9 @@ def edit(
     int | None,
     Option(min=8, max=8192, help="Longer side to work at, pixels; by default the checkpoint's."),
   ] = None,
-  steps: Annotated[
-    int | None,
-    Option(min=1, help='Steps of the sampler.' + console.two_defaults(STEPS, bundled.STEPS)),
-  ] = None,
-  cfg_text: Annotated[
-    float | None,
-    Option(
-      min=-MAX_SCALE,
-      max=MAX_SCALE,
-      help='How strongly to follow the text: 3 to 12.'
-      + console.two_defaults(CFG_TEXT, bundled.TEXT_GUIDANCE),
-    ),
-  ] = None,
-  cfg_image: Annotated[
-    float | None,
-    Option(
-      min=-MAX_SCALE,
-      max=MAX_SCALE,
-      help='How strongly to keep the image: 1 to 2.2.'
-      + console.two_defaults(CFG_IMAGE, bundled.IMAGE_GUIDANCE),
-    ),
-  ] = None,
+  steps: console.Steps = None,
+  cfg_text: console.CfgText = None,
+  cfg_image: console.CfgImage = None,
   seed: Annotated[int | None, Option(min=0, max=MAX_SEED, help='By default random.')] = None,
   index: Annotated[
     int | None,
@@ -70,10 +51,7 @@ def edit(
   grid_image: Annotated[
     str | None, Option(help=f'The image scales of --grid.  [default: {GRID_IMAGE}]')
   ] = None,
-  sampler: Annotated[
-    str | None,
-    Option(help=f'{SAMPLERS}.' + console.two_defaults(SAMPLER, bundled.SAMPLER)),
-  ] = None,
+  sampler: console.SamplerName = None,
   spacing: console.Spacing = None,
   karras: console.Karras = False,
   rescale: console.Rescale = 0.0,

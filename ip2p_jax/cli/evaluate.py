@@ -7,19 +7,12 @@ from typing import Annotated
 import typer
 from typer import Option
 
-from ip2p_jax import bundled
 from ip2p_jax.cli import console
 from ip2p_jax.cli.compare import compare_folders, write_report
 from ip2p_jax.defaults import (
-  CFG_IMAGE,
-  CFG_TEXT,
-  MAX_SCALE,
   MAX_SEED,
   METHODS,
   PROTOCOLS,
-  SAMPLER,
-  SAMPLERS,
-  STEPS,
 )
 from ip2p_jax.errors import InputError
 from ip2p_jax.progress import unwatched
@@ -66,32 +59,10 @@ def evaluate(
   samples: Annotated[int | None, Option(min=1, help='Rows to take; by default all.')] = None,
   split: Annotated[str, Option(help='Of own and emu: train, validation or test.')] = '',
   columns: Annotated[str, Option(help='Of own: unusual columns, input=a,edited=b ...')] = '',
-  cfg_text: Annotated[
-    float | None,
-    Option(
-      min=-MAX_SCALE,
-      max=MAX_SCALE,
-      help='How strongly to follow the text.'
-      + console.two_defaults(CFG_TEXT, bundled.TEXT_GUIDANCE),
-    ),
-  ] = None,
-  cfg_image: Annotated[
-    float | None,
-    Option(
-      min=-MAX_SCALE,
-      max=MAX_SCALE,
-      help='How strongly to keep the image.'
-      + console.two_defaults(CFG_IMAGE, bundled.IMAGE_GUIDANCE),
-    ),
-  ] = None,
-  steps: Annotated[
-    int | None,
-    Option(min=1, help='Steps of the sampler.' + console.two_defaults(STEPS, bundled.STEPS)),
-  ] = None,
-  sampler: Annotated[
-    str | None,
-    Option(help=f'{SAMPLERS}.' + console.two_defaults(SAMPLER, bundled.SAMPLER)),
-  ] = None,
+  cfg_text: console.CfgText = None,
+  cfg_image: console.CfgImage = None,
+  steps: console.Steps = None,
+  sampler: console.SamplerName = None,
   spacing: console.Spacing = None,
   karras: console.Karras = False,
   rescale: console.Rescale = 0.0,
@@ -173,11 +144,15 @@ def evaluate(
   every += [console.imported('--scorer', name)() for name in scorer or []]
   if figure:
     _say_costs(points, len(rows))
+  about = {
+    'protocol': protocol, 'rows': len(rows), 'data': run.digest_of(rows),
+    'scorers': [scorer.description._asdict() for scorer in every],
+  }  # fmt: skip
   folders = [out / point.curve / point.label for point in points]
   for folder, point in zip(folders, points, strict=True):
     if figure:
       console.say(f'{point.curve}, {point.label}: {folder}')
-    _make_and_score(rows, point.how, folder, protocol, every, outputs, batch_size, part, dtype)
+    _make_and_score(rows, point.how, folder, about, every, outputs, batch_size, part, dtype)
   done, total = run.number_of_results(folders[-1]), sum(row.is_last for row in rows)
   if done and figure:
     compare_folders(folders, out)
@@ -219,17 +194,14 @@ def _check_sources(figure, ckpts, method, base, setting, outputs, clip) -> None:
 
 def _check_acts(context, figure, method, outputs) -> None:
   """Raises InputError for an option that would change nothing."""
-  changed = console.changed_options(context)
-  if method is not None or outputs is not None:
-    idle, why = EDITOR_OPTIONS, 'it is of --ckpt; a method takes --set steps=50, and so on'
-  else:
-    idle, why = (), ''
-  if outputs is not None:
-    idle = (*idle, *MAKING_OPTIONS)
-    why = 'the edits of --outputs are there'
+  idle, why = (), ''
   if figure is not None:
     idle, why = ('cfg_image',), f'--figure {figure} has seven image scales of its own'
-  for name, flag in changed.items():
+  elif outputs is not None:
+    idle, why = (*EDITOR_OPTIONS, *MAKING_OPTIONS), 'the edits of --outputs are there'
+  elif method is not None:
+    idle, why = EDITOR_OPTIONS, 'it is of --ckpt; a method takes --set steps=50, and so on'
+  for name, flag in console.changed_options(context).items():
     if name in idle:
       raise InputError(f'{flag} would do nothing: {why}; leave it out.')
 
@@ -279,37 +251,36 @@ def _say_costs(points, count) -> None:
 
 @functools.lru_cache(maxsize=1)  # points of one curve share a checkpoint and its programs
 def _model(kind, checkpoint, dtype):
+  """A model, and the digest of its weights."""
   from ip2p_jax.evaluation import edits
 
-  return edits.load(kind, checkpoint, dtype)
+  model = edits.load(kind, checkpoint, dtype)
+  return model, edits.weights_of(model)
 
 
-def _make_and_score(rows, how, folder, protocol, scorers, outputs, batch_size, shard, dtype):
-  """One evaluation; `how` is None for edits that are there."""
+def _make_and_score(rows, how, folder, about, scorers, outputs, batch_size, shard, dtype):
+  """One evaluation; `how` is None for edits that are there, `about` is what all points share."""
   from ip2p_jax.evaluation import edits, layouts, run
 
-  shared = {
-    'protocol': protocol, 'rows': len(rows), 'data': run.digest_of(rows),
-    'scorers': [scorer.description._asdict() for scorer in scorers],
-  }  # fmt: skip
   if how is None:
     mine = [row for _, row in run.share_of(rows, shard) if row.is_last]
     layouts.find_edits(outputs, mine)  # refuses before the folder is claimed
-    run.start(folder, shared | {'outputs': str(outputs)})
+    run.start(folder, about | {'outputs': str(outputs)})
   else:
-    model = _model(how.kind, how.checkpoint, dtype)
+    model, weights = _model(how.kind, how.checkpoint, dtype)
     edit, settings = how.edit(model), how._asdict() | {'dtype': getattr(model, 'dtype', None)}
-    run.start(folder, shared | settings | {'weights': edits.weights_of(model)})
+    run.start(folder, about | settings | {'weights': weights})
     with console.progress('edit', compiles=True) as progress:
       run.make_edits(
         rows, edit, folder / run.EDITS,
-        edits.size_of(how, model, protocol), batch_size=1 if how.is_trained else batch_size,
-        shard=shard, settings=settings, progress=progress or unwatched,
+        edits.size_of(how, model, about['protocol']),
+        batch_size=1 if how.is_trained else batch_size, shard=shard, settings=settings,
+        progress=progress or unwatched,
       )  # fmt: skip
   with console.progress('score', compiles=True) as progress:
     run.score_edits(
-      rows, outputs or folder / run.EDITS, protocol, scorers, folder, batch_size=batch_size,
-      shard=shard, progress=progress or unwatched,
+      rows, outputs or folder / run.EDITS, about['protocol'], scorers, folder,
+      batch_size=batch_size, shard=shard, progress=progress or unwatched,
     )  # fmt: skip
 
 

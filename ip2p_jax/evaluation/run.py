@@ -169,17 +169,21 @@ def score_edits(
 
 def read_results(out: str | Path) -> list[dict[str, Any]]:
   """The lines of all workers; InputError if there are none, or one is damaged."""
-  files = sorted(Path(out).glob('results-*-of-*.jsonl'))
-  results = [line for file in files for line in _read(file)]
+  results = _by_id(out)
   if not results:
     raise InputError(f'{out}: has no results; run ip2p evaluate with this folder first.')
-  return list({line['id']: line for line in results}.values())
+  return list(results.values())
 
 
 def number_of_results(out: str | Path) -> int:
   """How many rows the workers have scored."""
-  files = Path(out).glob('results-*-of-*.jsonl')
-  return len({line['id'] for file in files for line in _read(file)})
+  return len(_by_id(out))
+
+
+def _by_id(out):
+  """{id: line} of all workers."""
+  files = sorted(Path(out).glob('results-*-of-*.jsonl'))
+  return {line['id']: line for file in files for line in _read(file)}
 
 
 def read_descriptions(folders: Sequence[str | Path]) -> list[Description]:
